@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE =
 .PHONY: demo test quick slow check results docs benchmark clean
 
 demo: $(READY)
-	$(IN) -m experiments.oat_milk
+	$(IN) -m experiments.oat_milk build/oat_milk
 
 # The laws run a second time with every tensor's axes checked against its annotation.
 test: check

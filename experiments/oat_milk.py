@@ -5,8 +5,10 @@ softmax does to them, how the next token is drawn, and how forcing, banning and 
 ranking. It is answered if the forced token wins, the banned one has probability 0, and the model is
 at the end what it was at the beginning.
 
-python -m experiments.oat_milk        half a minute on two cores; writes results/oat_milk/
+python -m experiments.oat_milk [FOLDER]    half a minute on two cores; writes results/oat_milk/
 """
+
+import sys
 
 import pandas as pd
 import torch
@@ -22,12 +24,10 @@ MARGIN = 10  # by how much the forced token's logit is to be the largest
 BLOCK, HEAD = 17, (24, 8)  # one block and one head to take out
 
 
-def main() -> None:
+def main(folder: str = "results/oat_milk") -> None:
     lm = hk.load(device="cpu")
     before = hk.forward(lm, MILK)
-    with hk.record(
-        "results/oat_milk", title="Oat milk", question=QUESTION, lm=lm, seed=SEED
-    ) as results:
+    with hk.record(folder, title="Oat milk", question=QUESTION, lm=lm, seed=SEED) as results:
         look_at_a_sentence(lm, results)
         look_at_draws(lm, before, results)
         shift = change_the_logits(lm, before, results)
@@ -45,7 +45,7 @@ def main() -> None:
             index=False
         )
     )
-    print(f"\n{results.answered}\nThe page: results/oat_milk/report.html")
+    print(f"\n{results.answered}\nThe page: {folder}/report.html")
 
 
 def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:
@@ -173,4 +173,4 @@ def change_the_inside(lm: hk.LM, before: hk.Run, results: hk.Record) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -23,7 +23,6 @@ from .errors import HookkitError as HookkitError
 from .figures.attention_heads import attention_view as attention_view
 from .figures.calibration import reliability_diagram as reliability_diagram
 from .figures.calibration import roc_curves as roc_curves
-from .figures.decoding import decision_strip as decision_strip
 from .figures.decoding import prob_against as prob_against
 from .figures.decoding import rank_lines as rank_lines
 from .figures.lenses import lens_map as lens_map
@@ -32,10 +31,11 @@ from .figures.ranks import delta_bars as delta_bars
 from .figures.ranks import logit_panels as logit_panels
 from .figures.ranks import logit_scatter as logit_scatter
 from .figures.ranks import rank_bump as rank_bump
-from .figures.surprisal import surprisal_strip as surprisal_strip
+from .figures.strips import decision_strip as decision_strip
+from .figures.strips import surprisal_strip as surprisal_strip
+from .figures.sweeps import damage_curves as damage_curves
 from .figures.sweeps import heat_map as heat_map
 from .figures.sweeps import interval_lines as interval_lines
-from .figures.vectors import damage_curves as damage_curves
 from .files.tensors import load_tensors as load_tensors
 from .files.tensors import save_tensors as save_tensors
 from .hooks.ablation import ablate as ablate
@@ -52,11 +52,11 @@ from .hooks.conditions import phrase as phrase
 from .hooks.conditions import prob_of as prob_of
 from .hooks.conditions import rank_of as rank_of
 from .hooks.edits import edit as edit
+from .hooks.edits import knockout as knockout
 from .hooks.edits import project_out as project_out
 from .hooks.edits import scale as scale
 from .hooks.edits import skip_block as skip_block
 from .hooks.edits import steer as steer
-from .hooks.knockout import knockout as knockout
 from .hooks.logit_shifts import boost as boost
 from .hooks.logit_shifts import cap as cap
 from .hooks.logit_shifts import set_rank as set_rank
@@ -75,7 +75,7 @@ from .lenses.direct import logit_terms as logit_terms
 from .lenses.direct import unembedding as unembedding
 from .lenses.logit_lens import lens_summary as lens_summary
 from .lenses.logit_lens import logit_lens as logit_lens
-from .lenses.logit_path import logit_path as logit_path
+from .lenses.logit_lens import logit_path as logit_path
 from .lenses.patchscope import patchscope as patchscope
 from .lenses.tuned_lens import TunedLens as TunedLens
 from .lenses.tuned_lens import load_lens as load_lens
@@ -142,7 +142,7 @@ from .tables.rank_tables import rank_shift as rank_shift
 from .tables.rank_tables import ranks as ranks
 from .tables.rank_tables import shift_summary as shift_summary
 from .tables.rank_tables import uncertainty as uncertainty
-from .tables.sampling import warped as warped
+from .tables.rank_tables import warped as warped
 from .tables.scoring import score as score
 from .tables.streaming import Stream as Stream
 from .tables.streaming import stream as stream

@@ -1,12 +1,9 @@
 """Checks of arguments: each kind of value that a user passes is checked in one way, with one error.
 
 Functions named `as_...` return the value that an object stands for, or None for another kind of
-object. The other functions return the value in the form that the code works with, or raise an error
-that says what was passed, what is possible and what to do. They take the value and the name of the
-argument:
-
-    whole_number(value, "top", least=1)   finite_number(value, "scale")   choice(value, "per", KEYS)
-    read_token(value)   read_tokens(values, "ban")   prompt_rows(prompts)   path_of(value, "path")
+object. Functions named `check_...` take the value and the name of the argument. They return the
+value in the form that the code works with, or raise an error that says what was passed, what is
+possible and what to do.
 
 `check_arguments` decorates public functions. It checks each argument by its annotation: `int` is a
 whole number, `bool` is True or False, `Literal` is one of its names, and `Run` is a run.
@@ -24,30 +21,17 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import (
-    Any,
-    Literal,
-    ParamSpec,
-    TypeAlias,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    is_typeddict,
-)
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from .errors import (
     BadArgument,
-    BadFile,
     BadHook,
-    BadPrompt,
     EmptySelection,
     HookkitError,
-    NotOneToken,
     OutOfRange,
     UnknownKeyword,
     did_you_mean,
@@ -57,11 +41,9 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Class = TypeVar("Class", bound=type[Any])
 Error: TypeAlias = type[HookkitError]
-Row: TypeAlias = tuple[int, ...]
 
 LARGEST_SEED = 2**63 - 1
-MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that a mapping of prompts may have
-PROMPT_FORMS = "give texts, or rows of token ids"
+SIMPLE_TYPES = bool | int | float | str | types.NoneType
 
 
 # ---- values in messages
@@ -76,31 +58,23 @@ def shorten(text: str, most: int = 80) -> str:
 
 def describe(value: Any) -> str:
     """Returns a value as messages show it: short values as code, others by their type and shape."""
-    if _is_huge(value):
+    if isinstance(value, int) and abs(value) >= 10**30:
         return "an integer of more than 30 digits"
     shape: Any = getattr(value, "shape", None)
-    has_shape = isinstance(shape, tuple) and hasattr(value, "dtype")
-    if (has_shape and not shape) or _is_short(value):
+    dtype = getattr(value, "dtype", None)
+    has_shape = isinstance(shape, tuple) and dtype is not None
+    if isinstance(value, list | tuple | set | frozenset):
+        is_short = len(value) <= 4 and all(isinstance(item, SIMPLE_TYPES) for item in value)
+    else:
+        is_short = isinstance(value, SIMPLE_TYPES | complex | bytes | slice)
+    if is_short or (has_shape and not shape):
         return shorten(repr(value))
     type_name = type(value).__name__
     article = "an" if type_name[:1].lower() in "aeio" else "a"
     if has_shape:
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"{article} {type_name} of shape {list(shape)} and dtype {dtype}"
+        dtype_name = str(dtype).removeprefix("torch.")
+        return f"{article} {type_name} of shape {list(shape)} and dtype {dtype_name}"
     return f"{article} {type_name}"
-
-
-def _is_huge(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) >= 10**30
-
-
-def _is_short(value: Any) -> bool:
-    """True for a value without items, and for a collection of at most four such values."""
-    if isinstance(value, list | tuple | set | frozenset):
-        simple = bool | int | float | str | types.NoneType
-        return len(value) <= 4 and all(isinstance(item, simple) for item in value)
-    simple = bool | int | float | complex | str | bytes | slice | types.NoneType
-    return isinstance(value, simple)
 
 
 # ---- conversions: the value, or None for an object of another kind
@@ -120,14 +94,10 @@ def as_integer(value: object) -> int | None:
 
 def as_number(value: object) -> float | None:
     """Returns a real number, which may be infinite or NaN, as a float."""
-    if isinstance(value, bool | str | bytes | complex):
-        return None
-    if not isinstance(value, numbers.Real):
-        if getattr(value, "shape", None) != () or not hasattr(value, "item"):
-            return None
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
     try:
         return float(value)
     except OverflowError:
@@ -136,21 +106,20 @@ def as_number(value: object) -> float | None:
 
 def as_bool(value: object) -> bool | None:
     """Returns True or False of Python or numpy as a bool."""
-    if isinstance(value, bool):
-        return value
     kind = type(value)
-    if kind.__module__ == "numpy" and kind.__name__ in ("bool_", "bool"):
+    is_numpy_bool = kind.__module__ == "numpy" and kind.__name__ in ("bool_", "bool")
+    if isinstance(value, bool) or is_numpy_bool:
         return bool(value)
     return None
 
 
 def as_items(values: Any) -> list[Any] | None:
     """Returns the items of a collection as a list. Items of arrays and tensors become numbers."""
-    if isinstance(values, str | bytes | bytearray | type) or _is_mapping(values):
+    if isinstance(values, str | bytes | bytearray | type) or is_mapping(values):
+        return None
+    if getattr(values, "shape", None) == ():
         return None
     if hasattr(values, "tolist") and hasattr(values, "dtype"):  # an array, a tensor or a column
-        if getattr(values, "shape", None) == ():
-            return None
         return list(values.tolist())
     if not isinstance(values, Iterable) and not hasattr(values, "__getitem__"):
         return None
@@ -160,7 +129,7 @@ def as_items(values: Any) -> list[Any] | None:
         return None
 
 
-def _is_mapping(value: object) -> bool:
+def is_mapping(value: object) -> bool:
     """True for a dict, and for the `UserDict` that a tokenizer or a processor returns."""
     if isinstance(value, Mapping):
         return True
@@ -174,8 +143,8 @@ def check_integer(
     value: object,
     name: str,
     *,
-    least: int | None = None,
-    most: int | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
     meaning: str = "",
     error: Error = OutOfRange,
 ) -> int:
@@ -184,48 +153,31 @@ def check_integer(
     number = as_integer(value)
     if number is None:
         about = f"{meaning}, " if meaning else ""
-        limits = _limits_in_words(least, most)
+        limits = ""
+        if most < math.inf:
+            limits = f" from {least} to {most}"
+        elif least > -math.inf:
+            limits = f" from {least} upwards"
         raise error(f"{name}={describe(value)}: give {about}a whole number{limits}")
-    if least is not None and number < least:
+    if number < least:
         raise error(f"{name}={number}: give {meaning or 'a whole number'}, at least {least}")
-    if most is not None and number > most:
+    if number > most:
         raise error(f"{name}={number}: give {meaning or 'a whole number'}, at most {most}")
     return number
 
 
-def _limits_in_words(least: int | None, most: int | None) -> str:
-    if least is not None and most is not None:
-        return f" from {least} to {most}"
-    if least is not None:
-        return f" from {least} upwards"
-    if most is not None:
-        return f" up to {most}"
-    return ""
-
-
-def check_integers(
-    values: object,
-    name: str,
-    *,
-    least: int | None = None,
-    meaning: str = "",
-    error: Error = OutOfRange,
-) -> list[int]:
+def check_integers(values: object, name: str, *, least: int, meaning: str) -> list[int]:
     """Returns one whole number or several as a list. Raises `BadHook` if a number occurs twice."""
-    if as_integer(values) is not None:
-        return [check_integer(values, name, least=least, meaning=meaning, error=error)]
-    items = as_items(values)
+    items = [values] if as_integer(values) is not None else as_items(values)
     if items is None:
-        raise error(
-            f"{name}={describe(values)}: give {meaning or name}, a whole number or a list of them"
+        raise OutOfRange(
+            f"{name}={describe(values)}: give {meaning}, a whole number or a list of them"
         )
     if not items:
         raise EmptySelection(
             f"{name}={describe(values)} selects nothing: name at least one, or leave {name} out"
         )
-    result: list[int] = []
-    for item in items:
-        result.append(check_integer(item, name, least=least, meaning=meaning, error=error))
+    result = [check_integer(item, name, least=least, meaning=meaning) for item in items]
     for number in result:
         if result.count(number) > 1:
             raise BadHook(f"{name} names {number} twice: name each once")
@@ -236,14 +188,13 @@ def check_number(
     value: object,
     name: str,
     *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
     meaning: str = "",
     error: Error = BadHook,
 ) -> float:
-    """Returns a finite number from `least` to `most`, strictly between `above` and `below`."""
+    """Returns a finite number from `least` to `most` that is larger than `above`."""
     number = as_number(value)
     if number is None or not math.isfinite(number):
         about = f"{meaning.rstrip(',')}, " if meaning else ""
@@ -251,37 +202,23 @@ def check_number(
             f"{name}={describe(value)} is not a finite number: "
             f"give {about}a real number such as 2.0"
         )
-    is_allowed = (
-        (least is None or number >= least)
-        and (most is None or number <= most)
-        and (above is None or number > above)
-        and (below is None or number < below)
-    )
-    if not is_allowed:
-        limits = {"above": above, "at least": least, "at most": most, "below": below}
-        words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
+    if not least <= number <= most or number <= above:
+        limits = {"above": above, "at least": least, "at most": most}
+        words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
         raise error(f"{name}={describe(value)}: give {meaning or 'a number'} {' and '.join(words)}")
     return number
 
 
-def check_seed(value: object, name: str = "seed") -> int:
+def check_seed(value: object) -> int:
     """Returns a seed: a whole number from 0 upwards that fits into 63 bits."""
     meaning = "a seed, so that the same draws can be made again,"
-    return check_integer(value, name, least=0, most=LARGEST_SEED, meaning=meaning)
+    return check_integer(value, "seed", least=0, most=LARGEST_SEED, meaning=meaning)
 
 
-def check_flag(value: object, name: str, *, error: Error = BadArgument) -> bool:
-    """Returns True or False. Other values, such as 0 and 1, are not converted."""
-    answer = as_bool(value)
-    if answer is None:
-        raise error(f"{name}={describe(value)}: give True or False")
-    return answer
+# ---- names and texts
 
 
-# ---- names, texts and paths
-
-
-def check_choice(value: object, name: str, names: Iterable[str], *, error: Error = BadHook) -> str:
+def check_choice(value: object, name: str, names: Iterable[str]) -> str:
     """Returns one of the names."""
     names, hint = list(names), "."
     if isinstance(value, str):
@@ -289,307 +226,14 @@ def check_choice(value: object, name: str, names: Iterable[str], *, error: Error
             return str(value)
         hint = did_you_mean(value, names)
     options = ", ".join(map(repr, names))
-    raise error(f"{name}={describe(value)} is unknown{hint} Give one of {options}.")
+    raise BadHook(f"{name}={describe(value)} is unknown{hint} Give one of {options}.")
 
 
-def check_text(
-    value: object, name: str, *, meaning: str = "a text", error: Error = BadArgument
-) -> str:
+def check_text(value: object, name: str, meaning: str) -> str:
     """Returns a text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise error(f"{name}={describe(value)}: give {meaning}")
+        raise BadHook(f"{name}={describe(value)}: give {meaning}")
     return str(value)
-
-
-def check_path(
-    value: object, name: str = "path", *, error: Error = BadArgument
-) -> str | os.PathLike[str]:
-    """Returns the path of a file or folder, a text or a `pathlib.Path`, as it was passed."""
-    if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
-        return value
-    raise error(
-        f"{name}={describe(value)} is no path: give the path of a file or folder, "
-        "as a text or a pathlib.Path"
-    )
-
-
-def check_file(value: object, name: str = "path") -> Path:
-    """Returns the path of an existing file. Raises `BadFile` if there is none, or a folder."""
-    path = Path(check_path(value, name))
-    if path.is_dir():
-        raise BadFile(
-            f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it"
-        )
-    if not path.exists():
-        raise BadFile(f"{name}={str(path)!r} does not exist: give the path of a file")
-    return path
-
-
-def check_folder(value: object, name: str = "folder") -> Path:
-    """Returns the path of a folder that may not exist. Raises `BadFile` if part of it is a file."""
-    path = Path(check_path(value, name))
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise BadFile(
-                f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: "
-                "give another name"
-            )
-    return path
-
-
-# ---- tokens
-
-
-def check_token(value: object, name: str = "token") -> str | int:
-    """Returns one token: its text, or its id as an int."""
-    if isinstance(value, str):
-        if not value:
-            raise NotOneToken(f"{name}='' is no token: give its text, such as ' coffee', or its id")
-        return str(value)
-    number = as_integer(value)
-    if number is None:
-        raise NotOneToken(
-            f"{name}={describe(value)} is no token: give its text, such as ' coffee', "
-            f"or its id{_token_hint(value)}"
-        )
-    if number < 0:
-        raise NotOneToken(f"{name}={number} is no token: ids count from 0 upwards")
-    return number
-
-
-def _token_hint(value: object) -> str:
-    """Returns the end of the message about a value that is no token."""
-    if isinstance(value, bytes):
-        return "; bytes are no text: decode them first, value.decode()"
-    if as_number(value) is not None:
-        return "; an id is a whole number, int(value)"
-    if as_items(value) is not None:
-        return "; several are given where one token is meant"
-    return ""
-
-
-def check_tokens(
-    values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
-) -> tuple[Any, ...]:
-    """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
-    if isinstance(values, (str, bytes, bool, *also)) or as_integer(values) is not None:
-        values = [values]
-    items = as_items(values)
-    if items is None:
-        check_token(values, name)
-        return ()
-    for index, item in enumerate(items):
-        if not isinstance(item, also):
-            items[index] = check_token(item, name)
-    return tuple(items)
-
-
-# ---- prompts
-
-
-def check_prompts(prompts: object) -> list[str | Row]:
-    """Returns the prompts as a list of texts and of tuples of token ids without padding.
-
-    `prompts` is a text, several texts, the token ids of one row or of several rows, or a mapping
-    with `input_ids` and optionally `attention_mask`, as tokenizers return it. Several prompts can
-    be in a list, a tuple, a generator, a column of a pandas table, a numpy array or a tensor.
-    Raises `BadPrompt` for anything else, and for a mapping with a key that would be ignored.
-    """
-    if isinstance(prompts, str):
-        return [str(prompts)]
-    if _is_mapping(prompts):
-        return _rows_of_mapping(prompts)
-    refuse_non_prompts(prompts)
-    items = as_items(prompts)
-    if items is None:
-        raise BadPrompt(f"{describe(prompts)} is no prompt: {PROMPT_FORMS}")
-    if not items:
-        raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
-    if _are_whole(items):
-        return [_row_of_ids(items, 0)]
-    return [check_prompt(item, number) for number, item in enumerate(items)]
-
-
-def check_prompt(item: object, number: int) -> str | Row:
-    """Returns the text or the token ids of one of several prompts. `number` is its row."""
-    if isinstance(item, str):
-        return str(item)
-    if _is_mapping(item):
-        return _row_of_mapping(item, number)
-    refuse_non_prompts(item)
-    ids = as_items(item)
-    if ids is None:
-        hint = ""
-        if item is None or item != item:  # NaN is not equal to itself
-            hint = f"; {describe(item)} is missing"
-        raise BadPrompt(
-            f"prompt {number} is {describe(item)}, which is no prompt: {PROMPT_FORMS}{hint}"
-        )
-    return _row_of_ids(ids, number)
-
-
-def is_token_row(prompts: object) -> bool:
-    """True for a collection of whole numbers, which are the token ids of one row."""
-    if not isinstance(prompts, list | tuple) and not hasattr(prompts, "dtype"):
-        return False
-    items = as_items(prompts)
-    return bool(items) and _are_whole(items)
-
-
-def _are_whole(items: Iterable[object]) -> bool:
-    return all(as_integer(item) is not None for item in items)
-
-
-def refuse_non_prompts(prompts: Any, *, rows: bool = False) -> None:
-    """Raises `BadPrompt` for an object that can be iterated over but does not hold prompts.
-
-    With `rows`, a data set whose rows are mappings is allowed.
-    """
-    kind = type(prompts).__name__
-    if isinstance(prompts, bytes | bytearray | memoryview):
-        raise BadPrompt(
-            f"the prompt is {kind}, which is no text: decode it first, prompt.decode('utf-8')"
-        )
-    if isinstance(prompts, Set):
-        raise BadPrompt(
-            f"the prompts are in a {kind}, which has no order: "
-            "give a list, sorted(prompts) for example"
-        )
-    names = getattr(prompts, "columns", None)
-    if names is None and not rows:
-        names = getattr(prompts, "column_names", None)
-    if names is not None and not callable(names):
-        columns = [str(name) for name in names]
-        name = columns[0] if columns else "text"
-        raise BadPrompt(
-            f"the prompts are a table, a {kind} with the columns {', '.join(map(repr, columns))}: "
-            f"give one column, list(table[{name!r}])"
-        )
-    _refuse_object_of_hookkit(prompts, kind)
-
-
-def _refuse_object_of_hookkit(prompts: Any, kind: str) -> None:
-    if hasattr(prompts, "clean") and hasattr(prompts, "corrupted"):
-        raise BadPrompt(
-            "the prompts are Pairs, which have two prompts each: "
-            "give pairs.clean or pairs.corrupted"
-        )
-    if hasattr(prompts, "prompt_lengths") and hasattr(prompts, "tokens"):
-        raise BadPrompt("the prompt is a run: give run.text, or the ids of a row, run.tokens[0]")
-    if hasattr(prompts, "sites") and hasattr(prompts, "where"):
-        raise BadPrompt(
-            "the prompt is a hook: the prompts come after the model, "
-            "and the hooks after the prompts"
-        )
-    if hasattr(prompts, "named_modules") or hasattr(prompts, "located"):
-        raise BadPrompt(f"the prompt is a model, a {kind}: the model comes first, then the prompts")
-    if hasattr(prompts, "convert_ids_to_tokens"):
-        raise BadPrompt(
-            f"the prompt is a tokenizer, a {kind}: the model comes first, then the prompts"
-        )
-
-
-def _row_of_ids(ids: Sequence[object], number: int) -> Row:
-    row: list[int] = []
-    for token_id in ids:
-        whole = as_integer(token_id)
-        if whole is None:
-            hint = ""
-            if as_items(token_id) is not None:
-                hint = ", several prompts are given where one is meant"
-            raise BadPrompt(
-                f"prompt {number} has {describe(token_id)} where a token id is meant{hint}: "
-                "token ids are whole numbers; give texts, or rows of token ids"
-            )
-        row.append(whole)
-    return tuple(row)
-
-
-def _row_of_mapping(item: Any, number: int) -> Row:
-    """Returns the ids of a mapping that a tokenizer returned for one text."""
-    if "role" in item:
-        raise BadPrompt(
-            f"prompt {number} is a chat message: give the text of the chat, "
-            "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
-        )
-    rows = _rows_of_mapping(item)
-    if len(rows) != 1:
-        raise BadPrompt(
-            f"prompt {number} is a mapping with {len(rows)} rows: give it by itself, as the prompts"
-        )
-    return rows[0]
-
-
-def _rows_of_mapping(inputs: Any) -> list[Any]:
-    """Returns the rows of ids, without padding, of a mapping that a tokenizer returned."""
-    _check_keys(inputs)
-    rows = check_prompts(inputs["input_ids"])
-    if any(isinstance(row, str) for row in rows):
-        raise BadPrompt(
-            "input_ids are texts: give token ids there, or the texts themselves as the prompts"
-        )
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return rows
-    mask_rows = as_items(mask)
-    if mask_rows is None:
-        raise BadPrompt(
-            f"attention_mask is {describe(mask)}: give 1 for each real token and 0 for padding"
-        )
-    if all(as_items(mask_row) is None for mask_row in mask_rows):
-        mask_rows = [mask_rows]
-    if len(mask_rows) != len(rows):
-        raise BadPrompt(
-            f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one shape"
-        )
-    pairs = zip(rows, mask_rows, strict=True)
-    return [_without_padding(row, mask_row, number) for number, (row, mask_row) in enumerate(pairs)]
-
-
-def _check_keys(inputs: Any) -> None:
-    if "input_ids" not in inputs:
-        keys = ", ".join(repr(str(key)) for key in inputs) or "nothing"
-        raise BadPrompt(
-            f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, "
-            "mapping['text'] for example, or what a tokenizer returns"
-        )
-    for key in inputs:
-        if key not in MODEL_INPUTS:
-            raise BadPrompt(
-                f"the prompts have {str(key)!r}, which would be ignored: hookkit reads input_ids "
-                "and attention_mask. Leave it out, for example with "
-                f"inputs.pop({str(key)!r}), or run the model yourself in hk.attach"
-            )
-
-
-def _without_padding(row: Any, mask: object, number: int) -> Row:
-    """Returns a row of ids without its padding, which may be before or after the text."""
-    values = as_items(mask)
-    if values is None or len(values) != len(row):
-        count = describe(mask) if values is None else f"{len(values)} numbers"
-        raise BadPrompt(
-            f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: "
-            "give one shape"
-        )
-    bits = [_mask_bit(value) for value in values]
-    if any(bit not in (0.0, 1.0) for bit in bits):
-        raise BadPrompt(
-            f"attention_mask of row {number} has other values than 0 and 1: "
-            "give 1 for each real token"
-        )
-    text = [index for index, bit in enumerate(bits) if bit == 1.0]
-    if text and text[-1] - text[0] + 1 != len(text):
-        raise BadPrompt(
-            f"attention_mask of row {number} has a 0 between tokens, which would be taken "
-            "out of the text: hide tokens with hk.knockout(layers, key=…), "
-            "and give padding at one end only"
-        )
-    return tuple(row[index] for index in text)
-
-
-def _mask_bit(value: object) -> float | None:
-    is_text = as_bool(value)
-    return as_number(value) if is_text is None else float(is_text)
 
 
 # ---- kinds of values by annotations
@@ -597,15 +241,12 @@ def _mask_bit(value: object) -> float | None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value: its description, a test for it, and its conversion to the form of the code.
-
-    `names` are the values of a `Literal`.
-    """
+    """A kind of value: its description, a test for it, and its conversion for the code."""
 
     words: str
     fits: Callable[[Any], bool]
     convert: Callable[[Any], Any] = lambda value: value
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # the values of a Literal
 
 
 HOW_TO_GET = {
@@ -639,26 +280,31 @@ CHECKED_PACKAGES = ("hookkit", "torch", "pandas", "matplotlib", "pathlib", "os")
 
 def kinds_of(annotation: Any) -> list[Kind] | None:
     """Returns the kinds that an annotation allows. It is None if the function checks the value."""
-    if annotation is None or annotation is types.NoneType:
-        return [Kind("None", lambda value: value is None)]
     origin = get_origin(annotation)
     if origin is Union or origin is types.UnionType:
         return _kinds_of_union(get_args(annotation))
     if origin is Literal:
-        return [_kind_of_literal(get_args(annotation))]
+        values = get_args(annotation)
+        names = tuple(value for value in values if isinstance(value, str))
+        words = " or ".join(map(repr, values))
+        return [Kind(words, lambda value: isinstance(value, str) and value in names, names=names)]
     if origin is Callable:
         return [Kind("a function", callable)]
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return [Kind("a mapping, such as a dict", lambda value: isinstance(value, Mapping))]
-    kind = origin if origin is os.PathLike else annotation
-    if isinstance(kind, type) and not is_typeddict(kind):
-        return _kinds_of_class(kind)
+    if origin is os.PathLike:
+        return _kinds_of_class(os.PathLike)
+    if isinstance(annotation, type) and not typing.is_typeddict(annotation):
+        return _kinds_of_class(annotation)
     return None
 
 
 def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
     if set(members) >= PROMPTS:
-        return [Kind("prompts", lambda value: True, _list_of_iterator)]
+        return [
+            Kind("an iterator of prompts", lambda value: isinstance(value, Iterator), list),
+            Kind("prompts", lambda value: True),
+        ]
     if {str, int} <= set(members):  # a token or an item, which has its own check
         return None
     result: list[Kind] = []
@@ -670,12 +316,6 @@ def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
     return result
 
 
-def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
-    names = tuple(value for value in values if isinstance(value, str))
-    words = " or ".join(map(repr, values))
-    return Kind(words, lambda value: isinstance(value, str) and value in names, names=names)
-
-
 def _kinds_of_class(kind: type) -> list[Kind] | None:
     if kind is int:
         return [Kind("a whole number", lambda value: as_integer(value) is not None, as_integer)]
@@ -685,6 +325,8 @@ def _kinds_of_class(kind: type) -> list[Kind] | None:
         return [Kind("True or False", lambda value: as_bool(value) is not None, as_bool)]
     if kind is str:
         return [Kind("a text", lambda value: isinstance(value, str), str)]
+    if kind is types.NoneType:
+        return [Kind("None", lambda value: value is None)]
     package = kind.__module__.split(".")[0]
     if package not in CHECKED_PACKAGES or getattr(kind, "_is_protocol", False):
         return None
@@ -697,12 +339,10 @@ def _is_real_number(value: object) -> bool:
     return number is not None and not math.isnan(number)
 
 
-def _list_of_iterator(value: Any) -> Any:
-    return list(value) if isinstance(value, Iterator) else value
-
-
-def read_as(kinds: Sequence[Kind], value: Any, function: str, name: str) -> Any:
-    """Returns the value as the first kind that it fits. Raises `BadArgument` if it fits none."""
+def read_as(kinds: Sequence[Kind] | None, value: Any, function: str, name: str) -> Any:
+    """Returns the value as the first kind that it fits. With `kinds=None`, it is not checked."""
+    if kinds is None:
+        return value
     for kind in kinds:
         if kind.fits(value):
             return kind.convert(value)
@@ -761,16 +401,13 @@ def check_fields(kind: Class) -> Class:
 def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
     title = title or str(function.__name__)
     signature = inspect.signature(function)
-    parameters = signature.parameters
-    passed_on = _passed_on(parameters)
-    kinds_of_parameters = [parameter.kind for parameter in parameters.values()]
-    takes_any = inspect.Parameter.VAR_KEYWORD in kinds_of_parameters and not passed_on
-    keywords = [name for name in (*_named(parameters), *passed_on) if name != "self"]
+    keywords, annotations, takes_any = _read_parameters(signature)
 
     @functools.cache
-    def kinds_by_name() -> dict[str, list[Kind]]:
+    def kinds_by_name() -> dict[str, list[Kind] | None]:
         """Evaluates the annotations at the first call, when every module is imported."""
-        return _kinds_by_name(parameters, passed_on, getattr(function, "__globals__", {}))
+        names = function.__globals__
+        return {name: kinds_of(_evaluate(text, names)) for name, text in annotations.items()}
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -788,39 +425,30 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
         if not checks_values:
             return function(*args, **kwargs)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = _check_value(parameters[name], value, kinds_by_name(), title)
+            parameter = signature.parameters[name]
+            bound.arguments[name] = _check_value(parameter, value, kinds_by_name(), title)
         with _restored_gradient_mode():
             return function(*bound.args, **bound.kwargs)
 
     return checked
 
 
-def _named(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Returns the parameters that can be passed by name."""
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, parameter in parameters.items() if parameter.kind in kinds]
-
-
-def _kinds_by_name(
-    parameters: Mapping[str, inspect.Parameter], passed_on: dict[str, Any], names: dict[str, Any]
-) -> dict[str, list[Kind]]:
-    annotations = {name: parameter.annotation for name, parameter in parameters.items()}
-    result: dict[str, list[Kind]] = {}
-    for name, annotation in {**annotations, **passed_on}.items():
-        kinds = kinds_of(_evaluate(annotation, names))
-        if kinds is not None:
-            result[name] = kinds
-    return result
-
-
-def _passed_on(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Returns the annotations of the TypedDict in `**settings: Unpack[Settings]`."""
+def _read_parameters(signature: inspect.Signature) -> tuple[list[str], dict[str, Any], bool]:
+    """Returns a function's keywords, its annotations by name, and if it takes any keyword."""
+    keywords: list[str] = []
     annotations: dict[str, Any] = {}
-    for parameter in parameters.values():
+    takes_any = False
+    for name, parameter in signature.parameters.items():
+        annotations[name] = parameter.annotation
         if parameter.kind is parameter.VAR_KEYWORD:
-            for typed_dict in get_args(parameter.annotation):
+            typed_dicts = get_args(parameter.annotation)
+            takes_any = not typed_dicts
+            for typed_dict in typed_dicts:
+                keywords += typed_dict.__annotations__
                 annotations |= typed_dict.__annotations__
-    return annotations
+        elif parameter.kind is not parameter.VAR_POSITIONAL and name != "self":
+            keywords.append(name)
+    return keywords, annotations, takes_any
 
 
 def _evaluate(annotation: Any, names: dict[str, Any]) -> Any:
@@ -834,17 +462,11 @@ def _evaluate(annotation: Any, names: dict[str, Any]) -> Any:
 
 
 def _check_value(
-    parameter: inspect.Parameter, value: Any, kinds: dict[str, list[Kind]], function: str
+    parameter: inspect.Parameter, value: Any, kinds: dict[str, list[Kind] | None], function: str
 ) -> Any:
     name = parameter.name
     if parameter.kind is parameter.VAR_KEYWORD:
-        result = dict(value)
-        for key, item in value.items():
-            if key in kinds:
-                result[key] = read_as(kinds[key], item, function, key)
-        return result
-    if name not in kinds:
-        return value
+        return {key: read_as(kinds.get(key), item, function, key) for key, item in value.items()}
     if parameter.kind is parameter.VAR_POSITIONAL:
         return tuple(read_as(kinds[name], item, function, name) for item in value)
     return read_as(kinds[name], value, function, name)

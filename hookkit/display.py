@@ -4,6 +4,7 @@ All texts are escaped: a token can be "<script>", and "$x$" is not read as mathe
 those of the notebook, so that the HTML can be read on a light and on a dark theme.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -73,15 +74,10 @@ def count_of(number: int, noun: str) -> str:
 
 
 def first_rows(table: Any, *names: str, most: int = MAX_ROWS) -> list[dict[str, object]]:
-    """Returns the first rows of a DataFrame, of these columns or of all, for `render_html`.
-
-    The remaining rows are empty dicts, so that `render_html` counts them.
-    """
+    """Returns the first rows of a DataFrame, and an empty dict for each row after them."""
     if names:
         table = table[list(names)]
-    rows: list[dict[str, object]] = []
-    for row in table.head(most).to_dict("records"):
-        rows.append({str(name): value for name, value in row.items()})
+    rows = table.rename(columns=str).head(most).to_dict("records")
     return rows + [{}] * (len(table) - len(rows))
 
 
@@ -100,10 +96,7 @@ def printable(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """Returns the text as `printable` does, but keeps line ends and tabs."""
-    characters: list[str] = []
-    for character in text:
-        characters.append(character if character in "\n\t" else printable(character))
-    return "".join(characters)
+    return re.sub(r"[^\n\t]+", lambda match: printable(match[0]), text)
 
 
 def _printable_character(character: str) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import hookkit as hk
 from hookkit.errors import HookkitError
-from hookkit.reports.page import Part
+from hookkit.reports.parts import Part
 
 # tqdm's own lock is shared with children: one killed while it holds the lock would stop this process
 tqdm.set_lock(threading.RLock())
@@ -111,7 +111,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and ".last" not in path.parts
-        and path.name not in ("report.html", "cells.jsonl")
+        and path.name not in ("report.html", "README.md", "cells.jsonl")
     }
 
 

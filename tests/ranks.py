@@ -235,7 +235,7 @@ def one_writes(lm):
         results.tensors("z", hk.forward(lm, IDS[:1], hk.capture("z.1")))
     names = {path.name for path in folder.glob("*")}
     assert names == (
-        set() if RANK else {"about.json", "ranks.csv", "report.html", "z.safetensors"}
+        set() if RANK else {"README.md", "about.json", "ranks.csv", "report.html", "z.safetensors"}
     ), names
 
 

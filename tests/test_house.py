@@ -116,3 +116,18 @@ def test_nothing_that_is_kept_names_a_place_on_a_machine():
         if name and place.search((HERE / name).read_bytes())
     ]
     assert [name for name in found if name != "tests/test_house.py"] == []
+
+
+def test_git_has_the_tables_and_figures_of_results_and_two_pages():
+    listed = subprocess.run(
+        ["git", "ls-files", "results"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    paths = [Path(line) for line in listed.stdout.splitlines()]
+    if not paths:
+        pytest.skip("this is no clone")
+    pages = {"results/oat_milk/report.html", "results/shift_reports/coffee/report.html"}
+    assert {str(path) for path in paths if path.suffix == ".html"} == pages
+    others = {path.name for path in paths if path.suffix not in (".html", ".csv", ".png")}
+    assert others == {"README.md", "about.json", "plan.md"}
+    for folder in {path.parent for path in paths}:
+        assert folder / "README.md" in paths or folder.name == "shift_reports", folder

@@ -615,6 +615,10 @@ CALLS = {
     "hk.damage_curves(5)": "table",
     # datasets
     "hk.datasets.indirect_object(lm, 0)": "n=",
+    "hk.datasets.successor(lm, 0)": "n=",
+    "hk.datasets.greater_than(lm, -1)": "n=",
+    "hk.datasets.capitals(lm, 2.5)": "n=",
+    "hk.datasets.landmarks(lm, 2, seed=-1)": "seed",
     "hk.datasets.indirect_object('x', 3)": "as an LM",
     "hk.datasets.induction(lm, 2, seed=1.5)": "whole number",
     "hk.datasets.induction(lm, 2, seed=-1)": "seed",

@@ -12,9 +12,8 @@ hk.agreement measures how well such an estimate agrees with patching.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -23,28 +22,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..errors import BadHook, EmptySelection, OutOfRange, Unsupported, did_you_mean
+from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, swap_head_and_query
+from ..hooks.captured_values import swap_head_and_query
 from ..models.lm import LM
-from ..models.positions import PositionRange, Where, read_indices
+from ..models.positions import Where, read_indices
 from ..models.prompts import Prompts
 from ..models.sites import SITES_WITH_HEADS, AnySite, Site
-from ..sweeps.cells import as_hooks
+from ..sweeps.cell_metrics import metric_columns
 from ..sweeps.grids import (
-    ALL_POSITIONS,
+    AT_ONCE,
     GridPositions,
     Positions,
     SiteGrid,
-    check_pairs,
     create_site_grid,
     grid_positions,
+    site_names,
 )
 from ..tables.metrics import MetricLike
-from .backward import CAPTURE_NAME, PromptMetric, bind_metric, check_choice, compute_gradients
-from .interpolation import EMBED, EmbeddingPath, Points, check_path_end, mean_gradient, path_points
-from .qk import check_qk_sites, qk_effects
+from .backward import (
+    CAPTURE_NAME,
+    EMBED,
+    Points,
+    PromptMetric,
+    bind_pair,
+    check_path_end,
+    compute_gradients,
+    mean_gradient,
+    path_gradients,
+    path_points,
+)
+from .qk import QK_SITES, qk_effects
 
 BATCH = 16  # prompts of one backward: the graph of each is in memory until then
 
@@ -97,220 +106,129 @@ def attribution(
     >>> list(table.columns)[3:5]
     ['logit_diff', 'logit_diff_before']
     """
-    check_choice("direction", direction, "denoise", "noise")
-    check_choice("method", method, "gradient", "integrated", "qk_fix")
-    if method != "integrated" and (steps is not None or points is not None):
+    path: list[float] = []
+    if method == "integrated":
+        path = path_points(5 if steps is None else steps, points)
+    elif steps is not None or points is not None:
         raise BadHook(
             "steps and points are of method='integrated', and have no effect with "
             f"{method!r}: leave them out"
         )
-    steps = 5 if steps is None else steps
-    points = points or "start"
-    path_points(steps, points)  # raises
-    names = [sites] if isinstance(sites, str) else list(sites)
-    pair = PromptPair.create(lm, clean, corrupted, metric, direction, under)
-    if by is not None:
-        _check_neurons(by, names)
-    if method == "qk_fix":
-        check_qk_sites(names)
-    positions = None
+    names = site_names(sites)
+    prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    target, source = bind_pair(lm, *prompts, metric, under)
+    _check_names(names, by, method)
+    positions = AT_ONCE
     if by is None or pos is not None:
-        positions = grid_positions(list(map(len, pair.target.inputs.rows)), names, pos)
+        positions = grid_positions(list(map(len, target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
-    masks = position_masks(pair.target, positions)
-    if method == "qk_fix":
-        scores = pair.qk_scores(grid.sites(), masks)
-    else:
-        n_steps = steps if method == "integrated" else 0
-        scores = pair.scores(grid.sites(), n_steps, points).summed(masks, by is not None)
-    table = _table(pair.target.metric.name, grid, scores, by is not None)
+    grid_sites, masks = grid.sites(), position_masks(target, positions)
+    parts: list[SiteEffects] = []
+    for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
+        if method == "qk_fix":
+            parts.append(qk_effects(*batches, grid_sites, masks))
+        else:
+            parts.append(_first_order_effects(*batches, grid_sites, masks, path, by is not None))
+    table = _table(target.metric.name, grid, parts, by is not None)
     table.attrs["method"] = method
     table.attrs["direction"] = direction
-    if method == "integrated":
-        table.attrs["steps"] = steps
-        table.attrs["points"] = points
+    if path:
+        table.attrs["steps"] = len(path)
+        table.attrs["points"] = points or "start"
     return table
 
 
-def _check_neurons(by: str, names: Sequence[str]) -> None:
-    check_choice("by", by, "neuron")
+SiteEffects: TypeAlias = tuple[
+    Float[Tensor, " row"], Float[Tensor, " row"], dict[AnySite, Float[Tensor, "mask row ..."]]
+]
+"""For each prompt the metric, the metric of the other prompt, and the effects of each site."""
+
+
+def _check_names(names: Sequence[str], by: str | None, method: str) -> None:
     for name in names:
-        if name in SITES_WITH_HEADS:
+        if by is not None and name in SITES_WITH_HEADS:
             raise BadHook(
                 f"by='neuron' takes sites without heads, and {name} has them: leave by= out"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class SiteScores:
-    """For each prompt the metric, the metric of the other prompt, and the estimates at each site.
-
-    The estimates are those of every value [row, pos, ...], or with masks of positions summed to
-    [mask, row, ...].
-    """
-
-    before: Float[Tensor, " row"]
-    target: Float[Tensor, " row"]
-    estimates: Mapping[AnySite, Tensor]
-
-    def summed(self, masks: Float[Tensor, "mask row pos"], by_neuron: bool) -> "SiteScores":
-        """Returns the estimates summed over the positions of each mask, and without `by_neuron`
-        over the last axis."""
-        sums: dict[AnySite, Tensor] = {}
-        for site, estimate in self.estimates.items():
-            if not by_neuron and estimate.ndim >= 3:
-                estimate = estimate.sum(-1)
-            sums[site] = torch.einsum("nrp,rp...->nr...", masks, estimate)
-        return SiteScores(self.before, self.target, sums)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptPair:
-    """The metric of the prompts that are patched (target) and of those patched from (source), with
-    hooks that act in both."""
-
-    target: PromptMetric
-    source: PromptMetric
-    base_hooks: tuple[Hook, ...]
-
-    @classmethod
-    def create(
-        cls,
-        lm: LM,
-        clean: Prompts,
-        corrupted: Prompts,
-        metric: MetricLike,
-        direction: str,
-        base_hooks: Hook | Sequence[Hook],
-    ) -> "PromptPair":
-        """Returns the pair for a direction: "denoise" runs the corrupted prompts, "noise" the clean
-        ones."""
-        target, source = clean, corrupted
-        if direction == "denoise":
-            target, source = corrupted, clean
-        check_pairs(lm, source, target)
-        target_metric = bind_metric(lm, target, metric)
-        if target_metric.reads_continuation:
-            raise Unsupported(
-                "loss reads a continuation, and attribution is of prompts in pairs: take "
-                "hk.logprob of its first token"
+        if method == "qk_fix" and name not in QK_SITES:
+            raise BadHook(
+                f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {name!r} is "
+                "neither"
             )
-        return cls(target_metric, bind_metric(lm, source, metric), as_hooks(base_hooks))
-
-    def batches(self, size: int) -> list[range]:
-        """Returns the prompts that run together: all of them if hooks may name rows."""
-        count = len(self.target)
-        if self.base_hooks:
-            size = count
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def scores(self, sites: Sequence[Site], steps: int, points: Points) -> SiteScores:
-        """Returns the estimates at these sites; with `steps`, integrated over as many points."""
-        parts = [self._score_rows(rows, sites, steps, points) for rows in self.batches(BATCH)]
-        estimates: dict[AnySite, Tensor] = {}
-        for site in sites:
-            estimates[site] = _concatenate([part.estimates[site] for part in parts])
-        before = torch.cat([part.before for part in parts])
-        return SiteScores(before, torch.cat([part.target for part in parts]), estimates)
-
-    def qk_scores(self, sites: Sequence[Site], masks: Tensor) -> SiteScores:
-        """Returns the estimates of the QK fix for queries and keys, at each mask of positions."""
-        before, target, effects = [], [], []
-        for rows in self.batches(BATCH):
-            part = qk_effects(self.target, self.source, rows, sites, self.base_hooks, masks)
-            before.append(part[0])
-            target.append(part[1])
-            effects.append(part[2])
-        estimates: dict[AnySite, Tensor] = {}
-        for site in sites:
-            estimates[site] = torch.cat([part[site] for part in effects], 1)
-        return SiteScores(torch.cat(before), torch.cat(target), estimates)
-
-    def _score_rows(
-        self, rows: range, sites: Sequence[Site], steps: int, points: Points
-    ) -> SiteScores:
-        captured_sites = [*sites, EMBED] if steps and EMBED not in sites else sites
-        captures = capture(captured_sites, name=CAPTURE_NAME)
-        source_run = self.source.run(rows, *self.base_hooks, captures)
-        source_metric = self.source.of_run(source_run, rows)
-        source = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
-        if not steps:
-            result = compute_gradients(self.target, rows, sites, self.base_hooks)
-            before, values, gradient = result.metric, result.values, result.gradient
-        else:
-            run = self.target.run(rows, *self.base_hooks, captures)
-            before = self.target.of_run(run, rows)
-            values = {site: run.captured(site, CAPTURE_NAME) for site in captured_sites}
-            end = source[EMBED].values
-            check_path_end(self.target, rows, self.base_hooks, end, source_metric)
-            path = EmbeddingPath(values[EMBED].values, end, steps, points)
-            gradient = mean_gradient(path.gradients(self.target, rows, sites, self.base_hooks))
-        estimates: dict[AnySite, Tensor] = {}
-        for site in sites:
-            estimates[site] = _first_order_change(source[site], values[site], gradient[site])
-        return SiteScores(before, source_metric, estimates)
 
 
-def _first_order_change(source: Captured, target: Captured, gradient: Tensor) -> Tensor:
-    """Returns the change of the metric [row, pos, ...] for each value, on the CPU. For scores and
-    pattern it is [row, query, head, key]."""
-    difference = source.by_place - target.by_place.detach()
-    product = difference * swap_head_and_query(target.site, gradient)
-    return product.to(device="cpu", dtype=torch.float64)
-
-
-def _concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Returns batches of different widths as one, padded with zeros at the end of each row."""
-    shapes = torch.tensor([part.shape for part in parts])
-    widest = shapes[:, 1:].amax(0).tolist()
-    joined = parts[0].new_zeros(sum(map(len, parts)), *widest)
-    start = 0
-    for part in parts:
-        sizes = [slice(size) for size in part.shape[1:]]
-        joined[(slice(start, start + len(part)), *sizes)] = part
-        start += len(part)
-    return joined
+def _first_order_effects(
+    target: PromptMetric,
+    source: PromptMetric,
+    sites: Sequence[Site],
+    masks: Float[Tensor, "mask row pos"],
+    path: Sequence[float],
+    by_neuron: bool,
+) -> SiteEffects:
+    """Returns the effects to first order; with a path, with the mean gradient on it."""
+    captured_sites = [*sites, EMBED] if path and EMBED not in sites else sites
+    captures = capture(captured_sites, name=CAPTURE_NAME)
+    source_run = source.run(captures)
+    source_metric = source.of_run(source_run)
+    source_values = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
+    if not path:
+        result = compute_gradients(target, sites)
+        before, values, gradient = result.metric, result.values, result.gradient
+    else:
+        run = target.run(captures)
+        before = target.of_run(run)
+        values = {site: run.captured(site, CAPTURE_NAME) for site in captured_sites}
+        start, end = values[EMBED].values, source_values[EMBED].values
+        check_path_end(target, end, source_metric)
+        gradient = mean_gradient(path_gradients(target, sites, start, end, path))
+    effects: dict[AnySite, Tensor] = {}
+    for site in sites:
+        difference = source_values[site].by_place - values[site].by_place.detach()
+        change = difference * swap_head_and_query(site, gradient[site])  # [row, pos, ...]
+        change = change.to(device="cpu", dtype=torch.float64)
+        if not by_neuron and change.ndim >= 3:
+            change = change.sum(-1)
+        row_masks = masks[:, target.rows.start : target.rows.stop, : change.shape[1]]
+        effects[site] = torch.einsum("nrp,rp...->nr...", row_masks, change)
+    return before, source_metric, effects
 
 
 def position_masks(
-    prompt_metric: PromptMetric, positions: GridPositions | None
+    prompt_metric: PromptMetric, positions: GridPositions
 ) -> Float[Tensor, "mask row pos"]:
     """Returns for each value of the dimension `pos` its positions in each prompt, as 1 and 0."""
     lengths = list(map(len, prompt_metric.inputs.rows))
-    named = positions or {None: ALL_POSITIONS}
-    masks = torch.zeros(len(named), len(lengths), max(lengths), dtype=torch.float64)
-    for number, (name, row_positions) in enumerate(named.items()):
+    masks = torch.zeros(len(positions), len(lengths), max(lengths), dtype=torch.float64)
+    for number, (name, row_positions) in enumerate(positions.items()):
         for pos, rows in row_positions:
             where = Where(pos, read_indices(rows, "row"))
             for row, selected in enumerate(prompt_metric.inputs.full.selected_positions(where)):
-                if selected is not None:
-                    masks[number, row, _clip(selected, lengths[row], row, name)] = 1
+                if selected is None:
+                    continue
+                length = lengths[row]
+                if isinstance(selected, range):  # an open slice ends with the prompt
+                    selected = range(selected.start, min(selected.stop, length), selected.step)
+                elif selected[-1] >= length:
+                    raise OutOfRange(
+                        f"position {selected[-1]} of row {row} was asked for (pos={name!r}), and "
+                        f"it has {length} tokens, 0 to {length - 1}"
+                    )
+                masks[number, row, list(selected)] = 1
     return masks
 
 
-def _clip(positions: PositionRange, length: int, row: int, name: Any) -> list[int]:
-    """Returns positions as a list; those of an open slice end with the prompt."""
-    if isinstance(positions, range):
-        return list(range(positions.start, min(positions.stop, length), positions.step))
-    if positions[-1] >= length:
-        raise OutOfRange(
-            f"position {positions[-1]} of row {row} was asked for (pos={name!r}), and it has "
-            f"{length} tokens, 0 to {length - 1}"
-        )
-    return list(positions)
-
-
-def _table(metric: str, grid: SiteGrid, scores: SiteScores, by_neuron: bool) -> pd.DataFrame:
-    """Returns the table of `patching`: the cells in its order, a row for each prompt."""
-    before = scores.before.double().numpy(force=True)
-    distance = (scores.target - scores.before).double().numpy(force=True)
+def _table(
+    metric: str, grid: SiteGrid, parts: Sequence[SiteEffects], by_neuron: bool
+) -> pd.DataFrame:
+    before = torch.cat([part[0] for part in parts]).double().numpy(force=True)
+    target = torch.cat([part[1] for part in parts]).double().numpy(force=True)
     count = len(before)
     estimates = {}  # [position, head or neuron, row]
-    for site, estimate in scores.estimates.items():
+    for site in parts[0][2]:
+        estimate = torch.cat([part[2][site] for part in parts], dim=1)
         estimates[site] = estimate.movedim(1, -1).numpy()
     indices = {position: index for index, position in enumerate(grid.axes.get("pos", [None]))}
-    columns: dict[str, list[Any]] = {name: [] for name in grid.axes}
-    units, deltas = [], []
+    points, deltas = [], []
     for values in itertools.product(*grid.axes.values()):
         point = dict(zip(grid.axes, values, strict=True))
         selection = grid.at(point)
@@ -320,24 +238,19 @@ def _table(metric: str, grid: SiteGrid, scores: SiteScores, by_neuron: bool) -> 
         delta = estimates[Site(site.name, site.layer)][indices[point.get("pos")]]
         if site.head is not None:
             delta = delta[site.head]
-        for name, value in point.items():
-            columns[name] += [value] * delta.size
-        units.append(np.repeat(np.arange(delta.size // count), count))
-        deltas.append(delta.ravel())
-    delta = np.concatenate(deltas)
-    rows = np.tile(np.arange(count), len(delta) // count)
-    table = pd.DataFrame(columns, index=range(len(delta)))
+        points.append(point)
+        deltas.append(delta.reshape(-1, count))  # [neuron, row]
+    repeats = np.repeat(np.arange(len(points)), [delta.size for delta in deltas])
+    table = pd.DataFrame(points).iloc[repeats].reset_index(drop=True)
     if by_neuron:
+        units = [np.repeat(np.arange(len(delta)), count) for delta in deltas]
         table["unit"] = np.concatenate(units)
+    delta = np.concatenate(deltas).ravel()
+    rows = np.tile(np.arange(count), len(delta) // count)
     table["row"] = rows
-    table[metric] = before[rows] + delta
-    table[f"{metric}_before"] = before[rows]
-    table[f"{metric}_delta"] = delta
-    table[f"{metric}_target"] = (before + distance)[rows]
-    effect = np.full(len(delta), np.nan)
-    np.divide(delta, distance[rows], out=effect, where=distance[rows] != 0)
-    table[f"{metric}_effect"] = effect
-    return table
+    unedited = before[rows]
+    numbers = metric_columns(metric, unedited + delta, unedited, delta, target[rows])
+    return table.assign(**numbers)
 
 
 # Columns that do not identify a cell.
@@ -395,9 +308,8 @@ def agreement(
 
 def _value_column(estimate: pd.DataFrame, truth: pd.DataFrame, value: str | None) -> str:
     shared = [name for name in estimate.columns if name in truth.columns]
-    if value is None:
-        deltas = [name for name in shared if name.endswith("_delta")]
-        value = deltas[0] if deltas else None
+    deltas = [name for name in shared if name.endswith("_delta")]
+    value = value or next(iter(deltas), None)
     if value is None or value not in shared:
         raise BadHook(
             f"the tables share {', '.join(shared) or 'no column'}, and not "
@@ -433,14 +345,11 @@ def _compare(pair: pd.DataFrame, value: str, top: int) -> dict[str, Any]:
     count = min(top, int(nonzero.sum()))
     largest = set(estimate[nonzero].abs().nlargest(count).index)
     largest_true = set(truth[nonzero].abs().nlargest(count).index)
-    overlap = float("nan")
-    if count:
-        overlap = len(largest & largest_true) / count
     return {
         "n": len(pair),
         "pearson": estimate.corr(truth),
         "spearman": estimate.rank().corr(truth.rank()),
         "same_sign": float(((estimate > 0) == (truth > 0))[nonzero].mean()),
         "top": count,
-        "overlap": overlap,
+        "overlap": len(largest & largest_true) / count if count else float("nan"),
     }

@@ -7,84 +7,108 @@ backward. The weights are frozen meanwhile.
     result.values("resid_pre.6")      # the values themselves
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, check_integer
 from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import EditHook, Hook
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, Captures, LazyCapture
+from ..hooks.edits import edit
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import LOGIT_SITES, AnySite, Site, Sites, SitesLike
 from ..models.training import freeze_weights
 from ..runs.forward import forward
 from ..runs.run import Run
+from ..sweeps.cells import as_hooks
+from ..sweeps.grids import check_pairs
 from ..sweeps.inputs import SweepInputs, read_inputs
 from ..tables.metrics import Loss, Measure, Metric, MetricLike, Said, as_metrics
 
 # The name of the captures that the attributions make, beside those of the user.
 CAPTURE_NAME = "hookkit.gradients"
 
+EMBED = Site("embed")
+
+Points: TypeAlias = Literal["start", "middle"]
+"""Where the gradient is taken in each of the equal parts of a path between embeddings."""
+
 
 @dataclass(frozen=True, eq=False)
 class PromptMetric:
-    """A metric of some prompts, at the position that it reads."""
+    """A metric of some prompts, at the position that it reads.
 
-    lm: LM
+    rows   the prompts of `inputs` that are run
+    hooks  act in every run
+    """
+
     metric: Metric
     measure: Measure
     inputs: SweepInputs
+    rows: range
+    hooks: tuple[Hook, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.inputs)
+    @property
+    def lm(self) -> LM:
+        """The model of the prompts."""
+        return self.inputs.lm
 
     @property
     def reads_continuation(self) -> bool:
         """True if the metric reads a continuation after the prompts."""
         return isinstance(self.metric, Loss)
 
-    def prompts(self, rows: Sequence[int]) -> list[list[int]]:
-        """Returns the tokens that are run: whole prompts, with a continuation if there is one."""
-        tokens = self.inputs.run_rows if self.reads_continuation else self.inputs.rows
-        return [list(tokens[row]) for row in rows]
+    def batches(self, size: int) -> Iterator["PromptMetric"]:
+        """Yields the prompts that run together: all of them if hooks may name rows."""
+        size = len(self.rows) if self.hooks else size
+        for start in range(0, len(self.rows), size):
+            yield replace(self, rows=self.rows[start : start + size])
 
-    def run(self, rows: Sequence[int], *hooks: Hook) -> Run:
-        """Runs these prompts, with no more logits than the metric reads.
+    def with_embeddings(self, values: Tensor) -> "PromptMetric":
+        """Returns the metric of the same prompts with other embeddings."""
+        return replace(self, hooks=(edit("embed", lambda _: values), *self.hooks))
+
+    def run(self, *hooks: Hook) -> Run:
+        """Runs the prompts, with a continuation if there is one, and no more logits than the metric
+        reads.
 
         Prompts of several lengths have all logits. Logits of the last position alone would need
         padding on the left, where a query sees no key and its pattern has no gradient.
         """
-        prompts = self.prompts(rows)
+        tokens = self.inputs.run_rows if self.reads_continuation else self.inputs.rows
+        prompts = [list(tokens[row]) for row in self.rows]
         one_length = len({len(prompt) for prompt in prompts}) == 1
         last_only = one_length and not self.reads_continuation and not self.inputs.cropped
-        for hook in hooks:
-            if any(_is_logits(site) for site in hook.sites):
-                last_only = False
-        return forward(self.lm, prompts, *hooks, logits="last" if last_only else "all")
+        for hook in (*self.hooks, *hooks):
+            for site in hook.sites:
+                if isinstance(site, Site) and site.name in LOGIT_SITES:
+                    last_only = False
+        logits = "last" if last_only else "all"
+        return forward(self.lm, prompts, *self.hooks, *hooks, logits=logits)
 
-    def of_run(self, run: Run, rows: Sequence[int]) -> Float[Tensor, " row"]:
-        """Returns the metric of a run of these prompts, differentiable if the run's logits are."""
-        captured = run.captured_logits()
-        lengths = [len(self.inputs.run_rows[row]) for row in rows]
-        positions = []
-        for row, length in zip(rows, lengths, strict=True):
-            positions.append(length - self.inputs.read_counts[row])
-        columns = [captured.column(index, position) for index, position in enumerate(positions)]
-        logits = captured.values[torch.arange(len(rows)), torch.tensor(columns)]
+    def of_run(self, run: Run) -> Float[Tensor, " row"]:
+        """Returns the metric of a run of the prompts, differentiable if the run's logits are."""
+        captured, inputs = run.captured_logits(), self.inputs
+        lengths = [len(inputs.run_rows[row]) for row in self.rows]
+        starts, columns = [], []
+        for index, row in enumerate(self.rows):
+            starts.append(lengths[index] - inputs.read_counts[row])
+            columns.append(captured.column(index, starts[index]))
+        logits = captured.values[torch.arange(len(columns)), torch.tensor(columns)]
         after = None
         if self.reads_continuation:
             after = []
-            for index, (position, length) in enumerate(zip(positions, lengths, strict=True)):
-                after.append(as_float(captured.values[index, position:length]))
-        return self.measure(Said(as_float(logits), rows, after=after))
+            for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                after.append(as_float(captured.values[index, start:length]))
+        return self.measure(Said(as_float(logits), self.rows, after=after))
 
 
 def as_float(values: Tensor) -> Tensor:
@@ -92,7 +116,9 @@ def as_float(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def bind_metric(lm: LM, prompts: Prompts, metric: MetricLike, pos: int = -1) -> PromptMetric:
+def bind_metric(
+    lm: LM, prompts: Prompts, metric: MetricLike, pos: int = -1, hooks: Sequence[Hook] = ()
+) -> PromptMetric:
     """Returns the metric of these prompts, checked against the model before anything runs."""
     metrics = as_metrics(metric)
     if len(metrics) != 1:
@@ -100,73 +126,75 @@ def bind_metric(lm: LM, prompts: Prompts, metric: MetricLike, pos: int = -1) -> 
             f"{len(metrics)} metrics were given, and a gradient is of one: call it once for each"
         )
     inputs = read_inputs(lm, prompts, metrics, pos)
-    return PromptMetric(lm, metrics[0], metrics[0].bound(lm, len(inputs)), inputs)
+    measure = metrics[0].bound(lm, len(inputs))
+    return PromptMetric(metrics[0], measure, inputs, range(len(inputs)), tuple(hooks))
+
+
+def bind_pair(
+    lm: LM,
+    target: Prompts,
+    source: Prompts,
+    metric: MetricLike,
+    hooks: Hook | Sequence[Hook],
+) -> tuple[PromptMetric, PromptMetric]:
+    """Returns the metric of the prompts that are patched (target) and of those patched from
+    (source), with hooks that act in both."""
+    check_pairs(lm, source, target)
+    base_hooks = as_hooks(hooks)
+    target_metric = bind_metric(lm, target, metric, hooks=base_hooks)
+    if target_metric.reads_continuation:
+        raise Unsupported(
+            "loss reads a continuation, and attribution is of prompts in pairs: take hk.logprob of "
+            "its first token"
+        )
+    return target_metric, bind_metric(lm, source, metric, hooks=base_hooks)
 
 
 @dataclass(frozen=True, eq=False)
 class SiteGradients:
-    """A metric with its gradient at some sites.
-
-    `leaves` are the tensors of the computation at the sites.
-    """
+    """A metric with its gradient at some sites. The values have the graph of the computation."""
 
     metric: Float[Tensor, " row"]
     run: Run
     values: dict[AnySite, Captured]
     gradient: dict[AnySite, Tensor]
-    leaves: dict[AnySite, Tensor]
 
 
 def compute_gradients(
-    prompt_metric: PromptMetric,
-    rows: Sequence[int],
-    sites: SitesLike,
-    hooks: Sequence[Hook],
-    *,
-    keep_graph: bool = False,
+    prompt_metric: PromptMetric, sites: SitesLike, *hooks: Hook, keep_graph: bool = False
 ) -> SiteGradients:
     """Returns the metric and its gradient at the sites, from one forward and one backward."""
     lm = prompt_metric.lm
-    all_sites = _check_sites(lm.expand(sites))
-    captures = capture(all_sites, grad=True, name=CAPTURE_NAME)
-    with torch.inference_mode(False), torch.enable_grad(), freeze_weights(lm.model):
-        run = prompt_metric.run(rows, *hooks, captures)
-        metric = prompt_metric.of_run(run, rows)
-        values = {site: run.captured(site, CAPTURE_NAME) for site in all_sites}
-        leaves = {site: _leaf(captured) for site, captured in values.items()}
-        gradients: Sequence[Tensor | None] = [None] * len(leaves)
-        if run.logits.requires_grad:  # otherwise they depend on none of the sites
-            _check_metric(prompt_metric.metric, metric)
-            gradients = torch.autograd.grad(
-                metric.sum(), list(leaves.values()), allow_unused=True, retain_graph=keep_graph
-            )
-    is_edited = any(isinstance(hook, EditHook) for hook in hooks)
-    checked = {}
-    for site, gradient in zip(leaves, gradients, strict=True):
-        checked[site] = _check_gradient(site, leaves[site], gradient, is_edited)
-    return SiteGradients(metric.detach(), run, values, checked, leaves)
-
-
-def _is_logits(site: AnySite) -> bool:
-    return isinstance(site, Site) and site.name in LOGIT_SITES
-
-
-def _check_sites(sites: Sites) -> Sites:
-    for site in sites:
+    all_sites = lm.expand(sites)
+    for site in all_sites:
         if isinstance(site, Site) and site.name == "experts":
             raise Unsupported(
                 f"{site} is the numbers of experts, which have no gradient: take 'router_logits'"
             )
-    return sites
-
-
-def _check_metric(metric: Metric, value: Tensor) -> None:
-    if not value.requires_grad:
-        raise Unsupported(
-            f"the metric {metric.name} gives no gradient: it counts or compares, so that it does "
-            "not change with small changes of the logits. Take hk.logit_diff, hk.logit, "
-            "hk.logprob …, or a function of differentiable steps"
-        )
+    captures = capture(all_sites, grad=True, name=CAPTURE_NAME)
+    with torch.inference_mode(False), torch.enable_grad(), freeze_weights(lm.model):
+        run = prompt_metric.run(*hooks, captures)
+        metric = prompt_metric.of_run(run)
+        values = {site: run.captured(site, CAPTURE_NAME) for site in all_sites}
+        leaves = [_leaf(captured) for captured in values.values()]
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        if run.logits.requires_grad:  # otherwise they depend on none of the sites
+            if not metric.requires_grad:
+                raise Unsupported(
+                    f"the metric {prompt_metric.metric.name} gives no gradient: it counts or "
+                    "compares, so that it does not change with small changes of the logits. Take "
+                    "hk.logit_diff, hk.logit, hk.logprob …, or a function of differentiable steps"
+                )
+            gradients = torch.autograd.grad(
+                metric.sum(), leaves, allow_unused=True, retain_graph=keep_graph
+            )
+    is_edited = any(isinstance(hook, EditHook) for hook in (*prompt_metric.hooks, *hooks))
+    checked: dict[AnySite, Tensor] = {}
+    for site, leaf, gradient in zip(values, leaves, gradients, strict=True):
+        if gradient is None and is_edited:
+            gradient = torch.zeros_like(leaf)  # what the edit inserts need not depend on the site
+        checked[site] = _check_gradient(site, gradient)
+    return SiteGradients(metric.detach(), run, values, checked)
 
 
 def _leaf(captured: Captured) -> Tensor:
@@ -179,12 +207,8 @@ def _leaf(captured: Captured) -> Tensor:
     return captured.values
 
 
-def _check_gradient(
-    site: AnySite, leaf: Tensor, gradient: Tensor | None, is_edited: bool
-) -> Tensor:
+def _check_gradient(site: AnySite, gradient: Tensor | None) -> Tensor:
     if gradient is None:
-        if is_edited:  # an edit after the site may insert values that do not depend on it
-            return torch.zeros_like(leaf)
         raise Unsupported(
             f"the metric does not depend on {site}: nothing that it is made of reads this site"
         )
@@ -197,15 +221,62 @@ def _check_gradient(
     return gradient
 
 
-def detach(captured: Captured) -> Captured:
-    """Returns the same values without the graph of their computation."""
-    return replace(captured, values=captured.values.detach())
+# ---- the path from the embeddings of some prompts to those of others
 
 
-def check_choice(name: str, value: Any, *choices: str) -> None:
-    """Raises `BadHook` if a keyword's value is none of the choices."""
-    if value not in choices:
-        raise BadHook(f"{name}={value!r} is unknown: say {' or '.join(map(repr, choices))}")
+def path_points(steps: int, points: Points | None) -> list[float]:
+    """Returns the points of the path at which the gradient is taken, from 0, the prompts that are
+    run, to 1, the other prompts.
+
+    "start" (the default) is the sum of EAP-IG (Hanna et al. 2024): its first point is the prompts
+    that are run, and the other prompts are no point. Its error is of order 1 / steps, that of
+    "middle" of order 1 / steps².
+    """
+    check_integer(steps, "steps", least=1, meaning="how many parts of the way,", error=BadHook)
+    offset = 0.5 if points == "middle" else 0.0
+    return [(number + offset) / steps for number in range(steps)]
+
+
+def path_gradients(
+    prompt_metric: PromptMetric,
+    sites: SitesLike,
+    start: Tensor,
+    end: Tensor,
+    points: Sequence[float],
+    *,
+    keep_graph: bool = False,
+) -> Iterator[SiteGradients]:
+    """Yields the metric and its gradients at points between two tensors of embeddings."""
+    for point in points:
+        at_point = prompt_metric.with_embeddings(start + point * (end - start))
+        yield compute_gradients(at_point, sites, keep_graph=keep_graph)
+
+
+def mean_gradient(results: Iterable[SiteGradients]) -> dict[AnySite, Tensor]:
+    """Returns the mean gradient at each site."""
+    sums: dict[AnySite, Tensor] = {}
+    count = 0
+    for result in results:
+        count += 1
+        for site, gradient in result.gradient.items():
+            sums[site] = sums[site] + gradient if site in sums else gradient
+    return {site: total / count for site, total in sums.items()}
+
+
+def check_path_end(target: PromptMetric, end: Tensor, source_metric: Tensor) -> None:
+    """Raises `Unsupported` if the embeddings of the source's prompts do not give their metric."""
+    at_end = target.with_embeddings(end)
+    metric = at_end.of_run(at_end.run())
+    if not torch.allclose(metric, source_metric, rtol=1e-3, atol=1e-3):
+        raise Unsupported(
+            "the way from one prompt's embeddings to another's does not end at the other prompt: "
+            f"the metric is {metric.tolist()} there and {source_metric.tolist()} for the prompt "
+            "itself, since this model reads its tokens by another way too; take the plain gradient "
+            "(method='gradient', or steps=1)"
+        )
+
+
+# ---- hk.gradients
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -270,31 +341,36 @@ def gradients(
     >>> result.of("resid_pre.6").shape
     torch.Size([1, 6, 576])
     """
-    prompt_metric = bind_metric(lm, prompts, metric, pos)
+    prompt_metric = bind_metric(lm, prompts, metric, pos, hooks)
     if prompt_metric.reads_continuation and hooks:
         raise Unsupported(
             "loss reads a continuation after the prompt, where the positions of hooks would count "
             "from its end: leave the hooks out, or take hk.logprob of the token that is meant"
         )
-    result = compute_gradients(prompt_metric, range(len(prompt_metric)), sites, hooks)
-    values = {site: detach(captured) for site, captured in result.values.items()}
-    slopes = {}
-    for site, captured in values.items():
+    result = compute_gradients(prompt_metric, sites)
+    slopes: dict[AnySite, Captured] = {}
+    for site, captured in result.values.items():
         slopes[site] = replace(captured, values=result.gradient[site])
-    run = _without_graph(result.run, hooks)
+    # Without the graph of the computation, which would keep all of it in memory.
+    values = {site: _detach(captured) for site, captured in result.values.items()}
+    slots = []
+    for slot in result.run.kept.slots:
+        if slot.name != CAPTURE_NAME:
+            slots.append(LazyCapture(slot.site, slot.name, None, slot.captured()))
+    run = replace(
+        result.run,
+        hooks=hooks,
+        kept=Captures(tuple(slots)),
+        kept_logits=_detach(result.run.captured_logits()),
+        output=None,
+    )
     return Gradients(result.metric, run, _as_captures(values), _as_captures(slopes))
+
+
+def _detach(captured: Captured) -> Captured:
+    return replace(captured, values=captured.values.detach())
 
 
 def _as_captures(values: Mapping[AnySite, Captured]) -> Captures:
     slots = [LazyCapture(site, CAPTURE_NAME, None, captured) for site, captured in values.items()]
     return Captures(tuple(slots))
-
-
-def _without_graph(run: Run, hooks: tuple[Hook, ...]) -> Run:
-    """Returns the run without the graph of its computation, which would keep it all in memory."""
-    slots = []
-    for slot in run.kept.slots:
-        if slot.name != CAPTURE_NAME:
-            slots.append(LazyCapture(slot.site, slot.name, None, slot.captured()))
-    logits = detach(run.captured_logits())
-    return replace(run, hooks=hooks, kept=Captures(tuple(slots)), kept_logits=logits, output=None)

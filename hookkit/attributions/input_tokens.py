@@ -15,8 +15,16 @@ from ..models.lm import LM, Token
 from ..models.prompts import Prompts
 from ..runs.forward import forward
 from ..tables.metrics import MetricLike
-from .backward import CAPTURE_NAME, PromptMetric, bind_metric, check_choice, compute_gradients
-from .interpolation import EMBED, EmbeddingPath, mean_gradient, path_points, set_embeddings
+from .backward import (
+    CAPTURE_NAME,
+    EMBED,
+    PromptMetric,
+    bind_metric,
+    compute_gradients,
+    mean_gradient,
+    path_gradients,
+    path_points,
+)
 
 
 @check_arguments
@@ -53,7 +61,6 @@ def token_attribution(
     >>> token_attribution(lm, "The capital of France is", logit(" Paris"))["token"].tolist()
     ["'The'", "' capital'", "' of'", "' France'", "' is'"]
     """
-    check_choice("method", method, "gradient", "integrated")
     if method != "integrated" and steps is not None:
         raise BadHook(
             f"steps is of method='integrated', and has no effect with {method!r}: leave it out"
@@ -64,17 +71,16 @@ def token_attribution(
         raise Unsupported(
             "loss reads a continuation after the prompt: take hk.logprob of its first token"
         )
-    path_points(steps)  # raises
-    rows = range(len(prompt_metric))
-    result = compute_gradients(prompt_metric, rows, EMBED, ())
+    path = path_points(steps, "middle")
+    result = compute_gradients(prompt_metric, EMBED)
     embeddings = result.values[EMBED].values.detach()
     start = _baseline_embeddings(lm, baseline, embeddings)
-    baseline_run = prompt_metric.run(rows, set_embeddings(start))
-    baseline_metric = prompt_metric.of_run(baseline_run, rows)
+    at_baseline = prompt_metric.with_embeddings(start)
+    baseline_metric = at_baseline.of_run(at_baseline.run())
     gradient = result.gradient[EMBED]
     if method == "integrated":
-        path = EmbeddingPath(start, embeddings, steps, "middle")
-        gradient = mean_gradient(path.gradients(prompt_metric, rows, EMBED, ()))[EMBED]
+        results = path_gradients(prompt_metric, EMBED, start, embeddings, path)
+        gradient = mean_gradient(results)[EMBED]
     attributions = ((embeddings - start) * gradient).double().sum(-1).cpu()
     table = _table(prompt_metric, attributions)
     if method == "integrated":
@@ -112,12 +118,7 @@ def _table(prompt_metric: PromptMetric, attributions: Float[Tensor, "row pos"]) 
     records: list[dict[str, Any]] = []
     for row, ids in enumerate(prompt_metric.inputs.rows):
         for position, token_id in enumerate(ids):
-            record = {
-                "row": row,
-                "pos": position,
-                "token": repr(prompt_metric.lm.string(token_id)),
-                "token_id": token_id,
-                "attribution": float(attributions[row, position]),
-            }
-            records.append(record)
+            token = repr(prompt_metric.lm.string(token_id))
+            record = {"row": row, "pos": position, "token": token, "token_id": token_id}
+            records.append(record | {"attribution": float(attributions[row, position])})
     return pd.DataFrame(records)

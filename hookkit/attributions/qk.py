@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import BadHook, Unsupported
-from ..hooks.base import Hook
+from ..errors import Unsupported
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
@@ -33,16 +32,6 @@ LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 # The share of a query's attention above which the score of a sink can be computed from it.
 MIN_SINK_SHARE = 0.05
-
-
-def check_qk_sites(names: Sequence[str]) -> None:
-    """Raises `BadHook` for a site that is neither queries nor keys."""
-    for name in names:
-        if name not in QK_SITES:
-            raise BadHook(
-                f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {name!r} is "
-                "neither"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +53,6 @@ class AttentionRun:
         return self.query @ self.key.mT
 
 
-@dataclass(frozen=True)
-class SoftCap:
-    """Scores that stay below `largest`: largest * tanh(scaling * query · key / largest)."""
-
-    largest: float
-    scaling: float
-
-
 @dataclass(frozen=True, eq=False)
 class Attention:
     """One block's attention in both runs.
@@ -80,14 +61,15 @@ class Attention:
     source    the run of the prompts that they are patched from
     gradient  the metric's gradient at the target's pattern
     missing   [row, head, query]: 1 minus the sum of the pattern, which a sink takes
-    cap       the soft-cap of the scores, if there is one
+    cap       for scores with a soft-cap, largest * tanh(scaling * query · key / largest): the
+              largest and the scaling; else None
     """
 
     target: AttentionRun
     source: AttentionRun
     gradient: Float[Tensor, "row head query key"]
     missing: Float[Tensor, "row head query"]
-    cap: SoftCap | None
+    cap: tuple[float, float] | None
 
     @cached_property
     def scale(self) -> float:
@@ -98,7 +80,7 @@ class Attention:
         query share.
         """
         if self.cap is not None:
-            return self.cap.scaling
+            return self.cap[1]
         visible = self.target.visible & self.source.visible
         changes = center(self.source.scores - self.target.scores, visible)
         products = center(self.source.products - self.target.products, visible)
@@ -133,7 +115,7 @@ class Attention:
         change = self.scale * products
         if self.cap is None:
             return change
-        raw, largest = self.scale * self.target.products, self.cap.largest
+        raw, largest = self.scale * self.target.products, self.cap[0]
         return largest * (((raw + change) / largest).tanh() - (raw / largest).tanh())
 
     @cached_property
@@ -198,22 +180,20 @@ def softmax(
 def qk_effects(
     target: PromptMetric,
     source: PromptMetric,
-    rows: range,
     sites: Sequence[Site],
-    base_hooks: Sequence[Hook],
     masks: Float[Tensor, "mask row pos"],
 ) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "mask row head"]]]:
     """Returns the metric of the target's and of the source's prompts, and the effect of each site
     at the positions of each mask."""
-    lm = target.lm
+    lm, rows = target.lm, target.rows
     layers = sorted({site.layer for site in sites if site.layer is not None})
     captured_sites: list[Site] = []
     for layer in layers:
         captured_sites += _attention_sites(lm, layer)
     captures = capture(captured_sites, name=f"{CAPTURE_NAME}.qk")
-    source_run = source.run(rows, *base_hooks, captures)
+    source_run = source.run(captures)
     patterns = [Site("pattern", layer) for layer in layers]
-    result = compute_gradients(target, rows, patterns, (*base_hooks, captures))
+    result = compute_gradients(target, patterns, captures)
     limit = LIMITS.get(getattr(lm.root, "dtype", torch.float32), 0.03)
     effects: dict[AnySite, Tensor] = {}
     for layer, pattern in zip(layers, patterns, strict=True):
@@ -222,15 +202,18 @@ def qk_effects(
             values = [run.captured(site, captures.name) for site in _attention_sites(lm, layer)]
             runs.append(_attention_run(*values))
         gradient = as_float(result.gradient[pattern]).to(runs[0].scores)
-        captured_pattern = result.run.captured(pattern, CAPTURE_NAME).values.detach()
-        missing = (1 - as_float(captured_pattern).sum(-1)).to(gradient)
-        attention = Attention(runs[0], runs[1], gradient, missing, _soft_cap(lm, pattern))
+        captured_pattern = as_float(result.values[pattern].values.detach())
+        missing = (1 - captured_pattern.sum(-1)).to(gradient)
+        module: Any = lm.root.get_submodule(lm.place(pattern).path)
+        largest = getattr(module, "attn_logit_softcapping", None)  # transformers' name
+        cap = None if largest is None else (float(largest), float(module.scaling))
+        attention = Attention(runs[0], runs[1], gradient, missing, cap)
         attention.check(Site("scores", layer), limit)
         row_masks = masks[:, rows.start : rows.stop, : gradient.shape[-1]].to(gradient)
         for site in sites:
             if site.layer == layer:
                 effects[site] = _site_effect(lm, attention, site, row_masks)
-    return result.metric, source.of_run(source_run, rows), effects
+    return result.metric, source.of_run(source_run), effects
 
 
 def _site_effect(
@@ -255,13 +238,6 @@ def _attention_run(query: Captured, key: Captured, scores: Captured) -> Attentio
     keys = keys.repeat_interleave(score_values.shape[1] // keys.shape[1], dim=1)
     visible = ~is_hidden(scores.values.detach())
     return AttentionRun(queries.to(dtype), keys.to(dtype), score_values.to(dtype), visible)
-
-
-def _soft_cap(lm: LM, pattern: Site) -> SoftCap | None:
-    """Returns the soft-cap of a block's scores, by the names that transformers uses."""
-    module: Any = lm.root.get_submodule(lm.place(pattern).path)
-    largest = getattr(module, "attn_logit_softcapping", None)
-    return None if largest is None else SoftCap(float(largest), float(module.scaling))
 
 
 def _attention_sites(lm: LM, layer: int) -> list[Site]:

@@ -20,6 +20,7 @@ from ..models.lm import LM
 from ..models.sites import AXES
 from .laws import UNFINISHED, prove
 
+EXCEPTION = "exception: "  # the start of the note of a law from which the family is excepted
 SAMPLE = "When Mary and John went to the store, 12 + 34 = 46."
 
 
@@ -49,9 +50,8 @@ class Checkup:
 
     def to_json(self) -> str:
         """Returns the whole checkup as JSON."""
-        contents: dict[str, Any] = {"healthy": self.healthy}
-        for name in ("facts", "notes", "problems"):
-            contents[name] = getattr(self, name)
+        names = ("healthy", "facts", "notes", "problems")
+        contents = {name: getattr(self, name) for name in names}
         for name in ("sites", "laws"):
             contents[name] = json.loads(getattr(self, name).to_json(orient="records"))
         return json.dumps(contents, ensure_ascii=False)
@@ -102,63 +102,46 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
     for law in law_rows:
         if law["holds"] or law["note"] == UNFINISHED:  # another row reports the error itself
             continue
-        if _is_exception(law):
-            notes.append(_describe_failure(law))
-        else:
-            problems.append(_describe_failure(law))
-    return Checkup(_site_table(lm, law_rows), laws, facts(lm), notes, problems)
+        subject = f"the law {law['law']!r}"
+        if law["site"]:
+            subject += f" at {law['site']}"
+        reason = law["note"]
+        if not reason:
+            reason = f"differs by {law['difference']:.2g}, and may by {law['limit']:.2g}"
+        messages = notes if reason.startswith(EXCEPTION) else problems
+        messages.append(f"{subject}: {reason}")
+    return Checkup(_site_table(lm, laws), laws, facts(lm), notes, problems)
 
 
-def _is_exception(law: dict[str, Any]) -> bool:
-    return law["note"].startswith("exception: ")
-
-
-def _describe_failure(law: dict[str, Any]) -> str:
-    subject = f"the law {law['law']!r}"
-    if law["site"]:
-        subject += f" at {law['site']}"
-    reason = law["note"]
-    if not reason:
-        reason = f"differs by {law['difference']:.2g}, and may by {law['limit']:.2g}"
-    return f"{subject}: {reason}"
-
-
-def _site_table(lm: LM, law_rows: list[dict[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame([_site_row(lm, name, law_rows) for name in AXES])
+def _site_table(lm: LM, laws: pd.DataFrame) -> pd.DataFrame:
+    table = pd.DataFrame([_site_row(lm, name, laws) for name in AXES])
     description = lm.describe().set_index("site")
     if "place" in description:
         table.insert(2, "place", description.loc[table["site"], "place"].tolist())
     return table
 
 
-def _site_row(lm: LM, name: str, law_rows: list[dict[str, Any]]) -> dict[str, Any]:
-    laws = [law for law in law_rows if law["site"] == name]
+def _site_row(lm: LM, name: str, laws: pd.DataFrame) -> dict[str, Any]:
+    """Returns the row of one site from the laws about it."""
+    laws = laws.query("site == @name")
     layers = lm.layout.layers(name) if name in lm.layout.names else []
     is_present = layers is None or bool(layers)
-    failed: list[str] = []
-    differences: list[float] = []
-    changes_output: list[bool] = []
-    for law in laws:
-        if not law["holds"] and not _is_exception(law):
-            failed.append(law["law"])
-        if law["law"] == "reaches":
-            changes_output.append(law["holds"])
-        elif law["note"] != UNFINISHED and not _is_exception(law):
-            differences.append(law["difference"])
+    is_exception = laws["note"].str.startswith(EXCEPTION).astype(bool)
+    failed = laws["law"][~laws["holds"].astype(bool) & ~is_exception].tolist()
+    is_reach = laws["law"] == "reaches"
+    reaches = laws["holds"][is_reach]
+    differences = laws["difference"][~is_reach & ~is_exception & (laws["note"] != UNFINISHED)]
+    blocks = "once"
+    if layers is not None:
+        blocks = f"{len(layers)} of {lm.n_layers}" if layers else ""
     return {
         "site": name,
-        "blocks": _describe_layers(lm, layers),
-        "editable": bool(is_present and changes_output and all(changes_output)),
-        "proved": bool(is_present and laws and not failed),
-        "difference": max(differences, default=float("nan")),
+        "blocks": blocks,
+        "editable": bool(is_present and len(reaches) and reaches.all()),
+        "proved": bool(is_present and len(laws) and not failed),
+        "difference": differences.max(),
         "why": ", ".join(failed) if is_present else lm.family.why_missing(name),
     }
-
-
-def _describe_layers(lm: LM, layers: list[int] | None) -> str:
-    if layers is None:
-        return "once"
-    return f"{len(layers)} of {lm.n_layers}" if layers else ""
 
 
 def facts(lm: LM) -> dict[str, Any]:
@@ -166,6 +149,8 @@ def facts(lm: LM) -> dict[str, Any]:
     import transformers
 
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()})
+    buffers = {str(buffer.device) for buffer in lm.root.buffers() if not buffer.is_meta}
+    devices = {str(lm.device), *lm.places.values(), *buffers}
     processes = "1"
     if lm.ranks is not None:
         processes = f"{lm.ranks.count}, of which this is number {lm.ranks.rank}"
@@ -177,7 +162,7 @@ def facts(lm: LM) -> dict[str, Any]:
         "blocks": lm.n_layers,
         "parameters": count_parameters(lm.root),
         "dtype": ", ".join(dtypes),
-        "device": ", ".join(sorted(_devices(lm))),
+        "device": ", ".join(sorted(devices)),
         "processes": processes,
         "device map": str(getattr(lm.root, "hf_device_map", None) or "none"),
         "quantisation": "none" if quantisation is None else type(quantisation).__name__,
@@ -189,22 +174,18 @@ def facts(lm: LM) -> dict[str, Any]:
     }
 
 
-def _devices(lm: LM) -> set[str]:
-    """Returns where the model, its weights and its buffers are, on disk included."""
-    buffers = {str(buffer.device) for buffer in lm.root.buffers() if not buffer.is_meta}
-    return {str(lm.device), *lm.places.values(), *buffers}
-
-
 def _tokenizer_facts(lm: LM) -> dict[str, Any]:
     if lm.tokenizer is None:
         return {"tokenizer": "none: prompts are token ids"}
     tokenizer = lm.tokenizer
+    ids = tokenizer.encode(SAMPLE)
+    starts_with_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
     return {
         "tokenizer": type(tokenizer).__name__,
         "pad": _describe_token(lm, tokenizer.pad_token_id),
         "bos": _describe_token(lm, tokenizer.bos_token_id),
         "eos": _describe_token(lm, tokenizer.eos_token_id),
-        "adds a bos": _adds_bos(lm),
+        "adds a bos": starts_with_bos and lm.encode(SAMPLE) != ids,
         "padding side": tokenizer.padding_side,
         "rows without a token": max(0, (lm.sizes["vocab"] or 0) - lm.n_tokens),
     }
@@ -214,11 +195,6 @@ def _describe_token(lm: LM, token_id: int | None) -> str:
     if token_id is None:
         return "none"
     return f"{lm.tokenizer.convert_ids_to_tokens(token_id)} ({token_id})"
-
-
-def _adds_bos(lm: LM) -> bool:
-    ids = lm.tokenizer.encode(SAMPLE)
-    return bool(ids) and ids[0] == lm.tokenizer.bos_token_id and lm.encode(SAMPLE) != ids
 
 
 def _tokenizer_problems(lm: LM) -> list[str]:
@@ -243,19 +219,28 @@ def _tokenizer_problems(lm: LM) -> list[str]:
 
 
 def _notes(lm: LM) -> list[str]:
-    notes = _tokenizer_notes(lm)
+    notes = []
+    if lm.tokenizer is not None:
+        if lm.tokenizer.pad_token_id is None:
+            notes.append(
+                "the tokenizer has no pad token: hookkit pads with its end token, which the mask "
+                "hides"
+            )
+        if lm.tokenizer.padding_side == "right":
+            notes.append(
+                "the tokenizer pads on the right: hk.generate pads on the left all the same"
+            )
     unused = (lm.sizes["vocab"] or 0) - lm.n_tokens
     if unused > 0:
         notes.append(f"{unused} rows of the vocabulary are no token: they are never ranked")
-    has_dropout = any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in lm.root.modules()
-    )
+    modules = list(lm.root.modules())
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
     if lm.root.training and has_dropout:
         notes.append(
             "the model is in training mode with dropout: numbers differ from call to call; "
             "call model.eval()"
         )
-    if any(getattr(module, "gradient_checkpointing", False) for module in lm.root.modules()):
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
         notes.append(
             "gradient checkpointing is on: inner hooks have to stand until after the backward pass"
         )
@@ -273,19 +258,7 @@ def _missing_site_notes(lm: LM) -> list[str]:
     return notes
 
 
-def _tokenizer_notes(lm: LM) -> list[str]:
-    notes = []
-    if lm.tokenizer is not None and lm.tokenizer.pad_token_id is None:
-        notes.append(
-            "the tokenizer has no pad token: hookkit pads with its end token, which the mask hides"
-        )
-    if lm.tokenizer is not None and lm.tokenizer.padding_side == "right":
-        notes.append("the tokenizer pads on the right: hk.generate pads on the left all the same")
-    return notes
-
-
 def _list_layers(layers: list[int]) -> str:
-    numbers = list(map(str, layers))
-    if len(numbers) >= 6:
-        numbers = [*numbers[:3], "…", numbers[-1]]
-    return ", ".join(numbers)
+    if len(layers) < 6:
+        return ", ".join(map(str, layers))
+    return f"{', '.join(map(str, layers[:3]))}, …, {layers[-1]}"

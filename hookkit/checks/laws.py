@@ -5,12 +5,14 @@ that reads batches and generates. The function of a law yields a `Finding` for e
 checks. `LAWS` lists the laws, and `prove` runs them all.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import check_arguments, check_integers
 from ..errors import HookkitError
@@ -25,68 +27,42 @@ from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, Site
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.manager import attach
-from .study import (
-    Finding,
-    Law,
-    Study,
-    default_prompts,
-    law,
-    relative_difference,
-    representative_layers,
-    site_difference,
-)
+from .study import Finding, Law, Study, default_prompts, relative_difference, representative_layers
 
 OUTPUTS = (("z", "attn_out"), ("mlp_post", "mlp_out"))  # a projection's input, and its output
-
-
-def _bitwise_difference(actual: Tensor, expected: Tensor) -> float:
-    """Returns 0 if the tensors are equal bit for bit, else their relative difference."""
-    if torch.equal(actual, expected):
-        return 0.0
-    return relative_difference(actual, expected)
 
 
 # A model that is only observed.
 
 
-@law("nothing", "logits")
 def _no_hooks(study: Study) -> Iterator[Finding]:
     """Without hooks, the logits equal those of plain transformers, bit for bit."""
     batch = as_batch(study.lm, study.prompts)
     with torch.no_grad():
         expected = study.lm.model(**batch.inputs(study.lm), use_cache=False).logits
     actual = study.plain_run.logits
-    differences: list[float] = []
-    all_equal = True
     for row, length in enumerate(batch.lengths):
-        actual_row, expected_row = actual[row, :length], expected[row, :length]
-        all_equal = all_equal and torch.equal(actual_row, expected_row)
-        differences.append(relative_difference(actual_row, expected_row))
-    yield Finding("logits", 0.0 if all_equal else max(differences), 0.0)
+        difference = relative_difference(actual[row, :length], expected[row, :length])
+        yield Finding("logits", difference, 0.0)
 
 
-@law("looking", "logits")
 def _captures(study: Study) -> Iterator[Finding]:
     """Capturing every site does not change the logits, bit for bit."""
-    yield Finding("logits", _bitwise_difference(study.run.logits, study.plain_run.logits), 0.0)
+    yield Finding("logits", relative_difference(study.run.logits, study.plain_run.logits), 0.0)
 
 
-@law("sum", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 def _residual_sum(study: Study) -> Iterator[Finding]:
     """resid_pre + attn_out + mlp_out is resid_post, and resid_pre + attn_out is resid_mid."""
     run = study.run
     for layer in study.layers_with("attn_out", "mlp_out"):
         total = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"] + run[f"mlp_out.{layer}"]
-        difference = relative_difference(total, run[f"resid_post.{layer}"])
         for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
-            yield Finding(name, difference, study.tolerance)
+            yield study.compare(name, total, run[f"resid_post.{layer}"])
     for layer in study.layers_with("attn_out", "resid_mid"):
         middle = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"]
-        difference = relative_difference(middle, run[f"resid_mid.{layer}"])
-        yield Finding("resid_mid", difference, study.tolerance)
+        yield study.compare("resid_mid", middle, run[f"resid_mid.{layer}"])
 
 
-@law("projection", "z", "mlp_post")
 def _output_projection(study: Study) -> Iterator[Finding]:
     """The output projection of z is attn_out, and that of mlp_post is mlp_out."""
     for name, output_name in OUTPUTS:
@@ -99,10 +75,9 @@ def _output_projection(study: Study) -> Iterator[Finding]:
             for row, length in enumerate(study.run.lengths):
                 projected = study.project_to_stream(values[row : row + 1, :length], source, target)
                 expected = study.run[target][row : row + 1, :length]
-                yield Finding(name, relative_difference(projected, expected), study.tolerance)
+                yield study.compare(name, projected, expected)
 
 
-@law("unembedding", "final_norm")
 def _unembedding(study: Study) -> Iterator[Finding]:
     """The unembedding of final_norm is lm_head."""
     if {"final_norm", "lm_head"} <= set(study.lm.layout.names):
@@ -111,11 +86,9 @@ def _unembedding(study: Study) -> Iterator[Finding]:
             with torch.no_grad():
                 actual = head(study.run["final_norm"][row : row + 1, :length])
             expected = study.run["lm_head"][row : row + 1, :length]
-            difference = relative_difference(actual.float(), expected.float())
-            yield Finding("final_norm", difference, study.tolerance)
+            yield study.compare("final_norm", actual.float(), expected.float())
 
 
-@law("pattern", "pattern")
 def _attention_pattern(study: Study) -> Iterator[Finding]:
     """A pattern sums to 1 (to less with an attention sink) and is 0 at keys after the query."""
     for layer in study.layers_with("pattern"):
@@ -134,16 +107,14 @@ MIN_CHANGE = 1e-6  # the smallest change of the logits by an edit, as a fraction
 STEERED = tuple(name for name in AXES if name not in QUERY_KEY_SITES and name != "experts")
 
 
-@law("identity", *AXES)
 def _patch_with_itself(study: Study) -> Iterator[Finding]:
     """Patching a run with its own values does not change it, bit for bit."""
     study = study.without_first_prompt
     for site in study.sites:
         patched = study.logits(patch(site, study.run))
-        yield Finding(site.name, _bitwise_difference(patched, study.plain_run.logits), 0.0)
+        yield Finding(site.name, relative_difference(patched, study.plain_run.logits), 0.0)
 
 
-@law("reaches", *AXES)
 def _edit_has_effect(study: Study) -> Iterator[Finding]:
     """Zeroing a site changes the logits. Scores are halved; experts are replaced by the next."""
     study = study.without_first_prompt
@@ -158,7 +129,6 @@ def _edit_has_effect(study: Study) -> Iterator[Finding]:
         yield Finding(site.name, difference, MIN_CHANGE, at_least=True)
 
 
-@law("there and back", *STEERED)
 def _opposite_vectors(study: Study) -> Iterator[Finding]:
     """Steering by a vector and by its opposite gives the original logits."""
     study = study.without_first_prompt
@@ -166,11 +136,9 @@ def _opposite_vectors(study: Study) -> Iterator[Finding]:
         if site.name in STEERED:
             vector = study.random_vector(site)
             actual = study.logits(steer(site, vector), steer(site, -vector))
-            difference = relative_difference(actual, study.plain_run.logits)
-            yield Finding(site.name, difference, 5 * study.tolerance)
+            yield study.compare(site.name, actual, study.plain_run.logits, 5)
 
 
-@law("one stream", "attn_out", "mlp_out", "resid_post")
 def _steered_stream(study: Study) -> Iterator[Finding]:
     """Steering attn_out or mlp_out is the same as steering the residual stream after it."""
     study = study.without_first_prompt
@@ -187,10 +155,9 @@ def _steered_stream(study: Study) -> Iterator[Finding]:
     for first, second in pairs:
         vector = study.random_vector(Site("resid_post", first.layer))
         actual, expected = study.logits(steer(first, vector)), study.logits(steer(second, vector))
-        yield Finding(first.name, relative_difference(actual, expected), 5 * study.tolerance)
+        yield study.compare(first.name, actual, expected, 5)
 
 
-@law("all heads", "z", "mlp_post")
 def _all_heads(study: Study) -> Iterator[Finding]:
     """Zeroing all heads, or all neurons, leaves only the projection of zero: its bias."""
     study = study.without_first_prompt
@@ -203,18 +170,16 @@ def _all_heads(study: Study) -> Iterator[Finding]:
                 values = values.flatten(2)
             bias = study.project_to_stream(torch.zeros_like(values)[:1, :1], source, target)[0, 0]
             expected = study.logits(ablate(target, to=bias))
-            difference = relative_difference(study.logits(ablate(sites)), expected)
-            yield Finding(name, difference, 5 * study.tolerance)
+            yield study.compare(name, study.logits(ablate(sites)), expected, 5)
 
 
-@law("one head", "pattern")
 def _one_head(study: Study) -> Iterator[Finding]:
     """Zeroing the pattern of a head is the same as zeroing its z."""
     study = study.without_first_prompt
     for layer in study.layers_with("pattern", "z"):
         actual = study.logits(ablate(Site("pattern", layer, 1)))
         expected = study.logits(ablate(Site("z", layer, 1)))
-        yield Finding("pattern", relative_difference(actual, expected), 5 * study.tolerance)
+        yield study.compare("pattern", actual, expected, 5)
 
 
 # A model that reads batches and generates.
@@ -229,7 +194,6 @@ GENERATED_SITES = tuple(name for name in BY_ROW if name not in LOGIT_SITES)
 CACHED_EDITS = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
 
 
-@law("batch", *BY_ROW)
 def _padded_batch(study: Study) -> Iterator[Finding]:
     """A row has the same values alone and in a batch padded on the right or left, at every site."""
     sites = study.sites
@@ -245,20 +209,16 @@ def _padded_batch(study: Study) -> Iterator[Finding]:
                 if site.name in QUERY_KEY_SITES:
                     batch_values = batch_values.transpose(1, 2)
                 actual = batch_values[number, : expected.shape[0]]
-                difference = site_difference(site, actual, expected)
-                yield Finding(site.name, difference, SHAPE_FACTOR * study.tolerance)
+                yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
 
 
 def _left_padded_values(study: Study, rows: Sequence[Sequence[int]]) -> dict[Site, Tensor]:
     """Returns the captured values of a left-padded batch in a call of the plain model."""
-    width = max(map(len, rows))
-    ids, attended = [], []
-    for row in rows:
-        padding = [0] * (width - len(row))
-        ids.append([*padding, *row])
-        attended.append(padding + [1] * len(row))
-    mask = torch.tensor(attended, device=study.lm.device)
-    inputs = {"input_ids": torch.tensor(ids, device=study.lm.device), "attention_mask": mask}
+    ids = [torch.tensor(row, device=study.lm.device) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    padded_ids = pad_sequence(ids, batch_first=True, padding_side="left")
+    inputs = {"input_ids": padded_ids, "attention_mask": mask}
     if "position_ids" in study.lm.takes:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with attach(study.lm, capture(study.sites)) as manager, torch.no_grad():
@@ -266,10 +226,8 @@ def _left_padded_values(study: Study, rows: Sequence[Sequence[int]]) -> dict[Sit
     return {site: manager[site] for site in study.sites}
 
 
-@law("writing", *GENERATED_SITES, "logits")
 def _generated_values(study: Study) -> Iterator[Finding]:
     """With the cache, generation has the values of a forward pass over the text, at every site."""
-    limit = SHAPE_FACTOR * study.tolerance
     generated = generate(study.lm, study.prompts, capture(study.sites), **GENERATION)
     for row, length in enumerate(generated.lengths):
         ids = generated.tokens[row, : length - 1].tolist()
@@ -279,13 +237,11 @@ def _generated_values(study: Study) -> Iterator[Finding]:
                 continue
             expected = alone.captured(site).by_place[0]
             actual = generated.captured(site).by_place[row, : expected.shape[0]]
-            yield Finding(site.name, site_difference(site, actual, expected), limit)
-        start = generated.prompt_lengths[row] - 1
-        difference = relative_difference(generated.logits[row], alone.logits[0, start:])
-        yield Finding("logits", difference, limit)
+            yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
+        expected = alone.logits[0, generated.prompt_lengths[row] - 1 :]
+        yield study.compare("logits", generated.logits[row], expected, SHAPE_FACTOR)
 
 
-@law("without cache", *CACHED_EDITS)
 def _edit_without_cache(study: Study) -> Iterator[Finding]:
     """An edit of the prompt and the new text gives the same logits with and without the cache."""
     layer = study.layers[len(study.layers) // 2]
@@ -294,14 +250,10 @@ def _edit_without_cache(study: Study) -> Iterator[Finding]:
             hooks = [scale(Site(name, layer), 1.5, pos=slice(0, -1)), ban(0)]
             cached = generate(study.lm, study.prompts, *hooks, use_cache=True, **GENERATION)
             uncached = generate(study.lm, study.prompts, *hooks, use_cache=False, **GENERATION)
-            is_finite = torch.arange(cached.logits.shape[-1]) != 0  # token 0 is banned
-            difference = relative_difference(
-                cached.logits[..., is_finite], uncached.logits[..., is_finite]
-            )
-            yield Finding(name, difference, 5 * study.tolerance)
+            # token 0 is banned
+            yield study.compare(name, cached.logits[..., 1:], uncached.logits[..., 1:], 5)
 
 
-@law("rows", "resid_post")
 def _hooks_by_row(study: Study) -> Iterator[Finding]:
     """Rows with different hooks in one batch have the logits of single runs."""
     site = Site("resid_post", study.layers[len(study.layers) // 2])
@@ -315,11 +267,9 @@ def _hooks_by_row(study: Study) -> Iterator[Finding]:
     for row, make in enumerate(makers):
         length = study.plain_run.lengths[row]
         alone = forward(study.lm, [study.plain_run.tokens[row, :length].tolist()], make(0))
-        difference = relative_difference(batch_logits[row, :length], alone.logits[0])
-        yield Finding("resid_post", difference, 3 * study.tolerance)
+        yield study.compare("resid_post", batch_logits[row, :length], alone.logits[0], 3)
 
 
-@law("left as found")
 def _model_is_restored(study: Study) -> Iterator[Finding]:
     """After an exception the model has the hooks and attributes that it had before."""
 
@@ -344,24 +294,24 @@ def _module_state(lm: LM) -> list[tuple[int, ...]]:
     return states
 
 
-LAWS: list[Law] = [
-    _no_hooks,
-    _captures,
-    _residual_sum,
-    _output_projection,
-    _unembedding,
-    _attention_pattern,
-    _patch_with_itself,
-    _edit_has_effect,
-    _opposite_vectors,
-    _steered_stream,
-    _all_heads,
-    _one_head,
-    _padded_batch,
-    _generated_values,
-    _edit_without_cache,
-    _hooks_by_row,
-    _model_is_restored,
+LAWS = [
+    Law("nothing", _no_hooks, ("logits",)),
+    Law("looking", _captures, ("logits",)),
+    Law("sum", _residual_sum, ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")),
+    Law("projection", _output_projection, ("z", "mlp_post")),
+    Law("unembedding", _unembedding, ("final_norm",)),
+    Law("pattern", _attention_pattern, ("pattern",)),
+    Law("identity", _patch_with_itself, tuple(AXES)),
+    Law("reaches", _edit_has_effect, tuple(AXES)),
+    Law("there and back", _opposite_vectors, STEERED),
+    Law("one stream", _steered_stream, ("attn_out", "mlp_out", "resid_post")),
+    Law("all heads", _all_heads, ("z", "mlp_post")),
+    Law("one head", _one_head, ("pattern",)),
+    Law("batch", _padded_batch, BY_ROW),
+    Law("writing", _generated_values, (*GENERATED_SITES, "logits")),
+    Law("without cache", _edit_without_cache, CACHED_EDITS),
+    Law("rows", _hooks_by_row, ("resid_post",)),
+    Law("left as found", _model_is_restored, ()),
 ]
 UNFINISHED = "this law ended in an error, and was not checked at this site to the end"
 
@@ -397,23 +347,20 @@ def prove(
     for current_law in LAWS:
         worst_at: dict[str, Finding] = {}
         for finding in _check_law(current_law, study):
-            worst = worst_at.get(finding.site)
-            if worst is None or _severity(finding) > _severity(worst):
-                worst_at[finding.site] = finding
+            worst = worst_at.setdefault(finding.site, finding)
+            worst_at[finding.site] = max(worst, finding, key=_severity)
         rows += [_table_row(lm, current_law, finding) for finding in worst_at.values()]
     return pd.DataFrame(rows, columns=["law", "site", "difference", "limit", "holds", "note"])
 
 
 def _table_row(lm: LM, checked_law: Law, finding: Finding) -> dict[str, object]:
-    exceptions = lm.family.exceptions
-    reason = exceptions.get(checked_law.name) or exceptions.get(
-        f"{checked_law.name} {finding.site}"
-    )
+    exceptions, name = lm.family.exceptions, checked_law.name
+    reason = exceptions.get(name) or exceptions.get(f"{name} {finding.site}")
     note = finding.note
     if reason and not finding.holds:
         note = f"exception: {reason}"
     return {
-        "law": checked_law.name,
+        "law": name,
         "site": finding.site,
         "difference": finding.difference,
         "limit": finding.limit,
@@ -424,12 +371,8 @@ def _table_row(lm: LM, checked_law: Law, finding: Finding) -> dict[str, object]:
 
 def _severity(finding: Finding) -> tuple[bool, float]:
     """Returns a value that is larger for a worse finding; nan counts as infinite."""
-    difference = finding.difference
-    if difference != difference:
-        difference = float("inf")
-    if finding.at_least:
-        difference = -difference
-    return not finding.holds, difference
+    difference = math.inf if math.isnan(finding.difference) else finding.difference
+    return not finding.holds, -difference if finding.at_least else difference
 
 
 def _check_law(checked_law: Law, study: Study) -> list[Finding]:
@@ -443,10 +386,10 @@ def _check_law(checked_law: Law, study: Study) -> list[Finding]:
     except (HookkitError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0][:300]
         note = f"could not be tried: {type(error).__name__}: {reason}"
-        findings.append(Finding("", float("nan"), 0.0, note))
+        findings.append(Finding("", math.nan, 0.0, note))
         failed = {finding.site for finding in findings if not finding.holds}
         unfinished = {site.name for site in study.sites} - failed
         for name in checked_law.sites:
             if name in unfinished:
-                findings.append(Finding(name, float("nan"), 0.0, UNFINISHED))
+                findings.append(Finding(name, math.nan, 0.0, UNFINISHED))
     return findings

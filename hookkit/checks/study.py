@@ -5,10 +5,11 @@ several laws share. A `Law` has a name and the function that checks it. A `Findi
 a law at one site.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -50,13 +51,12 @@ class Study:
         sites = [site for site in self.lm.sites() if isinstance(site, Site)]
         return [site for site in sites if site.layer is None or site.layer in self.layers]
 
-    def has_sites(self, names: Iterable[str], layer: int) -> bool:
-        """True if a layer has all these sites."""
-        return all(self.lm.layout.find(name, layer) for name in names)
-
     def layers_with(self, *names: str) -> list[int]:
         """Returns the layers to check that have all these sites."""
-        return [layer for layer in self.layers if self.has_sites(names, layer)]
+        layers = self.layers
+        for name in names:
+            layers = [layer for layer in layers if self.lm.layout.find(name, layer)]
+        return layers
 
     @cached_property
     def plain_run(self) -> Run:
@@ -76,6 +76,26 @@ class Study:
     def logits(self, *hooks: Hook) -> Tensor:
         """Returns the logits of the prompts under these hooks."""
         return forward(self.lm, self.prompts, *hooks).logits
+
+    def compare(self, site: str, actual: Tensor, expected: Tensor, factor: float = 1) -> "Finding":
+        """Returns the finding of values that may differ by `factor` times the tolerance."""
+        return Finding(site, relative_difference(actual, expected), factor * self.tolerance)
+
+    def compare_site(
+        self, site: Site, actual: Tensor, expected: Tensor, factor: float
+    ) -> "Finding":
+        """Returns the finding of the values at a site.
+
+        Scores and patterns may have different numbers of keys. The keys that both have are
+        compared, and those that the query cannot see count as zero.
+        """
+        if site.name not in QUERY_KEY_SITES:
+            return self.compare(site.name, actual.float(), expected.float(), factor)
+        width = min(actual.shape[-1], expected.shape[-1])
+        actual, expected = actual[..., :width], expected[..., :width]
+        actual = actual.masked_fill(is_hidden(actual), 0)
+        expected = expected.masked_fill(is_hidden(expected), 0)
+        return self.compare(site.name, actual, expected, factor)
 
     def random_vector(self, site: Site) -> Tensor:
         """Returns a random vector with the standard deviation of the values at a site."""
@@ -101,27 +121,13 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 
     It is nan if the shapes differ.
     """
-    if actual.shape != expected.shape:
-        return float("nan")
-    if not actual.numel():
+    actual, expected = actual.double(), expected.double()
+    if torch.equal(actual, expected):
         return 0.0
+    if actual.shape != expected.shape:
+        return math.nan
     size = max(float(expected.abs().max()), 1e-3)
-    return float((actual.double() - expected.double()).abs().max()) / size
-
-
-def site_difference(site: Site, actual: Tensor, expected: Tensor) -> float:
-    """Returns the `relative_difference` of the values at a site.
-
-    Scores and patterns may have different numbers of keys. The keys that both have are compared,
-    and those that the query cannot see count as zero.
-    """
-    if site.name not in QUERY_KEY_SITES:
-        return relative_difference(actual.float(), expected.float())
-    width = min(actual.shape[-1], expected.shape[-1])
-    actual, expected = actual[..., :width], expected[..., :width]
-    return relative_difference(
-        actual.masked_fill(is_hidden(actual), 0), expected.masked_fill(is_hidden(expected), 0)
-    )
+    return float((actual - expected).abs().max()) / size
 
 
 def default_prompts(lm: LM) -> list[list[int]]:
@@ -132,7 +138,7 @@ def default_prompts(lm: LM) -> list[list[int]]:
     numbers = iter(range(3, 3 + sum(PROMPT_LENGTHS)))
     prompts = []
     for length in PROMPT_LENGTHS:
-        prompts.append([next(numbers) ** 3 * 7919 % n_tokens for _ in range(length)])
+        prompts.append([number**3 * 7919 % n_tokens for number in islice(numbers, length)])
     return prompts
 
 
@@ -170,18 +176,10 @@ class Finding:
         return self.difference <= self.limit
 
 
-Check: TypeAlias = Callable[[Study], Iterator[Finding]]
-
-
 @dataclass(frozen=True)
 class Law:
     """A law: its name, the function that checks it, and every site that it may report."""
 
     name: str
-    check: Check
+    check: Callable[[Study], Iterator[Finding]]
     sites: tuple[str, ...]
-
-
-def law(name: str, *sites: str) -> Callable[[Check], Law]:
-    """Returns a decorator that makes a `Law` of the function that checks it."""
-    return lambda check: Law(name, check, sites)

@@ -18,24 +18,9 @@ experiments     hookkit new, run, show
 """
 
 from .app import app as app
-from .scan import scan as scan
-from .inspect_prompt import ranks as ranks
-from .inspect_prompt import lens as lens
-from .inspect_prompt import direct as direct
-from .inspect_prompt import surprisal as surprisal
-from .intervene import shift as shift
-from .generate import generate as generate
-from .generate import compare as compare
-from .generate import steer as steer
-from .generate import trace as trace
-from .intervene import patch as patch
-from .intervene import ablations as ablations
-from .intervene import patching as patching
-from .models import harvest as harvest
-from .intervene import diff as diff
-from .models import sites as sites
-from .models import doctor as doctor
-from .models import list_models as list_models
-from .experiments import new as new
-from .experiments import run as run
-from .experiments import show as show
+from . import scan as scan
+from . import inspect_prompt as inspect_prompt
+from . import intervene as intervene
+from . import generate as generate
+from . import models as models
+from . import experiments as experiments

@@ -10,11 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version as installed_version
 from inspect import Parameter, Signature
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
+
+from ..errors import HookkitError
+from .output import is_terminal, print_message
 
 DONE = 0
 FAILED = 1  # a model has a problem, an experiment failed, or a result changed
@@ -27,14 +31,6 @@ STATUS_HELP = (
     "Exit status: 0 done; 1 doctor found a problem, or what was run failed or changed; "
     "2 the request cannot be met; 130 ended by Ctrl-C."
 )
-
-
-def is_terminal(stream: Any) -> bool:
-    """True for a stream to a terminal; False for a closed one."""
-    try:
-        return stream is not None and stream.isatty()
-    except ValueError:  # the stream was closed
-        return False
 
 
 PIPED = not is_terminal(sys.stdout)  # help and errors are then plain text, without frames
@@ -55,9 +51,7 @@ app = create_program(add_completion=True, epilog=STATUS_HELP)
 
 def _print_version(requested: bool) -> None:
     if requested:
-        from importlib.metadata import version
-
-        typer.echo(f"hookkit {version('hookkit')}")
+        typer.echo(f"hookkit {installed_version('hookkit')}")
         raise typer.Exit(DONE)
 
 
@@ -102,16 +96,15 @@ def command(
 
 def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     """Returns the function with a keyword for each field of its dataclasses, and errors handled."""
-    hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {}
     parameters: list[Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
-        if name in groups:
-            parameters += _field_parameters(groups[name])
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            parameters += inspect.signature(groups[name]).parameters.values()
         else:
-            parameters.append(
-                parameter.replace(annotation=hints[name], kind=Parameter.KEYWORD_ONLY)
-            )
+            parameters.append(parameter)
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
 
     @functools.wraps(function)
     def run_command(**arguments: Any) -> None:
@@ -129,19 +122,6 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _field_parameters(group: Any) -> list[Parameter]:
-    """Returns the fields of a dataclass as keyword parameters."""
-    hints = get_type_hints(group, include_extras=True)
-    parameters: list[Parameter] = []
-    for field in fields(group):
-        default = Parameter.empty if field.default is MISSING else field.default
-        parameter = Parameter(
-            field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
-        )
-        parameters.append(parameter)
-    return parameters
-
-
 @contextmanager
 def exit_cleanly(kept_results: str = "") -> Iterator[None]:
     """Ends the program with a status and a message after an error in the `with` block or Ctrl-C.
@@ -149,8 +129,6 @@ def exit_cleanly(kept_results: str = "") -> Iterator[None]:
     Ends silently if nobody reads the output (`| head`). `kept_results` says what an interrupted
     program leaves.
     """
-    from ..errors import HookkitError
-
     try:
         yield
         sys.stdout.flush()
@@ -188,18 +166,15 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _print_error(text: str) -> None:
-    from ..display import printable_lines
-
     with suppress(OSError):  # the disk of standard error may be full, too
-        typer.echo(f"hookkit: {printable_lines(text)}", err=True)
+        print_message(text)
 
 
 def _flush() -> None:
     """Flushes standard output. If that fails, discards it, so that Python does not try again."""
-    if sys.stdout is None:
-        return
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (OSError, ValueError):
         _discard_output()
 

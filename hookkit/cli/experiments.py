@@ -15,14 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+from typer import Argument, Option
 
+import hookkit as hk
+
+from ..errors import BadFile, BadHook
+from ..files.atomic import write_new
+from ..files.untrusted import check_mapping, path_inside, read_json, read_table
 from .app import FAILED, command
-from .output import OutputOptions, TableView, print_message, print_text, write_result
+from .options import ModelName
+from .output import OutputOptions, TableView, print_message, print_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PANEL = "Experiments"
+PROMPT = "I like oat milk in my"
 
 EXPERIMENT = '''\
 """{docstring}
@@ -86,23 +94,16 @@ def test_{name}_gives_the_same_table_twice(tmp_path, monkeypatch):
 
 @command('hookkit new oat_milk --prompt "I like oat milk in my" --token " coffee"', panel=PANEL)
 def new(
-    name: Annotated[str, typer.Argument(help="The name of the experiment: letters, digits and _.")],
-    question: Annotated[str, typer.Option(help="The question that it asks.")] = "",
-    prompt: Annotated[
-        str, typer.Option(help="The prompt that it begins with.")
-    ] = "I like oat milk in my",
-    token: Annotated[str, typer.Option(help="The token that it watches.")] = " coffee",
-    model: Annotated[
-        str | None, typer.Option(help="A Hugging Face id, a folder or a .gguf file.")
-    ] = None,
+    name: Annotated[str, Argument(help="The name of the experiment: letters, digits and _.")],
+    question: Annotated[str, Option(help="The question that it asks.")] = "",
+    prompt: Annotated[str, Option(help="The prompt that it begins with.")] = PROMPT,
+    token: Annotated[str, Option(help="The token that it watches.")] = " coffee",
+    model: ModelName = None,
     folder: Annotated[
-        Path, typer.Option(help="The folder that has, or will have, experiments/ and tests/.")
+        Path, Option(help="The folder that has, or will have, experiments/ and tests/.")
     ] = Path(),
 ) -> None:
     """Write an experiment of some thirty lines that runs, and its test."""
-    from ..errors import BadHook
-    from ..files.atomic import write_new
-
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise BadHook(
             f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk"
@@ -112,13 +113,15 @@ def new(
         question = f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
     if not question.endswith("?"):
         raise BadHook(f"{question!r} is not a question: a question ends in a question mark")
+    if model is not None and Path(model).exists():
+        model = str(Path(model).resolve())
     values = {
         "name": name,
         "question": question,
         "docstring": question.replace("\\", "\\\\").replace('"""', "'''"),
         "prompt": prompt,
         "token": token,
-        "model": _model_argument(model),
+        "model": "" if model is None else repr(model),
     }
     script = folder / "experiments" / f"{name}.py"
     test = folder / "tests" / f"test_{name}.py"
@@ -134,44 +137,32 @@ def new(
     print_message(f"run it with `hookkit run {script}`, and test it with `python -m pytest {test}`")
 
 
-def _model_argument(model: str | None) -> str:
-    """Returns the argument of `hk.load` in the experiment: empty for the default model."""
-    if model is None:
-        return ""
-    path = Path(model)
-    return repr(str(path.resolve()) if path.exists() else model)
-
-
+FINISHED = "finished"
 STANDARD_ERROR = 2  # the file descriptor for what an experiment prints
 
 Against: TypeAlias = Annotated[
-    str | None,
-    typer.Option(help="Compare with: last, the run before; a revision of git; or a folder."),
+    str | None, Option(help="Compare with: last, the run before; a revision of git; or a folder.")
 ]
 Tolerance: TypeAlias = Annotated[
-    float, typer.Option(help="With --against: the largest difference of two numbers.")
+    float, Option(help="With --against: the largest difference of two numbers.")
 ]
 
 
 @command("hookkit run experiments/oat_milk.py --against HEAD", panel=PANEL)
 def run(
     scripts: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Experiments: files of Python.")
+        list[Path], Argument(metavar="FILE...", help="Experiments: files of Python.")
     ],
     output: OutputOptions,
     against: Against = None,
     tolerance: Tolerance = 1e-4,
-    folder: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("results"),
+    folder: Annotated[Path, Option(help="The folder of the results.")] = Path("results"),
 ) -> None:
     """Run experiments, each in its own process, write the index of results, and print what changed.
 
     Ends with status 1 if an experiment failed, or if with --against a table changed.
     """
     output.check()
-    import pandas as pd
-
-    from ..errors import BadFile
-
     missing = [str(path) for path in scripts if not path.is_file()]
     if missing:
         raise BadFile(f"there is no file {', '.join(missing)}: name experiments by their files")
@@ -181,20 +172,19 @@ def run(
         if against is not None and row["ended"] == FINISHED:
             row |= _compare(output, path, folder / path.stem, against, tolerance)
         rows.append(row)
+    try:
+        output.note(f"the index is {hk.index(folder)}")
+    except BadHook as error:  # an experiment does not have to record anything
+        output.note(f"no index: {error}")
+    import pandas as pd
+
     table = pd.DataFrame(rows)
-    _write_index(output, folder)
-    write_result(output, "Experiments", {"experiments": TableView(table)})
-    if set(table["ended"]) != {FINISHED}:
+    output.write("Experiments", {"experiments": TableView(table)})
+    if set(table["ended"]) != {FINISHED} or (against is not None and not all(table["same"])):
         raise typer.Exit(FAILED)
-    if against is not None and not all(table["same"].tolist()):
-        raise typer.Exit(FAILED)
-
-
-FINISHED = "finished"
 
 
 def _run_experiment(output: OutputOptions, path: Path) -> dict[str, Any]:
-    """Runs an experiment and returns its name, its time in seconds, and how it ended."""
     output.note(str(path))
     start = time.perf_counter()
     arguments = [sys.executable, *_python_arguments(path)]
@@ -210,7 +200,6 @@ def _compare(
     output: OutputOptions, path: Path, folder: Path, against: str, tolerance: float
 ) -> dict[str, Any]:
     """Compares the results of an experiment: number of tables, all the same, largest difference."""
-    from ..errors import BadHook
     from ..reports.results_diff import describe_changes
 
     if not folder.is_dir():
@@ -236,67 +225,58 @@ def _python_arguments(path: Path) -> list[str]:
     return [str(path)]
 
 
-def _write_index(output: OutputOptions, folder: Path) -> None:
-    from ..errors import BadHook
-    from ..reports.gallery import index
-
-    try:
-        output.note(f"the index is {index(folder)}")
-    except BadHook as error:  # an experiment does not have to record anything
-        output.note(f"no index: {error}")
-
-
 @command("hookkit show results/oat_milk --against last", panel=PANEL)
 def show(
-    folder: Annotated[Path, typer.Argument(help="A result, or a folder of results.")],
+    folder: Annotated[Path, Argument(help="A result, or a folder of results.")],
     output: OutputOptions,
     against: Against = None,
     tolerance: Tolerance = 1e-4,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of each table to show.")] = 12,
+    rows: Annotated[int, Option(min=1, help="How many rows of each table to show.")] = 12,
 ) -> None:
     """Show a result: question, answer, tables; or list a folder of results; or what changed.
 
     Ends with status 1 if with --against a table changed.
     """
-    output_format = output.format
-    from ..reports.gallery import results
+    output.check()
+    from ..reports.readme import README, is_own_readme
 
     if against is not None:
         table = _compare_results(folder, against, tolerance)
-        write_result(output, "What moved", {"moved": TableView(table)})
-        if not all(table["same"].tolist()):
+        output.write("What moved", {"moved": TableView(table)})
+        if not all(table["same"]):
             raise typer.Exit(FAILED)
-    elif (folder / "report.html").is_file():
-        write_result(output, folder.name, _read_result(folder, output_format, rows))
+    elif (folder / "report.html").is_file() or (
+        (folder / "about.json").is_file() and is_own_readme(folder / README)
+    ):
+        output.write(folder.name, _read_result(folder, output.format, rows))
     else:
-        view = TableView(results(folder), ("result", "question", "answer"))
-        write_result(output, "Results", {"results": view})
+        view = TableView(hk.results(folder), ("result", "question", "answer"))
+        output.write("Results", {"results": view})
 
 
 def _compare_results(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
     """Returns the differences between a result and the one that --against names."""
-    from ..errors import BadHook
-    from ..reports.results_diff import LAST, moved
+    from ..reports.results_diff import LAST
 
     if against == "last":
         if not (folder / LAST).is_dir():
             raise BadHook(f"{folder} has no run before this one: run the experiment again first")
-        return moved(folder / LAST, folder, tolerance=tolerance)
-    before = against if Path(against).is_dir() else f"{folder}@{against}"
-    return moved(before, folder, tolerance=tolerance)
+        before = folder / LAST
+    elif Path(against).is_dir():
+        before = against
+    else:
+        before = f"{folder}@{against}"
+    return hk.moved(before, folder, tolerance=tolerance)
 
 
 def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, TableView | str]:
     """Returns the texts and the tables of a result; a reader sees the first rows of each table."""
     import pandas as pd
 
-    from ..errors import BadFile
-    from ..files.untrusted import check_strings, path_inside, read_json, read_table
-
     names = ("title", "question", "answer", "command")
     path = path_inside(folder, "about.json")
     try:
-        about = check_strings(read_json(path, finite=False), names, repr(str(path)))
+        about = check_mapping(read_json(path, finite=False), repr(str(path)), *names)
     except BadFile as error:
         raise BadFile(f"{error}; run the experiment again") from error
     texts = {name: about[name] for name in names if about.get(name)}

@@ -13,50 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
+
+import hookkit as hk
 
 from ..display import printable
-from .app import command, exit_cleanly, is_terminal
+from ..errors import BadFile, BadHook
+from .app import command, exit_cleanly
 from .options import (
     GenerationOptions,
-    HookOptions,
+    HookedModelOptions,
     ModelOptions,
     Prompt,
     PromptOptions,
+    Quiet,
+    Texts,
     Top,
     Watch,
     read_prompt,
-    token_ids,
 )
-from .output import (
-    OutputOptions,
-    TableView,
-    print_line,
-    print_text,
-    rows_as_dicts,
-    write_result,
-)
+from .output import OutputOptions, TableView, is_terminal, print_line, print_text, rows_as_dicts
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
 
-    from ..hooks.vector import Vector
-    from ..models.lm import LM
     from ..tables.streaming import StreamStep
-
 
 PANEL = "Write"
 SUMMARY_COLUMNS = (
-    "row",
-    "step",
-    "kl",
-    "top1_before",
-    "top1_after",
-    "entropy_before",
-    "entropy_after",
-    "kept",
-)
+    "row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after", "kept"
+)  # fmt: skip
 
 
 @command(
@@ -64,30 +51,25 @@ SUMMARY_COLUMNS = (
 )
 def generate(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     generation: GenerationOptions,
     output: OutputOptions,
     only_new: Annotated[
-        bool, typer.Option("--only-new", help="Print the generated text without the prompt.")
+        bool, Option("--only-new", help="Print the generated text without the prompt.")
     ] = False,
 ) -> None:
     """Continue each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
-    texts, settings, output_format = prompts.read(), generation.arguments(), output.format
-    hooks.check()
+    texts, settings = prompts.read(), generation.arguments()
+    lm, edits, _ = model.load_with_hooks(output)
     import pandas as pd
 
-    from ..runs.generate import generate as run_generation
-
-    lm = model.load(quiet=output.quiet)
-    edits = hooks.read(lm, output.note)
-    run = run_generation(lm, texts, *edits, logits=False, **settings)
-    if not output_format:
+    run = hk.generate(lm, texts, *edits, logits=False, **settings)
+    if not output.format:
         for prompt, generated in zip(texts, run.generated, strict=True):
             print_line(generated if only_new else prompt + generated)
         return
     table = pd.DataFrame({"row": range(len(texts)), "prompt": texts, "generated": run.generated})
-    write_result(output, "Generated", {"generated": TableView(table)})
+    output.write("Generated", {"generated": TableView(table)})
 
 
 @command(
@@ -95,12 +77,11 @@ def generate(
 )
 def compare(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     generation: GenerationOptions,
     output: OutputOptions,
     along: Annotated[
-        str, typer.Option(help="The text along which steps are compared: baseline or edited.")
+        str, Option(help="The text along which steps are compared: baseline or edited.")
     ] = "baseline",
     top: Top = 5,
     watch: Watch = None,
@@ -109,15 +90,10 @@ def compare(
 
     CSV has the shift of each token at each step; JSON also the texts and the distances.
     """
-    output.check()
     texts, settings = prompts.read(), {**generation.arguments(), "along": along}
-    hooks.check(purpose="a comparison needs a text with hooks and a text without")
-    from ..tables.comparison import compare as compare_generations
-
-    lm = model.load(quiet=output.quiet)
-    watched_ids = token_ids(lm, watch)
-    edits = hooks.read(lm, output.note)
-    comparison = compare_generations(lm, texts, *edits, top=top, watch=watched_ids, **settings)
+    purpose = "a comparison needs a text with hooks and a text without"
+    lm, edits, watched_ids = model.load_with_hooks(output, watch, purpose=purpose)
+    comparison = hk.compare(lm, texts, *edits, top=top, watch=watched_ids, **settings)
     caption = f"at each step of the {along} text (nats)"
     summary = TableView(comparison.summary, SUMMARY_COLUMNS, caption)
     if output.format:
@@ -127,41 +103,32 @@ def compare(
             "shifts": TableView(comparison.shifts, caption="every token's shift"),
         }
     else:
-        table = comparison.texts
-        for name in ("baseline", "edited"):
-            table = _quote_column(table, name)
+        table = _quote_columns(comparison.texts, "baseline", "edited")
         parts = {"texts": TableView(table, caption=" + ".join(map(str, edits))), "summary": summary}
-    write_result(output, "Comparison", parts, main="shifts")
+    output.write("Comparison", parts, main="shifts")
 
 
-def _quote_column(table: Any, name: str) -> "pd.DataFrame":
-    """Returns the table with a column's texts as literals, so that a space at an end is visible."""
-    return table.assign(**{name: table[name].map(repr)})
+def _quote_columns(table: "pd.DataFrame", *names: str) -> "pd.DataFrame":
+    """Returns the table with texts as literals, so that a space at an end is visible."""
+    return table.assign(**{name: table[name].map(repr) for name in names})
 
 
 @dataclass(frozen=True)
 class DirectionOptions:
     """The options for a direction: from a file, or the mean difference between texts."""
 
-    vector: Annotated[
-        Path | None, typer.Option(help="A file that Vector.save, or --save, wrote.")
-    ] = None
-    toward: Annotated[list[str] | None, typer.Option(help="A text that has it; repeatable.")] = None
-    away: Annotated[
-        list[str] | None, typer.Option(help="A text that has the opposite; repeatable.")
-    ] = None
+    vector: Annotated[Path | None, Option(help="A file that Vector.save, or --save, wrote.")] = None
+    toward: Annotated[Texts, Option(help="A text that has it; repeatable.")] = None
+    away: Annotated[Texts, Option(help="A text that has the opposite; repeatable.")] = None
     site: Annotated[
-        str | None,
-        typer.Option(help="Where it is read and added; the middle layer if left out."),
+        str | None, Option(help="Where it is read and added; the middle layer if left out.")
     ] = None
     save: Annotated[
-        Path | None, typer.Option(help="A .safetensors file to which the vector is saved.")
+        Path | None, Option(help="A .safetensors file to which the vector is saved.")
     ] = None
 
     def check(self) -> None:
         """Raises the errors that can be found without a model."""
-        from ..errors import BadFile, BadHook
-
         from_texts = bool(self.toward or self.away)
         has_both_texts = bool(self.toward and self.away)
         has_file = self.vector is not None
@@ -179,47 +146,22 @@ class DirectionOptions:
                 "there is no such file"
             )
 
-    def build(self, lm: "LM") -> "Vector":
-        """Returns the vector, after saving it where --save says."""
-        vector = self._load(lm) if self.vector is not None else self._fit(lm)
-        if self.save is not None:
-            self._save(vector)
-        return vector
-
-    def _fit(self, lm: "LM") -> "Vector":
-        from ..errors import BadHook
-        from ..steering.directions import mean_difference
-
+    def build(self, lm: "hk.LM") -> "hk.Vector":
+        """Returns the vector of the file, or the mean difference between the texts."""
+        if self.vector is not None:
+            try:
+                return hk.load_vector(lm, self.vector)
+            except BadFile as error:
+                raise BadFile(
+                    f"{str(self.vector)!r} cannot be read as the file of a vector: {error}"
+                ) from error
         site = self.site or f"resid_post.{lm.n_layers // 2}"
-        vectors = mean_difference(lm, self.toward or [], self.away or [], site)
+        vectors = hk.mean_difference(lm, self.toward or [], self.away or [], site)
         if len(vectors) > 1:
             raise BadHook(
                 f"--site {site} is a site in every layer: name a layer, such as {vectors[0].site}"
             )
         return vectors[0]
-
-    def _load(self, lm: "LM") -> "Vector":
-        from ..errors import BadFile
-        from ..hooks.vector import load_vector
-
-        try:
-            return load_vector(lm, str(self.vector))
-        except BadFile as error:
-            raise BadFile(
-                f"{str(self.vector)!r} cannot be read as the file of a vector: {error}"
-            ) from error
-
-    def _save(self, vector: "Vector") -> None:
-        from ..errors import BadFile
-
-        try:
-            vector.save(str(self.save))
-        except BadFile:
-            raise
-        except OSError as error:
-            raise BadFile(
-                f"{str(self.save)!r} cannot be written: {error.strerror or error}"
-            ) from error
 
 
 @command(
@@ -234,8 +176,7 @@ def steer(
     generation: GenerationOptions,
     output: OutputOptions,
     dose: Annotated[
-        list[float] | None,
-        typer.Option(help="The dose, as a fraction of the stream's norm; repeatable."),
+        list[float] | None, Option(help="The dose, as a fraction of the stream's norm; repeatable.")
     ] = None,
 ) -> None:
     """Generate with a direction added to the stream, at several doses.
@@ -245,25 +186,24 @@ def steer(
     output.check()
     direction.check()
     texts, settings = prompts.read(), generation.arguments()
+    lm = model.load(quiet=output.quiet)
     import pandas as pd
 
-    from ..runs.generate import generate as run_generation
-
-    lm = model.load(quiet=output.quiet)
     vector = direction.build(lm)
     output.note(str(vector))
     if direction.save is not None:
+        vector.save(direction.save)
         output.note(f"wrote {direction.save}")
     rows = []
     for amount in dose or (-0.4, -0.2, 0.0, 0.2, 0.4):
         edits = [vector.steer(dose=amount)] if amount else []
-        run = run_generation(lm, texts, *edits, logits=False, **settings)
+        run = hk.generate(lm, texts, *edits, logits=False, **settings)
         for row, generated in enumerate(run.generated):
             rows.append({"row": row, "dose": amount, "generated": generated})
     table = pd.DataFrame(rows).sort_values(["row", "dose"], ignore_index=True, kind="stable")
     if not output.format:
-        table = _quote_column(table, "generated")
-    write_result(output, "Steering", {"steering": TableView(table)})
+        table = _quote_columns(table, "generated")
+    output.write("Steering", {"steering": TableView(table)})
 
 
 BAR_WIDTH = 30  # characters of the bar for probability 1
@@ -275,33 +215,26 @@ BAR_WIDTH = 30  # characters of the bar for probability 1
 )
 def trace(
     prompt: Prompt,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     generation: GenerationOptions,
     top: Top = 5,
     watch: Watch = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each step.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages.")] = False,
+    as_json: Annotated[bool, Option("--json", help="A line of JSON for each step.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate, and show for each token the model's candidates and why it was chosen."""
     with exit_cleanly("the steps above were recorded"):
         settings, text = generation.arguments(), read_prompt(prompt)
-        hooks.check()
-        from ..runs.trace import trace as record
-        from ..tables.streaming import stream
-
-        lm = model.load(quiet=quiet)
-        edits = hooks.read(lm, OutputOptions(quiet=quiet).note)
-        recording = record(top=top, watch=token_ids(lm, watch))
-        steps = stream(lm, text, *edits, trace=recording, **settings)
-        if as_json:
-            for step in steps:
-                print_text(f"{_step_as_json(step)}\n")
-        elif is_terminal(sys.stdout):
+        output = OutputOptions(quiet=quiet)
+        lm, edits, watched_ids = model.load_with_hooks(output, watch)
+        recording = hk.trace(top=top, watch=watched_ids)
+        steps = hk.stream(lm, text, *edits, trace=recording, **settings)
+        if is_terminal(sys.stdout) and not as_json:
             _show_live(steps)
-        else:
-            for step in steps:
-                print_text(f"{_step_as_line(step)}\n")
+            return
+        as_line = _step_as_json if as_json else _step_as_line
+        for step in steps:
+            print_text(f"{as_line(step)}\n")
 
 
 def _show_live(steps: "Iterable[StreamStep]") -> None:

@@ -8,23 +8,27 @@ hookkit diff      the differences between two models on the same prompts
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+from typer import Argument, Option
 
+import hookkit as hk
+
+from ..errors import BadFile, BadHook, Interrupted
 from .app import INTERRUPTED, app, command, create_program
 from .options import (
+    Against,
     Device,
     EngineOptions,
-    Head,
-    HookOptions,
-    Layer,
+    HookedModelOptions,
     ModelOptions,
-    Position,
     PromptOptions,
-    Seed,
+    Texts,
     Top,
     Watch,
     parse_token,
@@ -34,50 +38,27 @@ from .options import (
 from .output import (
     OutputOptions,
     TableView,
+    as_csv,
     largest_rows,
     print_message,
     print_text,
     write_file,
-    write_page,
-    write_result,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..models.lm import LM
-    from ..tables.metrics import Metric
-
 SHIFT_COLUMNS = (
-    "row",
-    "rank_before",
-    "rank_after",
-    "shift",
-    "token",
-    "prob_before",
-    "prob_after",
-    "logit_delta",
-    "why",
-)
+    "row", "rank_before", "rank_after", "shift", "token", "prob_before", "prob_after",
+    "logit_delta", "why"
+)  # fmt: skip
 SUMMARY_COLUMNS = (
-    "row",
-    "top1_before",
-    "top1_after",
-    "kl",
-    "entropy_before",
-    "entropy_after",
-    "kept",
-)
+    "row", "top1_before", "top1_after", "kl", "entropy_before", "entropy_after", "kept"
+)  # fmt: skip
 EFFECT_COLUMNS = (
-    "site",
-    "layer",
-    "head",
-    "pos",
-    "token",
-    "logit_diff_before",
-    "logit_diff",
-    "logit_diff_effect",
-)
+    "site", "layer", "head", "pos", "token", "logit_diff_before", "logit_diff",
+    "logit_diff_effect"
+)  # fmt: skip
 
 
 @command(
@@ -87,21 +68,20 @@ EFFECT_COLUMNS = (
 )
 def shift(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     output: OutputOptions,
     top: Top = 10,
     watch: Watch = None,
     movers: Annotated[
-        int, typer.Option(min=0, help="How many of the largest movers to show, each way.")
+        int, Option(min=0, help="How many of the largest movers to show, each way.")
     ] = 3,
     random: Annotated[
-        bool, typer.Option("--random", help="On the page: a random edit of the same size.")
+        bool, Option("--random", help="On the page: a random edit of the same size.")
     ] = False,
     generate: Annotated[
-        int, typer.Option(min=0, help="On the page: so many tokens of text, with and without.")
+        int, Option(min=0, help="On the page: so many tokens of text, with and without.")
     ] = 0,
-    seed: Seed = 0,
+    seed: Annotated[int, Option(help="The seed of the random draws.")] = 0,
 ) -> None:
     """The next token's ranking without and with hooks: top tokens, largest movers, watched tokens.
 
@@ -110,20 +90,14 @@ def shift(
     """
     texts, as_page = prompts.read(), output.format in ("html", "folder")
     if not as_page and (random or generate):
-        from ..errors import BadHook
-
         raise BadHook(
             "--random and --generate are options of the page: add --html, or --out FOLDER"
         )
-    hooks.check(purpose="a shift compares a run without hooks with a run with them")
-    lm = model.load(quiet=output.quiet)
-    watched_ids = token_ids(lm, watch)
-    edits = hooks.read(lm, output.note)
+    purpose = "a shift compares a run without hooks with a run with them"
+    lm, edits, watched_ids = model.load_with_hooks(output, watch, purpose=purpose)
     title = " + ".join(map(str, edits))
     if as_page:
-        from ..reports.shift.shift_page import shift_report
-
-        page = shift_report(
+        page = hk.shift_report(
             lm,
             texts,
             *edits,
@@ -134,19 +108,17 @@ def shift(
             seed=seed,
             title=f"What moved: {title}"[:120],
         )
-        write_page(output, page)
+        output.write_page(page)
         return
-    from ..runs.forward import forward
-    from ..tables.rank_tables import rank_shift, shift_summary
-
-    before, after = forward(lm, texts, logits="last"), forward(lm, texts, *edits, logits="last")
-    shifts = rank_shift(before, after, top=top, movers=movers, watch=watched_ids)
-    summary = shift_summary(before, after, top=top)
+    before = hk.forward(lm, texts, logits="last")
+    after = hk.forward(lm, texts, *edits, logits="last")
+    shifts = hk.rank_shift(before, after, top=top, movers=movers, watch=watched_ids)
+    summary = hk.shift_summary(before, after, top=top)
     parts = {
         "shifts": TableView(shifts, SHIFT_COLUMNS, title),
         "summary": TableView(summary, SUMMARY_COLUMNS, "how far all of it moved (nats)"),
     }
-    write_result(output, "Shift", parts, main="shifts")
+    output.write("Shift", parts, main="shifts")
 
 
 GRIDS_PANEL = "Grids and corpora"
@@ -158,15 +130,12 @@ app.add_typer(
     rich_help_panel=GRIDS_PANEL,
 )
 
-Clean: TypeAlias = Annotated[str, typer.Argument(help="The prompt that is patched from.")]
+Clean: TypeAlias = Annotated[str, Argument(help="The prompt that is patched from.")]
 Corrupted: TypeAlias = Annotated[
-    str, typer.Argument(help="The prompt that is patched, of as many tokens.")
+    str, Argument(help="The prompt that is patched, of as many tokens.")
 ]
 Direction: TypeAlias = Annotated[
-    str, typer.Option(help="denoise, or noise: patch the clean prompt from the corrupted one.")
-]
-Save: TypeAlias = Annotated[
-    Path | None, typer.Option(help="A folder from which an interrupted sweep continues.")
+    str, Option(help="denoise, or noise: patch the clean prompt from the corrupted one.")
 ]
 
 
@@ -174,33 +143,30 @@ Save: TypeAlias = Annotated[
 class MetricOptions:
     """The options for the metric of a sweep."""
 
-    token: Annotated[str, typer.Option(help="The token that is measured, such as ' coffee'.")]
-    against: Annotated[
-        str | None, typer.Option(help="Another token: the difference of their logits.")
-    ] = None
+    token: Annotated[str, Option(help="The token that is measured, such as ' coffee'.")]
+    against: Against = None
 
-    def metric(self) -> "Metric":
+    def metric(self) -> "hk.Metric":
         """Returns the token's probability, or its logit minus that of the other token."""
-        from ..tables.token_metrics import logit_diff, prob
-
         if self.against is None:
-            return prob(parse_token(self.token))
-        return logit_diff(parse_token(self.token), parse_token(self.against))
+            return hk.prob(parse_token(self.token))
+        return hk.logit_diff(parse_token(self.token), parse_token(self.against))
 
 
 @dataclass(frozen=True)
 class GridOptions:
     """The options for the cells of a sweep; all along each dimension that is left out."""
 
-    layer: Layer = None
-    head: Head = None
-    pos: Position = None
-    save: Save = None
+    layer: Annotated[list[int] | None, Option(help="A layer; repeatable. All if left out.")] = None
+    head: Annotated[list[int] | None, Option(help="A head; repeatable. All if left out.")] = None
+    pos: Annotated[list[int] | None, Option(help="A position of the prompt; repeatable.")] = None
+    save: Annotated[
+        Path | None, Option(help="A folder from which an interrupted sweep continues.")
+    ] = None
 
     def arguments(self, output: OutputOptions) -> dict[str, Any]:
         """Returns the arguments of a sweep, or raises `BadFile` if --save names a file."""
-        from ..errors import BadFile
-
+        output.check()
         if self.save is not None and self.save.exists() and not self.save.is_dir():
             raise BadFile(f"--save {str(self.save)!r} is a file: give the name of a folder")
         return {
@@ -208,7 +174,7 @@ class GridOptions:
             "heads": self.head or None,
             "pos": self.pos or None,
             "save": self.save,
-            "progress": output.progress,
+            "progress": False if output.quiet else None,
         }
 
 
@@ -218,27 +184,23 @@ class GridOptions:
     within=grids,
 )
 def ablations(
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
-    what: Annotated[str, typer.Argument(help="A site such as z or mlp_out, or block.")],
+    prompt: Annotated[str, Argument(help="The prompt.")],
+    what: Annotated[str, Argument(help="A site such as z or mlp_out, or block.")],
     metric: MetricOptions,
     grid: GridOptions,
     model: ModelOptions,
     engine: EngineOptions,
     output: OutputOptions,
-    to: Annotated[str, typer.Option(help="The replacement: zero, mean or resample.")] = "zero",
-    over: Annotated[
-        list[str] | None, typer.Option(help="A prompt of the mean or the draw; repeatable.")
-    ] = None,
+    to: Annotated[str, Option(help="The replacement: zero, mean or resample.")] = "zero",
+    over: Annotated[Texts, Option(help="A prompt of the mean or the draw; repeatable.")] = None,
 ) -> None:
     """Each head, layer or block ablated by itself: what the token loses without it."""
-    from ..sweeps.grids import ablations as run_ablations
-
-    output.check()
     text = read_prompt(prompt)
     arguments = grid.arguments(output)
     arguments |= {"to": to, "over": over or None, "engine": engine.create()}
     lm = model.load(quiet=output.quiet)
-    _run_sweep(lambda: run_ablations(lm, [text], what, metric.metric(), **arguments), grid, output)
+    sweep = partial(hk.ablations, lm, [text], what, metric.metric(), **arguments)
+    _run_sweep(sweep, partial(_write_sweep, output), grid.save)
 
 
 @command(
@@ -251,7 +213,7 @@ def patching(
     clean: Clean,
     corrupted: Corrupted,
     site: Annotated[
-        list[str], typer.Argument(help="A site such as resid_pre or z; several are compared.")
+        list[str], Argument(help="A site such as resid_pre or z; several are compared.")
     ],
     metric: MetricOptions,
     grid: GridOptions,
@@ -261,17 +223,11 @@ def patching(
     direction: Direction = "denoise",
 ) -> None:
     """Each site of a clean prompt patched into the corrupted one: how much of the token returns."""
-    from ..sweeps.grids import patching as run_patching
-
-    output.check()
     arguments = grid.arguments(output)
     arguments |= {"direction": direction, "engine": engine.create()}
     lm = model.load(quiet=output.quiet)
-    _run_sweep(
-        lambda: run_patching(lm, [clean], [corrupted], site, metric.metric(), **arguments),
-        grid,
-        output,
-    )
+    sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric.metric(), **arguments)
+    _run_sweep(sweep, partial(_write_sweep, output), grid.save)
 
 
 @command(
@@ -284,19 +240,17 @@ def patch(
     grid: GridOptions,
     model: ModelOptions,
     output: OutputOptions,
-    site: Annotated[str, typer.Option(help="resid_pre, attn_out, mlp_out, z …")] = "resid_pre",
+    site: Annotated[str, Option(help="resid_pre, attn_out, mlp_out, z …")] = "resid_pre",
     token: Annotated[
-        str | None, typer.Option(help="The token; the clean prompt's first if left out.")
+        str | None, Option(help="The token; the clean prompt's first if left out.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another token; the corrupted one's first if left out.")
+        str | None, Option(help="Another token; the corrupted one's first if left out.")
     ] = None,
     direction: Direction = "denoise",
-    top: Annotated[
-        int, typer.Option(min=1, help="How many cells to show, the strongest first.")
-    ] = 10,
+    top: Annotated[int, Option(min=1, help="How many cells to show, the strongest first.")] = 10,
     figure: Annotated[
-        Path | None, typer.Option(help="A file for the figure: .png, .svg or .pdf.")
+        Path | None, Option(help="A file for the figure: .png, .svg or .pdf.")
     ] = None,
 ) -> None:
     """The strongest effects of patching a clean prompt into a corrupted one. CSV and JSON have all.
@@ -305,44 +259,30 @@ def patch(
     One pair has no confidence interval, and the largest of many effects would be smaller on
     another pair: hk.strongest selects on half of several pairs and measures on the other half.
     """
-    from ..sweeps.grids import patching as run_patching
-    from ..tables.token_metrics import logit_diff
-
-    _check_figure(figure)
-    output.check()
+    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
+        raise BadFile(f"--figure {figure}: give a file that ends in .png, .svg or .pdf")
+    arguments = {"direction": direction, **grid.arguments(output)}
     lm = model.load(quiet=output.quiet)
     right, wrong = _answers(lm, (clean, corrupted), (token, against))
     output.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
-    metric = logit_diff(right, wrong)
-    arguments = {"direction": direction, **grid.arguments(output)}
-
-    def write(table: "pd.DataFrame") -> None:
-        tokens = None
-        if lm.tokenizer:
-            tokens = [repr(lm.string(token_id)) for token_id in lm.tokenizer.encode(corrupted)]
-        _write_patching(output, table, tokens, top, figure)
-
-    _run_sweep(
-        lambda: run_patching(lm, [clean], [corrupted], site, metric, **arguments),
-        grid,
-        output,
-        write,
-    )
+    tokens = None
+    if lm.tokenizer is not None:
+        tokens = [repr(lm.string(token_id)) for token_id in lm.tokenizer.encode(corrupted)]
+    metric = hk.logit_diff(right, wrong)
+    sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric, **arguments)
+    write = partial(_write_patching, output, tokens=tokens, top=top, figure=figure)
+    _run_sweep(sweep, write, grid.save)
 
 
 def _answers(
-    lm: "LM", prompts: tuple[str, str], tokens: tuple[str | None, str | None]
+    lm: "hk.LM", prompts: tuple[str, str], tokens: tuple[str | None, str | None]
 ) -> tuple[int, int]:
     """Returns the two tokens whose logits are compared: the given ones, or the most likely ones."""
-    from ..errors import BadHook
-    from ..runs.forward import forward
-    from ..tables.rank_tables import ranks
-
     named_ids = [None if token is None else lm.token(parse_token(token)) for token in tokens]
     answers: list[int] = []
     for prompt, token_id in zip(prompts, named_ids, strict=True):
         if token_id is None:
-            table = ranks(forward(lm, prompt, logits="last"), top=1)
+            table = hk.ranks(hk.forward(lm, prompt, logits="last"), top=1)
             token_id = int(table["token_id"].iloc[0])
         answers.append(token_id)
     first, second = answers
@@ -354,73 +294,50 @@ def _answers(
     return first, second
 
 
-def _check_figure(path: Path | None) -> None:
-    from ..errors import BadFile
-
-    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
-        raise BadFile(f"--figure {path}: give a file that ends in .png, .svg or .pdf")
-
-
 def _write_patching(
     output: OutputOptions,
     table: "pd.DataFrame",
+    *,
     tokens: list[str] | None,
     top: int,
     figure: Path | None,
 ) -> None:
     """Writes the effects of patching; `tokens` label the positions."""
-    from ..figures.sweeps import heat_map
-
     labels = tokens if "pos" in table and "head" not in table else None
     if figure is not None:
-        _save_figure(figure, heat_map(table, labels=labels))
+        drawing, file_format = hk.heat_map(table, labels=labels), figure.suffix.removeprefix(".")
+        write_file(figure, lambda target: drawing.savefig(target, dpi=150, format=file_format))
         output.note(f"wrote {figure}")
     reader_table = largest_rows(table, "logit_diff_effect", top)
     if tokens is not None and "pos" in reader_table:
         reader_table["token"] = [tokens[int(pos)] for pos in reader_table["pos"]]
     view = TableView(
-        table, EFFECT_COLUMNS, "", reader_table, lambda: heat_map(table, labels=labels)
+        table, EFFECT_COLUMNS, "", reader_table, lambda: hk.heat_map(table, labels=labels)
     )
-    write_result(output, "Patching", {"patching": view})
+    output.write("Patching", {"patching": view})
 
 
-def _save_figure(path: Path, drawing: Any) -> None:
-    from ..errors import BadFile
-
-    file_format = path.suffix.removeprefix(".")
-    try:
-        write_file(path, lambda target: drawing.savefig(target, dpi=150, format=file_format))
-    except BadFile:
-        raise
-    except OSError as error:
-        raise BadFile(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+def _write_sweep(output: OutputOptions, table: "pd.DataFrame") -> None:
+    """Writes the table of a sweep, by default as CSV."""
+    if output.format:
+        output.write("Sweep", {"sweep": TableView(table)})
+    else:
+        print_text(as_csv(table))
 
 
 def _run_sweep(
-    sweep: "Callable[[], pd.DataFrame]",
-    grid: GridOptions,
-    output: OutputOptions,
-    write: "Callable[[pd.DataFrame], None] | None" = None,
+    sweep: "Callable[[], pd.DataFrame]", write: "Callable[[pd.DataFrame], None]", save: Path | None
 ) -> None:
-    """Runs a sweep and writes its table, by default as CSV; after Ctrl-C, the cells so far."""
-    from ..errors import Interrupted
-
-    with warnings.catch_warnings():
+    """Runs a sweep and writes its table; after Ctrl-C, the cells so far."""
+    table = None
+    with warnings.catch_warnings(), suppress(KeyboardInterrupt):  # before the first cell
         warnings.simplefilter("ignore", Interrupted)  # reported below
-        try:
-            table: pd.DataFrame | None = sweep()
-        except KeyboardInterrupt:  # before the first cell
-            table = None
+        table = sweep()
     if table is not None:
-        if write is not None:
-            write(table)
-        elif output.format:
-            write_result(output, "Sweep", {"sweep": TableView(table)})
-        else:
-            print_text(table.to_csv(index=False, lineterminator="\n"))
+        write(table)
     if table is None or not table.attrs["complete"]:
         advice = "the same command continues the sweep"
-        if grid.save is None:
+        if save is None:
             advice = "with --save FOLDER the sweep can be continued"
         print_message(f"interrupted; {advice}")
         raise typer.Exit(INTERRUPTED)
@@ -429,59 +346,45 @@ def _run_sweep(
 @command('hookkit diff default ./tuned "I like oat milk in my" --out folder', panel="Change")
 def diff(
     before: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_A", help="A Hugging Face id, a folder, a .gguf file; default."
-        ),
+        str, Argument(metavar="MODEL_A", help="A Hugging Face id, a folder, a .gguf file; default.")
     ],
-    after: Annotated[str, typer.Argument(metavar="MODEL_B", help="One of the same vocabulary.")],
+    after: Annotated[str, Argument(metavar="MODEL_B", help="One of the same vocabulary.")],
     prompts: PromptOptions,
     output: OutputOptions,
     watch: Watch = None,
-    site: Annotated[
-        list[str] | None, typer.Option(help="Such as resid_post; repeatable. All if left out.")
-    ] = None,
+    site: Annotated[Texts, Option(help="Such as resid_post; repeatable. All if left out.")] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="The relative difference beyond which they part.")
+        float, Option(min=0, help="The relative difference beyond which they part.")
     ] = 1e-4,
     device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the first model: float32, bfloat16 …")
-    ] = None,
+    dtype: Annotated[str | None, Option(help="Of the first model: float32, bfloat16 …")] = None,
     dtype_after: Annotated[
-        str | None, typer.Option(help="Of the second; that of the first if left out.")
+        str | None, Option(help="Of the second; that of the first if left out.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Of the first model: a branch, tag or commit.")
+        str | None, Option(help="Of the first model: a branch, tag or commit.")
     ] = None,
-    revision_after: Annotated[str | None, typer.Option(help="Of the second.")] = None,
+    revision_after: Annotated[str | None, Option(help="Of the second.")] = None,
 ) -> None:
     """Compare two models on prompts: KL after each token, and the first site where they part."""
     texts, output_format = prompts.read(), output.format
-    from ..reports.diff.model_diff import diff as compare_models
-
-    first_model = ModelOptions(_name_or_none(before), revision, device, dtype)
+    first = ModelOptions(_name_or_none(before), revision, device, dtype).load(quiet=output.quiet)
     second_model = ModelOptions(_name_or_none(after), revision_after, device, dtype_after or dtype)
-    first = first_model.load(quiet=output.quiet)
     second = second_model.load(quiet=output.quiet)
-    comparison = compare_models(
-        first,
-        second,
-        texts,
-        sites=site or None,
-        watch=token_ids(first, watch) or (),
-        tolerance=tolerance,
+    watched_ids = token_ids(first, watch)
+    comparison = hk.diff(
+        first, second, texts, sites=site or None, watch=watched_ids, tolerance=tolerance
     )
     output.note(repr(comparison))
     if output_format in ("html", "folder"):
-        write_page(output, comparison.page())
+        output.write_page(comparison.page())
         return
     columns = ("row", "pos", "read", "kl", "top1_before", "top1_after")
     parts = {"tokens": TableView(comparison.tokens, columns)}
     if output_format == "json":
         for name in ("prompts", "shifts", "sites", "parting", "left_out"):
             parts[name] = TableView(getattr(comparison, name))
-    write_result(output, "Two models", parts, main="tokens")
+    output.write("Two models", parts, main="tokens")
 
 
 def _name_or_none(model: str) -> str | None:

@@ -9,29 +9,41 @@ hookkit harvest   the activations of every text of a file, written to a folder
 import json
 import os
 import sys
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
+
+import hookkit as hk
 
 from ..display import printable
-from .app import DONE, FAILED, app, command, create_program, exit_cleanly, is_terminal
-from .options import Device, EngineOptions, ModelOptions
+from ..errors import BadFile, BadPrompt, ModelNotFound
+from .app import DONE, FAILED, app, command, create_program, exit_cleanly
+from .options import (
+    Device,
+    Dtype,
+    EngineOptions,
+    Json,
+    ModelArgument,
+    ModelOptions,
+    Quiet,
+    Revision,
+    Texts,
+)
 from .output import (
     OutputOptions,
     TableView,
+    is_terminal,
     print_line,
     print_message,
     print_table,
     print_text,
     rows_as_dicts,
-    write_result,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from ..checks.doctor import Checkup
-    from ..models.lm import LM
 
 PANEL = "Models"
 
@@ -41,11 +53,10 @@ def sites(
     model: ModelOptions,
     output: OutputOptions,
     names: Annotated[
-        list[str] | None,
-        typer.Argument(help="Names or patterns such as 'mlp_*'; z.9.3 for a single site."),
+        Texts, Argument(help="Names or patterns such as 'mlp_*'; z.9.3 for a single site.")
     ] = None,
     missing: Annotated[
-        bool, typer.Option("--missing", help="Only the sites that the model lacks, and why.")
+        bool, Option("--missing", help="Only the sites that the model lacks, and why.")
     ] = False,
 ) -> None:
     """The sites of a model: axes, sizes, modules, what can be edited, why one is missing."""
@@ -54,13 +65,11 @@ def sites(
     table: Any = _describe_sites(lm, names or [])
     if missing:
         table = table[table["missing"] != ""]
-    write_result(output, "Sites", {"sites": TableView(table.reset_index(drop=True))})
+    output.write("Sites", {"sites": TableView(table.reset_index(drop=True))})
 
 
-def _describe_sites(lm: "LM", names: list[str]) -> "pd.DataFrame":
+def _describe_sites(lm: "hk.LM", names: list[str]) -> "pd.DataFrame":
     """Returns the rows of the table of sites that match the names; all rows without names."""
-    from fnmatch import fnmatchcase
-
     import pandas as pd
 
     table: Any = lm.describe()
@@ -75,7 +84,7 @@ def _describe_sites(lm: "LM", names: list[str]) -> "pd.DataFrame":
     return pd.concat(parts, ignore_index=True).drop_duplicates("site")
 
 
-def _describe_site(lm: "LM", table: Any, name: str) -> Any:
+def _describe_site(lm: "hk.LM", table: Any, name: str) -> Any:
     """Returns a table of one row, for a single site such as z.9.3 or a module."""
     import pandas as pd
 
@@ -99,42 +108,35 @@ def _describe_site(lm: "LM", table: Any, name: str) -> Any:
 
 @command("hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16", panel=PANEL)
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help="A Hugging Face id, a folder or a .gguf file.")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit of the model.")
-    ] = None,
+    model: ModelArgument = None,
+    revision: Revision = None,
     device: Device = None,
     device_map: Annotated[
-        str | None, typer.Option(help="auto, to spread the model over the available devices.")
+        str | None, Option(help="auto, to spread the model over the available devices.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …")] = None,
+    dtype: Dtype = None,
     attn_implementation: Annotated[
-        str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")
+        str | None, Option(help="sdpa, eager, flash_attention_2 …")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+        bool, Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
-    layer: Annotated[list[int] | None, typer.Option(help="A layer to check; repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages.")] = False,
+    layer: Annotated[list[int] | None, Option(help="A layer to check; repeatable.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check the laws on a model, and print what does not work and why.
 
     Ends with status 1 if there is a problem.
     """
-    from ..checks.doctor import doctor as check_model
-
-    settings: dict[str, Any] = {}
-    if device_map is not None:
-        settings["device_map"] = device_map
-    if attn_implementation is not None:
-        settings["attn_implementation"] = attn_implementation
-    if trust_remote_code:
-        settings["trust_remote_code"] = True
+    settings: dict[str, Any] = {
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
     lm = ModelOptions(model, revision, device, dtype).load(quiet=quiet, **settings)
-    checkup = check_model(lm, layers=layer or None)
+    checkup = hk.doctor(lm, layers=layer or None)
     if as_json:
         print_text(checkup.to_json() + "\n")
     else:
@@ -142,7 +144,7 @@ def doctor(
     raise typer.Exit(DONE if checkup.healthy else FAILED)
 
 
-def _print_checkup(checkup: "Checkup") -> None:
+def _print_checkup(checkup: "hk.Checkup") -> None:
     width = max(map(len, checkup.facts))
     facts = [f"{name:<{width}}  {value}" for name, value in checkup.facts.items()]
     print_line("\n".join(facts) + "\n")
@@ -155,7 +157,7 @@ def _print_checkup(checkup: "Checkup") -> None:
         print_line("nothing was found that does not work")
 
 
-def _readable_sites(checkup: "Checkup") -> "pd.DataFrame":
+def _readable_sites(checkup: "hk.Checkup") -> "pd.DataFrame":
     """Returns the table of sites with yes and no, and with empty cells for missing sites."""
     import pandas as pd
 
@@ -185,7 +187,7 @@ def list_models(output: OutputOptions) -> None:
     output.check()
     from ..models.cache import stored_models
 
-    write_result(output, "Models", {"models": TableView(stored_models())})
+    output.write("Models", {"models": TableView(stored_models())})
 
 
 @command("hookkit models where", panel=COMMANDS_PANEL, within=models)
@@ -194,20 +196,18 @@ def where(output: OutputOptions) -> None:
     output.check()
     from ..models.cache import model_folders
 
-    write_result(output, "Where models are kept", {"where": TableView(model_folders())})
+    output.write("Where models are kept", {"where": TableView(model_folders())})
 
 
 @command("hookkit models fetch HuggingFaceTB/SmolLM2-135M", panel=COMMANDS_PANEL, within=models)
 def fetch(
     model: Annotated[
-        str | None, typer.Argument(help="A Hugging Face id; the default model if left out.")
+        str | None, Argument(help="A Hugging Face id; the default model if left out.")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit of the model.")
-    ] = None,
+    revision: Revision = None,
 ) -> None:
     """Download a model to this machine without loading it, and print its folder."""
-    from ..models.cache import fetch_model as fetch_model
+    from ..models.cache import fetch_model
 
     print_text(f"{fetch_model(model, revision)}\n")
 
@@ -216,14 +216,12 @@ def fetch(
     "hookkit models remove HuggingFaceTB/SmolLM2-135M --yes", panel=COMMANDS_PANEL, within=models
 )
 def remove(
-    model: Annotated[str, typer.Argument(help="Its name, as in `hookkit models list`.")],
-    revision: Annotated[str | None, typer.Option(help="A commit; every one if left out.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    model: Annotated[str, Argument(help="Its name, as in `hookkit models list`.")],
+    revision: Annotated[str | None, Option(help="A commit; every one if left out.")] = None,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a model from this machine. Asks first."""
-    from ..errors import ModelNotFound
-    from ..models.cache import remove_model as remove_model
-    from ..models.cache import stored_models
+    from ..models.cache import remove_model, stored_models
 
     if model not in set(stored_models()["model"]):
         remove_model(model, revision)  # raises
@@ -240,42 +238,44 @@ def remove(
     panel="Grids and corpora",
 )
 def harvest(
-    texts: Annotated[str, typer.Argument(help="A file with a text a line: .txt, or .jsonl.")],
+    texts: Annotated[str, Argument(help="A file with a text a line: .txt, or .jsonl.")],
     sites: Annotated[
-        list[str],
-        typer.Argument(help="The sites, such as resid_post.6; resid_post means every layer."),
+        list[str], Argument(help="The sites, such as resid_post.6; resid_post means every layer.")
     ],
-    out: Annotated[str, typer.Option(help="The folder; an unfinished harvest is continued.")],
+    out: Annotated[str, Option(help="The folder; an unfinished harvest is continued.")],
     model: ModelOptions,
     engine: EngineOptions,
     keep_as: Annotated[
-        str | None, typer.Option(help="The dtype of the stored values; the model's if left out.")
+        str | None, Option(help="The dtype of the stored values; the model's if left out.")
     ] = None,
     pos: Annotated[
-        int | None, typer.Option(help="One position of each text, such as -1; all if left out.")
+        int | None, Option(help="One position of each text, such as -1; all if left out.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="How many tokens of a text are read at most.")
+        int | None, Option(help="How many tokens of a text are read at most.")
     ] = None,
     long: Annotated[
-        str, typer.Option(help="What to do with a longer text: error, truncate or split.")
+        str, Option(help="What to do with a longer text: error, truncate or split.")
     ] = "error",
     unfit: Annotated[
-        str, typer.Option(help="What to do with a text that cannot be harvested: error or skip.")
+        str, Option(help="What to do with a text that cannot be harvested: error or skip.")
     ] = "error",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="How many tokens run together.")] = 2048,
+    batch_tokens: Annotated[int, Option(min=1, help="How many tokens run together.")] = 2048,
     shard_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a shard; 128 MiB if left out.")
+        int | None, Option(min=1, help="Rows of a shard; 128 MiB if left out.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> None:
     """Write the activations of every text of a file to a folder, and print a summary as JSON."""
-    _check_paths(texts, out)
-    from ..data.harvest.writing import harvest as run_harvest
-
+    if not os.path.isfile(texts):
+        raise BadPrompt(
+            f"{texts!r} is not a file of texts: give a file with one text a line (.txt, .jsonl)"
+        )
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise BadFile(f"--out {out!r} is a file: give the name of a folder")
     with exit_cleanly(f"the results in {out} are kept, and the same command continues"):
         compute_engine = engine.create()
-        results = run_harvest(
+        results = hk.harvest(
             model.load(quiet=quiet),
             texts,
             sites,
@@ -298,15 +298,3 @@ def harvest(
         "sites": [str(site) for site in results.sites],
     }
     print_text(json.dumps(summary, ensure_ascii=False) + "\n")
-
-
-def _check_paths(texts: str, out: str) -> None:
-    """Raises for a missing file of texts, and for a folder that is a file."""
-    from ..errors import BadFile, BadPrompt
-
-    if not os.path.isfile(texts):
-        raise BadPrompt(
-            f"{texts!r} is not a file of texts: give a file with one text a line (.txt, .jsonl)"
-        )
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise BadFile(f"--out {out!r} is a file: give the name of a folder")

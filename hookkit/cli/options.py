@@ -4,79 +4,77 @@ Each dataclass is a group of options, with a field for each option. Its methods 
 before a model is loaded, and turn them into the objects of the library.
 """
 
+import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-import typer
+from typer import Argument, Option
 
-from .output import show_status
+import hookkit as hk
+
+from ..errors import BadFile, BadHook, BadPrompt, NotOneToken
+from ..files.untrusted import decode_text, error_message, read_hook_list, read_text
+from .output import OutputOptions, show_status
 
 if TYPE_CHECKING:
-    from ..hooks.base import Hook
-    from ..models.lm import LM
     from ..runs.engines.ray import EngineLike
 
+MODEL_HELP = "A Hugging Face id, a folder or a .gguf file."
 
-Top: TypeAlias = Annotated[int, typer.Option(min=1, help="How many tokens to show.")]
+Texts: TypeAlias = list[str] | None
+
+ModelName: TypeAlias = Annotated[str | None, Option(metavar="MODEL", help=MODEL_HELP)]
+ModelArgument: TypeAlias = Annotated[str | None, Argument(help=MODEL_HELP)]
+Revision: TypeAlias = Annotated[
+    str | None, Option(metavar="REVISION", help="A branch, tag or commit of the model.")
+]
+Device: TypeAlias = Annotated[
+    str | None, Option(metavar="DEVICE", help="cpu, cuda, mps; the best available if left out.")
+]
+Dtype: TypeAlias = Annotated[
+    str | None, Option(metavar="DTYPE", help="The dtype of the computation: float32, bfloat16 …")
+]
+Prompt: TypeAlias = Annotated[
+    str, Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")
+]
+Top: TypeAlias = Annotated[int, Option(min=1, help="How many tokens to show.")]
 Watch: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TOKEN", help="A token, or id(28), to show at any rank; repeatable."),
+    Texts, Option(metavar="TOKEN", help="A token, or id(28), to show at any rank; repeatable.")
 ]
 Pos: TypeAlias = Annotated[
     str,
-    typer.Option(
-        metavar="POS", help="The positions: -1 the last token, 3, 1:4, all, \"at('store')\"."
-    ),
+    Option(metavar="POS", help="The positions: -1 the last token, 3, 1:4, all, \"at('store')\"."),
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="The seed of the random draws.")]
-Layer: TypeAlias = Annotated[
-    list[int] | None, typer.Option(help="A layer; repeatable. All if left out.")
+Against: TypeAlias = Annotated[
+    str | None, Option(help="Another token: the difference of their logits.")
 ]
-Head: TypeAlias = Annotated[
-    list[int] | None, typer.Option(help="A head; repeatable. All if left out.")
-]
-Position: TypeAlias = Annotated[
-    list[int] | None, typer.Option(help="A position of the prompt; repeatable.")
-]
-Prompt: TypeAlias = Annotated[
-    str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")
-]
-Device: TypeAlias = Annotated[
-    str | None,
-    typer.Option(metavar="DEVICE", help="cpu, cuda, mps; the best available if left out."),
-]
+Json: TypeAlias = Annotated[bool, Option("--json", help="Print all results as JSON.")]
+Quiet: TypeAlias = Annotated[bool, Option("--quiet", "-q", help="Print no messages.")]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """The options for the model."""
 
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="A Hugging Face id, a folder or a .gguf file."),
-    ] = None
-    revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit of the model.")
-    ] = None
+    model: ModelName = None
+    revision: Revision = None
     device: Device = None
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="DTYPE", help="The dtype of the computation: float32, bfloat16 …"),
-    ] = None
+    dtype: Dtype = None
 
-    def load(self, *, quiet: bool = False, **settings: Any) -> "LM":
+    def load(self, *, quiet: bool = False, **settings: Any) -> "hk.LM":
         """Loads the model, or the default model if none is named."""
         if not quiet:
             show_status(f"loading {self.model or 'the default model'} …")
         from ..models.loading import load
 
-        arguments = _options_set(self, "revision", "device", "dtype")
-        arguments |= settings
+        names = [] if self.model is None else [self.model]
+        arguments = _options_set(self, "revision", "device", "dtype") | settings
         try:
-            return load(**arguments) if self.model is None else load(self.model, **arguments)
+            return load(*names, **arguments)
         finally:
             show_status("")
 
@@ -92,19 +90,17 @@ class PromptOptions:
     """The options for the prompts; several prompts are a batch."""
 
     prompt: Annotated[
-        list[str] | None,
-        typer.Argument(
+        Texts,
+        Argument(
             metavar="[PROMPT]...", help="The prompts; - reads them from standard input, one a line."
         ),
     ] = None
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file of prompts, one a line.")
+        Path | None, Option(metavar="FILE", help="A file of prompts, one a line.")
     ] = None
 
     def read(self) -> list[str]:
         """Returns the prompts: those of the arguments, then those of the file."""
-        from ..errors import BadPrompt
-
         prompts: list[str] = []
         for argument in self.prompt or []:
             if argument == "-":
@@ -112,7 +108,13 @@ class PromptOptions:
             else:
                 prompts.append(_check_utf8(argument))
         if self.prompts is not None:
-            prompts += _split_lines(_read_prompt_file(self.prompts))
+            try:
+                prompts += _split_lines(read_text(self.prompts).replace("\r\n", "\n"))
+            except BadFile as error:
+                cause = error_message(error.__cause__ or error)
+                raise BadFile(
+                    f"{str(self.prompts)!r} cannot be read as a file of prompts: {cause}"
+                ) from error
         if not prompts:
             raise BadPrompt(
                 "there is no prompt: give a text, --prompts FILE, or - for standard input"
@@ -128,10 +130,6 @@ def read_prompt(prompt: str) -> str:
 
 
 def _read_standard_input() -> str:
-    """Returns the text of standard input, or raises `BadPrompt`."""
-    from ..errors import BadPrompt
-    from ..files.untrusted import decode_text
-
     if sys.stdin is None or sys.stdin.closed:
         raise BadPrompt(
             "standard input is closed, and - reads a prompt from it: give a text, or --prompts FILE"
@@ -145,8 +143,6 @@ def _read_standard_input() -> str:
 
 def _check_utf8(text: str) -> str:
     """Returns a text of the command line, or raises `BadPrompt` if its bytes are not UTF-8."""
-    from ..errors import BadPrompt
-
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -160,83 +156,60 @@ def _split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def _read_prompt_file(path: Path) -> str:
-    from ..errors import BadFile
-    from ..files.untrusted import error_message, read_text
-
-    try:
-        return read_text(path).replace("\r\n", "\n")
-    except BadFile as error:
-        cause = error_message(error.__cause__ or error)
-        raise BadFile(f"{str(path)!r} cannot be read as a file of prompts: {cause}") from error
-
-
 # The verbs that are options, in the order in which their hooks act.
 VERBS = ("ablate", "scale", "skip_block", "steer", "patch", "force", "ban", "boost")
 
 
 @dataclass(frozen=True)
-class HookOptions:
-    """The options for the hooks: from a file, as short texts, and the most common ones by verb."""
+class HookedModelOptions(ModelOptions):
+    """The options for a model and its hooks, from a file, as short texts, or by verb."""
 
     hook: Annotated[
-        list[str] | None,
-        typer.Option(
+        Texts,
+        Option(
             metavar="HOOK",
             help="VERB:WHAT@WHERE, such as ablate:z.9.3, or a hook's JSON; repeatable.",
         ),
     ] = None
     hooks: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A YAML or JSON file with a list of such hooks."),
+        Path | None, Option(metavar="FILE", help="A YAML or JSON file with a list of such hooks.")
     ] = None
-    ablate: Annotated[
-        list[str] | None, typer.Option(metavar="SITE", help="SITE, such as z.9.3; repeatable.")
-    ] = None
-    scale: Annotated[
-        list[str] | None, typer.Option(metavar="SITE*FACTOR", help="SITE*FACTOR; repeatable.")
-    ] = None
-    skip_block: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER", help="LAYER; repeatable.")
-    ] = None
+    ablate: Annotated[Texts, Option(metavar="SITE", help="SITE, such as z.9.3; repeatable.")] = None
+    scale: Annotated[Texts, Option(metavar="SITE*FACTOR", help="SITE*FACTOR; repeatable.")] = None
+    skip_block: Annotated[Texts, Option(metavar="LAYER", help="LAYER; repeatable.")] = None
     steer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE*SCALE", help="FILE*SCALE, or SITE:FILE*SCALE; repeatable."),
+        Texts, Option(metavar="FILE*SCALE", help="FILE*SCALE, or SITE:FILE*SCALE; repeatable.")
     ] = None
     patch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SITE:TEXT", help="SITE:TEXT, with the values of that text."),
+        Texts, Option(metavar="SITE:TEXT", help="SITE:TEXT, with the values of that text.")
     ] = None
     force: Annotated[
-        list[str] | None,
-        typer.Option(
+        Texts,
+        Option(
             metavar="TOKEN", help="TOKEN at every step, or TOKEN@STEP; a phrase from that step on."
         ),
     ] = None
     ban: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TOKEN", help="A token, or a phrase, that is never generated."),
+        Texts, Option(metavar="TOKEN", help="A token, or a phrase, that is never generated.")
     ] = None
     boost: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable."),
+        Texts, Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable.")
     ] = None
 
     def _texts(self) -> list[str]:
-        """Returns the hooks of the command line as texts."""
-        texts = [*(self.hook or [])]
+        texts = list(self.hook or [])
         for verb in VERBS:
             texts += [f"{verb}:{value}" for value in getattr(self, verb) or []]
         return texts
 
-    def check(self, *, purpose: str = "") -> None:
-        """Raises the errors that can be found without a model.
+    def load_with_hooks(
+        self, output: OutputOptions, watch: Texts = None, *, purpose: str = ""
+    ) -> "tuple[hk.LM, list[hk.Hook], list[int]]":
+        """Checks the options, and returns the model, the hooks and the ids of the watched tokens.
 
         With `purpose`, which says what the hooks are for, at least one hook is required.
         """
-        from ..errors import BadHook
-        from ..files.untrusted import read_hook_list
-
+        output.check()
         texts = [] if self.hooks is None else read_hook_list(self.hooks)
         texts += self._texts()
         if purpose and not texts:
@@ -249,70 +222,55 @@ class HookOptions:
 
             for text in texts:
                 check_hook(text)
-
-    def read(self, lm: "LM", note: Callable[[str], None]) -> list["Hook"]:
-        """Returns the hooks, those of the file first. `note` receives hints for the user."""
-        from ..hooks.text import load_hooks, parse_hook
-
-        hooks = [] if self.hooks is None else load_hooks(self.hooks, lm=lm)
-        hooks += [parse_hook(text, lm=lm) for text in self._texts()]
+        lm = self.load(quiet=output.quiet)
+        watched_ids = token_ids(lm, watch)
+        hooks = [] if self.hooks is None else hk.load_hooks(self.hooks, lm=lm)
+        hooks += [hk.hook(text, lm=lm) for text in self._texts()]
         for hook in hooks:
-            _note_phrases(lm, hook, note)
-        return hooks
+            _note_phrases(lm, hook, output.note)
+        return lm, hooks, watched_ids
 
 
-def _note_phrases(lm: "LM", hook: "Hook", note: Callable[[str], None]) -> None:
+def _note_phrases(lm: "hk.LM", hook: "hk.Hook", note: Callable[[str], None]) -> None:
     """Notes a phrase that is one token with a space before it, which is what users often mean."""
-    from ..errors import NotOneToken
-    from ..hooks.conditions import Phrase
-
     for phrase in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
-        if not isinstance(phrase, Phrase) or not isinstance(phrase.words, str):
+        words = getattr(phrase, "words", None)  # None for a token
+        if not isinstance(words, str) or words.startswith(" "):
             continue
-        if phrase.words.startswith(" "):
-            continue
-        spaced = f" {phrase.words}"
-        try:
+        spaced = f" {words}"
+        with suppress(NotOneToken):
             lm.token(spaced)
-        except NotOneToken:
-            continue
-        note(
-            f"{phrase.words!r} is {len(phrase.ids(lm))} tokens here, and taken as a phrase; "
-            f"{spaced!r} is one token"
-        )
+            note(
+                f"{words!r} is {len(phrase.ids(lm))} tokens here, and taken as a phrase; "
+                f"{spaced!r} is one token"
+            )
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
     """The options for the generation of text."""
 
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="How many tokens to generate at most.")
-    ] = 20
+    max_new_tokens: Annotated[int, Option(min=1, help="How many tokens to generate at most.")] = 20
     sample: Annotated[
-        bool, typer.Option("--sample", help="Sample, instead of the most likely token each time.")
+        bool, Option("--sample", help="Sample, instead of the most likely token each time.")
     ] = False
-    temperature: Annotated[float | None, typer.Option(help="With --sample.")] = None
-    top_k: Annotated[int | None, typer.Option(help="With --sample.")] = None
-    top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None
-    seed: Annotated[int | None, typer.Option(help="The seed of the sampling.")] = None
+    temperature: Annotated[float | None, Option(help="With --sample.")] = None
+    top_k: Annotated[int | None, Option(help="With --sample.")] = None
+    top_p: Annotated[float | None, Option(help="With --sample.")] = None
+    seed: Annotated[int | None, Option(help="The seed of the sampling.")] = None
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `generate`."""
-        from ..errors import BadHook
-
         sampling = _options_set(self, "temperature", "top_k", "top_p")
         if sampling and not self.sample:
             raise BadHook(
                 "--temperature, --top-k and --top-p are options of sampling: add --sample"
             )
         for name, value in sampling.items():
-            limit = "more than 0"
-            is_valid = value > 0
+            most, limit = math.inf, "more than 0"
             if name == "top_p":
-                limit = "more than 0, at most 1"
-                is_valid = 0 < value <= 1
-            if not is_valid:  # transformers would end in a traceback
+                most, limit = 1, "more than 0, at most 1"
+            if not 0 < value <= most:  # transformers would end in a traceback
                 option = name.replace("_", "-")
                 raise BadHook(f"--{option} {value} is out of range: give a number {limit}")
         length = self.max_new_tokens
@@ -327,7 +285,7 @@ def parse_positions(text: str) -> Any:
     return slice(None) if positions is None else positions
 
 
-def parse_token(text: str) -> "str | int":
+def parse_token(text: str) -> str | int:
     """Returns the token of an option: a plain text, a text in quotes, or an id such as id(28)."""
     from ..hooks.text_grammar import parse_bare_token
 
@@ -335,7 +293,7 @@ def parse_token(text: str) -> "str | int":
     return token if isinstance(token, str | int) else text
 
 
-def token_ids(lm: "LM", tokens: list[str] | None) -> list[int]:
+def token_ids(lm: "hk.LM", tokens: list[str] | None) -> list[int]:
     """Returns the ids of the tokens of an option, before anything runs."""
     return [lm.token(parse_token(text)) for text in tokens or []]
 
@@ -344,24 +302,20 @@ def token_ids(lm: "LM", tokens: list[str] | None) -> list[int]:
 class EngineOptions:
     """The options for the engine: this process, or Ray's actors."""
 
-    engine: Annotated[str | None, typer.Option(help="ray; this process if left out.")] = None
+    engine: Annotated[str | None, Option(help="ray; this process if left out.")] = None
     actors: Annotated[
-        int | None,
-        typer.Option(min=1, help="With ray: how many actors; as many as fit if left out."),
+        int | None, Option(min=1, help="With ray: how many actors; as many as fit if left out.")
     ] = None
     cpus: Annotated[
-        float | None, typer.Option(min=0, help="With ray: CPUs of each actor; 1 if left out.")
+        float | None, Option(min=0, help="With ray: CPUs of each actor; 1 if left out.")
     ] = None
     gpus: Annotated[
-        float | None, typer.Option(min=0, help="With ray: GPUs of each actor; 0 if left out.")
+        float | None, Option(min=0, help="With ray: GPUs of each actor; 0 if left out.")
     ] = None
-    address: Annotated[str | None, typer.Option(help="With ray: address of a cluster.")] = None
+    address: Annotated[str | None, Option(help="With ray: address of a cluster.")] = None
 
     def create(self) -> "EngineLike":
         """Returns the engine, or None for this process."""
-        from ..errors import BadHook
-        from ..runs.engines.ray import Ray, check_installed
-
         settings = _options_set(self, "actors", "cpus", "gpus", "address")
         if self.engine not in (None, "ray"):
             raise BadHook(f"--engine {self.engine!r} is unknown: say ray, or leave it out")
@@ -371,5 +325,7 @@ class EngineOptions:
                     f"--{next(iter(settings))} is an option of Ray's actors: add --engine ray"
                 )
             return None
+        from ..runs.engines.ray import check_installed
+
         check_installed()
-        return Ray(**settings)
+        return hk.Ray(**settings)

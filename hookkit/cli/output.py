@@ -13,80 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
+
+import hookkit as hk
 
 from ..display import printable, printable_lines
-from .app import is_terminal
+from ..errors import BadHook
+from ..files.atomic import atomic_file, disk_errors_as_bad_file
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from ..reports.page import Report
-
 FORMATS = ("csv", "json", "html", "md", "tex")
 INDEX_COLUMNS = ("row", "pos", "step")
 
 
-@dataclass(frozen=True)
-class OutputOptions:
-    """The options for the format and the destination of a result."""
-
-    csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False
-    html: Annotated[bool, typer.Option("--html", help="Print a page in HTML.")] = False
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write to a .csv, .json, .html, .md or .tex file, or all results to a folder."
-        ),
-    ] = None
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print no messages and no progress.")
-    ] = False
-
-    @property
-    def format(self) -> str:
-        """The requested format: one of `FORMATS`, "folder", or "" for a table for readers."""
-        from ..errors import BadHook
-
-        formats = {name for name in ("csv", "json", "html") if getattr(self, name)}
-        suffix = ""
-        if self.out is not None:
-            suffix = self.out.suffix.removeprefix(".").lower()
-        if suffix in FORMATS:
-            formats.add(suffix)
-        if len(formats) > 1:
-            names = ", ".join(sorted(formats))
-            raise BadHook(f"{names} were requested at once: give one of them")
-        if formats:
-            return formats.pop()
-        if suffix:
-            raise BadHook(
-                f"--out {self.out} ends in .{suffix}: "
-                "give .csv, .json, .html, .md or .tex, or a folder"
-            )
-        return "" if self.out is None else "folder"
-
-    def check(self, *, several: bool = False) -> None:
-        """Raises `BadHook` for contradictions, and with `several` tables for a format of one."""
-        from ..errors import BadHook
-
-        output_format = self.format
-        if several and output_format in ("csv", "md", "tex"):
-            raise BadHook(
-                f"these are several tables, and {output_format} holds one: "
-                "say --json, or --out FOLDER for all"
-            )
-
-    def note(self, text: str) -> None:
-        """Prints a message on standard error, unless --quiet is set."""
-        if not self.quiet:
-            print_message(text)
-
-    @property
-    def progress(self) -> bool | None:
-        """The `progress` argument of a sweep: False with --quiet, else None, its default."""
-        return False if self.quiet else None
+def is_terminal(stream: Any) -> bool:
+    """True for a stream to a terminal; False for a closed one."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # the stream was closed
+        return False
 
 
 def print_text(text: str) -> None:
@@ -137,63 +85,93 @@ class TableView:
 Parts = Mapping[str, TableView | str]
 
 
-def write_result(
-    options: OutputOptions, title: str, parts: Parts, *, main: str | None = None
-) -> None:
-    """Writes tables and texts in the requested format.
+@dataclass(frozen=True)
+class OutputOptions:
+    """The options for the format and the destination of a result."""
 
-    CSV, Markdown and LaTeX have one table: `main`, or the first. Only readers and pages get texts.
-    """
-    output_format = options.format
-    if output_format == "":
-        _print_parts(parts)
-    elif output_format in ("html", "folder"):
-        write_page(options, _build_page(title, parts))
-    else:
-        _write_text(options, _format_tables(output_format, parts, main))
+    csv: Annotated[bool, Option("--csv", help="Print the table as CSV.")] = False
+    json: Annotated[bool, Option("--json", help="Print all results as JSON.")] = False
+    html: Annotated[bool, Option("--html", help="Print a page in HTML.")] = False
+    out: Annotated[
+        Path | None,
+        Option(help="Write to a .csv, .json, .html, .md or .tex file, or all results to a folder."),
+    ] = None
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print no messages and no progress.")] = (
+        False
+    )
 
+    @property
+    def format(self) -> str:
+        """The requested format: one of `FORMATS`, "folder", or "" for a table for readers."""
+        formats = {name for name in ("csv", "json", "html") if getattr(self, name)}
+        suffix = ""
+        if self.out is not None:
+            suffix = self.out.suffix.removeprefix(".").lower()
+        if suffix in FORMATS:
+            formats.add(suffix)
+        if len(formats) > 1:
+            names = ", ".join(sorted(formats))
+            raise BadHook(f"{names} were requested at once: give one of them")
+        if formats:
+            return formats.pop()
+        if suffix:
+            raise BadHook(
+                f"--out {self.out} ends in .{suffix}: "
+                "give .csv, .json, .html, .md or .tex, or a folder"
+            )
+        return "" if self.out is None else "folder"
 
-def write_page(options: OutputOptions, page: "Report") -> None:
-    """Writes a page to standard output, to a file, or with its tables to a folder."""
-    if options.format == "folder":
-        _write_to_out(options, lambda path: str(page.write(path)))
-    else:
-        _write_text(options, page.html())
+    def check(self, *, several: bool = False) -> None:
+        """Raises `BadHook` for contradictions, and with `several` tables for a format of one."""
+        output_format = self.format
+        if several and output_format in ("csv", "md", "tex"):
+            raise BadHook(
+                f"these are several tables, and {output_format} holds one: "
+                "say --json, or --out FOLDER for all"
+            )
 
+    def note(self, text: str) -> None:
+        """Prints a message on standard error, unless --quiet is set."""
+        if not self.quiet:
+            print_message(text)
 
-def _write_text(options: OutputOptions, text: str) -> None:
-    if options.out is None:
-        print_text(text)
-    else:
-        _write_to_out(options, lambda path: _write_text_file(path, text))
+    def write(self, title: str, parts: Parts, *, main: str | None = None) -> None:
+        """Writes tables and texts in the requested format.
 
+        CSV, Markdown and LaTeX have one table: `main`, or the first. Only readers and pages get
+        texts.
+        """
+        output_format = self.format
+        if output_format == "":
+            _print_parts(parts)
+        elif output_format in ("html", "folder"):
+            self.write_page(_build_page(title, parts))
+        else:
+            self._write_text(_format_tables(output_format, parts, main))
 
-def _write_to_out(options: OutputOptions, write: Callable[[Path], str]) -> None:
-    from ..errors import BadFile
+    def write_page(self, page: "hk.Report") -> None:
+        """Writes a page to standard output, to a file, or with its tables to a folder."""
+        if self.format != "folder":
+            self._write_text(page.html())
+            return
+        assert self.out is not None
+        with disk_errors_as_bad_file(self.out):
+            path = page.write(self.out)
+        self.note(f"wrote {path}")
 
-    assert options.out is not None
-    try:
-        path = write(options.out)
-    except BadFile:
-        raise
-    except OSError as error:
-        raise BadFile(
-            f"{str(options.out)!r} cannot be written: {error.strerror or error}"
-        ) from error
-    options.note(f"wrote {path}")
-
-
-def _write_text_file(path: Path, text: str) -> str:
-    write_file(path, lambda target: target.write_text(text, encoding="utf-8", newline="\n"))
-    return str(path)
+    def _write_text(self, text: str) -> None:
+        if self.out is None:
+            print_text(text)
+            return
+        write_file(self.out, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+        self.note(f"wrote {self.out}")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file completely or not at all; writes directly to a device such as /dev/stdout."""
-    from ..files.atomic import atomic_file
-
     if path.exists() and not path.is_file() and not path.is_dir():
-        write(path)
+        with disk_errors_as_bad_file(path):
+            write(path)
         return
     with atomic_file(path) as temporary_path:
         write(temporary_path)
@@ -206,15 +184,20 @@ def _format_tables(output_format: str, parts: Parts, main: str | None) -> str:
     if output_format == "json" and len(tables) > 1:
         entries = [f"{json.dumps(name)}: {as_json(t).strip()}" for name, t in tables.items()]
         return "{\n" + ",\n".join(entries) + "\n}\n"
-    table = tables[main] if main is not None else next(iter(tables.values()))
+    table = tables[main or next(iter(tables))]
     if output_format == "csv":
-        return table.to_csv(index=False, lineterminator="\n")
+        return as_csv(table)
     formatters = {"json": as_json, "md": as_markdown, "tex": as_latex}
     return formatters[output_format](table).rstrip("\n") + "\n"
 
 
-def _build_page(title: str, parts: Parts) -> "Report":
-    from ..reports.page import Part, report
+def as_csv(table: "pd.DataFrame") -> str:
+    """Returns a table as CSV without the index."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def _build_page(title: str, parts: Parts) -> "hk.Report":
+    from ..reports.parts import Part
 
     page_parts: list[Any] = []
     for name, part in parts.items():
@@ -227,7 +210,7 @@ def _build_page(title: str, parts: Parts) -> "Report":
         if part.figure is not None:
             page_parts.append(Part(part.figure(), f"{name}_figure"))
         page_parts.append(Part(part.table, name))
-    return report(title, *page_parts)
+    return hk.report(title, *page_parts)
 
 
 def _print_parts(parts: Parts) -> None:
@@ -245,14 +228,13 @@ def print_table(table: "pd.DataFrame") -> None:
     """Prints a table: drawn by rich on a terminal, else in aligned lines of any length."""
     from ..reports.typesetting import column_kind
 
-    names, columns, is_number = [], [], []
-    for name in table.columns:
-        column: Any = table[name]
+    names = [printable(str(name)) for name in table.columns]
+    columns, is_number = [], []
+    for name, column in table.items():
         numeric = column_kind(str(name), column.dtype) == "number"
-        names.append(printable(str(name)))
         columns.append(_format_cells(column, numeric))
         is_number.append(numeric)
-    rows = [list(row) for row in zip(*columns, strict=True)]
+    rows = list(zip(*columns, strict=True))
     if is_terminal(sys.stdout):
         _draw_table(names, rows, is_number)
     else:
@@ -277,7 +259,9 @@ def _format_cells(column: Any, is_number: bool) -> list[str]:
     return cells
 
 
-def _draw_table(names: list[str], rows: list[list[str]], is_number: list[bool]) -> None:
+def _draw_table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], is_number: Sequence[bool]
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -311,9 +295,8 @@ def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
 
 def largest_rows(table: "pd.DataFrame", name: str, count: int) -> "pd.DataFrame":
     """Returns the rows with the largest absolute values of a column, in descending order."""
-    values: Any = table[name]
-    order = values.abs().sort_values(ascending=False, kind="stable").index
-    return table.loc[order].head(count).reset_index(drop=True)
+    ordered = table.sort_values(name, key=abs, ascending=False, kind="stable", ignore_index=True)
+    return ordered.head(count)
 
 
 def rows_as_dicts(table: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from .attention_heads import attention_view as attention_view
 from .calibration import reliability_diagram as reliability_diagram
 from .calibration import roc_curves as roc_curves
-from .decoding import decision_strip as decision_strip
 from .decoding import prob_against as prob_against
 from .decoding import rank_lines as rank_lines
 from .lenses import lens_map as lens_map
@@ -12,7 +11,8 @@ from .ranks import delta_bars as delta_bars
 from .ranks import logit_panels as logit_panels
 from .ranks import logit_scatter as logit_scatter
 from .ranks import rank_bump as rank_bump
-from .surprisal import surprisal_strip as surprisal_strip
+from .strips import decision_strip as decision_strip
+from .strips import surprisal_strip as surprisal_strip
+from .sweeps import damage_curves as damage_curves
 from .sweeps import heat_map as heat_map
 from .sweeps import interval_lines as interval_lines
-from .vectors import damage_curves as damage_curves

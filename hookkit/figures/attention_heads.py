@@ -71,11 +71,7 @@ def attention_view(
 
 
 def _draw_heads(pattern: object, tokens: list[str], heads: list[str], cdn: bool) -> str:
-    """The HTML of circuitsvis.
-
-    circuitsvis writes tokens into a script without escaping them. Therefore it gets placeholders,
-    which are replaced by the escaped tokens.
-    """
+    """The HTML of circuitsvis. It escapes no tokens: it gets placeholders in their place."""
     try:
         from circuitsvis.attention import attention_heads  # pyright: ignore[reportMissingImports]
     except ImportError as error:

@@ -11,24 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize, to_rgb
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
 from ..errors import EmptySelection
-from .style import (
-    GRID,
-    INK,
-    SHADES,
-    UP,
-    apply_style,
-    check_columns,
-    draw_signed_bars,
-    drawable,
-    style_colour_bar,
-)
+from . import style
+from .style import apply_style, check_columns, drawable, new_figure
 
 WORD_SIZE = 7.5  # points, of a token of at most WORD_LETTERS letters
 WORD_LETTERS = 11
@@ -50,56 +39,41 @@ def lens_map(
     prediction is the uppermost row.
     """
     check_columns(lens, ("row", "pos", "site", "token", "rank", value), "logit_lens(lm, prompts)")
-    table = _select_row(lens, row)
+    table: Any = lens if row is None else lens[lens["row"] == row]
     n_rows = table["row"].nunique()
-    if table.empty or n_rows > 1:
+    if n_rows != 1:
         raise EmptySelection(
             f"the table has {n_rows} rows to draw, and a lens map is of one: say row="
         )
     sites, positions = list(dict.fromkeys(table["site"])), sorted(set(table["pos"]))
     top = table.sort_values(["rank", "token_id"]).drop_duplicates(["pos", "site"])
-    top = top.set_index(["site", "pos"])
-    numbers = np.empty((len(sites), len(positions)))
-    size = (1.6 + 0.95 * len(positions), 1.3 + 0.24 * len(sites))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    for y, site in enumerate(sites):
-        for x, pos in enumerate(positions):
-            numbers[y, x] = float(top.loc[(site, pos), value])
-            _write_token(axes, drawable(str(top.loc[(site, pos), "token"])), x, y)
+    numbers = top.pivot(index="site", columns="pos", values=value).loc[sites, positions]
+    numbers = np.abs(numbers.to_numpy(float))
+    words = top.pivot(index="site", columns="pos", values="token").loc[sites, positions]
+    figure, axes = new_figure(1.6 + 0.95 * len(positions), 1.3 + 0.24 * len(sites))
+    text_style: dict[str, Any] = {"ha": "center", "va": "center", "color": style.INK}
+    for (y, x), token in np.ndenumerate(words.to_numpy()):
+        word = drawable(str(token))
+        size = WORD_SIZE
+        if len(word) > WORD_LETTERS:
+            size = max(WORD_SIZE * WORD_LETTERS / len(word), 4.0)
+        axes.text(x + 0.5, y + 0.45, word, fontsize=size, **text_style)
     largest = 1.0
     if value != "prob":
-        largest = float(np.nanmax(np.abs(numbers))) or 1.0
-    shades = ListedColormap([(*to_rgb(UP), 0.75 * share) for share in np.linspace(0, 1, SHADES)])
-    cell_style = {"vmin": 0, "vmax": largest, "edgecolors": GRID, "linewidth": 0.4}
-    axes.pcolormesh(np.abs(numbers), cmap=shades, **cell_style)
-    if labels is None:
-        names = [str(pos) for pos in positions]
-        axes.set_xlabel("position")
-    else:
-        names = [drawable(str(labels[pos])) for pos in positions]
-        axes.set_xlabel("after reading")
+        largest = float(np.nanmax(numbers)) or 1.0
+    opacities = 0.75 * np.linspace(0, 1, style.SHADES)
+    shades = ListedColormap([(*to_rgb(style.UP), opacity) for opacity in opacities])
+    style.draw_cells(axes, numbers, shades, 0, high=largest, lw=0.4)
+    names, axis_label = map(str, positions), "position"
+    if labels is not None:
+        names, axis_label = [drawable(str(labels[pos])) for pos in positions], "after reading"
     rotation: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(np.arange(len(positions)) + 0.5, names, **rotation)
+    axes.set_xticks(np.arange(len(positions)) + 0.5, list(names), **rotation)
     axes.set_yticks(np.arange(len(sites)) + 0.5, sites)
+    axes.set_xlabel(axis_label)
     apply_style(figure, title)
-    axes.grid(visible=False)
-    colours = ScalarMappable(Normalize(0, largest), shades)
-    style_colour_bar(figure.colorbar(colours, ax=axes, fraction=0.03, pad=0.01), value)
+    style.add_colour_bar(figure, shades, (0, largest), value, fraction=0.03, pad=0.01)
     return figure
-
-
-def _select_row(table: pd.DataFrame, row: int | None) -> Any:
-    if row is None:
-        return table
-    return table[table["row"] == row]
-
-
-def _write_token(axes: Axes, word: str, x: int, y: int) -> None:
-    size = WORD_SIZE
-    if len(word) > WORD_LETTERS:
-        size = max(WORD_SIZE * WORD_LETTERS / len(word), 4.0)
-    axes.text(x + 0.5, y + 0.45, word, ha="center", va="center", fontsize=size, color=INK)
 
 
 @check_arguments
@@ -112,7 +86,7 @@ def logit_bars(
     summed in one bar. The bars sum to the logit, which is the last bar.
     """
     check_columns(parts, ("row", "pos", "component", "logit"), "direct_logits(run, token)")
-    table = _select_row(parts, row)
+    table: Any = parts if row is None else parts[parts["row"] == row]
     if len(table[["row", "pos"]].drop_duplicates()) != 1:
         raise EmptySelection(
             "the table has several rows and positions, and these bars are of one: say row=, and "
@@ -121,16 +95,15 @@ def logit_bars(
     order = table["logit"].abs().sort_values(ascending=False, kind="stable").index
     largest = table.loc[order[:top]].sort_values("logit", ascending=False, kind="stable")
     smaller = table.loc[order[top:]]
-    names = [drawable(name) for name in largest["component"]]
+    names = list(map(drawable, largest["component"]))
     values = largest["logit"].tolist()
     if len(smaller):
         names.append(f"the other {len(smaller)}")
         values.append(float(smaller["logit"].sum()))
     names.append("all together")
     values.append(float(table["logit"].sum()))
-    figure = Figure(figsize=(7, 0.24 * len(values) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    draw_signed_bars(axes, names, values)
+    figure, axes = new_figure(7, 0.24 * len(values) + 1.2)
+    style.draw_signed_bars(axes, names, values)
     axes.margins(x=0.14)
     axes.set_xlabel("what it adds to the logit")
     return apply_style(figure, title)

@@ -7,7 +7,7 @@ Every figure is about one position of one row. Tokens are in quotes, so that a l
 seen. A character that the font lacks is written as its code.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,27 +17,15 @@ from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection
-from .style import (
-    INK,
-    MARK,
-    MUTED,
-    PAPER,
-    POINT,
-    annotate_bar,
-    apply_style,
-    change_colour,
-    drawable,
-    label_point,
-    rank_axis,
-    sign_colour,
-    spread_apart,
-)
+from ..models.tokens import check_tokens
+from . import style
+from .style import INK, MARK, MUTED, PAPER, POINT, apply_style, drawable, label_point, new_figure
 
 LABELLED = 6  # the most likely tokens that get their names
-PANELS = (
-    ("logit", "logit (raw)", "Raw logits"),
-    ("prob", "probability", "Softmax: they sum to 1"),
-    ("logprob", "log-probability (nats)", "Log-softmax: logits, shifted by one number"),
+PANELS = (  # column, label of the axis, title, tokens that get their names
+    ("logit", "logit (raw)", "Raw logits", 0),
+    ("prob", "probability", "Softmax: they sum to 1", LABELLED),
+    ("logprob", "log-probability (nats)", "Log-softmax: logits, shifted by one number", 0),
 )
 
 
@@ -51,8 +39,7 @@ def logit_scatter(
     for a watched token that is not in the table.
     """
     _check_one_position(table, "logit")
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 4.2)
     _draw_scatter(axes, table, "logit", _select_watched(table, watch), labelled=LABELLED)
     axes.set_ylabel("logit (raw)")
     return apply_style(figure, title or "Every token's logit")
@@ -69,8 +56,7 @@ def logit_panels(
     _check_one_position(table, "logit")
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     watched = _select_watched(table, watch)
-    for axes, (column, unit, name) in zip(figure.subplots(1, 3), PANELS, strict=True):
-        labelled = LABELLED if column == "prob" else 0
+    for axes, (column, unit, name, labelled) in zip(figure.subplots(1, 3), PANELS, strict=True):
         _draw_scatter(axes, table, column, watched, labelled=labelled)
         axes.set_ylabel(unit)
         axes.set_title(name, fontsize=10, color=INK)
@@ -94,41 +80,27 @@ def rank_bump(
             "no token of this table has a rank before and after: the model's logits are NaN there"
         )
     figure_height = max(4.2, 0.26 * len(shift) + 1.2)  # inches
-    figure = Figure(figsize=(7, figure_height), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(7, figure_height)
     lowest = max(float(shift[columns].to_numpy().max()), 10.0) * 1.25
     # A label needs 0.2 inches of the height inside the frame.
     gap = np.log(lowest / 0.85) * 0.2 / (figure_height - 0.9)
     label_heights = [
-        np.exp(spread_apart(np.log(shift[name].to_numpy(float)), gap)) for name in columns
+        np.exp(style.spread_apart(np.log(shift[name].to_numpy(float)), gap)) for name in columns
     ]
-    rank_axis(axes, max(lowest, float(np.max(label_heights)) * 1.1))
-    tokens = shift.to_dict("records")
-    for side, heights in enumerate(label_heights):
-        for token, height in zip(tokens, heights, strict=True):
-            _draw_rank_label(axes, token, side, height)
-    for token in tokens:
-        ranks = [token[name] for name in columns]
-        width = 2.4 if "edited" in token["why"] else 1.3
-        axes.plot([0, 1], ranks, color=change_colour(token["shift"]), lw=width, marker="o", ms=4)
+    style.rank_axis(axes, max(lowest, float(np.max(label_heights)) * 1.1))
+    for number, token in enumerate(shift.to_dict("records")):
+        name, is_edited = drawable(token["token"]), "edited" in token["why"]
+        before, after = token["rank_before"], token["rank_after"]
+        text_style: dict[str, Any] = {"shrink": (2, 3), "bold": is_edited, "color": INK}
+        left = (-0.12, label_heights[0][number])
+        label_point(axes, f"{before:,}  {name}", (0, before), left, align="right", **text_style)
+        right = (1.12, label_heights[1][number])
+        label_point(axes, f"{name}  {after:,}", (1, after), right, **text_style)
+        colour, width = style.change_colour(token["shift"]), 2.4 if is_edited else 1.3
+        axes.plot([0, 1], [before, after], color=colour, lw=width, marker="o", ms=4)
     axes.set_xlim(-0.75, 1.75)
     axes.set_xticks([0, 1], names)
     return apply_style(figure, title or "How the ranking moved")
-
-
-def _draw_rank_label(axes: Axes, token: dict[Hashable, Any], side: int, height: float) -> None:
-    """Write a token's name and rank beside its point, with a thin line to the point.
-
-    `side` is 0 for the rank before, at the left, and 1 for the rank after, at the right.
-    """
-    name, is_edited = drawable(token["token"]), "edited" in token["why"]
-    style: dict[str, Any] = {"shrink": (2, 3), "bold": is_edited, "color": INK}
-    if side == 0:
-        rank = token["rank_before"]
-        label_point(axes, f"{rank:,}  {name}", (0, rank), (-0.12, height), align="right", **style)
-    else:
-        rank = token["rank_after"]
-        label_point(axes, f"{name}  {rank:,}", (1, rank), (1.12, height), **style)
 
 
 @check_arguments
@@ -141,26 +113,23 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     _check_one_position(shift, "logprob_delta")
     ordered = shift.sort_values("logprob_delta", ascending=False)
     deltas = ordered["logprob_delta"].to_numpy(float)
-    finite = np.abs(deltas[np.isfinite(deltas)])
-    largest = finite.max() if len(finite) else 1.0
+    is_finite = np.isfinite(deltas)
+    largest = np.abs(deltas[is_finite]).max(initial=0.0) if is_finite.any() else 1.0
     limit = 1.15 * max(1e-3, float(largest))
     lengths = np.clip(deltas, -limit, limit)
-    positions = np.arange(len(lengths))
-    figure = Figure(figsize=(7, max(2.4, 0.27 * len(ordered) + 1)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(positions, lengths, color=list(map(sign_colour, deltas)), height=0.7)
-    for position, (delta, length) in enumerate(zip(deltas, lengths, strict=True)):
-        if np.isfinite(delta):
-            annotate_bar(axes, f"{delta:+.2f}", length, position)
-        else:
-            annotate_bar(axes, "+∞" if delta > 0 else "−∞", length, position, inside=True)
     names = [drawable(str(token)) for token in ordered["token"]]
-    axes.set_yticks(positions, names, fontsize=8.5)
-    axes.invert_yaxis()
+    texts = [f"{delta:+.2f}" if np.isfinite(delta) else "" for delta in deltas]
+    figure, axes = new_figure(7, max(2.4, 0.27 * len(ordered) + 1))
+    style.draw_bars(axes, names, lengths, list(map(style.sign_colour, deltas)), texts)
+    for position in np.flatnonzero(~is_finite):
+        text = "+∞" if deltas[position] > 0 else "−∞"
+        style.annotate_bar(axes, text, lengths[position], float(position), inside=True)
     axes.axvline(0, color=MUTED, lw=0.8)
-    left_margin = 1.12 if (deltas < 0).any() else 0.05
-    right_margin = 1.12 if (deltas > 0).any() else 0.05
-    axes.set_xlim(-limit * left_margin, limit * right_margin)
+    axes.set_xlim(-limit * 0.05, limit * 0.05)
+    if (deltas < 0).any():
+        axes.set_xlim(left=-limit * 1.12)
+    if (deltas > 0).any():
+        axes.set_xlim(right=limit * 1.12)
     axes.set_xlabel("Δ log-probability (nats, after minus before)")
     return apply_style(figure, title or "What became more and less likely")
 
@@ -179,30 +148,20 @@ def _draw_scatter(
     highest, lowest = values.max(), values.min()
     extent = (highest - lowest) or 1.0
     axes.set_ylim(lowest - 0.06 * extent, highest + 0.08 * extent)
-    heights = -spread_apart(-named[column].to_numpy(float), 0.062 * extent)
+    heights = -style.spread_apart(-named[column].to_numpy(float), 0.062 * extent)
     width = table["token_id"].to_numpy(float).max() or 1.0
     watched_ids = set(watched["token_id"])
-    for token, height in zip(named.to_dict("records"), heights, strict=True):
+    for token, label_height in zip(named.to_dict("records"), heights, strict=True):
         is_watched = token["token_id"] in watched_ids
-        _draw_named_token(axes, token, column, (width * 1.04, height), is_watched=is_watched)
+        colour, size = (MARK, 6) if is_watched else (INK, 3.5)
+        point = (token["token_id"], token[column])
+        axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
+        text = f"{drawable(token['token'])}  {token['rank']:,}"
+        position = (width * 1.04, label_height)
+        label_point(axes, text, point, position, shrink=(2, 4), bold=is_watched, color=colour)
     axes.set_xlim(-0.02 * width, width * 1.42)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= width * 1.03])
     axes.set_xlabel("token id")
-
-
-def _draw_named_token(
-    axes: Axes,
-    token: dict[Hashable, Any],
-    column: str,
-    label_position: tuple[float, float],
-    *,
-    is_watched: bool,
-) -> None:
-    colour, size = (MARK, 6) if is_watched else (INK, 3.5)
-    point = (token["token_id"], token[column])
-    text = f"{drawable(token['token'])}  {token['rank']:,}"
-    axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
-    label_point(axes, text, point, label_position, shrink=(2, 4), bold=is_watched, color=colour)
 
 
 def _check_one_position(table: pd.DataFrame, column: str) -> None:
@@ -218,20 +177,17 @@ def _check_one_position(table: pd.DataFrame, column: str) -> None:
 
 
 def _select_watched(table: pd.DataFrame, watch: "Iterable[str | int] | str | int") -> pd.DataFrame:
-    watched_tokens = [watch] if isinstance(watch, str | int) else list(watch)
-    parts = []
-    for token in watched_tokens:
-        if isinstance(token, int):
-            rows = table[table["token_id"].to_numpy() == token]
-        else:
-            rows = table[table["token"].to_numpy() == repr(token)]
+    parts = [table.head(0)]
+    for token in check_tokens(watch, "watch"):
+        column, name = ("token_id", token) if isinstance(token, int) else ("token", repr(token))
+        rows = table[table[column].to_numpy() == name]
         if rows.empty:
             raise EmptySelection(
                 f"the watched token {token!r} is not in the table: watch it in the call that made "
                 "the table too, or give top=None"
             )
         parts.append(pd.DataFrame(rows))
-    return pd.concat(parts) if parts else table.head(0)
+    return pd.concat(parts)
 
 
 def _select_finite(table: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 Each figure has a panel for each edit, two in a row. Of many edits the first are drawn. No torch.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -14,25 +14,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from ..tables.intervals import MIN_FOR_INTERVAL
-from .style import (
-    GRID,
-    INK,
-    MARK,
-    MUTED,
-    POINT,
-    UP,
-    apply_style,
-    change_colour,
-    draw_signed_bars,
-    label_point,
-    rank_axis,
-    short_label,
-    sign_colour,
-    spread_apart,
-)
+from . import style
+from .style import GRID, INK, MARK, MUTED, POINT, apply_style, label_point, rank_axis, short_label
 
 PANELS = 4  # edits that are drawn
-LINES = (MARK, UP, "#8a5bb5", "#b8862b", POINT, MUTED)
+LINES = (MARK, style.UP, "#8a5bb5", "#b8862b", POINT, MUTED)
 CELLS = 56  # of the map of all tokens, along each side
 NAMED = 9  # tokens that get their names
 
@@ -72,9 +58,9 @@ def _make_panels(
 def rank_against_rank(
     parts: Mapping[str, tuple[pd.DataFrame, np.ndarray, np.ndarray]], *, title: str = ""
 ) -> Figure:
-    """Every token's rank before (x) and after (y), on log axes. The tokens of the table are named.
+    """Every token's rank before (x) and after (y), and the names of the tokens of a shift table.
 
-    `parts` has for each edit its rows of the shift table, and all tokens' ranks before and after.
+    `parts` has for each edit its shift table, and all tokens' ranks before and after.
     """
     figure, panels = _make_panels(list(parts), 4.3)
     for axes, (table, before, after) in zip(panels, parts.values(), strict=True):
@@ -114,40 +100,30 @@ def _name_tokens(axes: Axes, table: pd.DataFrame, lowest: float) -> None:
     gap = 0.056 * np.log10(lowest / 0.85)
     heights = _spread_ranks(named["rank_after"].to_numpy(float), gap, lowest)
     for token, height in zip(named.to_dict("records"), heights, strict=True):
-        _draw_token(axes, token, (lowest * 1.15, height))
-
-
-def _draw_token(
-    axes: Axes, token: dict[Hashable, Any], label_position: tuple[float, float]
-) -> None:
-    point = (float(token["rank_before"]), float(token["rank_after"]))
-    is_requested = "watched" in token["why"] or "edited" in token["why"]
-    name = short_label(token["token"], 0.9)
-    colour = change_colour(token["shift"])
-    axes.plot(*point, "o", ms=5.5, color=colour, mec=GRID, mew=0.6, zorder=3)
-    text = f"{name}  {token['rank_before']:,} → {token['rank_after']:,}"
-    style: dict[str, Any] = {"fontsize": 8, "bold": is_requested, "color": INK}
-    label_point(axes, text, point, label_position, shrink=(1, 4), **style)
+        point = (float(token["rank_before"]), float(token["rank_after"]))
+        colour = style.change_colour(token["shift"])
+        axes.plot(*point, "o", ms=5.5, color=colour, mec=GRID, mew=0.6, zorder=3)
+        name = short_label(token["token"], 0.9)
+        text = f"{name}  {token['rank_before']:,} → {token['rank_after']:,}"
+        is_requested = "watched" in token["why"] or "edited" in token["why"]
+        text_style: dict[str, Any] = {"fontsize": 8, "color": INK, "bold": is_requested}
+        label_point(axes, text, point, (lowest * 1.15, height), shrink=(1, 4), **text_style)
 
 
 def _spread_ranks(ranks: np.ndarray, gap: float, lowest: float) -> np.ndarray:
     """The ranks at which labels stand: `gap` decades apart, and none below the rank `lowest`."""
-    heights = spread_apart(np.log10(ranks), gap)
+    heights = style.spread_apart(np.log10(ranks), gap)
     n_labels_below = np.arange(len(heights))[::-1]
-    heights = np.minimum(heights, np.log10(lowest) - gap * (0.5 + n_labels_below))
-    return np.array([10.0**height for height in heights])
+    return 10.0 ** np.minimum(heights, np.log10(lowest) - gap * (0.5 + n_labels_below))
 
 
 def through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: str = "") -> Figure:
-    """Each token's rank by the logit lens at each layer, before (dashed) and after.
-
-    The blocks in which an edit acts are shaded.
-    """
+    """Each token's rank by the lens at each layer, before (dashed) and after; edits are shaded."""
     figure, panels = _make_panels(edits, 3.6)
     for axes, edit in zip(panels, edits, strict=True):
         part: Any = layers[layers["edit"] == edit]
-        lowest = 1.4 * float(part[["rank_before", "rank_after"]].to_numpy(float).max())
-        lowest = max(lowest, 10.0)
+        ranks = part[["rank_before", "rank_after"]].to_numpy(float)
+        lowest = max(1.4 * float(ranks.max()), 10.0)
         last_layer = int(part["layer"].max())
         for layer in sorted(set(part[part["edited"]]["layer"])):
             axes.axvspan(layer - 0.5, layer + 0.5, color=(*to_rgb(POINT), 0.22), lw=0)
@@ -156,7 +132,7 @@ def through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: str = "
             colour = LINES[number % len(LINES)]
             axes.plot(line["layer"], line["rank_before"], color=colour, lw=1.2, ls="--", alpha=0.75)
             axes.plot(line["layer"], line["rank_after"], color=colour, lw=1.9)
-            line_ends.append((line["token"].iloc[0], float(line["rank_after"].iloc[-1]), colour))
+            line_ends.append((float(line["rank_after"].iloc[-1]), line["token"].iloc[0], colour))
         rank_axis(axes, lowest)
         axes.set_xlim(-0.6, last_layer * 1.32 + 1)
         axes.set_xticks(range(0, last_layer + 1, max(1, ceil(last_layer / 8))))
@@ -166,28 +142,25 @@ def through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: str = "
 
 
 def _name_line_ends(
-    axes: Axes, line_ends: Sequence[tuple[str, float, str]], last_layer: int, lowest: float
+    axes: Axes, line_ends: list[tuple[float, str, str]], last_layer: int, lowest: float
 ) -> None:
-    """Write the names of lines at their ends, with the rank after. An end is name, rank, colour."""
-    ordered = sorted(line_ends, key=lambda end: end[1])
-    ranks = np.array([rank for _, rank, _ in ordered])
+    """Write the names of lines at their ends, with the rank after. An end is rank, name, colour."""
+    line_ends.sort(key=lambda end: end[0])
+    ranks = np.array([rank for rank, _, _ in line_ends])
     heights = _spread_ranks(ranks, 0.065 * np.log10(lowest / 0.85), lowest)
-    for (token, rank, colour), height in zip(ordered, heights, strict=True):
+    for (rank, token, colour), height in zip(line_ends, heights, strict=True):
         text = f"{short_label(token, 1.0)}  {rank:,.0f}"
         position = (last_layer * 1.03 + 0.4, height)
         label_point(axes, text, (last_layer, rank), position, shrink=(1, 1), color=colour)
 
 
 def component_bars(parts: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
-    """The components whose part of the logit changed most, as bars, and the logit's change.
-
-    `parts` has the table of `most_moved` for each edit.
-    """
+    """The components of `most_moved` as bars, and the logit's change, for each edit."""
     height = 0.24 * max(map(len, parts.values())) + 1.1
     figure, panels = _make_panels(list(parts), height, left=1.5)
     for axes, table in zip(panels, parts.values(), strict=True):
         values = table["logit_delta"].to_numpy(float)
-        draw_signed_bars(axes, table["component"].tolist(), values.tolist())
+        style.draw_signed_bars(axes, table["component"].tolist(), values.tolist())
         limit = 1.28 * (float(np.abs(values).max()) or 1.0)
         axes.set_xlim(-limit, limit)
         axes.set_xlabel("change of the logit, after minus before")
@@ -202,37 +175,37 @@ def mean_changes(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "
     """
     finite: Any = summary[np.isfinite(summary["logprob_delta"].to_numpy(float))]
     names = list(dict.fromkeys(finite["watched"]))[:PANELS]
-    edits = list(dict.fromkeys(zip(finite["edit"], finite["control"], strict=True)))
-    figure, panels = _make_panels(names, 0.3 * len(edits) + 1.2, left=2.2)
-    labels = [short_label(edit, 1.9) for edit, _ in edits]
+    controls = dict(zip(finite["edit"], finite["control"], strict=True))
+    figure, panels = _make_panels(names, 0.3 * len(controls) + 1.2, left=2.2)
+    labels = [short_label(edit, 1.9) for edit in controls]
     has_few_prompts = bool((summary["n"] < MIN_FOR_INTERVAL).all())
     for axes, name in zip(panels, names, strict=True):
         means = finite[finite["watched"] == name].set_index("edit")
-        for position, (edit, control) in enumerate(edits):
-            if edit not in means.index:
-                continue
-            points: Any = watched[(watched["edit"] == edit) & (watched["watched"] == name)]
-            _draw_mean(axes, means.loc[edit], points, position, is_control=bool(control))
+        points = watched[watched["watched"] == name]
+        for position, (edit, control) in enumerate(controls.items()):
+            if edit in means.index:
+                prompts = points[points["edit"] == edit]
+                _draw_mean(axes, means.loc[edit], prompts, position, is_control=bool(control))
         axes.axvline(0, color=MUTED, lw=0.8)
-        axes.set_yticks(range(len(edits)), labels)
-        axes.set_ylim(len(edits) - 0.5, -0.5)
+        axes.set_yticks(range(len(controls)), labels)
+        axes.set_ylim(len(controls) - 0.5, -0.5)
         words = "prompts" if has_few_prompts else "95 % interval"
         axes.set_xlabel(f"Δ log-probability (nats), mean and {words}")
     return apply_style(figure, title)
 
 
-def _draw_mean(
-    axes: Axes, summary: Any, points: pd.DataFrame, position: int, *, is_control: bool
-) -> None:
+def _draw_mean(axes: Axes, summary: Any, points: Any, position: int, *, is_control: bool) -> None:
     """Draw a mean with its interval, or with its prompts where they are few."""
     mean = float(summary["logprob_delta"])
-    colour = MUTED if is_control else sign_colour(mean)
+    colour = fill = style.sign_colour(mean)
+    if is_control:
+        colour, fill = MUTED, "none"
     if float(summary["n"]) < MIN_FOR_INTERVAL:
-        values: Any = points.groupby("row")["logprob_delta"].mean()
+        values = points.groupby("row")["logprob_delta"].mean()
         values = values[np.isfinite(values)]
         heights = np.full(len(values), position)
         axes.plot(values, heights, ls="", marker=".", ms=5, alpha=0.6, color=colour)
     else:
         interval = [float(summary["logprob_delta_low"]), float(summary["logprob_delta_high"])]
         axes.plot(interval, [position] * 2, color=colour, lw=2.2, solid_capstyle="round")
-    axes.plot(mean, position, "o", ms=6, color=colour, mfc="none" if is_control else colour)
+    axes.plot(mean, position, "o", ms=6, color=colour, mfc=fill)

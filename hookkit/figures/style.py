@@ -14,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colorbar import Colorbar
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.legend import Legend
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -24,10 +26,17 @@ from ..errors import BadHook
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
 POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
+LINES = (UP, MARK, POINT, "#b8862b", "#8a5bb5", MUTED)  # colours of lines, in turn
 # Dash patterns tell lines apart without colour, and where one line hides another.
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 TITLE_LETTERS = 12.5  # letters of a title in one inch
 SHADES = 256  # colours of a colour map
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one plot. Its size is in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def apply_style(figure: Figure, title: str) -> Figure:
@@ -71,8 +80,26 @@ def rank_axis(axes: Axes, lowest: float) -> None:
     axes.set_ylabel("rank (log axis; 1 is the most likely)")
 
 
-def style_colour_bar(bar: Colorbar, label: str) -> None:
-    """Give a colour bar the fonts and colours of all figures."""
+def add_legend(axes: Axes, **settings: Any) -> Legend:
+    """Add the legend of the lines that have labels."""
+    return axes.legend(**{"frameon": False, "fontsize": 8.5, "labelcolor": INK, **settings})
+
+
+def draw_cells(
+    axes: Axes, numbers: np.ndarray, shades: ListedColormap, low: float, *, high: float, lw: float
+) -> None:
+    """Draw a grid of numbers as coloured cells with frames of this width."""
+    axes.pcolormesh(numbers, cmap=shades, vmin=low, vmax=high, edgecolors=GRID, linewidth=lw)
+
+
+def add_colour_bar(
+    figure: Figure, shades: ListedColormap, limits: tuple[float, float], label: str, **size: Any
+) -> None:
+    """Add the scale of the colours of cells at the right of a styled figure, without grid lines."""
+    panels = list(figure.axes)
+    for axes in panels:
+        axes.grid(visible=False)
+    bar = figure.colorbar(ScalarMappable(Normalize(*limits), shades), ax=panels, **size)
     bar.set_label(label, fontsize=9, color=INK)
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
     bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -115,29 +142,45 @@ def label_point(
     )
 
 
-def draw_signed_bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
-    """Draw horizontal bars with their values, from the top down. The last bar is the sum."""
-    colours = [sign_colour(value) for value in values[:-1]]
-    positions = np.arange(len(values))
-    axes.barh(positions, values, color=[*colours, INK], height=0.7)
-    for position, value in enumerate(values):
-        annotate_bar(axes, f"{value:+.2f}", value, position)
+def draw_bars(
+    axes: Axes,
+    names: Sequence[str],
+    lengths: Sequence[float] | np.ndarray,
+    colours: Sequence[str],
+    texts: Sequence[str],
+    *,
+    height: float = 0.7,
+) -> None:
+    """Draw horizontal bars from the top down, each with its name and with a text beyond its end."""
+    positions = np.arange(len(lengths))
+    axes.barh(positions, lengths, color=colours, height=height)
+    for position, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        if text:
+            annotate_bar(axes, text, length, position)
     axes.set_yticks(positions, names, fontsize=8.5)
     axes.invert_yaxis()
+
+
+def draw_signed_bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
+    """Draw horizontal bars with their values, from the top down. The last bar is the sum."""
+    texts = [f"{value:+.2f}" for value in values]
+    draw_bars(axes, names, values, [*map(sign_colour, values[:-1]), INK], texts)
     axes.axvline(0, color=MUTED, lw=0.8)
 
 
 def annotate_bar(
-    axes: Axes, text: str, value: float, position: int, *, inside: bool = False
+    axes: Axes, text: str, value: float, position: float, *, inside: bool = False
 ) -> None:
     """Write a text beyond the end of a horizontal bar, or `inside` it."""
-    is_right = (value >= 0) != inside
+    side, shift = "right", -4
+    if (value >= 0) != inside:
+        side, shift = "left", 4
     axes.annotate(
         text,
         (value, position),
-        xytext=(4 if is_right else -4, 0),
+        xytext=(shift, 0),
         textcoords="offset points",
-        ha="left" if is_right else "right",
+        ha=side,
         va="center",
         fontsize=8,
         color=PAPER if inside else INK,
@@ -146,9 +189,8 @@ def annotate_bar(
 
 def spread_apart(heights: np.ndarray, gap: float) -> np.ndarray:
     """The heights of labels in the same order, moved up until neighbours are `gap` apart."""
-    order = np.argsort(heights, kind="stable")
     spread_heights = heights.astype(float)
-    for lower, upper in pairwise(order):
+    for lower, upper in pairwise(np.argsort(heights, kind="stable")):
         spread_heights[upper] = max(spread_heights[upper], spread_heights[lower] + gap)
     return spread_heights
 
@@ -159,8 +201,20 @@ def drawable(token: str) -> str:
 
 
 def short_label(text: str, room: float, size: float = 8.5) -> str:
-    """A text as matplotlib can draw it, shortened to fit into `room` inches."""
-    return escape_dollars(cut_to_width(escape_missing_glyphs(text), room, size))
+    """A text as matplotlib can draw it, without its middle if it needs more than `room` inches."""
+    word = short = escape_missing_glyphs(text)
+    length = len(word) - 1
+    while text_width(short, size) > room * 1.001 and length > 3:
+        short = f"{word[: ceil(length / 2)]}…{word[-(length // 2) :]}"
+        length -= 1
+    return escape_dollars(short)
+
+
+def fit_text(token: str, room: float, size: float) -> tuple[str, float]:
+    """A token and its font size, at most a fifth smaller, for `room` inches; see `short_label`."""
+    word = escape_missing_glyphs(token)
+    size *= float(np.clip(room / text_width(word, size), 0.8, 1.0))
+    return short_label(token, room, size), size
 
 
 def escape_missing_glyphs(token: str) -> str:
@@ -174,14 +228,14 @@ def escape_missing_glyphs(token: str) -> str:
     return "".join(letters)
 
 
-def escape_dollars(text: str) -> str:
-    """A text that matplotlib draws unchanged: it would read text between dollars as mathematics."""
-    return text.replace("$", r"\$")
-
-
 @cache
 def _font_characters() -> frozenset[int]:
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def escape_dollars(text: str) -> str:
+    """A text that matplotlib draws unchanged: it would read text between dollars as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def text_width(text: str, size: float) -> float:
@@ -190,22 +244,3 @@ def text_width(text: str, size: float) -> float:
         escape_dollars(text), FontProperties(size=size), False
     )
     return width * 1.04 / 72
-
-
-def fit_text(token: str, room: float, size: float) -> tuple[str, float]:
-    """A token's text and the font size at which it fits into `room` inches.
-
-    The font is made smaller by at most a fifth; a token that needs more loses its middle.
-    """
-    word = escape_missing_glyphs(token)
-    size *= float(np.clip(room / text_width(word, size), 0.8, 1.0))
-    return short_label(token, room, size), size
-
-
-def cut_to_width(word: str, room: float, size: float) -> str:
-    """The word, or its beginning and end with … between them, to fit into `room` inches."""
-    short, length = word, len(word) - 1
-    while text_width(short, size) > room * 1.001 and length > 3:
-        short = f"{word[: ceil(length / 2)]}…{word[-(length // 2) :]}"
-        length -= 1
-    return short

@@ -3,6 +3,7 @@
     table = hk.patching(lm, clean, corrupted, "resid_pre", hk.logit_diff(" Mary", " John"))
     hk.figures.heat_map(table, labels=tokens)           # layer x position, the mean over prompts
     hk.figures.interval_lines(table, x="layer")         # means with intervals, or each prompt
+    hk.figures.damage_curves(hk.dose_response(lm, prompts, vectors, metric, neutral=texts))
 
 Cells are green where the value is positive and red where it is negative, the stronger the larger.
 """
@@ -13,29 +14,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize, to_rgb
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, did_you_mean
+from ..steering.controls import DAMAGE, over_doses
 from ..tables.intervals import MIN_FOR_INTERVAL
-from .style import (
-    GRID,
-    INK,
-    MARK,
-    MUTED,
-    POINT,
-    SHADES,
-    UP,
-    apply_style,
-    drawable,
-    sign_colour,
-    style_colour_bar,
-)
+from . import style
+from .style import INK, LINES, MUTED, apply_style, drawable
 
-LINES = (UP, MARK, POINT, "#b8862b", "#8a5bb5", MUTED)  # colours of lines, in turn
 WORDS = {"layer": "layer", "pos": "position", "head": "head", "unit": "neuron", "scale": "scale"}
+GRID_COLUMNS = ("pos", "head", "unit", "scale")  # for x, the first that a table has
+UNITS = {
+    "damage_kl": "damage: KL on neutral text (nats per token)",
+    "damage_loss": "damage: rise of the loss of neutral text (nats per token)",
+    "perplexity": "perplexity of neutral text",
+}
+VECTOR_COLOURS = LINES[:-1]  # the last colour is that of the random vectors
 
 
 @check_arguments
@@ -60,16 +56,10 @@ def heat_map(
     in their cells.
     """
     value = _value_column(table, value)
-    if x is None:
-        x = _first_column(table, ("pos", "head", "unit", "scale"))
-    for name in (x, y):
-        if name not in table.columns:
-            raise BadHook(
-                f"the table has no column {name!r}{did_you_mean(str(name), table.columns)} "
-                "Say x= and y=."
-            )
-    assert x is not None
-    parts = _split_by_site(table)
+    x = _x_column(table, x, y)
+    parts: dict[Any, Any] = {None: table}
+    if "site" in table.columns:
+        parts = dict(iter(table.groupby("site", sort=False)))
     grids = [_build_grid(part, value, x, y).sort_index() for part in parts.values()]
     if limit is None:
         limit = max(float(np.nanmax(np.abs(grid.to_numpy()))) for grid in grids) or 1.0
@@ -82,35 +72,30 @@ def heat_map(
         if site is not None:
             axes.set_title(str(site), fontsize=10, color=INK)
     apply_style(figure, title)
-    for axes in panels:
-        axes.grid(visible=False)
-    colours = ScalarMappable(Normalize(-limit, limit), _colour_map())
-    bar = figure.colorbar(colours, ax=panels, fraction=0.05, pad=0.02)
-    first_part = next(iter(parts.values()))
-    style_colour_bar(bar, f"{value.replace('_', ' ')}{_describe_mean(first_part)}")
+    label = f"{value.replace('_', ' ')}{_describe_mean(next(iter(parts.values())))}"
+    style.add_colour_bar(figure, _colour_map(), (-limit, limit), label, fraction=0.05, pad=0.02)
     return figure
 
 
-def _split_by_site(table: pd.DataFrame) -> dict[Any, Any]:
-    """The rows of each site; one part without a name if the table has no sites."""
-    if "site" not in table.columns:
-        return {None: table}
-    return {site: table[table["site"] == site] for site in dict.fromkeys(table["site"])}
-
-
-def _first_column(table: pd.DataFrame, names: Sequence[str]) -> str | None:
-    """The first of these names that is a column of the table."""
-    columns = [name for name in names if name in table.columns]
-    return columns[0] if columns else None
+def _x_column(table: pd.DataFrame, x: str | None, y: str) -> str:
+    """The column of the x axis: `x`, else the first of GRID_COLUMNS that the table has."""
+    if x is None:
+        x = next((name for name in GRID_COLUMNS if name in table.columns), None)
+    for name in (x, y):
+        if name not in table.columns:
+            raise BadHook(
+                f"the table has no column {name!r}{did_you_mean(str(name), table.columns)} "
+                "Say x= and y=."
+            )
+    assert x is not None
+    return x
 
 
 def _value_column(table: pd.DataFrame, value: str | None) -> str:
     """The column to draw: `value`, else the first effect, else the first delta."""
     if value is None:
-        effects = [name for name in table.columns if name.endswith("_effect")]
-        deltas = [name for name in table.columns if name.endswith("_delta")]
-        candidates = [*effects, *deltas]
-        value = candidates[0] if candidates else None
+        candidates = [*table.filter(regex="_effect$"), *table.filter(regex="_delta$")]
+        value = next(iter(candidates), None)
     if table.empty:
         raise EmptySelection("the table has no row to draw")
     if value is None or value not in table.columns:
@@ -129,11 +114,8 @@ def _build_grid(table: Any, value: str, x: str, y: str) -> pd.DataFrame:
     if not is_ratio or not set(columns) <= set(table.columns):
         return table.pivot_table(values=value, **pivot)
     delta, before, target = [table[name].astype(float) for name in columns]
-    full_change = target - before
-    is_complete = delta.notna() & full_change.notna()
-    sides = table[is_complete].assign(
-        _delta=delta[is_complete], _full_change=full_change[is_complete]
-    )
+    sides = table.assign(_delta=delta, _full_change=target - before)
+    sides = sides.dropna(subset=["_delta", "_full_change"])
     numerator = sides.pivot_table(values="_delta", **pivot)
     denominator = sides.pivot_table(values="_full_change", **pivot)
     return numerator / denominator.where(denominator != 0)
@@ -155,28 +137,21 @@ def _describe_mean(table: pd.DataFrame) -> str:
 def _colour_map() -> ListedColormap:
     """From red over nothing to green, by opacity, so that it can stand on paper of any colour."""
     colours = []
-    for share in np.linspace(-1, 1, SHADES):
-        colours.append((*to_rgb(sign_colour(share)), abs(share) ** 0.8))
+    for share in np.linspace(-1, 1, style.SHADES):
+        colours.append((*to_rgb(style.sign_colour(share)), abs(share) ** 0.8))
     return ListedColormap(colours)
 
 
 def _draw_cells(axes: Axes, grid: pd.DataFrame, limit: float, named: int) -> None:
     numbers = grid.to_numpy(float)
-    axes.pcolormesh(
-        np.ma.masked_invalid(numbers),
-        cmap=_colour_map(),
-        vmin=-limit,
-        vmax=limit,
-        edgecolors=GRID,
-        linewidth=0.25,
-    )
+    cells = np.ma.masked_invalid(numbers)
+    style.draw_cells(axes, cells, _colour_map(), -limit, high=limit, lw=0.25)
     sizes = np.abs(np.nan_to_num(numbers)).ravel()
+    text_style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "color": INK}
     for index in np.argsort(-sizes, kind="stable")[:named]:
         if sizes[index] > 0:
             row, column = divmod(int(index), numbers.shape[1])
-            text = f"{numbers[row, column]:.2g}"
-            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "color": INK}
-            axes.text(column + 0.5, row + 0.5, text, **style)
+            axes.text(column + 0.5, row + 0.5, f"{numbers[row, column]:.2g}", **text_style)
 
 
 def _label_grid(axes: Axes, grid: pd.DataFrame, x: str, y: str, labels: Any) -> None:
@@ -195,8 +170,7 @@ def _label_grid(axes: Axes, grid: pd.DataFrame, x: str, y: str, labels: Any) -> 
 
 def _column_labels(columns: Sequence[Any], labels: Any) -> list[str]:
     """The texts of the x axis. A sequence is indexed by position where the columns are numbers."""
-    if labels is None:
-        return [drawable(str(column)) for column in columns]
+    labels = {} if labels is None else labels
     if isinstance(labels, Mapping):
         return [drawable(str(labels.get(column, column))) for column in columns]
     if len(labels) < len(columns):
@@ -244,23 +218,22 @@ def interval_lines(
                 f"{value!r} is no column of a metric: give over_prompts(table, by=…, "
                 f"values=[{value!r}])"
             )
-    figure = Figure(figsize=(8, 4.0), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = style.new_figure(8, 4.0)
     groups = [(None, summary)] if series is None else list(summary.groupby(series, sort=False))
     for number, (name, line) in enumerate(groups):
         line = line.sort_values(x)
         colour = LINES[number % len(LINES)]
-        style = {"lw": 1.8, "marker": "o", "ms": 3.5, "label": _series_label(series, name)}
-        axes.plot(line[x], line[value], color=colour, **style)
-        draw_band(axes, line, x, value, colour)
-        if prompts is not None and has_few_prompts(line, value):
-            points = prompts if series is None else prompts[prompts[series] == name]
-            draw_prompts(axes, points, x, value, colour)
+        line_style = {"lw": 1.8, "marker": "o", "ms": 3.5, "label": _series_label(series, name)}
+        axes.plot(line[x], line[value], color=colour, **line_style)
+        points = prompts
+        if prompts is not None and series is not None:
+            points = prompts[prompts[series] == name]
+        _draw_spread(axes, line, points, x, value, colour)
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.set_xlabel(WORDS.get(x, x))
     axes.set_ylabel(f"{value.replace('_', ' ')}{_describe_mean(summary)}")
     if series is not None:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+        style.add_legend(axes)
     return apply_style(figure, title)
 
 
@@ -271,22 +244,18 @@ def _default_series(summary: pd.DataFrame, x: str) -> str | None:
     return None
 
 
-def has_few_prompts(summary: pd.DataFrame, value: str) -> bool:
-    """True if the means are over too few prompts for an interval to be drawn."""
-    count = f"{value}_n" if f"{value}_n" in summary.columns else "n"
-    return count in summary.columns and bool((summary[count] < MIN_FOR_INTERVAL).all())
-
-
-def draw_band(axes: Axes, summary: pd.DataFrame, x: str, value: str, colour: str) -> None:
-    """Draw the intervals of a line as a band, unless they are over too few prompts."""
-    if f"{value}_low" in summary.columns and not has_few_prompts(summary, value):
-        low, high = summary[f"{value}_low"], summary[f"{value}_high"]
-        axes.fill_between(summary[x], low, high, color=colour, alpha=0.2, lw=0)
-
-
-def draw_prompts(axes: Axes, table: Any, x: str, value: str, colour: str) -> None:
-    """Draw each row of a table as a small point."""
-    axes.plot(table[x], table[value], ls="", marker=".", ms=4, alpha=0.5, color=colour)
+def _draw_spread(
+    axes: Axes, line: pd.DataFrame, prompts: Any, x: str, value: str, colour: str
+) -> None:
+    """Draw the intervals of a line as a band; of too few prompts, draw each prompt as a point."""
+    count = f"{value}_n" if f"{value}_n" in line.columns else "n"
+    if count in line.columns and bool((line[count] < MIN_FOR_INTERVAL).all()):
+        if prompts is not None:
+            points_style = {"ls": "", "marker": ".", "ms": 4, "alpha": 0.5}
+            axes.plot(prompts[x], prompts[value], color=colour, **points_style)
+    elif f"{value}_low" in line.columns:
+        low, high = line[f"{value}_low"], line[f"{value}_high"]
+        axes.fill_between(line[x], low, high, color=colour, alpha=0.2, lw=0)
 
 
 def _series_label(series: str | None, name: Any) -> str:
@@ -295,3 +264,87 @@ def _series_label(series: str | None, name: Any) -> str:
     if series == "control":
         return "control" if name else "edit"
     return drawable(str(name))
+
+
+@check_arguments
+def damage_curves(
+    table: pd.DataFrame,
+    *,
+    value: str | None = None,
+    by: str = "damage_kl",
+    log: bool = True,
+    labels: dict[str, str] | None = None,
+    title: str = "",
+) -> Figure:
+    """What each dose does against the damage it causes, as a line for each vector.
+
+    `table` is the table of `dose_response` with neutral texts. `value` is the column to draw (by
+    default the first delta), `by` the damage. Points are doses; doses of the same sign are joined.
+    Each random vector is a thin grey line, the mean over the prompts. Bands are intervals over the
+    prompts; below 10 prompts each prompt is a point instead. `log` draws the damage on a log axis.
+    Each site has a panel.
+    """
+    if by not in DAMAGE or by not in table.columns:
+        raise BadHook(
+            f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=."
+        )
+    if not value:
+        deltas = [str(name) for name in table.columns if str(name).endswith("_delta")]
+        if not deltas:
+            raise BadHook("the table has no column that ends in '_delta': say value=")
+        value = deltas[0]
+    if value not in table.columns:
+        raise BadHook(
+            f"the table has no column {value!r}{did_you_mean(value, map(str, table.columns))} "
+            "Say value=."
+        )
+    table = table.reset_index(drop=True)  # the index of concatenated tables may have duplicates
+    sites = list(dict.fromkeys(table["site"]))
+    figure = Figure(figsize=(min(14.0, 3.0 + 5.0 * len(sites)), 4.4), layout="constrained")
+    panels = list(figure.subplots(1, len(sites), squeeze=False, sharey=True)[0])
+    for axes, site in zip(panels, sites, strict=True):
+        part = pd.DataFrame(table[table["site"] == site])
+        _draw_random(axes, part, value, by)
+        _draw_vectors(axes, part, value, by, labels or {})
+        axes.axhline(0, color=MUTED, lw=0.8)
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(UNITS[by])
+        axes.set_title(str(site) if len(sites) > 1 else "", fontsize=10, color=INK)
+    panels[0].set_ylabel(f"{value.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
+    style.add_legend(panels[0])
+    return apply_style(figure, title)
+
+
+def _draw_random(axes: Axes, table: pd.DataFrame, value: str, by: str) -> None:
+    """Draw each random vector once, even where it is the control of several vectors."""
+    controls = table[table["control"]]
+    controls = controls.assign(sign=controls["dose"] > 0)
+    label: str | None = "random, of equal length"
+    line_style: dict[str, Any] = {"color": MUTED, "lw": 0.8, "alpha": 0.6, "marker": ".", "ms": 3}
+    for _, line in controls.groupby(["vector", "sample", "sign"], sort=False):
+        means: Any = line.groupby("dose")[[value, by]].mean()
+        means = means.loc[sorted(means.index, key=abs)]
+        axes.plot(means[by], means[value], label=label, **line_style)
+        label = None
+
+
+def _draw_vectors(
+    axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[str, str]
+) -> None:
+    prompts: Any = table[~table["control"]]
+    means: Any = over_doses(table)
+    vectors: Any = means[~means["control"]].groupby("vector", sort=False)
+    for number, (name, doses) in enumerate(vectors):
+        colour = VECTOR_COLOURS[number % len(VECTOR_COLOURS)]
+        dashes = style.DASHES[number % len(style.DASHES)]
+        label = {"label": drawable(labels.get(str(name), str(name)))}
+        for is_positive in (True, False):
+            line = doses[(doses["dose"] > 0) == is_positive].sort_values("dose", key=abs)
+            if line.empty:
+                continue
+            line_style: dict[str, Any] = {"color": colour, "ls": dashes, **label}
+            axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, **line_style)
+            label = {}
+            is_line = (prompts["vector"] == name) & ((prompts["dose"] > 0) == is_positive)
+            _draw_spread(axes, line, prompts[is_line], by, value, colour)

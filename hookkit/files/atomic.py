@@ -72,9 +72,9 @@ def atomic_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) ->
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes, *, tidy: bool = True, ready: Ready | None = None) -> None:
+def write_bytes(path: Path, data: bytes, *, ready: Ready | None = None) -> None:
     """Writes a file atomically."""
-    with atomic_file(path, tidy=tidy, ready=ready) as temporary:
+    with atomic_file(path, ready=ready) as temporary:
         temporary.write_bytes(data)
 
 
@@ -124,13 +124,9 @@ def _safetensors_header(
                 f"{name!r} is {tensor.dtype}, which no safetensors file holds: "
                 "give it in another dtype"
             )
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        offsets = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        offset = offsets[1]
     data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     return data + b" " * (-len(data) % 8)  # aligns the tensors in memory
 
@@ -140,13 +136,13 @@ def write_new(path: Path, text: str) -> None:
     with disk_errors_as_bad_file(path):
         make_folder(path.parent)
         try:
-            descriptor = os.open(path, CREATE, 0o666)
+            file = path.open("xb")
         except FileExistsError:
             raise BadFile(
                 f"{str(path)!r} exists already: choose another name, or move it away"
             ) from None
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with file:
                 file.write(text.encode())
         except BaseException:
             path.unlink()
@@ -214,10 +210,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Removes temporary files of these names, or of all names, that killed programs left.
-
-    Files that are being written are not removed.
-    """
+    """Removes temporary files of these names (default all) that killed programs left."""
     prefixes = tuple(_prefix(name) for name in names) or (".",)
     try:
         files = os.listdir(folder)

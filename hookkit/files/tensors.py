@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..arguments import check_arguments, check_file, check_folder, check_path, describe
+from ..arguments import check_arguments, describe
 from ..errors import BadArgument, BadFile, BadHook
 from .atomic import Ready, write_tensors
-from .untrusted import open_tensors, read_tensors
+from .untrusted import check_file, check_folder, check_path, open_tensors, read_tensors
 
 MADE_BY = "made_by"  # the key in the metadata of files that hookkit wrote
 
@@ -43,7 +43,7 @@ def save_tensors(
     """
     if isinstance(tensors, SavesTensors):
         return tensors.save_tensors(path, about=about)
-    target = Path(check_path(path))
+    target = check_path(path)
     if target.is_dir():
         raise BadFile(f"path={str(target)!r} is a folder: give the path of the file to write")
     check_folder(target.parent, "the folder of path")
@@ -56,7 +56,7 @@ def save_tensors(
 def save_new_tensors(
     tensors: Mapping[str, Tensor], path: Path, ready: Ready, about: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors to a new file. `ready` gets the complete file, as in `whole_file`."""
+    """Writes tensors to a new file. `ready` gets the complete file, as in `atomic_file`."""
     named, texts = _check_tensors(tensors, about)
     write_tensors(path, named, texts, ready=ready)
 
@@ -77,28 +77,14 @@ def _check_tensors(
             raise BadArgument(
                 f"tensors has {describe(name)}: {describe(tensor)}; give tensors by name"
             )
+        _check_dense(name, tensor)
     texts = {**(about or {}), MADE_BY: "hookkit"}
     for name, text in texts.items():
         if not isinstance(text, str) or not isinstance(name, str):
             raise BadHook(
                 f"about= has {text!r} under {name!r}: give texts by names, which is all it can hold"
             )
-    return separate(named), texts
-
-
-def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns contiguous tensors on the CPU, no two of which share memory, for safetensors."""
-    result: dict[str, Tensor] = {}
-    pointers: set[int] = set()
-    for name, tensor in tensors.items():
-        _check_dense(name, tensor)
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        if storage.data_ptr() in pointers or storage.nbytes() > plain.nbytes:
-            plain = plain.clone(memory_format=torch.contiguous_format)
-        pointers.add(plain.untyped_storage().data_ptr())
-        result[name] = plain
-    return result
+    return named, texts
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:

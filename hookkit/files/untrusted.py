@@ -13,12 +13,13 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from ..errors import BadFile, BadHook, HookkitError
+from ..arguments import describe
+from ..errors import BadArgument, BadFile, BadHook, HookkitError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,20 +46,14 @@ def read_bytes(
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size > most:
-                raise error(_too_large(name, most))
-            data = file.read(most + 1)  # a pipe and a device have no size
-    except HookkitError:
-        raise
+            is_large = stat.S_ISREG(status.st_mode) and status.st_size > most
+            data = b"" if is_large else file.read(most + 1)  # a pipe and a device have no size
     except (OSError, ValueError) as raised:  # ValueError: a name with a null byte
         raise error(f"{name!r} cannot be read: {error_message(raised)}") from raised
-    if len(data) > most:
-        raise error(_too_large(name, most))
+    if is_large or len(data) > most:
+        size = f"{most / 2**20:,.0f} MB"
+        raise error(f"{name!r} has more than {size}, and is not read: give a smaller file")
     return data
-
-
-def _too_large(name: str, most: int) -> str:
-    return f"{name!r} has more than {most / 2**20:,.0f} MB, and is not read: give a smaller file"
 
 
 def read_text(path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST) -> str:
@@ -108,25 +103,15 @@ def read_json(path: str | os.PathLike[str], *, error: Error = BadFile, finite: b
     )
 
 
-def check_mapping(value: Any, name: str, *, error: Error = BadFile) -> dict[str, Any]:
-    """Returns the value if it is a mapping, and raises `error` otherwise."""
+def check_mapping(value: Any, name: str, *texts: str, error: Error = BadFile) -> dict[str, Any]:
+    """Returns the value if it is a mapping whose values of the names in `texts` are texts."""
     if not isinstance(value, dict):
         raise error(f"{name} holds a {type(value).__name__}, where names and values are meant")
+    for key in texts:
+        if not isinstance(value.get(key, ""), str):
+            value_text = str(value[key])[:MAX_MESSAGE]
+            raise error(f"{name} has {value_text!r} as its {key}, where a text is meant")
     return value
-
-
-def check_strings(
-    value: Any, names: tuple[str, ...], what: str, *, error: Error = BadFile
-) -> Mapping[str, Any]:
-    """Returns the mapping. Raises `error` if one of these names has a value that is not a text."""
-    mapping = check_mapping(value, what, error=error)
-    for name in names:
-        if name in mapping and not isinstance(mapping[name], str):
-            raise error(
-                f"{what} has {str(mapping[name])[:MAX_MESSAGE]!r} as its {name}, where a text is "
-                "meant"
-            )
-    return mapping
 
 
 def _parse_integer(digits: str) -> int:
@@ -156,19 +141,11 @@ def _mapping_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        level = [item for item in inner if isinstance(item, dict | list)]
-        if not level:
-            return False
-    return True
+def _is_deep(value: Any, depth: int = 1) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return depth > DEEPEST or any(_is_deep(item, depth + 1) for item in items)
 
 
 def _too_deep(name: str) -> str:
@@ -177,6 +154,7 @@ def _too_deep(name: str) -> str:
 
 # ---- YAML
 
+YAML_TAG = "tag:yaml.org,2002:"
 YAML_TYPES = ("null", "bool", "str", "seq", "map")
 YAML_PATTERNS = (  # a type, its pattern, and the first characters of its values
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -208,10 +186,7 @@ def parse_yaml(text: str, name: str, *, error: Error = BadFile) -> Any:
 
 
 def read_hook_list(path: str | os.PathLike[str]) -> list[Any]:
-    """Returns the list in a file of hooks, in YAML, or in JSON if its name ends in .json.
-
-    The entries of the list are not checked.
-    """
+    """Returns the unchecked entries of a file of hooks: YAML, or JSON if its name ends in .json."""
     name = os.fspath(path)
     try:
         text = read_text(path)
@@ -260,19 +235,15 @@ def _json_loader() -> Any:
             return _mapping_of_pairs(pairs)
 
     safe = yaml.SafeLoader.yaml_constructors
-    constructors: dict[Any, Any] = {_yaml_tag(name): safe[_yaml_tag(name)] for name in YAML_TYPES}
+    constructors: dict[Any, Any] = {YAML_TAG + name: safe[YAML_TAG + name] for name in YAML_TYPES}
     constructors[None] = safe[None]
-    constructors[_yaml_tag("int")] = lambda loader, node: _parse_integer(node.value)
-    constructors[_yaml_tag("float")] = lambda loader, node: _parse_finite(node.value)
+    constructors[YAML_TAG + "int"] = lambda loader, node: _parse_integer(node.value)
+    constructors[YAML_TAG + "float"] = lambda loader, node: _parse_finite(node.value)
     Loader.yaml_constructors = constructors
     Loader.yaml_implicit_resolvers = {}
     for name, pattern, first in YAML_PATTERNS:
-        Loader.add_implicit_resolver(_yaml_tag(name), re.compile(rf"(?:{pattern})\Z"), first)
+        Loader.add_implicit_resolver(YAML_TAG + name, re.compile(rf"(?:{pattern})\Z"), first)
     return Loader
-
-
-def _yaml_tag(name: str) -> str:
-    return f"tag:yaml.org,2002:{name}"
 
 
 # ---- tensors and tables
@@ -322,7 +293,41 @@ def read_table(
         ) from raised
 
 
-# ---- names and numbers in files
+# ---- paths, names and numbers in files
+
+
+def check_path(value: object, name: str = "path") -> Path:
+    """Returns the path of a file or folder, which is a text or a `pathlib.Path`."""
+    if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
+        return Path(value)
+    raise BadArgument(
+        f"{name}={describe(value)} is no path: give the path of a file or folder, "
+        "as a text or a pathlib.Path"
+    )
+
+
+def check_file(value: object) -> Path:
+    """Returns the path of an existing file. Raises `BadFile` if there is none, or a folder."""
+    path = check_path(value)
+    if path.is_dir():
+        raise BadFile(
+            f"path={str(path)!r} is a folder, and a file is meant: give the path of one in it"
+        )
+    if not path.exists():
+        raise BadFile(f"path={str(path)!r} does not exist: give the path of a file")
+    return path
+
+
+def check_folder(value: object, name: str = "folder") -> Path:
+    """Returns the path of a folder that may not exist. Raises `BadFile` if part of it is a file."""
+    path = check_path(value, name)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise BadFile(
+                f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: "
+                "give another name"
+            )
+    return path
 
 
 def is_bare_name(name: Any) -> bool:
@@ -355,7 +360,6 @@ def is_count(value: Any) -> bool:
 
 def error_message(raised: BaseException) -> str:
     """Returns the message of an error in one short line."""
-    message = getattr(raised, "strerror", None) if isinstance(raised, OSError) else None
-    message = message or str(raised) or type(raised).__name__
+    message = getattr(raised, "strerror", None) or str(raised) or type(raised).__name__
     line = " ".join(message.split())
     return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}…"

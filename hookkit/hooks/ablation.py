@@ -1,31 +1,14 @@
-"""Hooks that replace values: `ablate` and `patch`.
+"""Hooks that replace values: `ablate` and `patch`."""
 
-The new values are zeros, a tensor, the values of another run, or the mean or a sample of the values
-of reference prompts.
-"""
-
-import hashlib
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..arguments import (
-    check_choice,
-    check_integers,
-    check_keywords,
-    check_prompts,
-    check_seed,
-    describe,
-)
-from ..errors import BadHook, BadPrompt, NotCaptured, OutOfRange
-from ..models.positions import PROMPT, IndicesLike, PosLike, Where, resolve_positions
-from ..models.prompts import positions_of_text
-from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites, SitesLike, as_sites
-from ..models.views import unseen_value
+from ..arguments import check_choice, check_integers, check_keywords, describe
+from ..errors import BadHook, NotCaptured, OutOfRange
+from ..models.positions import PROMPT, IndicesLike, PosLike, Where
+from ..models.sites import AnySite, Site, Sites, SitesLike, as_sites
 from .base import (
     Binding,
     Change,
@@ -34,159 +17,22 @@ from .base import (
     Here,
     as_constant,
     as_where,
-    check_constant,
     require_vectors,
     set_field,
 )
 from .captured_values import Captured
-from .rounding import convert_like
-from .values import check_shape, convert_once, fit_to_values
+from .sources import (
+    FromPrompt,
+    FromRun,
+    Means,
+    Per,
+    Reference,
+    Source,
+    bind_source,
+    reference_prompts,
+)
 
-Per: TypeAlias = Literal["position", "all"]
 TO = "give 'zero', 'mean', 'resample', a tensor, statistics or a run"
-
-
-def _patch_from(source: Captured, where: Where, binding: Binding) -> Change:
-    """Returns the change to the source's values at the positions that `where` means in its text."""
-    if source.positions is None:
-        raise BadHook(
-            f"the tensor at {source.site} has no rows and positions of its own: it cannot be "
-            "patched by position"
-        )
-    _check_width(source, binding)
-
-    def apply(values: Tensor, here: Here) -> Tensor:
-        rows = [source.row(prompt) for prompt in here.rows]
-        columns = _source_columns(source, where, rows, here, binding)
-        new = source.by_place[torch.tensor(rows)[:, None], columns]
-        new = convert_like(new, values, f"what the source has at {source.site}")
-        if isinstance(source.site, ModuleSite) or source.site.name not in QUERY_KEY_SITES:
-            _check_sizes(source, new.shape[2:], values.shape[2:])
-            return new
-        _check_sizes(source, new.shape[2:-1], values.shape[2:-1])
-        # no query of the source's text sees keys after its last one
-        n_missing_keys = values.shape[-1] - new.shape[-1]
-        if n_missing_keys <= 0:
-            return new[..., : values.shape[-1]]
-        masked = unseen_value(new.dtype, source.site.name == "scores")
-        return nn.functional.pad(new, (0, n_missing_keys), value=masked)
-
-    return apply
-
-
-def _check_width(source: Captured, binding: Binding) -> None:
-    """Raises `BadHook` if another model's values cannot fit a site of this one."""
-    if binding.shape is not None:
-        _check_sizes(source, source.values.shape[2:], binding.shape)
-
-
-def _check_sizes(source: Captured, sizes: Sequence[int], model_sizes: Sequence[int]) -> None:
-    if tuple(sizes) != tuple(model_sizes):
-        raise BadHook(
-            f"the source of {source.site} has values of shape {list(sizes)} after row and pos, and "
-            f"this model has {list(model_sizes)}: give a run of a model of the same size"
-        )
-
-
-def _source_columns(
-    source: Captured, where: Where, rows: list[int], here: Here, binding: Binding
-) -> Tensor:
-    """Returns the column of the source's values for each cell.
-
-    Both texts resolve `where` for themselves, and their positions are paired in order.
-    """
-    positions_of_prompt = here.cells.text.selected_positions(where)
-    columns = torch.zeros_like(here.positions)
-    for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
-        ids = source.prompts[row]
-        positions = positions_of_prompt[prompt]
-        assert positions is not None
-        source_positions = resolve_positions(
-            where, len(ids), lambda at, ids=ids: positions_of_text(binding.lm, ids, at)
-        )
-        length = here.cells.text.lengths[prompt]
-        is_unpaired = where.pos is None and length != len(ids)
-        if is_unpaired or len(positions) != len(source_positions):
-            raise BadHook(
-                f"row {prompt} has {length} tokens and the source of {source.site} has {len(ids)}, "
-                f"so pos={where.pos!r} does not pair their positions: say which are meant, with "
-                "pos="
-            )
-        row_columns = []
-        for position in here.cells.places[number]:
-            source_position = source_positions[positions.index(position)]
-            row_columns.append(source.column(row, source_position))
-        columns[number, : len(row_columns)] = torch.tensor(row_columns)
-    return columns
-
-
-def _mean(source: Captured, per: Per) -> Change:
-    """Returns the change to the reference's mean, at the same position or over all positions."""
-    assert source.positions is not None
-    name = f"the reference's mean at {source.site}"
-    if per == "all":
-        overall = convert_once(source.values[source.positions >= 0].double().mean(0), name)
-        return lambda values, here: overall(values).expand_as(values).clone()
-    means = {}
-    for position in sorted(set(source.positions.flatten().tolist()) - {-1}):
-        means[position] = source.values[source.positions == position].double().mean(0)
-    zero = torch.zeros_like(next(iter(means.values())))
-
-    def apply(values: Tensor, here: Here) -> Tensor:
-        width = here.positions.shape[1]
-        rows = []
-        for positions in here.cells.places:
-            _check_reference_length(means, positions, source)
-            cells = [means[position] for position in positions]
-            rows.append(torch.stack(cells + [zero] * (width - len(cells))))
-        return convert_like(torch.stack(rows), values, name)
-
-    return apply
-
-
-def _check_reference_length(table: Any, positions: Sequence[int], source: Captured) -> None:
-    missing = [position for position in positions if position not in table]
-    if missing:
-        raise BadHook(
-            f"position {missing[0]} of {source.site} is to be replaced, and no prompt of the "
-            f"reference is that long (its positions: {min(table)} to {max(table)}): give longer "
-            "ones, fewer positions, or per='all'"
-        )
-
-
-def _resample(source: Captured, per: Per, seed: int) -> Change:
-    """Returns the change to values of other prompts, drawn at random.
-
-    A draw depends on the seed, the prompt's own tokens and the position only, so that it is the
-    same alone and in a batch.
-    """
-    assert source.positions is not None
-    cells = [(row, column) for row, column in (source.positions >= 0).nonzero().tolist()]
-    cells_at: dict[int, list[tuple[int, int]]] = {}
-    for row, column in cells:
-        cells_at.setdefault(int(source.positions[row, column]), []).append((row, column))
-
-    def draw(prompt: tuple[int, ...], position: int) -> tuple[int, int]:
-        digest = hashlib.sha256(repr((seed, prompt)).encode()).hexdigest()
-        if per == "all":
-            return random.Random(f"{digest}{position}").choice(cells)
-        # one donor serves all positions of a row for which it is long enough
-        donors = random.Random(digest).sample(range(len(source.rows)), len(source.rows))
-        return min(cells_at[position], key=lambda cell: donors.index(cell[0]))
-
-    def apply(values: Tensor, here: Here) -> Tensor:
-        new = torch.zeros_like(values)
-        for row, (prompt, positions) in enumerate(zip(here.rows, here.cells.places, strict=True)):
-            if per == "position":
-                _check_reference_length(cells_at, positions, source)
-            ids = here.cells.text.prompt(prompt)
-            index = torch.tensor([draw(ids, position) for position in positions])
-            drawn = source.values[index[:, 0], index[:, 1]]
-            name = f"what the reference has at {source.site}"
-            new[row, : len(positions)] = convert_like(drawn, values, name)
-        return new
-
-    return apply
 
 
 @runtime_checkable
@@ -198,136 +44,12 @@ class HasCaptures(Protocol):
     def sites(self) -> Sites: ...
 
 
-@runtime_checkable
-class HasMeans(Protocol):
-    """An object that knows the mean at sites: Statistics."""
-
-    def mean_of(self, site: "AnySite") -> Tensor: ...
-    @property
-    def sites(self) -> Sites: ...
-
-
 @dataclass(frozen=True)
-class Means:
-    """One tensor for each of the hook's sites: `tensors[i]` for site i."""
-
-    tensors: tuple[Constant, ...]
-
-    def __post_init__(self) -> None:
-        for tensor in _nonempty_tuple(self.tensors, "means"):
-            check_constant(tensor, "a mean")
-
-    def __repr__(self) -> str:
-        return "means"
-
-
-@dataclass(frozen=True)
-class FromRun:
-    """The values of a run: `sources[i]` for the hook's site i."""
-
-    sources: tuple[Captured, ...]
-
-    def __post_init__(self) -> None:
-        for source in _nonempty_tuple(self.sources, "the values of a run"):
-            _check_captured(source)
-
-    def __repr__(self) -> str:
-        return "run"
-
-
-@dataclass(frozen=True)
-class FromPrompt:
-    """The values that the model has on a prompt (a text or token ids), which is run first."""
-
-    prompt: str | tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
-        set_field(self, "prompt", _reference_prompts([prompt])[0])
-
-    def __repr__(self) -> str:
-        return repr(self.prompt)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Values of other prompts: captured ones (`sources`), or `prompts` that are run first."""
-
-    how: Literal["mean", "resample"]
-    per: Per
-    seed: int
-    sources: tuple[Captured, ...] = ()
-    prompts: tuple[tuple[int, ...] | str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_choice(self.how, "to", ("mean", "resample"))
-        check_choice(self.per, "per", ("position", "all"))
-        set_field(self, "seed", check_seed(self.seed))
-        if self.how == "mean" and self.seed:
-            raise BadHook(
-                "seed= draws for to='resample', and to='mean' draws nothing: leave seed out"
-            )
-        if bool(self.sources) == bool(self.prompts):
-            raise BadHook(f"to={self.how!r} needs a reference: say over=run, or over=[prompts]")
-        if self.prompts:
-            set_field(self, "prompts", _reference_prompts(self.prompts))
-            return
-        for source in _nonempty_tuple(self.sources, "a reference"):
-            _check_captured(source)
-
-    def __repr__(self) -> str:
-        count = len(self.prompts) or len(self.sources[0].rows)
-        seed = f", seed={self.seed}" if self.how == "resample" else ""
-        return f"{self.how!r}, over={count} prompts, per={self.per!r}{seed}"
-
-
-def _nonempty_tuple(values: object, name: str) -> tuple[Any, ...]:
-    if not isinstance(values, tuple) or not values:
-        raise BadHook(f"{name}: {describe(values)} is no tuple of at least one")
-    return values
-
-
-def _reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
-    try:
-        return tuple(check_prompts(over))
-    except BadPrompt as error:
-        raise BadHook(
-            f"over={describe(over)} has no prompt to take a reference from: {error}"
-        ) from error
-
-
-def _check_captured(source: object) -> None:
-    """Raises `BadHook` if captured values do not have the rows and positions that they name."""
-    if not isinstance(source, Captured):
-        raise BadHook(f"a hook holds {describe(source)} where values of a run are meant")
-    values = source.values
-    if not isinstance(values, Tensor) or values.ndim < 1 or not isinstance(source.prompts, tuple):
-        raise BadHook(
-            f"the values of a run at {source.site} are {describe(values)}, and no tensor of rows"
-        )
-    if source.positions is None:
-        return
-    shape = source.by_place.shape[:2]  # scores and patterns have their heads before the queries
-    fits = isinstance(source.positions, Tensor) and source.positions.shape == shape
-    if not fits or len(source.rows) != shape[0] or len(source.prompts) < shape[0]:
-        raise BadHook(
-            f"the values of a run at {source.site} have shape {list(values.shape)}, and positions, "
-            "rows or prompts of another number: capture them again"
-        )
-
-
-Source: TypeAlias = Literal["zero"] | Constant | Means | FromRun | FromPrompt | Reference
-
-
-@dataclass(frozen=True)
-class Ablate(EditHook):
-    """Replaces the values. `ablate` returns it."""
+class Ablate(EditHook, verb="ablate", puts_in=True, takes_step=True):
+    """Replaces the values. `ablate` returns it. A step is the one at which a run captured them."""
 
     to: Source = "zero"
     units: tuple[int, ...] | None = None
-
-    verb: ClassVar[str] = "ablate"
-    takes_step: ClassVar[bool] = True  # the step at which a run captured the new values
 
     def check(self) -> None:
         if self.where.step is not None and not isinstance(self.to, FromRun):
@@ -350,19 +72,14 @@ class Ablate(EditHook):
             require_vectors(self.sites, "to=tensor puts in")
         elif isinstance(self.to, Reference | Means):
             require_vectors(self.sites, "to='mean' or 'resample' puts in")
-        if self.units is not None:
-            set_field(self, "units", _as_units(self.units, self.sites))
-
-    @property
-    def puts_in(self) -> bool:
-        return True
+        set_field(self, "units", _as_units(self.units, self.sites))
 
     @property
     def gives_infinity(self) -> bool:
         return self.to == "zero"
 
     def change(self, binding: Binding) -> Change:
-        replacement = self._replacement(binding)
+        replacement = bind_source(self.to, self.sites, self.where, binding)
         units = self.units
         if units is None:
             return replacement
@@ -380,50 +97,10 @@ class Ablate(EditHook):
 
         return apply
 
-    def _replacement(self, binding: Binding) -> Change:
-        """Returns the change of all units."""
-        match self.to:
-            case Constant():
-                return _replace_by(self.to, binding)
-            case Means():
-                return _replace_by(self.to.tensors[self.sites.index(binding.site)], binding)
-            case FromRun():
-                return _patch_from(_of_site(self.to.sources, binding.site), self.where, binding)
-            case FromPrompt():
-                return _patch_from(binding.reference((self.to.prompt,)), self.where, binding)
-            case Reference():
-                return _replace_by_reference(self.to, binding)
-            case _:
-                return lambda values, here: torch.zeros_like(values)
-
-
-def _replace_by(tensor: Constant, binding: Binding) -> Change:
-    check_shape(tensor, binding, "the tensor")
-    fit = fit_to_values(tensor, "the tensor")
-    return lambda values, here: fit(values, here).expand_as(values).clone()
-
-
-def _replace_by_reference(reference: Reference, binding: Binding) -> Change:
-    if reference.sources:
-        source = _of_site(reference.sources, binding.site)
-    else:
-        source = binding.reference(reference.prompts)
-    _check_width(source, binding)
-    if reference.how == "mean":
-        return _mean(source, reference.per)
-    return _resample(source, reference.per, reference.seed)
-
-
-def _of_site(sources: Sequence[Captured], site: AnySite) -> Captured:
-    return next(source for source in sources if source.site == site)
-
 
 @dataclass(frozen=True)
-class Patch(Ablate):
+class Patch(Ablate, verb="patch", bare=("to",)):
     """Replaces the values by those of another run. `patch` returns it."""
-
-    verb: ClassVar[str] = "patch"
-    bare: ClassVar[tuple[str, ...]] = ("to",)
 
     def check(self) -> None:
         if not isinstance(self.to, FromRun | FromPrompt):
@@ -466,29 +143,25 @@ def ablate(
     >>> print(ablate("z.9.3"), ablate("mlp_post.12", units=[7, 1001]), sep="; ")
     ablate(z.9.3); ablate(mlp_post.12, units=(7, 1001))
     """
-    hook = _ablation(as_sites(sites), as_where(pos, rows), to, over, per, seed)
-    return _with_units(hook, units)
-
-
-def _ablation(
-    sites: Sites, where: Where, to: Any, over: Any, per: Per | None, seed: int | None
-) -> Ablate:
+    selected, where = as_sites(sites), as_where(pos, rows)
     _check_reference_options(to, over, per, seed)
+    source: Source
     if isinstance(to, str) and to in ("mean", "resample"):
-        require_vectors(sites, f"to={to!r} puts in")
-        return _reference_ablation(sites, where, to, over, per or "position", seed or 0)
-    if isinstance(to, HasCaptures):
-        return _from_captures(Ablate, sites, to, where)
-    if isinstance(to, HasMeans):
-        sites_with_means = _expand_layers(sites, to)
-        means = tuple(as_constant(to.mean_of(site), "the mean") for site in sites_with_means)
-        return Ablate(Sites(sites_with_means), where, Means(means))
-    if isinstance(to, str):
+        require_vectors(selected, f"to={to!r} puts in")
+        selected, source = _reference(selected, to, over, per or "position", seed or 0)
+    elif isinstance(to, str):
         if to != "zero":
             raise BadHook(f"to={to!r} is unknown: {TO}")
-        return Ablate(sites, where)
-    require_vectors(sites, "to=tensor puts in")
-    return Ablate(sites, where, as_constant(to, "the tensor"))
+        source = "zero"
+    elif isinstance(to, HasCaptures):
+        selected, where, source = _values_of_run(selected, where, to)
+    elif hasattr(to, "mean_of"):
+        selected = _expand_layers(selected, to.sites)
+        source = Means(tuple(as_constant(to.mean_of(site), "the mean") for site in selected))
+    else:
+        require_vectors(selected, "to=tensor puts in")
+        source = as_constant(to, "the tensor")
+    return Ablate(selected, where, source, _as_units(units, selected))
 
 
 def _check_reference_options(to: Any, over: Any, per: Per | None, seed: int | None) -> None:
@@ -504,17 +177,12 @@ def _check_reference_options(to: Any, over: Any, per: Per | None, seed: int | No
             )
 
 
-def _reference_ablation(
-    sites: Sites, where: Where, how: Any, over: Any, per: Per, seed: int
-) -> Ablate:
-    if over is None:
-        raise BadHook(f"to={how!r} needs a reference: say over=run, or over=[prompts]")
-    check_choice(per, "per", ("position", "all"))
-    if not isinstance(over, HasCaptures):
-        prompts = _reference_prompts(over)
-        return Ablate(sites, where, Reference(how, per, seed, prompts=prompts))
-    sources = _captured_by(over, sites)
-    return Ablate(_sites_of(sources), where, Reference(how, per, seed, sources))
+def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[Sites, Reference]:
+    if isinstance(over, HasCaptures):
+        sites = _expand_layers(sites, over.sites)
+        return sites, Reference(how, per, seed, tuple(map(over.captured, sites)))
+    prompts = () if over is None else reference_prompts(over)
+    return sites, Reference(how, per, seed, prompts=prompts)
 
 
 @check_keywords
@@ -537,35 +205,33 @@ def patch(
     such as "resid_post" means each layer that the source captured. `units` are the indices of the
     last axis that are replaced, such as neurons of mlp_post; by default all of them.
     """
-    selected = as_sites(sites)
-    where = as_where(pos, rows)
+    selected, where = as_sites(sites), as_where(pos, rows)
     if isinstance(source, str):
+        new_values = FromPrompt(source)
         if where.pos is None:
             where = replace(where, pos=PROMPT)
-        return _with_units(Patch(selected, where, FromPrompt(source)), units)
-    if not isinstance(source, HasCaptures):
+    elif isinstance(source, HasCaptures):
+        selected, where, new_values = _values_of_run(selected, where, source)
+    else:
         raise BadHook(
             "patch needs a run or a prompt's text as its source, and was given "
             f"{type(source).__name__}; for a tensor: ablate(to=)"
         )
-    return _with_units(_from_captures(Patch, selected, source, where), units)
+    return Patch(selected, where, new_values, _as_units(units, selected))
 
 
-def _with_units(hook: Any, units: IndicesLike) -> Any:
+def _as_units(units: IndicesLike, sites: Sites) -> tuple[int, ...] | None:
     if units is None:
-        return hook
-    return replace(hook, units=_as_units(units, hook.sites))
-
-
-def _as_units(units: IndicesLike, sites: Sites) -> tuple[int, ...]:
+        return None
     require_vectors(sites, "units= chooses")
     meaning = "numbers of the last axis, counted from 0,"
     return tuple(check_integers(units, "units", least=0, meaning=meaning))
 
 
-def _from_captures(hook_type: type[Any], sites: Sites, source: HasCaptures, where: Where) -> Any:
-    """Returns a hook with the source's values. By default it acts where they were captured."""
-    captures = _captured_by(source, sites)
+def _values_of_run(sites: Sites, where: Where, source: HasCaptures) -> tuple[Sites, Where, FromRun]:
+    """Returns the source's values, and where they act: by default where they were captured."""
+    sites = _expand_layers(sites, source.sites)
+    captures = tuple(map(source.captured, sites))
     if where.pos is None:
         capture_positions = {(capture.where.pos, capture.where.step) for capture in captures}
         if len(capture_positions) > 1:
@@ -574,36 +240,25 @@ def _from_captures(hook_type: type[Any], sites: Sites, source: HasCaptures, wher
                 "hook a site"
             )
         pos, step = capture_positions.pop()
-        # a source that ends with its prompt has no values for generated tokens
-        if pos is None and step is None and _ends_with_prompt(captures[0]):
-            pos = PROMPT
+        positions = captures[0].positions
+        if pos is None and step is None and positions is not None:
+            longest = max(map(len, captures[0].prompts))
+            # a source that ends with its prompt has no values for generated tokens
+            if int(positions.max()) < longest:
+                pos = PROMPT
         where = Where(pos, where.rows, step)
-    return hook_type(_sites_of(captures), where, FromRun(captures))
+    return sites, where, FromRun(captures)
 
 
-def _ends_with_prompt(source: Captured) -> bool:
-    if source.positions is None:
-        return False
-    return int(source.positions.max()) < max(map(len, source.prompts))
-
-
-def _captured_by(source: HasCaptures, sites: Sites) -> tuple[Captured, ...]:
-    return tuple(source.captured(site) for site in _expand_layers(sites, source))
-
-
-def _sites_of(captures: Sequence[Captured]) -> Sites:
-    return Sites(tuple(capture.site for capture in captures))
-
-
-def _expand_layers(sites: Sites, source: HasCaptures | HasMeans) -> tuple[AnySite, ...]:
-    """Replaces each name without a layer by the layers that the source has."""
+def _expand_layers(sites: Sites, available: Sites) -> Sites:
+    """Replaces each name without a layer by the layers that are available."""
     expanded: list[AnySite] = []
     for site in sites:
         if not site.every_layer:
             expanded.append(site)
             continue
-        layers = [s for s in source.sites if isinstance(s, Site) and s.name == str(site)]
+        layers = [s for s in available if isinstance(s, Site) and s.name == str(site)]
         if not layers:
-            raise NotCaptured(f"the source captured no {site}: it has {source.sites}")
+            raise NotCaptured(f"the source captured no {site}: it has {available}")
         expanded += layers
-    return tuple(expanded)
+    return Sites(tuple(expanded))

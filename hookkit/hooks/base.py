@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arguments import describe
 from ..display import render_html
 from ..errors import BadEdit, BadHook, Unsupported
-from ..models.batch_positions import Selection
+from ..models.batch_positions import Selection, expand_mask
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where, read_indices, read_position
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Sites, as_sites
@@ -61,21 +61,16 @@ def as_constant(tensor: object, name: str) -> Constant:
         raise BadHook(
             f"{name} is a tensor of True and False, and numbers are needed: convert with .float()"
         )
-    if not copy.is_complex():
-        copy = _as_floating_point(copy)
+    if copy.is_floating_point():
+        if copy.element_size() == 1:
+            copy = copy.float()  # float8 has no arithmetic
+    elif not copy.is_complex():
+        single = copy.float()
+        # float32 represents every integer up to 2**24 only
+        is_exact = torch.equal(single.to(copy.dtype), copy)
+        copy = single if is_exact else copy.double()
     _check_real_and_finite(copy, name)
     return Constant(copy)
-
-
-def _as_floating_point(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        single = tensor.float()
-        if torch.equal(single.to(tensor.dtype), tensor):
-            return single
-        return tensor.double()  # float32 represents every integer up to 2**24 only
-    if tensor.element_size() == 1:
-        return tensor.float()  # float8 has no arithmetic
-    return tensor
 
 
 def _check_real_and_finite(tensor: Tensor, name: str) -> None:
@@ -83,9 +78,7 @@ def _check_real_and_finite(tensor: Tensor, name: str) -> None:
         raise BadHook(
             f"{name} has complex numbers, and their imaginary part would be lost: give real numbers"
         )
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        count = int((~finite).sum())
+    if count := int((~torch.isfinite(tensor)).sum()):
         raise BadHook(f"{name} has values that are not finite numbers: {count} of them")
 
 
@@ -169,26 +162,20 @@ class Here:
     def real_cells(self, mask: Bool[Tensor, "row pos ..."]) -> Bool[Tensor, "row pos ..."]:
         """Returns the mask, False in padding and where the edit's condition does not hold."""
         if self.condition_mask is not None:
-            mask = mask & _expand_to(self.condition_mask, mask.ndim)
+            mask = mask & expand_mask(self.condition_mask, mask)
         if self.selection is None or self.valid is None:
             return mask
-        return mask & _expand_to(self.valid.to(mask.device), mask.ndim)
+        return mask & expand_mask(self.valid, mask)
 
     def order(self) -> Int[Tensor, "row pos"]:
         """Returns each position's index among the positions of the hook in its row."""
         positions_of_prompt = self.cells.text.selected_positions(self.where)
         indices = torch.zeros_like(self.positions)
         for row, prompt in enumerate(self.rows):
-            hook_positions = positions_of_prompt[prompt]
-            assert hook_positions is not None
+            hook_positions = positions_of_prompt[prompt] or ()
             row_indices = list(map(hook_positions.index, self.cells.places[row]))
             indices[row, : len(row_indices)] = torch.tensor(row_indices)
         return indices
-
-
-def _expand_to(mask: Bool[Tensor, "row pos"], ndim: int) -> Bool[Tensor, "row pos ..."]:
-    """Returns the mask with axes of size 1 appended."""
-    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
 
 
 # The prompt's last position and every generated token: where logit edits act by default.
@@ -231,11 +218,18 @@ class Hook:
     bare: ClassVar[tuple[str, ...]] = ()  # the positional arguments of its function
     takes_step: ClassVar[bool] = False  # whether its function has the argument step=
 
+    def __init_subclass__(cls, **constants: Any) -> None:
+        """Sets what the hooks of a class have in common: class Force(LogitEdit, verb="force")."""
+        super().__init_subclass__()
+        for name, value in constants.items():
+            setattr(cls, name, value)
+
     def __post_init__(self) -> None:
         """Normalizes and checks every field, after JSON and `dataclasses.replace` too."""
         set_field(self, "sites", as_sites(self.sites))
         self.check_sites()
-        set_field(self, "where", normalize_where(self.where, self.sites))
+        _check_where(self.where, self.sites)
+        set_field(self, "where", as_where(self.where.pos, self.where.rows, self.where.step))
         if self.where.step is not None and not self.takes_step:
             raise BadHook(
                 f"{self.verb} acts at positions and takes no step={self.where.step!r}: "
@@ -253,33 +247,37 @@ class Hook:
         """Returns the positions or steps at which the hook acts, for this model's tokens."""
         return self.where
 
-    def __str__(self) -> str:
-        """Returns the call that makes this hook, on one line."""
-        arguments = self._positional_arguments()
+    def settings(self) -> dict[str, Any]:
+        """Returns the keywords of the hook's function that differ from their defaults."""
+        settings: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            is_keyword = field.name not in ("sites", "where", *self.bare)
-            if is_keyword and value != field.default:
-                arguments.append(f"{field.name}={_argument_text(value)}")
-        for name, value in self._where_arguments().items():
-            if not (name == "step" and self.bare and self.where.step == EVERY_STEP):
-                arguments.append(f"{name}={value}")
-        return f"{self.verb}({', '.join(arguments)})"
+            if field.name not in ("sites", "where", *self.bare) and value != field.default:
+                settings[field.name] = value
+        settings |= self.where_settings()
+        if self.bare and self.where.step == EVERY_STEP:
+            del settings["step"]
+        return settings
 
-    def _positional_arguments(self) -> list[str]:
+    def where_settings(self) -> dict[str, Any]:
+        """Returns the keywords that say where the hook acts."""
+        values = {"pos": self.where.pos, "rows": self.where.rows, "step": self.where.step}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        """Returns the call that makes this hook, on one line."""
         arguments = []
         if not self.bare or str(self.sites[0]) != "logits":
             arguments.append(self._sites())
         for name in self.bare:
             arguments += map(_argument_text, as_tuple(getattr(self, name)))
-        return arguments
-
-    def _where_arguments(self) -> dict[str, str]:
-        values = {"pos": self.where.pos, "rows": self.where.rows, "step": self.where.step}
-        return {name: repr(value) for name, value in values.items() if value is not None}
+        for name, value in self.settings().items():
+            arguments.append(f"{name}={_argument_text(value)}")
+        return f"{self.verb}({', '.join(arguments)})"
 
     def _repr_html_(self) -> str:
-        return render_html(str(self), {"sites": self._sites(), **self._where_arguments()})
+        where = {name: repr(value) for name, value in self.where_settings().items()}
+        return render_html(str(self), {"sites": self._sites(), **where})
 
     def _sites(self) -> str:
         return ", ".join(map(str, self.sites)) if len(self.sites) <= 3 else repr(self.sites)
@@ -306,6 +304,9 @@ def _argument_text(value: object) -> str:
 class EditHook(Hook):
     """A hook that changes the values at its sites."""
 
+    # whether it inserts values from elsewhere, in which -inf is a mask and not overflow
+    puts_in: ClassVar[bool] = False
+
     @property
     def together(self) -> bool:
         """True if the change at one position may depend on values at others (a user's function)."""
@@ -314,11 +315,6 @@ class EditHook(Hook):
     @property
     def reads_input(self) -> bool:
         """True if the edit needs the module's input besides its output."""
-        return False
-
-    @property
-    def puts_in(self) -> bool:
-        """True if the edit inserts values from elsewhere, in which -inf is a mask, not overflow."""
         return False
 
     @property
@@ -340,16 +336,12 @@ def as_where(pos: PosLike, rows: IndicesLike = None, step: IndicesLike = None) -
     )
 
 
-def normalize_where(where: Where, sites: Sites) -> Where:
-    """Returns `where` in its normalized form. Raises `BadHook` for a step away from the logits."""
+def _check_where(where: object, sites: Sites) -> None:
+    """Raises `BadHook` for a step with a position, or away from the logits."""
     if not isinstance(where, Where):
         raise BadHook(f"a hook's `where` is {describe(where)}: it must be a Where(pos, rows, step)")
-    if where.step is not None:
-        _check_step(where, sites)
-    return as_where(where.pos, where.rows, where.step)
-
-
-def _check_step(where: Where, sites: Sites) -> None:
+    if where.step is None:
+        return
     if where.pos is not None:
         raise BadHook(f"pos={where.pos!r} and step={where.step!r} were both given: say one of them")
     for site in sites:

@@ -1,11 +1,10 @@
 """The hook that copies values: `capture`."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from ..arguments import check_flag, check_keywords, check_text, describe
+from ..arguments import as_bool, check_keywords, check_text, describe
 from ..errors import BadHook
 from ..models.positions import IndicesLike, PosLike
 from ..models.sites import Site, Sites, SitesLike, as_sites
@@ -15,7 +14,7 @@ INTEGER_SITES = frozenset({"experts"})  # the sites whose values are integers
 
 
 @dataclass(frozen=True)
-class Capture(Hook):
+class Capture(Hook, verb="capture", takes_step=True):
     """Keeps a copy of the values at the sites. `capture` returns it."""
 
     name: str | None = None
@@ -23,26 +22,26 @@ class Capture(Hook):
     dtype: str | None = None
     device: str | None = None
 
-    verb: ClassVar[str] = "capture"
-    takes_step: ClassVar[bool] = True
-
     def check(self) -> None:
         if self.name is not None:
             meaning = "a name that tells two captures of one site apart"
-            check_text(self.name, "name", meaning=meaning, error=BadHook)
-        set_field(self, "grad", check_flag(self.grad, "grad", error=BadHook))
-        if self.grad and (self.dtype is not None or self.device is not None):
+            check_text(self.name, "name", meaning)
+        grad = as_bool(self.grad)
+        if grad is None:
+            raise BadHook(f"grad={describe(self.grad)}: give True or False")
+        set_field(self, "grad", grad)
+        if grad and (self.dtype is not None or self.device is not None):
             raise BadHook(
                 "capture(grad=True) keeps the very tensor of the computation: leave dtype and "
                 "device out"
             )
         if self.dtype is not None:
-            set_field(self, "dtype", dtype_name(self.dtype, self.sites))
+            set_field(self, "dtype", _dtype_name(self.dtype, self.sites))
         if self.device is not None:
-            set_field(self, "device", device_name(self.device))
+            set_field(self, "device", _device_name(self.device))
 
 
-def dtype_name(dtype: object, sites: Sites) -> str:
+def _dtype_name(dtype: object, sites: Sites) -> str:
     """Returns the name of a dtype. Raises `BadHook` if it cannot hold the values of the sites."""
     name = str(dtype).removeprefix("torch.")
     torch_dtype = getattr(torch, name, None)
@@ -61,7 +60,7 @@ def dtype_name(dtype: object, sites: Sites) -> str:
     return name
 
 
-def device_name(device: object) -> str:
+def _device_name(device: object) -> str:
     """Returns the name of a device. Raises `BadHook` if it cannot hold captured values."""
     try:
         torch_device = torch.device(str(device))
@@ -108,10 +107,7 @@ def capture(
     >>> print(capture("resid_post.6", pos=-1))
     capture(resid_post.6, pos=-1)
     """
+    dtype_text = None if dtype is None else str(dtype)
+    device_text = None if device is None else str(device)
     where = as_where(pos, rows, step)
-    dtype_text, device_text = _text_or_none(dtype), _text_or_none(device)
     return Capture(as_sites(sites), where, name, grad, dtype_text, device_text)
-
-
-def _text_or_none(value: object) -> str | None:
-    return None if value is None else str(value)

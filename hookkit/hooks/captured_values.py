@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import describe
 from ..display import render_html
-from ..errors import NotCaptured
-from ..models.batch_positions import Selection
+from ..errors import BadHook, NotCaptured
+from ..models.batch_positions import Selection, expand_mask
 from ..models.positions import Where
 from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites, parse_site
 
@@ -86,18 +87,19 @@ class Captured:
         )
 
     @cached_property
-    def _columns(self) -> list[dict[int, int]]:
+    def columns(self) -> list[dict[int, int]]:
         """The index of each position in a row of `values`, for every row."""
         assert self.positions is not None
         columns = []
         for row in self.positions.tolist():
-            real = {position: column for column, position in enumerate(row) if position >= 0}
-            columns.append(real)
+            columns.append(
+                {position: column for column, position in enumerate(row) if position >= 0}
+            )
         return columns
 
     def column(self, row: int, position: int) -> int:
         """Returns the index of a position's value in a row of `values`."""
-        columns = self._columns[row]
+        columns = self.columns[row]
         if position not in columns:
             raise NotCaptured(
                 f"position {position} of {self.site} was asked for, and the source has positions "
@@ -129,10 +131,9 @@ class LazyCapture:
     compute: Callable[[], Captured] | None
     value: Captured | None = None
 
-    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the computed values."""
-        value = self.captured()
-        return None, {"site": self.site, "name": self.name, "compute": None, "value": value}
+        return LazyCapture, (self.site, self.name, None, self.captured())
 
     def captured(self) -> Captured:
         """Returns the captured values."""
@@ -253,15 +254,10 @@ class CapturedChunk:
         kept_indices = [index for index, row in enumerate(cells.rows) if row in rows]
         if not kept_indices:
             return []
-        kept_cells = replace(
-            cells,
-            rows=[cells.rows[index] for index in kept_indices],
-            places=[cells.places[index] for index in kept_indices],
-            valid=None,
-            whole=False,
-        )
-        values = self.values[torch.tensor(kept_indices, device=self.values.device)]
-        return [CapturedChunk(self.call, kept_cells, values)]
+        rows = [cells.rows[index] for index in kept_indices]
+        positions = [cells.places[index] for index in kept_indices]
+        kept_cells = replace(cells, rows=rows, places=positions, valid=None, whole=False)
+        return [CapturedChunk(self.call, kept_cells, self.values[kept_indices])]
 
 
 @dataclass(frozen=True)
@@ -315,8 +311,7 @@ def join_chunks(
     all_values, all_positions = [], []
     for chunk in chunks:
         values, chunk_positions = _for_final_rows(chunk, ending.sources(chunk.call))
-        missing = width - values.shape[-1]
-        if missing:
+        if missing := width - values.shape[-1]:
             values = nn.functional.pad(values, (0, missing), value=unseen)
         all_values.append(values)
         all_positions.append(chunk_positions)
@@ -354,29 +349,30 @@ def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, li
     positions = positions[row_index, order]
     device = values.device
     values = values[row_index.to(device), order.to(device)]
-    padding = (positions < 0).to(device)
-    padding = padding.reshape(*padding.shape, *[1] * (values.ndim - 2))
-    return values.masked_fill(padding, 0), positions, rows
+    return values.masked_fill(expand_mask(positions < 0, values), 0), positions, rows
+
+
+def positions_of(captured: Captured) -> Tensor:
+    """Returns the positions. Raises `BadHook` for values that have no rows and positions."""
+    if captured.positions is None:
+        raise BadHook(
+            f"the tensor at {captured.site} has no rows and positions of its own: it cannot be "
+            "patched by position, and prompts cannot be a reference for it"
+        )
+    return captured.positions
 
 
 def merge_captures(parts: Sequence[Captured]) -> Captured:
     """Joins captures of one site from several batches, whose rows are numbered on."""
-    width = max(part.values.shape[1] for part in parts)
     values, positions, prompts = [], [], []
     for part in parts:
-        values.append(_pad_positions(part.values, width, 0))
-        if part.positions is not None:
-            positions.append(_pad_positions(part.positions, width, -1))
+        values += part.values
+        positions += positions_of(part)
         prompts += part.prompts
     return replace(
         parts[0],
-        values=torch.cat(values),
-        positions=torch.cat(positions),
+        values=pad_sequence(values, batch_first=True),
+        positions=pad_sequence(positions, batch_first=True, padding_value=-1),
         rows=tuple(range(len(prompts))),
         prompts=tuple(prompts),
     )
-
-
-def _pad_positions(values: Tensor, width: int, fill: int) -> Tensor:
-    padding = [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]]
-    return nn.functional.pad(values, padding, value=fill)

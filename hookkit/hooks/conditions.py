@@ -17,18 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..arguments import (
-    check_choice,
-    check_integer,
-    check_keywords,
-    check_number,
-    check_token,
-    check_tokens,
-)
+from ..arguments import check_choice, check_integer, check_keywords, check_number
 from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
-from ..models.tokens import Token, rank_among, ranks_for_table
+from ..models.next_token import entropy_of, margin_of, rank_among, ranks_for_table, token_logits
+from ..models.tokens import Token, check_token, check_tokens
 from .base import Here, set_field
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
@@ -73,11 +67,7 @@ class Condition:
         limit = check_number(self.limit, limit_name)
         if self.quantity == "rank":
             limit = check_integer(self.limit, limit_name, meaning="a rank", error=BadHook)
-        self._check_possible(limit)
         set_field(self, "limit", limit)
-
-    def _check_possible(self, limit: float) -> None:
-        """Raises `BadHook` if the condition can never hold, whatever the logits are."""
         least, most = LIMITS[self.quantity]
         never_holds = {
             "above": limit >= most,
@@ -96,41 +86,39 @@ class Condition:
             return f"{self.quantity}_{self.compare}({self.limit!r})"
         return f"{self.quantity}_of({self.token!r}, {self.compare}={self.limit!r})"
 
-    def bind(self, lm: LM) -> BoundCondition:
-        """Returns the condition for this model's tokens."""
-        token = None if self.token is None else lm.token(self.token)
-        vocab_size = lm.n_tokens or None
-
-        def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
-            values = _measure(self.quantity, logits, token, vocab_size)
-            is_nan = here.real_cells(values.isnan())
-            if bool(is_nan.any()):
-                row = here.rows[int(is_nan.nonzero()[0][0])]
-                raise BadEdit(
-                    f"when={self} has no answer at {here.site}: the logits of row {row} are NaN "
-                    "there"
-                )
-            return COMPARE[self.compare](values, self.limit)
-
-        return holds
-
 
 When: TypeAlias = Condition | Callable[[Any, Any], Any]
 
 
+def _bind(condition: Condition, lm: LM) -> BoundCondition:
+    token = None if condition.token is None else lm.token(condition.token)
+
+    def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
+        values = _measure(condition.quantity, logits, token, lm.n_tokens)
+        is_nan = here.real_cells(values.isnan())
+        if bool(is_nan.any()):
+            row = here.rows[int(is_nan.nonzero()[0][0])]
+            raise BadEdit(
+                f"when={condition} has no answer at {here.site}: the logits of row {row} are NaN "
+                "there"
+            )
+        return COMPARE[condition.compare](values, condition.limit)
+
+    return holds
+
+
 def _measure(
-    quantity: str, logits: Logits, token: int | None, vocab_size: int | None
+    quantity: str, logits: Logits, token: int | None, n_tokens: int
 ) -> Shaped[Tensor, "row pos"]:
+    if quantity == "margin":
+        return margin_of(logits.float(), n_tokens)
+    if quantity == "rank":
+        return ranks_for_table(rank_among(token_logits(logits, n_tokens), logits[..., token]))
     logprobs = logits.float().log_softmax(dim=-1)
     if quantity == "entropy":
-        return torch.special.entr(logprobs.exp()).sum(dim=-1)
-    if quantity == "margin":
-        top = logits[..., :vocab_size].float().topk(2, dim=-1).values
-        return top[..., 0] - top[..., 1]
-    if quantity == "prob":
-        return logprobs[..., token].exp()
-    assert quantity == "rank" and token is not None
-    return ranks_for_table(rank_among(logits[..., :vocab_size], logits[..., token]))
+        return entropy_of(logprobs)
+    assert quantity == "prob"
+    return logprobs[..., token].exp()
 
 
 def bind_condition(when: When, lm: LM) -> BoundCondition:
@@ -139,33 +127,22 @@ def bind_condition(when: When, lm: LM) -> BoundCondition:
     The results of a user's function are checked.
     """
     if isinstance(when, Condition):
-        return when.bind(lm)
+        return _bind(when, lm)
 
     def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
         result = when(logits.clone(), here)
         shape = logits.shape[:2]
         if isinstance(result, bool):
-            result = torch.as_tensor(result, device=logits.device)
-        if not isinstance(result, Tensor):
-            raise BadEdit(_bad_result(type(result).__name__, shape))
-        if result.dtype != torch.bool or result.shape not in ((), shape):
-            raise BadEdit(_bad_result(f"{result.dtype} {list(result.shape)}", shape))
-        return result.to(logits.device).expand(shape)
+            result = torch.as_tensor(result)
+        is_tensor = isinstance(result, Tensor)
+        if is_tensor and result.dtype == torch.bool and result.shape in ((), shape):
+            return result.to(logits.device).expand(shape)
+        kind = f"{result.dtype} {list(result.shape)}" if is_tensor else type(result).__name__
+        raise BadEdit(
+            f"when= gave {kind}: return True or False, or a bool tensor {list(shape)} [row, pos]"
+        )
 
     return holds
-
-
-def _bad_result(result: str, shape: Sequence[int]) -> str:
-    return f"when= gave {result}: return True or False, or a bool tensor {list(shape)} [row, pos]"
-
-
-def check_when(when: When | None) -> None:
-    """Raises `BadHook` if `when` is not a condition, a function or None."""
-    if when is not None and not isinstance(when, Condition) and not callable(when):
-        raise BadHook(
-            f"when={when!r} is no condition: give hk.entropy_above(2.0), "
-            "hk.rank_of(token, at_most=10) … or a function"
-        )
 
 
 @check_keywords
@@ -175,25 +152,25 @@ def entropy_above(nats: float) -> Condition:
     >>> entropy_above(2.0)
     entropy_above(2.0)
     """
-    return Condition("entropy", None, "above", check_number(nats, "nats"))
+    return Condition("entropy", None, "above", nats)
 
 
 @check_keywords
 def entropy_below(nats: float) -> Condition:
     """True where the entropy of the next-token distribution is below `nats`."""
-    return Condition("entropy", None, "below", check_number(nats, "nats"))
+    return Condition("entropy", None, "below", nats)
 
 
 @check_keywords
 def margin_above(logits: float) -> Condition:
     """True where the largest logit is more than `logits` above the second largest."""
-    return Condition("margin", None, "above", check_number(logits, "logits"))
+    return Condition("margin", None, "above", logits)
 
 
 @check_keywords
 def margin_below(logits: float) -> Condition:
     """True where the largest logit is less than `logits` above the second largest."""
-    return Condition("margin", None, "below", check_number(logits, "logits"))
+    return Condition("margin", None, "below", logits)
 
 
 @check_keywords
@@ -221,10 +198,10 @@ def prob_of(
 def _of(quantity: str, token: Token, at_most: float | None, at_least: float | None) -> Condition:
     if (at_most is None) == (at_least is None):
         raise BadHook(f"{quantity}_of({token!r}) needs one limit: at_most= or at_least=")
-    if at_most is not None:
-        return Condition(quantity, token, "at_most", at_most)
-    assert at_least is not None
-    return Condition(quantity, token, "at_least", at_least)
+    if at_least is not None:
+        return Condition(quantity, token, "at_least", at_least)
+    assert at_most is not None
+    return Condition(quantity, token, "at_most", at_most)
 
 
 @dataclass(frozen=True)
@@ -268,27 +245,33 @@ def phrase(words: str | Sequence[Token]) -> Phrase:
     return Phrase(words)  # pyright: ignore[reportArgumentType]
 
 
-class PhraseStarts:
-    """Where phrases that wait for a condition begin: at any step, or at one of `steps`.
+def phrase_offsets(
+    length: int, condition: BoundCondition, steps: Sequence[int] | None
+) -> Callable[[Logits, Here], Int[Tensor, "row pos"]]:
+    """Returns the function that says which token of a phrase is due at each cell; -1 for none.
 
-    It owns the offsets for each text, by model row and step. The steps of a row are requested in
-    order; a repeated request (without a cache) has the same answer.
+    The phrase begins where the condition holds, at any step or at one of `steps`. The function owns
+    the offsets for each text, by model row and step. The steps of a row are requested in order; a
+    repeated request (without a cache) has the same answer.
     """
+    offsets_of_text: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]]
+    offsets_of_text = WeakKeyDictionary()
 
-    def __init__(self, length: int, condition: BoundCondition, steps: Sequence[int] | None) -> None:
-        self.length, self.condition, self.steps = length, condition, steps
-        self._offsets: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]]
-        self._offsets = WeakKeyDictionary()
+    def next_offset(previous: int, step: int, holds: bool) -> int:
+        if 0 <= previous < length - 1:
+            return previous + 1
+        if holds and (steps is None or step in steps):
+            return 0
+        return -1
 
-    def offsets(self, logits: Logits, here: Here) -> Int[Tensor, "row pos"]:
-        """Returns which of the phrase's tokens is due at each cell; -1 for none."""
+    def offsets(logits: Logits, here: Here) -> Int[Tensor, "row pos"]:
         if here.cells.text.beams > 1:
             raise Unsupported(
                 "a phrase that begins when a condition holds has no place in beam search, which "
                 "goes back on itself"
             )
-        known_offsets = self._offsets.setdefault(here.cells.text, {})
-        condition_holds = self.condition(logits, here).tolist()
+        known_offsets = offsets_of_text.setdefault(here.cells.text, {})
+        condition_holds = condition(logits, here).tolist()
         offsets = torch.full_like(here.steps, -1)
         for index, row in enumerate(here.cells.rows):
             for column in range(len(here.cells.places[index])):
@@ -296,13 +279,8 @@ class PhraseStarts:
                 if (row, step) not in known_offsets:
                     previous = known_offsets.get((row, step - 1), -1)
                     holds = condition_holds[index][column]
-                    known_offsets[row, step] = self._next_offset(previous, step, holds)
+                    known_offsets[row, step] = next_offset(previous, step, holds)
                 offsets[index, column] = known_offsets[row, step]
         return offsets
 
-    def _next_offset(self, previous: int, step: int, holds: bool) -> int:
-        if 0 <= previous < self.length - 1:
-            return previous + 1
-        if holds and (self.steps is None or step in self.steps):
-            return 0
-        return -1
+    return offsets

@@ -6,7 +6,7 @@ hook, and raises `BadEdit`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -32,28 +32,29 @@ class Decisions:
     def apply(
         self,
         rules: Any,
-        constraints: Sequence[Any],
+        constraints: Set[int],
         input_ids: Int[Tensor, "row column"],
         scores: Scores,
         settings: Mapping[str, Any],
     ) -> Scores:
-        """Applies the rules to the scores, then leaves only the decided token in rows with one."""
+        """Applies the rules to the scores, then leaves only the decided token in rows with one.
+
+        `constraints` are the ids of the rules that are the caller's.
+        """
         decided = self._current(input_ids, scores)
-        if not decided:
-            return rules(input_ids, scores, **settings)
-        if not any(_is_in(rule, constraints) for rule in rules):
+        if not decided or not any(id(rule) in constraints for rule in rules):
             scores = rules(input_ids, scores, **settings)
         elif type(rules).__name__ == "LogitsProcessorList":
             for rule in rules:
                 before = scores
                 scores = type(rules)([rule])(input_ids, scores, **settings)
-                if _is_in(rule, constraints):
+                if id(rule) in constraints:
                     self._check_possible(before, scores, decided, _name(rule))
         else:  # the rules of an enclosing `attach`, which act as a whole
             scores = rules(input_ids, scores, **settings)
             name = "prefix_allowed_tokens_fn or logits_processor"
             self._check_possible(None, scores, decided, name)
-        return _keep_only_decided(scores, decided)
+        return _keep_only_decided(scores, decided) if decided else scores
 
     def _current(
         self, input_ids: Int[Tensor, "row column"], scores: Scores
@@ -103,7 +104,7 @@ def follow_decisions(
     from transformers import LogitsProcessorList
 
     class Rules(LogitsProcessorList):
-        constraints: Sequence[Any] = ()
+        constraints: set[int]
 
         def __call__(self, input_ids: Any, scores: Any, **settings: Any) -> Any:
             if decisions is None:
@@ -114,15 +115,9 @@ def follow_decisions(
 
     following = Rules(rules)
     processors = keywords.get("logits_processor") or ()
-    constraints = [*processors, *getattr(rules, "constraints", ())]
-    following.constraints = [
-        rule for rule in rules if _has_allowed_tokens(rule) or _is_in(rule, constraints)
-    ]
+    following.constraints = {*map(id, processors), *getattr(rules, "constraints", ())}
+    following.constraints.update(id(rule) for rule in rules if _has_allowed_tokens(rule))
     return following
-
-
-def _is_in(rule: Any, rules: Sequence[Any]) -> bool:
-    return any(rule is other for other in rules)
 
 
 def _has_allowed_tokens(rule: Any) -> bool:
@@ -147,11 +142,7 @@ def _rows_and_tokens(
 def _keep_only_decided(scores: Scores, decided: Mapping[int, DecidedToken]) -> Scores:
     """Sets all other scores of the decided rows to -inf, and an impossible decided token's to 0."""
     rows, tokens = _rows_and_tokens(decided, scores.device)
-    decided_scores = scores[rows, tokens]
-    decided_scores = torch.where(
-        torch.isfinite(decided_scores), decided_scores, torch.zeros_like(decided_scores)
-    )
     new = scores.clone()
     new[rows] = -math.inf
-    new[rows, tokens] = decided_scores
+    new[rows, tokens] = scores[rows, tokens].nan_to_num(0, 0, 0)
     return new

@@ -1,17 +1,20 @@
-"""Hooks that change inner values by a rule: edit, steer, scale, project_out and skip_block."""
+"""Hooks that change inner values by a rule: edit, steer, scale, project_out … and knockout."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_keywords, check_number
-from ..errors import BadHook
-from ..models.positions import IndicesLike, PosLike
+from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange
+from ..models.positions import IndicesLike, Pos, PosLike, Where, read_position, resolve_positions
 from ..models.sites import Site, SitesLike, as_sites
+from ..models.views import is_hidden, unseen_value
 from .base import (
     Binding,
     Change,
@@ -25,19 +28,14 @@ from .base import (
     set_field,
 )
 from .captured_values import swap_head_and_query
-from .rounding import scale_tensor
-from .values import check_result, check_shape, convert_once, fit_to_values
+from .values import check_result, check_shape, convert_once, fit_to_values, scale_tensor
 
 
 @dataclass(frozen=True)
-class Edit(EditHook):
+class Edit(EditHook, verb="edit", bare=("fn",), puts_in=True, takes_step=True, together=True):
     """Passes the values through a user's function. `edit` returns it."""
 
     fn: Callable[..., Any]
-
-    verb: ClassVar[str] = "edit"
-    bare: ClassVar[tuple[str, ...]] = ("fn",)
-    takes_step: ClassVar[bool] = True
 
     def check(self) -> None:
         if not callable(self.fn):
@@ -45,14 +43,6 @@ class Edit(EditHook):
                 f"edit needs a function of the values, and was given {type(self.fn).__name__}"
             )
         _count_arguments(self.fn)
-
-    @property
-    def together(self) -> bool:
-        return True
-
-    @property
-    def puts_in(self) -> bool:
-        return True
 
     def change(self, binding: Binding) -> Change:
         takes_here = _count_arguments(self.fn) >= 2
@@ -70,27 +60,24 @@ class Edit(EditHook):
 def _count_arguments(fn: Callable[..., Any]) -> int:
     """Returns how many arguments a function requires: `fn(values)` or `fn(values, here)`."""
     try:
-        parameters = inspect.signature(fn).parameters.values()
+        signature = inspect.signature(fn)
     except (TypeError, ValueError):  # functions written in C may have no signature
         return 1
-    takes_positional = False
-    required, required_keywords = [], []
-    for parameter in parameters:
-        is_required = parameter.default is parameter.empty
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            if is_required:
-                required_keywords.append(f"{parameter.name}=")
-        elif parameter.kind is not parameter.VAR_KEYWORD:
-            takes_positional = True
-            if is_required and parameter.kind is not parameter.VAR_POSITIONAL:
-                required.append(parameter.name)
-    if len(required) > 2 or not takes_positional or required_keywords:
-        needs = ", ".join(required + required_keywords) or "nothing"
-        name = getattr(fn, "__name__", "the function")
-        raise BadHook(
-            f"edit calls its function as fn(values) or fn(values, here), and {name} needs {needs}"
-        )
-    return len(required)
+    for count in (1, 2):
+        with suppress(TypeError):
+            signature.bind(*range(count))
+            return count
+    required = []
+    for parameter in signature.parameters.values():
+        is_any_number = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not is_any_number:
+            is_keyword = parameter.kind is parameter.KEYWORD_ONLY
+            required.append(f"{parameter.name}=" if is_keyword else parameter.name)
+    name = getattr(fn, "__name__", "the function")
+    raise BadHook(
+        f"edit calls its function as fn(values) or fn(values, here), and {name} needs "
+        f"{', '.join(required) or 'nothing'}"
+    )
 
 
 @check_keywords
@@ -118,14 +105,11 @@ def edit(
 
 
 @dataclass(frozen=True)
-class Steer(EditHook):
+class Steer(EditHook, verb="steer", bare=("vector",)):
     """Adds a vector. `steer` returns it."""
 
     vector: Constant
     scale: float = 1.0
-
-    verb: ClassVar[str] = "steer"
-    bare: ClassVar[tuple[str, ...]] = ("vector",)
 
     def check(self) -> None:
         require_vectors(self.sites, "steer adds a vector to")
@@ -161,13 +145,10 @@ def steer(
 
 
 @dataclass(frozen=True)
-class Scale(EditHook):
+class Scale(EditHook, verb="scale", bare=("factor",)):
     """Multiplies by a number. `scale` returns it."""
 
     factor: float
-
-    verb: ClassVar[str] = "scale"
-    bare: ClassVar[tuple[str, ...]] = ("factor",)
 
     def check(self) -> None:
         set_field(self, "factor", check_number(self.factor, "factor"))
@@ -189,13 +170,10 @@ def scale(
 
 
 @dataclass(frozen=True)
-class ProjectOut(EditHook):
+class ProjectOut(EditHook, verb="project_out", bare=("direction",)):
     """Removes a direction. `project_out` returns it."""
 
     direction: Constant
-
-    verb: ClassVar[str] = "project_out"
-    bare: ClassVar[tuple[str, ...]] = ("direction",)
 
     def check(self) -> None:
         require_vectors(self.sites, "project_out takes a direction out of")
@@ -260,10 +238,8 @@ def project_out(
 
 
 @dataclass(frozen=True)
-class SkipBlock(EditHook):
+class SkipBlock(EditHook, verb="skip_block", reads_input=True, gives_infinity=True):
     """Makes a block return its input. `skip_block` returns it."""
-
-    verb: ClassVar[str] = "skip_block"
 
     def check(self) -> None:
         for site in self.sites:
@@ -272,14 +248,6 @@ class SkipBlock(EditHook):
                     f"skip_block skips whole blocks, and {site} is none: name the blocks, "
                     "skip_block([7, 8])"
                 )
-
-    @property
-    def reads_input(self) -> bool:
-        return True
-
-    @property
-    def gives_infinity(self) -> bool:
-        return True
 
     def change(self, binding: Binding) -> Change:
         def apply(values: Tensor, here: Here) -> Tensor:
@@ -304,3 +272,126 @@ def skip_block(
     layers = check_integers(layer, "layer", least=0, meaning="the blocks, counted from 0,")
     sites = as_sites([Site("resid_post", number) for number in layers])
     return SkipBlock(sites, as_where(pos, rows))
+
+
+@dataclass(frozen=True)
+class Knockout(EditHook, verb="knockout"):
+    """Cuts attention from the queries, `where.pos`, to the keys. `knockout` returns it."""
+
+    key: Pos = None
+
+    def check(self) -> None:
+        for site in self.sites:
+            if not isinstance(site, Site) or site.name != "scores" or site.layer is None:
+                raise BadHook(
+                    f"knockout cuts attention's scores in layers, and {site} is none of them"
+                )
+        if self.key is None:
+            raise EmptySelection(
+                "knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')"
+            )
+        set_field(self, "key", read_position(self.key))
+        _check_visible(self.key, self.where.pos)
+
+    def change(self, binding: Binding) -> Change:
+        def apply(values: Tensor, here: Here) -> Tensor:
+            masked = unseen_value(values.dtype, scores=True)
+            new = values.clone()
+            for index, row in enumerate(here.rows):
+                new[index, ..., self._keys(here, row, values.shape[-1])] = masked
+            blind = here.real_cells(is_hidden(new).all(-1) & ~is_hidden(values).all(-1))
+            if bool(blind.any()):
+                index, column = blind.nonzero()[0][:2].tolist()
+                raise BadEdit(
+                    f"{self} leaves the query at position {int(here.positions[index, column])} of "
+                    f"row {here.rows[index]} nothing to see: name the queries, such as "
+                    "query=slice(1, None), or fewer keys"
+                )
+            return new
+
+        return apply
+
+    def _keys(self, here: Here, row: int, n_keys: int) -> list[int]:
+        """Returns the positions of a row's keys that are cut, among the first `n_keys`."""
+        sequences = here.cells.text
+        length = sequences.lengths[row]
+        prompt = sequences.prompt(row)
+        positions = resolve_positions(
+            Where(self.key), length, lambda at: sequences.find(prompt, at)
+        )
+        if isinstance(positions, range):
+            return list(range(positions.start, min(positions.stop, n_keys), positions.step))
+        if sequences.final and positions[-1] >= length:
+            raise OutOfRange(
+                f"{self} means the key at position {positions[-1]} of row {row}, which has "
+                f"{length} tokens"
+            )
+        return [position for position in positions if position < n_keys]
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        if "pos" in settings:
+            settings["query"] = settings.pop("pos")
+        return settings
+
+    def __str__(self) -> str:
+        arguments = []
+        for name in ("layer", "head"):
+            indices = list(dict.fromkeys(getattr(site, name) for site in self.sites))
+            if len(indices) > 1:
+                arguments.append(str(indices))
+            elif indices != [None]:
+                arguments.append(str(indices[0]))
+        settings = self.settings()
+        for name in ("query", "key", "rows"):
+            if name in settings:
+                arguments.append(f"{name}={settings[name]!r}")
+        return f"knockout({', '.join(arguments)})"
+
+
+def _check_visible(key: Pos, query: Pos) -> None:
+    """Raises `BadHook` if all keys come after all queries, where this is known without the text."""
+    keys, queries = _bounds(key), _bounds(query)
+    if keys is None or queries is None or (keys[0] < 0) != (queries[1] < 0):
+        return
+    if keys[0] > queries[1]:
+        raise BadHook(
+            f"key={key!r} comes after query={query!r}, which never sees it: a token sees itself "
+            "and those before it, so there is nothing to cut; name keys that are not after the "
+            "query"
+        )
+
+
+def _bounds(positions: Pos) -> tuple[int, int] | None:
+    """Returns the first and the last of positions that are numbers of one sign; None for others."""
+    numbers = (positions,) if isinstance(positions, int) else positions
+    if not isinstance(numbers, tuple) or (min(numbers) < 0) != (max(numbers) < 0):
+        return None
+    return min(numbers), max(numbers)
+
+
+@check_keywords
+def knockout(
+    layer: int | Iterable[int],
+    head: int | Iterable[int] | None = None,
+    *,
+    key: PosLike,
+    query: PosLike = None,
+    rows: IndicesLike = None,
+) -> Knockout:
+    """Cuts attention from the tokens `query` to the tokens `key` (Geva et al. 2023).
+
+    The scores of these pairs become the smallest number of the dtype, so that the softmax gives
+    them no weight and renormalizes the rest. `head` is one head or several; by default all of them.
+    Positions are a number, a slice, a list, `hk.at("store")`, `hk.PROMPT` or `hk.GENERATED`. A
+    query that can attend to nothing raises `BadEdit`.
+
+    >>> print(knockout(9, 3, query=-1, key=at("Mary")))
+    knockout(9, 3, query=-1, key=at('Mary'))
+    """
+    layers = check_integers(layer, "layer", least=0, meaning="the layers, counted from 0,")
+    heads: list[int | None] = [None]
+    if head is not None:
+        heads = [*check_integers(head, "head", least=0, meaning="the heads, counted from 0,")]
+    scores = [Site("scores", *indices) for indices in itertools.product(layers, heads)]
+    return Knockout(as_sites(scores), as_where(query, rows), read_position(key))

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,24 +16,19 @@ from ..arguments import as_integer, check_keywords, check_number, describe
 from ..errors import BadEdit, BadFile, BadHook, OutOfRange
 from ..files.untrusted import error_message, read_text
 from ..models.positions import IndicesLike, PosLike
-from ..models.sites import AnySite
+from ..models.sites import AnySite, as_sites
 from ..models.tokens import Token
-from .base import Binding, Change, Here, set_field
+from .base import Binding, Change, Here, as_where, set_field
 from .conditions import When
-from .logits import LogitEdit, Logits, at_logits, check_inside, flatten_tokens, token_ids
-from .rounding import fitted_number, next_above, next_below, round_down
+from .logits import LogitEdit, Logits, TokensEdit, flatten_tokens
+from .values import fitted_number, next_above, next_below, round_down
 
 
 @dataclass(frozen=True)
-class Boost(LogitEdit):
+class Boost(TokensEdit, verb="boost"):
     """Adds to the logits of tokens. `boost` returns it."""
 
-    tokens: tuple[Token, ...]
     by: float | tuple[float, ...]
-
-    verb: ClassVar[str] = "boost"
-    bare: ClassVar[tuple[str, ...]] = ("tokens",)
-    names: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def check(self) -> None:
         super().check()
@@ -45,10 +39,8 @@ class Boost(LogitEdit):
             raise BadHook(
                 f"boost has {len(self.by)} amounts for {len(self.tokens)} tokens: give one for each"
             )
-        amounts = zip(self.tokens, self.by, strict=True)
-        set_field(
-            self, "by", tuple(check_number(amount, f"by[{token!r}]") for token, amount in amounts)
-        )
+        names = [f"by[{token!r}]" for token in self.tokens]
+        set_field(self, "by", tuple(map(check_number, self.by, names)))
 
     def __str__(self) -> str:
         if not isinstance(self.by, tuple):
@@ -58,34 +50,24 @@ class Boost(LogitEdit):
         text = str(replace(self, tokens=self.tokens[:1], by=0.0)).replace(f"{first}, ", "", 1)
         return text.replace("by=0.0", f"by={amounts}", 1)
 
-    def _amounts(self) -> tuple[float, ...]:
-        if isinstance(self.by, tuple):
-            return self.by
-        return (self.by,) * len(self.tokens)
-
-    def _check_changed(self, old: Logits, new: Logits, here: Here) -> None:
-        """Raises `BadEdit` if no logit changes, since a small dtype rounds the amounts away."""
-        if old.element_size() > 2 or not any(self._amounts()):
-            return
-        unchanged = old == new
-        lost = (torch.isfinite(old) & unchanged).any(dim=-1) & unchanged.all(dim=-1)
-        if bool(here.real_cells(lost).any()):
-            raise BadEdit(
-                f"{self} changes nothing at {here.site}: "
-                f"{str(old.dtype).removeprefix('torch.')} has no number so near to these logits; "
-                "give a larger amount, or run the model in float32"
-            )
-
-    def edit(self, binding: Binding) -> Change:
-        tokens = token_ids(binding, *self.tokens)
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
         _check_once(tokens, self)
+        amounts = self.by if isinstance(self.by, tuple) else (self.by,) * len(tokens)
 
         def apply(logits: Logits, here: Here) -> Logits:
-            check_inside(logits, here, *tokens)
-            amounts = [fitted_number(by, logits.dtype, "by") for by in self._amounts()]
-            new = logits.clone()
-            new[..., tokens] += torch.tensor(amounts, dtype=logits.dtype, device=logits.device)
-            self._check_changed(logits[..., tokens], new[..., tokens], here)
+            fitted = [fitted_number(amount, logits.dtype, "by") for amount in amounts]
+            old, new = logits[..., tokens], logits.clone()
+            new[..., tokens] += torch.tensor(fitted, dtype=logits.dtype, device=logits.device)
+            if old.element_size() > 2 or not any(amounts):
+                return new
+            unchanged = old == new[..., tokens]  # a small dtype may round the amounts away
+            lost = (torch.isfinite(old) & unchanged).any(dim=-1) & unchanged.all(dim=-1)
+            if bool(here.real_cells(lost).any()):
+                raise BadEdit(
+                    f"{self} changes nothing at {here.site}: "
+                    f"{str(old.dtype).removeprefix('torch.')} has no number so near to these "
+                    "logits; give a larger amount, or run the model in float32"
+                )
             return new
 
         return apply
@@ -117,7 +99,7 @@ def boost(
         raise BadHook(f"by= names its tokens itself: leave out {', '.join(map(repr, tokens))}")
     else:
         selected, amounts = flatten_tokens([list(by)], "boost"), tuple(by.values())
-    return Boost(*at_logits(site, pos, rows, step), selected, amounts, when=when)
+    return Boost(as_sites(site), as_where(pos, rows, step), selected, amounts, when=when)
 
 
 def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
@@ -156,16 +138,11 @@ def _check_once(tokens: Sequence[Token], source: object) -> None:
 
 
 @dataclass(frozen=True)
-class Cap(LogitEdit):
+class Cap(TokensEdit, verb="cap"):
     """Lowers tokens to a limit. `cap` returns it."""
 
-    tokens: tuple[Token, ...]
     logit: float | None = None
     prob: float | None = None
-
-    verb: ClassVar[str] = "cap"
-    bare: ClassVar[tuple[str, ...]] = ("tokens",)
-    names: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def check(self) -> None:
         super().check()
@@ -174,27 +151,31 @@ class Cap(LogitEdit):
         if self.logit is not None:
             set_field(self, "logit", check_number(self.logit, "logit"))
             return
-        if not 0 < check_number(self.prob, "prob") < 1:
+        prob = check_number(self.prob, "prob")
+        if not 0 < prob < 1:
             raise BadHook(
                 f"prob={self.prob!r} is no limit: give a probability between 0 and 1, or ban the "
                 "tokens"
             )
-        set_field(self, "prob", check_number(self.prob, "prob"))
+        set_field(self, "prob", prob)
 
-    def edit(self, binding: Binding) -> Change:
-        tokens = token_ids(binding, *self.tokens)
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
         _check_once(tokens, self)
 
         def apply(logits: Logits, here: Here) -> Logits:
-            check_inside(logits, here, *tokens)
             new = logits.clone()
-            capped = logits[..., tokens]
-            exact = capped.to(torch.promote_types(capped.dtype, torch.float32))
-            if self.logit is not None:
+            exact = logits[..., tokens].to(torch.promote_types(logits.dtype, torch.float32))
+            if self.prob is None:
+                assert self.logit is not None
                 limit = fitted_number(self.logit, logits.dtype, "logit")
                 new[..., tokens] = round_down(exact.clamp(max=limit), logits.dtype)
                 return new
-            new[..., tokens] = round_down(exact + self._shift(logits, tokens), logits.dtype)
+            other_logits = logits.to(exact.dtype, copy=True)
+            other_logits[..., tokens] = -math.inf
+            other_odds = other_logits.logsumexp(dim=-1, keepdim=True)
+            odds = exact.logsumexp(dim=-1, keepdim=True) - other_odds
+            shift = (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
+            new[..., tokens] = round_down(exact + shift, logits.dtype)
             if bool(here.real_cells(~(new.amax(dim=-1) > -math.inf)).any()):
                 raise BadEdit(
                     f"{self} cannot be at {here.site}: no other token can be chosen, so these have "
@@ -203,15 +184,6 @@ class Cap(LogitEdit):
             return new
 
         return apply
-
-    def _shift(self, logits: Logits, tokens: list[int]) -> Float[Tensor, "row pos _"]:
-        """Returns the change of the tokens' logits, at most 0, that brings them to `prob`."""
-        assert self.prob is not None
-        other_logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        capped = other_logits[..., tokens]
-        other_logits[..., tokens] = -math.inf
-        odds = capped.logsumexp(dim=-1, keepdim=True) - other_logits.logsumexp(dim=-1, keepdim=True)
-        return (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
 
 
 @check_keywords
@@ -234,37 +206,33 @@ def cap(
     cap(' coffee', prob=0.1)
     """
     return Cap(
-        *at_logits(site, pos, rows, step), flatten_tokens(tokens, "cap"), logit, prob, when=when
+        as_sites(site),
+        as_where(pos, rows, step),
+        flatten_tokens(tokens, "cap"),
+        logit,
+        prob,
+        when=when,
     )
 
 
 @dataclass(frozen=True)
-class Swap(LogitEdit):
+class Swap(LogitEdit, verb="swap", bare=("a", "b"), gives_infinity=True):
     """Exchanges the logits of two tokens. `swap` returns it."""
 
     a: Token
     b: Token
-
-    verb: ClassVar[str] = "swap"
-    bare: ClassVar[tuple[str, ...]] = ("a", "b")
-    names: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def check(self) -> None:
         super().check()
         if self.a == self.b:
             raise BadHook(f"{self} names one token twice: there is nothing to swap")
 
-    @property
-    def gives_infinity(self) -> bool:
-        return True
-
-    def edit(self, binding: Binding) -> Change:
-        a, b = token_ids(binding, self.a, self.b)
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
+        a, b = tokens
         if a == b:
             raise BadHook(f"{self} names one token twice: there is nothing to swap")
 
         def apply(logits: Logits, here: Here) -> Logits:
-            check_inside(logits, here, a, b)
             new = logits.clone()
             new[..., [a, b]] = logits[..., [b, a]]
             return new
@@ -288,19 +256,15 @@ def swap(
     >>> print(swap(" coffee", " tea"))
     swap(' coffee', ' tea')
     """
-    return Swap(*at_logits(site, pos, rows, step), a, b, when=when)
+    return Swap(as_sites(site), as_where(pos, rows, step), a, b, when=when)
 
 
 @dataclass(frozen=True)
-class SetRank(LogitEdit):
+class SetRank(LogitEdit, verb="set_rank", bare=("token", "rank")):
     """Moves a token to a rank. `set_rank` returns it."""
 
     token: Token
     rank: int
-
-    verb: ClassVar[str] = "set_rank"
-    bare: ClassVar[tuple[str, ...]] = ("token", "rank")
-    names: ClassVar[tuple[str, ...]] = ("token",)
 
     def check(self) -> None:
         super().check()
@@ -311,8 +275,8 @@ class SetRank(LogitEdit):
             )
         set_field(self, "rank", rank)
 
-    def edit(self, binding: Binding) -> Change:
-        (token,) = token_ids(binding, self.token)
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
+        (token,) = tokens
         vocab_size = binding.lm.n_tokens or None
         if vocab_size is not None and token >= vocab_size:
             raise BadHook(
@@ -321,7 +285,6 @@ class SetRank(LogitEdit):
             )
 
         def apply(logits: Logits, here: Here) -> Logits:
-            check_inside(logits, here, token)
             other_logits = logits[..., :vocab_size].clone()
             count = other_logits.shape[-1]
             if self.rank > count:
@@ -376,4 +339,4 @@ def set_rank(
     >>> print(set_rank(" coffee", 3))
     set_rank(' coffee', 3)
     """
-    return SetRank(*at_logits(site, pos, rows, step), token, rank, when=when)
+    return SetRank(as_sites(site), as_where(pos, rows, step), token, rank, when=when)

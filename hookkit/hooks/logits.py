@@ -6,24 +6,24 @@ generated step; with `when=`, at those of them where a condition on the logits h
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import check_keywords, check_number, check_token, check_tokens
+from ..arguments import check_keywords, check_number
 from ..errors import BadEdit, BadHook, NotOneToken
 from ..models.batch_positions import DecidedToken
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where
-from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, Sites, as_sites
-from ..models.tokens import Token
+from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, as_sites
+from ..models.tokens import Token, check_token, check_tokens
 from .base import EVERY_STEP, Binding, Change, EditHook, Here, as_tuple, as_where, set_field
-from .conditions import Condition, Phrase, PhraseStarts, When, bind_condition, check_when
-from .rounding import fitted_number, next_above
+from .conditions import Condition, Phrase, When, bind_condition, phrase_offsets
+from .values import fitted_number, next_above
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
 
@@ -34,9 +34,13 @@ class LogitEdit(EditHook):
 
     when: When | None = field(default=None, kw_only=True)
 
-    names: ClassVar[tuple[str, ...]] = ()  # the fields that hold tokens
-    phrases: ClassVar[bool] = False  # whether they may be phrases
+    takes_phrases: ClassVar[bool] = False
     takes_step: ClassVar[bool] = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that hold tokens."""
+        return tuple(name for name in self.bare if name != "rank")
 
     def check_sites(self) -> None:
         for site in self.sites:
@@ -49,17 +53,22 @@ class LogitEdit(EditHook):
 
     def check(self) -> None:
         if self.where.pos is None and self.where.step is None:
-            set_field(self, "where", Where(None, self.where.rows, EVERY_STEP))
-        check_when(self.when)
+            set_field(self, "where", replace(self.where, step=EVERY_STEP))
+        if self.when is not None and not isinstance(self.when, Condition | Callable):
+            raise BadHook(
+                f"when={self.when!r} is no condition: give hk.entropy_above(2.0), "
+                "hk.rank_of(token, at_most=10) … or a function"
+            )
         for name in self.names:
             set_field(self, name, self._read_tokens(getattr(self, name)))
 
     def _read_tokens(self, value: object) -> object:
         """Returns the token or the tuple of tokens of a field, normalized."""
         tokens = check_tokens(value, self.verb, also=(Phrase,))
-        _check_not_empty(tokens, self.verb)
+        if not tokens:
+            raise BadHook(f"{self.verb}() names no token: give at least one, as text or id")
         for token in tokens:
-            if isinstance(token, Phrase) and not self.phrases:
+            if isinstance(token, Phrase) and not self.takes_phrases:
                 raise BadHook(
                     f"{token!r} is several tokens, and one is meant: phrases are for force and ban"
                 )
@@ -78,72 +87,62 @@ class LogitEdit(EditHook):
         ids: list[int] = []
         for name in self.names:
             for token in as_tuple(getattr(self, name)):
-                if isinstance(token, Phrase):
-                    ids += token.ids(lm)
-                else:
-                    ids.append(lm.token(token))
+                ids += self.ids(token, lm)
         return ids
 
-    def change(self, binding: Binding) -> Change:
-        apply = self.edit(binding)
-        if self.when is None:
-            return apply
-        condition = bind_condition(self.when, binding.lm)
+    def ids(self, token: Token | Phrase, lm: LM) -> list[int]:
+        """Returns the id of a token, or the ids of a phrase."""
+        if isinstance(token, Phrase):
+            return token.ids(lm)
+        try:
+            return [lm.token(token)]
+        except NotOneToken as error:
+            if not self.takes_phrases:
+                raise
+            raise NotOneToken(
+                f"{error} For several tokens in a row, say hk.phrase(text)."
+            ) from None
 
-        def apply_where_condition_holds(logits: Logits, here: Here) -> Logits:
+    def change(self, binding: Binding) -> Change:
+        tokens = self.named(binding.lm)
+        edit = self.edit(binding, tokens)
+        condition = None
+        if self.when is not None:
+            condition = bind_condition(self.when, binding.lm)
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, tokens)
+            if condition is None:
+                return edit(logits, here)
             mask = condition(logits, here)
-            edited = apply(logits, replace(here, condition_mask=mask))
+            edited = edit(logits, replace(here, condition_mask=mask))
             return torch.where(mask[..., None], edited, logits)
 
-        return apply_where_condition_holds
+        return apply
 
-    def edit(self, binding: Binding) -> Change:
-        """Returns the change that is made where the condition holds."""
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
+        """Returns the change that is made where the condition holds, for the ids of its tokens."""
         raise AssertionError(f"{type(self).__name__} does not define edit()")
 
 
-def at_logits(
-    site: str | AnySite, pos: PosLike, rows: IndicesLike, step: IndicesLike
-) -> tuple[Sites, Where]:
-    """Returns the sites of a hook on logits and where it acts; by default at every step."""
-    sites, where = as_sites(site), as_where(pos, rows, step)
-    if pos is None and step is None:
-        where = replace(where, step=EVERY_STEP)
-    return sites, where
+@dataclass(frozen=True)
+class TokensEdit(LogitEdit, bare=("tokens",)):
+    """A hook that changes the logits of any number of tokens."""
 
-
-AnyToken = TypeVar("AnyToken", bound=Token | Phrase)
+    tokens: tuple[Token | Phrase, ...]
 
 
 def flatten_tokens(
-    arguments: Iterable[AnyToken | Iterable[AnyToken]], verb: str
-) -> tuple[AnyToken, ...]:
+    arguments: Iterable[Token | Phrase | Iterable[Token | Phrase]], verb: str
+) -> tuple[Token | Phrase, ...]:
     """Returns the tokens of a call, which were given one by one or in lists."""
-    tokens: list[AnyToken] = []
+    tokens = []
     for argument in arguments:
         tokens += check_tokens(argument, verb, also=(Phrase,))
-    _check_not_empty(tokens, verb)
     return tuple(tokens)
 
 
-def _check_not_empty(tokens: Iterable[object], verb: str) -> None:
-    if not tokens:
-        raise BadHook(f"{verb}() names no token: give at least one, as text or id")
-
-
-def token_ids(binding: Binding, *tokens: Token) -> list[int]:
-    """Returns the ids of tokens in the model's vocabulary."""
-    return [binding.lm.token(token) for token in tokens]
-
-
-def _token_ids_or_hint(binding: Binding, *tokens: Token) -> list[int]:
-    try:
-        return token_ids(binding, *tokens)
-    except NotOneToken as error:
-        raise NotOneToken(f"{error} For several tokens in a row, say hk.phrase(text).") from None
-
-
-def check_inside(logits: Logits, here: Here, *tokens: int) -> None:
+def check_inside(logits: Logits, here: Here, tokens: Sequence[int]) -> None:
     """Raises `BadEdit` for a token that the last axis does not have."""
     size = logits.shape[-1]
     for token in tokens:
@@ -157,16 +156,11 @@ MARGIN = 10.0  # by default, how far a forced token's logit is above the largest
 
 
 @dataclass(frozen=True)
-class Force(LogitEdit):
+class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
     """Makes a token win, or the tokens of a phrase one after the other. `force` returns it."""
 
     token: Token | Phrase
     margin: float | None = None
-
-    verb: ClassVar[str] = "force"
-    bare: ClassVar[tuple[str, ...]] = ("token",)
-    names: ClassVar[tuple[str, ...]] = ("token",)
-    phrases: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()
@@ -211,13 +205,9 @@ class Force(LogitEdit):
 
     def _starts(self) -> list[int]:
         """Returns the steps at which the phrase begins."""
-        step = self.where.step
-        if step == EVERY_STEP:
+        if self.where.step == EVERY_STEP:
             return [0]
-        if isinstance(step, int):
-            return [step]
-        assert isinstance(step, tuple)
-        return list(step)
+        return list(as_tuple(self.where.step))
 
     def change(self, binding: Binding) -> Change:
         if not isinstance(self.token, Phrase):
@@ -225,8 +215,8 @@ class Force(LogitEdit):
         ids = self.token.ids(binding.lm)
         if self.when is not None:
             steps = None if self.where.step == EVERY_STEP else self._starts()
-            starts = PhraseStarts(len(ids), bind_condition(self.when, binding.lm), steps)
-            return lambda logits, here: self._write(logits, here, ids, starts.offsets(logits, here))
+            offsets = phrase_offsets(len(ids), bind_condition(self.when, binding.lm), steps)
+            return lambda logits, here: self._write(logits, here, ids, offsets(logits, here))
         first_steps = torch.tensor(self._starts())
 
         def apply(logits: Logits, here: Here) -> Logits:
@@ -236,14 +226,10 @@ class Force(LogitEdit):
 
         return apply
 
-    def edit(self, binding: Binding) -> Change:
-        assert not isinstance(self.token, Phrase)
-        (token,) = _token_ids_or_hint(binding, self.token)
-
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
         def apply(logits: Logits, here: Here) -> Logits:
-            check_inside(logits, here, token)
-            tokens = torch.full(logits.shape[:-1], token, device=logits.device)
-            return self._put_first(logits, here, tokens, torch.ones_like(tokens, dtype=torch.bool))
+            offsets = torch.zeros(logits.shape[:-1], dtype=torch.long)
+            return self._write(logits, here, tokens, offsets)
 
         return apply
 
@@ -251,20 +237,9 @@ class Force(LogitEdit):
         self, logits: Logits, here: Here, ids: list[int], offsets: Int[Tensor, "row pos"]
     ) -> Logits:
         """Puts the phrase's token at each offset first; leaves the logits where it is negative."""
-        check_inside(logits, here, *ids)
+        check_inside(logits, here, ids)
         offsets = offsets.to(logits.device)
         tokens = torch.tensor(ids, device=logits.device)[offsets.clamp(min=0)]
-        due = offsets >= 0
-        return torch.where(due[..., None], self._put_first(logits, here, tokens, due), logits)
-
-    def _put_first(
-        self,
-        logits: Logits,
-        here: Here,
-        tokens: Int[Tensor, "row pos"],
-        due: Bool[Tensor, "row pos"],
-    ) -> Logits:
-        """Puts a token first at each cell. `due` says where its rank is checked and decided."""
         index = tokens[..., None]
         if self.margin == math.inf:
             unchanged = logits.gather(-1, index).clamp(min=torch.finfo(logits.dtype).min)
@@ -276,11 +251,12 @@ class Force(LogitEdit):
             # rounding may lose a small margin
             forced = torch.maximum(largest + margin, next_above(largest))
             new = logits.scatter(-1, index, forced)
-        due = here.real_cells(due)
-        self._check_first(new, here, index, due)
+        is_due = offsets >= 0
+        due_cells = here.real_cells(is_due)
+        self._check_first(new, here, index, due_cells)
         if self.decides:
-            self._decide(here, tokens, due)
-        return new
+            self._decide(here, tokens, due_cells)
+        return torch.where(is_due[..., None], new, logits)
 
     def _check_first(
         self,
@@ -352,31 +328,24 @@ def force(
     >>> print(force(phrase(" a cup of tea"), when=entropy_above(3.0)))
     force(phrase(' a cup of tea'), when=entropy_above(3.0))
     """
-    return Force(*at_logits(site, pos, rows, step), token, margin, when=when)
+    return Force(as_sites(site), as_where(pos, rows, step), token, margin, when=when)
 
 
 @dataclass(frozen=True)
-class Ban(LogitEdit):
+class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
     """Makes tokens impossible. `ban` returns it."""
 
-    tokens: tuple[Token | Phrase, ...]
-
-    verb: ClassVar[str] = "ban"
-    bare: ClassVar[tuple[str, ...]] = ("tokens",)
-    names: ClassVar[tuple[str, ...]] = ("tokens",)
-    phrases: ClassVar[bool] = True
-
-    @property
-    def gives_infinity(self) -> bool:
-        return True
-
-    def edit(self, binding: Binding) -> Change:
-        single_tokens = [token for token in self.tokens if not isinstance(token, Phrase)]
-        banned = _token_ids_or_hint(binding, *single_tokens)
-        phrases = [token.ids(binding.lm) for token in self.tokens if isinstance(token, Phrase)]
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
+        banned: list[int] = []
+        phrases: list[list[int]] = []
+        for token in self.tokens:
+            ids = self.ids(token, binding.lm)
+            if len(ids) == 1:
+                banned += ids
+            else:
+                phrases.append(ids)
 
         def apply(logits: Logits, here: Here) -> Logits:
-            check_inside(logits, here, *banned, *(ids[-1] for ids in phrases))
             new = logits.clone()
             new[..., banned] = -math.inf
             for ids in phrases:
@@ -395,7 +364,7 @@ def _cells_before_last(phrase_ids: list[int], here: Here) -> list[tuple[int, int
     cells = []
     for row, positions in enumerate(here.cells.places):
         for column, position in enumerate(positions):
-            if not start or here.read(row, position, len(start)) == start:
+            if here.read(row, position, len(start)) == start:
                 cells.append((row, column))
     return cells
 
@@ -417,28 +386,15 @@ def ban(
     >>> print(ban(" coffee", " tea"))
     ban(' coffee', ' tea')
     """
-    return Ban(*at_logits(site, pos, rows, step), flatten_tokens(tokens, "ban"), when=when)
+    return Ban(as_sites(site), as_where(pos, rows, step), flatten_tokens(tokens, "ban"), when=when)
 
 
 @dataclass(frozen=True)
-class Restrict(LogitEdit):
+class Restrict(TokensEdit, verb="restrict", gives_infinity=True):
     """Makes all other tokens impossible. `restrict` returns it."""
 
-    tokens: tuple[Token, ...]
-
-    verb: ClassVar[str] = "restrict"
-    bare: ClassVar[tuple[str, ...]] = ("tokens",)
-    names: ClassVar[tuple[str, ...]] = ("tokens",)
-
-    @property
-    def gives_infinity(self) -> bool:
-        return True
-
-    def edit(self, binding: Binding) -> Change:
-        tokens = token_ids(binding, *self.tokens)
-
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
         def apply(logits: Logits, here: Here) -> Logits:
-            check_inside(logits, here, *tokens)
             new = torch.full_like(logits, -math.inf)
             new[..., tokens] = logits[..., tokens]
             if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
@@ -465,5 +421,14 @@ def restrict(
     >>> print(restrict(" yes", " no"))
     restrict(' yes', ' no')
     """
-    sites, where = at_logits(site, pos, rows, step)
-    return Restrict(sites, where, flatten_tokens(tokens, "restrict"), when=when)
+    selected = flatten_tokens(tokens, "restrict")
+    return Restrict(as_sites(site), as_where(pos, rows, step), selected, when=when)
+
+
+def named_tokens(lm: LM, hooks: Iterable[object]) -> list[int]:
+    """Returns the tokens that the logit edits among these hooks name, each once."""
+    tokens: list[int] = []
+    for hook in hooks:
+        if isinstance(hook, LogitEdit):
+            tokens += hook.named(lm)
+    return list(dict.fromkeys(tokens))

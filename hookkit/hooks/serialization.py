@@ -8,11 +8,10 @@ import base64
 import dataclasses
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import math
-from collections.abc import Callable
+import pkgutil
 from typing import Any
 
 from safetensors.torch import load, save
@@ -35,7 +34,7 @@ HOOK_TYPES: dict[str, str] = {
     "skip_block": "hookkit.hooks.edits:SkipBlock",
     "ablate": "hookkit.hooks.ablation:Ablate",
     "patch": "hookkit.hooks.ablation:Patch",
-    "knockout": "hookkit.hooks.knockout:Knockout",
+    "knockout": "hookkit.hooks.edits:Knockout",
     "force": "hookkit.hooks.logits:Force",
     "ban": "hookkit.hooks.logits:Ban",
     "restrict": "hookkit.hooks.logits:Restrict",
@@ -51,37 +50,13 @@ VALUE_TYPES: dict[str, str] = {
     "At": "hookkit.models.positions:At",
     "Captured": "hookkit.hooks.captured_values:Captured",
     "Constant": "hookkit.hooks.base:Constant",
-    "Means": "hookkit.hooks.ablation:Means",
-    "FromRun": "hookkit.hooks.ablation:FromRun",
-    "FromPrompt": "hookkit.hooks.ablation:FromPrompt",
-    "Reference": "hookkit.hooks.ablation:Reference",
+    "Means": "hookkit.hooks.sources:Means",
+    "FromRun": "hookkit.hooks.sources:FromRun",
+    "FromPrompt": "hookkit.hooks.sources:FromPrompt",
+    "Reference": "hookkit.hooks.sources:Reference",
     "Condition": "hookkit.hooks.conditions:Condition",
     "Phrase": "hookkit.hooks.conditions:Phrase",
 }
-
-
-def hook_type(verb: object) -> Any:
-    """Returns the class of hooks with this verb. Raises `BadHook` for an unknown one."""
-    if not isinstance(verb, str) or verb not in HOOK_TYPES:
-        raise BadHook(
-            f"there is no hook {describe(verb)}: there are {', '.join(sorted(HOOK_TYPES))}"
-        )
-    return _import(HOOK_TYPES[verb])
-
-
-def value_type(name: object) -> Any:
-    """Returns the dataclass of this name. Raises `BadHook` if none may be inside a hook."""
-    if not isinstance(name, str) or name not in VALUE_TYPES:
-        raise BadHook(
-            f"a hook holds no value of type {describe(name)}: there are {', '.join(VALUE_TYPES)}"
-        )
-    return _import(VALUE_TYPES[name])
-
-
-@functools.cache
-def _import(path: str) -> Any:
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def to_json(hook: Any, *, tensors: str = "inline") -> str:
@@ -99,7 +74,11 @@ def from_json(text: str) -> Any:
     except (KeyError, AttributeError, TypeError, BadHook) as error:
         detail = f" ({error})" if isinstance(error, BadHook) else ""
         raise BadHook(f"this is no hook in JSON: {describe(text)}{detail}") from error
-    return _decode_fields(hook_type(verb), encoded, verb)
+    if not isinstance(verb, str) or verb not in HOOK_TYPES:
+        raise BadHook(
+            f"there is no hook {describe(verb)}: there are {', '.join(sorted(HOOK_TYPES))}"
+        )
+    return _decode_fields(pkgutil.resolve_name(HOOK_TYPES[verb]), encoded, verb)
 
 
 def _encode_fields(value: Any, tensors: str) -> dict[str, Any]:
@@ -146,8 +125,8 @@ def _encode(value: Any, tensors: str) -> Any:
     name = type(value).__name__
     if name in VALUE_TYPES:
         return {"$value": name, **_encode_fields(value, tensors)}
-    if getattr(value, "verb", None) in HOOK_TYPES and type(value) is hook_type(value.verb):
-        return {"$hook": json.loads(to_json(value, tensors=tensors))}
+    if getattr(value, "verb", None) in HOOK_TYPES:
+        return {"$hook": {"hook": value.verb, **_encode_fields(value, tensors)}}
     assert callable(value), f"a hook holds a {name}, which cannot be written as JSON"
     return {"$function": function_as_json(value)}
 
@@ -230,21 +209,47 @@ def _value_as_json(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_decode, value))
-    if not isinstance(value, dict):
-        return value
-    for key, decode in DECODERS.items():
-        if key in value:
-            return decode(value[key])
-    if "$value" not in value:
+    match value:
+        case list():
+            return tuple(map(_decode, value))
+        case {"$float": number}:
+            return float(number)
+        case {"$sites": sites}:
+            return as_sites(list(map(_decode_site, sites)))
+        case {"$site": site}:
+            return _decode_site(site)
+        case {"$part": part}:
+            return TextPart(part)
+        case {"$tensor": tensor}:
+            return _decode_tensor(tensor)
+        case {"$hook": hook}:
+            return from_json(json.dumps(hook))
+        case {"$value": name, **fields}:
+            return _decode_fields(_value_type(name), fields, name)
+        case dict():
+            raise BadHook(_refusal(value))
+    return value
+
+
+def _value_type(name: object) -> Any:
+    if not isinstance(name, str) or name not in VALUE_TYPES:
         raise BadHook(
-            f"a hook in JSON has an object with the keys {', '.join(map(repr, value))}, and none "
-            "with a $"
+            f"a hook holds no value of type {describe(name)}: there are {', '.join(VALUE_TYPES)}"
         )
-    fields = dict(value)
-    name = fields.pop("$value")
-    return _decode_fields(value_type(name), fields, name)
+    return pkgutil.resolve_name(VALUE_TYPES[name])
+
+
+def _refusal(value: dict[str, Any]) -> str:
+    """Returns the message for an object that is no value of a hook."""
+    if "$function" not in value:
+        keys = ", ".join(map(repr, value))
+        return f"a hook in JSON has an object with the keys {keys}, and none with a $"
+    function = value["$function"]
+    name = function.get("name") if isinstance(function, dict) else None
+    return (
+        f"this hook has a user's function, {name}, of which JSON has the name and not the code: "
+        "make the hook again with hk.edit(site, fn)"
+    )
 
 
 def _decode_tensor(encoded: Any) -> Tensor:
@@ -267,30 +272,3 @@ def _decode_site(encoded: Any) -> Site | ModuleSite:
             f"a site in JSON is {describe(encoded)}: it is a text, such as 'resid_post.6'"
         )
     return parse_site(encoded)
-
-
-def _decode_sites(encoded: Any) -> Sites:
-    return as_sites(list(map(_decode_site, encoded)))
-
-
-def _decode_hook(encoded: Any) -> Any:
-    return from_json(json.dumps(encoded))
-
-
-def _refuse_function(encoded: Any) -> Any:
-    name = encoded.get("name") if isinstance(encoded, dict) else None
-    raise BadHook(
-        f"this hook has a user's function, {name}, of which JSON has the name and not the code: "
-        "make the hook again with hk.edit(site, fn)"
-    )
-
-
-DECODERS: dict[str, Callable[[Any], Any]] = {
-    "$float": float,
-    "$sites": _decode_sites,
-    "$site": _decode_site,
-    "$part": TextPart,
-    "$tensor": _decode_tensor,
-    "$hook": _decode_hook,
-    "$function": _refuse_function,
-}

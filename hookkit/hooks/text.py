@@ -8,33 +8,27 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..arguments import check_arguments
 from ..errors import BadFile, BadHook, HookkitError, NotOneToken, did_you_mean
 from ..files.untrusted import MAX_MESSAGE, read_hook_list
 from ..models.lm import LM
-from .ablation import Ablate, FromPrompt, Patch, Reference, ablate, patch
-from .base import EVERY_STEP, Hook, as_tuple
+from .ablation import Ablate, Patch, ablate, patch
+from .base import Hook, as_tuple
 from .capture import Capture, capture
 from .conditions import Phrase, phrase
-from .edits import Scale, SkipBlock, project_out, scale, skip_block, steer
-from .knockout import Knockout, knockout
+from .edits import Knockout, Scale, SkipBlock, knockout, project_out, scale, skip_block, steer
 from .logit_shifts import Boost, SetRank, boost, cap, set_rank, swap
 from .logits import LogitEdit, ban, force, restrict
-from .text_grammar import (
-    Spelling,
-    parse_amount,
-    parse_parts,
-    parse_sites,
-    parse_token,
-    parse_tokens,
-    split,
-)
+from .sources import FromPrompt, Reference
+from .text_grammar import Spelling, parse_amount, parse_parts, parse_sites, parse_token, split
 from .vector import Vector, load_vector
 
-MAX_DIGITS = 9  # of the number of a layer or a head
+LAYER = re.compile(r"\d{1,9}")
+LAYER_AND_HEAD = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
 
 
 @check_arguments
@@ -117,38 +111,25 @@ def _hook_of_item(item: Any, lm: LM | None, path: str) -> Hook:
     )
 
 
-Parser = Callable[[Spelling, LM | None], Hook]
-
-
-def _settings(spelling: Spelling, position_name: str = "pos") -> dict[str, Any]:
-    """Returns the keywords of the hook's function, with the position or step under this name."""
-    if spelling.position_or_step is None:
-        return dict(spelling.settings)
-    return {position_name: spelling.position_or_step, **spelling.settings}
-
-
-def _sites_parser(function: Callable[..., Hook]) -> Parser:
-    def parse(spelling: Spelling, lm: LM | None) -> Hook:
-        sites, after = parse_sites(spelling)
-        if after:
-            raise BadHook(
-                f"{spelling.text!r} has {after!r} after its sites, where only @ and settings may "
-                "stand: @pos=-1"
-            )
-        return function(sites, **_settings(spelling))
-
-    return parse
+def _parse_at_sites(function: Callable[..., Hook], spelling: Spelling, lm: LM | None) -> Hook:
+    sites, after = parse_sites(spelling)
+    if after:
+        raise BadHook(
+            f"{spelling.text!r} has {after!r} after its sites, where only @ and settings may "
+            "stand: @pos=-1"
+        )
+    return function(sites, **spelling.settings)
 
 
 def _parse_scale(spelling: Spelling, lm: LM | None) -> Hook:
     what, factor = parse_amount(spelling.what, "*", spelling)
-    sites, _ = parse_sites(Spelling(spelling.text, spelling.verb, what))
-    return scale(sites, factor, **_settings(spelling))
+    sites, _ = parse_sites(replace(spelling, what=what))
+    return scale(sites, factor, **spelling.settings)
 
 
 def _parse_skip_block(spelling: Spelling, lm: LM | None) -> Hook:
     layers = [layer for layer, _ in _layers_and_heads(spelling)]
-    return skip_block(layers, **_settings(spelling))
+    return skip_block(layers, **spelling.settings)
 
 
 def _parse_knockout(spelling: Spelling, lm: LM | None) -> Hook:
@@ -162,38 +143,35 @@ def _parse_knockout(spelling: Spelling, lm: LM | None) -> Hook:
         )
     if heads == [None]:
         heads = None
-    return knockout(layers, heads, **{"key": None, **_settings(spelling, "query")})
+    return knockout(layers, heads, **{"key": None, **spelling.settings})
 
 
 def _layers_and_heads(spelling: Spelling) -> list[tuple[int, int | None]]:
     """Returns layers, such as 3, or for knockout layers and heads, such as 9.3."""
-    takes_heads = spelling.verb == "knockout"
+    pattern, example = LAYER, "skip_block:3"
+    if spelling.verb == "knockout":
+        pattern, example = LAYER_AND_HEAD, "knockout:9.3@query=-1,key=0"
     pairs: list[tuple[int, int | None]] = []
     for item in spelling.what.split(","):
-        layer, dot, head = item.strip().partition(".")
-        is_valid = _is_index(layer) and (not dot or (takes_heads and _is_index(head)))
-        if not is_valid:
-            example = "knockout:9.3@query=-1,key=0" if takes_heads else "skip_block:3"
+        match = pattern.fullmatch(item.strip())
+        if match is None:
             raise BadHook(
                 f"{spelling.text!r} has {item!r} where a block's number is meant: write {example}"
             )
-        pairs.append((int(layer), int(head) if dot else None))
+        layer, _, head = match[0].partition(".")
+        pairs.append((int(layer), int(head) if head else None))
     return pairs
-
-
-def _is_index(text: str) -> bool:
-    return text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 def _parse_steer(spelling: Spelling, lm: LM | None) -> Hook:
     sites, path, factor = _sites_and_file(spelling)
-    settings = _settings(spelling)
+    settings = spelling.settings
     if factor is not None:
         if "dose" in settings or "scale" in settings:
             raise BadHook(
                 f"{spelling.text!r} says twice how much: *{factor:g}, and a dose or a scale"
             )
-        settings["scale"] = factor
+        settings = {**settings, "scale": factor}
     vector = _load_vector(path, lm, spelling)
     if sites is None or sites == [str(vector.site)]:
         return vector.steer(**settings)
@@ -210,7 +188,7 @@ def _parse_project_out(spelling: Spelling, lm: LM | None) -> Hook:
     if factor is not None:
         raise BadHook(f"{spelling.text!r}: a direction has no size: leave *{factor:g} out")
     vector = _load_vector(path, lm, spelling)
-    return project_out(sites or [str(vector.site)], vector.tensor, **_settings(spelling))
+    return project_out(sites or [str(vector.site)], vector.tensor, **spelling.settings)
 
 
 def _sites_and_file(spelling: Spelling) -> tuple[list[str] | None, str, float | None]:
@@ -220,7 +198,7 @@ def _sites_and_file(spelling: Spelling) -> tuple[list[str] | None, str, float | 
         what, factor = parse_amount(what, "*", spelling)
     if os.path.isfile(what.strip()):  # False for names that are too long for a file
         return None, what.strip(), factor
-    sites, after = parse_sites(Spelling(spelling.text, spelling.verb, what))
+    sites, after = parse_sites(replace(spelling, what=what))
     if not after.startswith(":"):
         raise BadHook(
             f"{spelling.text!r}: there is no file {what.strip()!r}: write {spelling.verb}:FILE, or "
@@ -251,7 +229,7 @@ def _parse_patch(spelling: Spelling, lm: LM | None) -> Hook:
             f"{spelling.text!r} has no prompt to patch from: write "
             "patch:resid_post.6:She takes tea with@-1"
         )
-    return patch(sites, prompt, **_settings(spelling))
+    return patch(sites, prompt, **spelling.settings)
 
 
 def _as_phrase(token: Any, lm: LM | None) -> Any:
@@ -264,70 +242,57 @@ def _as_phrase(token: Any, lm: LM | None) -> Any:
     return token
 
 
-def _parse_force(spelling: Spelling, lm: LM | None) -> Hook:
-    token = _as_phrase(parse_token(spelling.what, spelling), lm)
-    return force(token, **_settings(spelling, "step"))
-
-
-def _parse_ban(spelling: Spelling, lm: LM | None) -> Hook:
-    tokens = [_as_phrase(token, lm) for token in parse_tokens(spelling)]
-    return ban(tokens, **_settings(spelling, "step"))
-
-
-def _tokens_parser(function: Callable[..., Hook]) -> Parser:
-    def parse(spelling: Spelling, lm: LM | None) -> Hook:
-        return function(*parse_tokens(spelling), **_settings(spelling, "step"))
-
-    return parse
-
-
-def _parse_boost(spelling: Spelling, lm: LM | None) -> Hook:
-    settings = _settings(spelling, "step")
-    if "by" in settings:
-        return boost(*parse_tokens(spelling), **settings)  # pyright: ignore
-    tokens: list[Any] = []
-    amounts = []
-    for item in split(spelling.what):
-        text, amount = parse_amount(item, "=", spelling)
-        tokens.append(parse_token(text, spelling))
-        amounts.append(amount)
-    if len(tokens) == 1:
-        return boost(tokens[0], by=amounts[0], **settings)
-    return boost(by=dict(zip(tokens, amounts, strict=True)), **settings)
-
-
-def _parse_swap(spelling: Spelling, lm: LM | None) -> Hook:
-    tokens: list[Any] = list(parse_tokens(spelling))
-    if len(tokens) != 2:
+def _parse_tokens(function: Callable[..., Hook], spelling: Spelling, lm: LM | None) -> Hook:
+    texts = [spelling.what] if spelling.verb == "force" else split(spelling.what)
+    tokens = [parse_token(text, spelling) for text in texts]
+    if spelling.verb in ("force", "ban"):
+        tokens = [_as_phrase(token, lm) for token in tokens]
+    if spelling.verb == "swap" and len(tokens) != 2:
         raise BadHook(
             f"{spelling.text!r} names {len(tokens)} tokens, and two change places: write "
             "swap: coffee, tea"
         )
-    return swap(*tokens, **_settings(spelling, "step"))
+    return function(*tokens, **spelling.settings)
+
+
+def _parse_boost(spelling: Spelling, lm: LM | None) -> Hook:
+    if "by" in spelling.settings:
+        return _parse_tokens(boost, spelling, lm)
+    amounts: dict[Any, float] = {}
+    for item in split(spelling.what):
+        text, amount = parse_amount(item, "=", spelling)
+        token = parse_token(text, spelling)
+        if token in amounts:
+            raise BadHook(f"{spelling.text!r} boosts {token!r} twice: give each token one amount")
+        amounts[token] = amount
+    if len(amounts) == 1:
+        token, amount = next(iter(amounts.items()))
+        return boost(token, by=amount, **spelling.settings)
+    return boost(by=amounts, **spelling.settings)
 
 
 def _parse_set_rank(spelling: Spelling, lm: LM | None) -> Hook:
     text, rank = parse_amount(spelling.what, "=", spelling)
     token: Any = parse_token(text, spelling)
     rank_value: Any = int(rank) if rank.is_integer() else rank
-    return set_rank(token, rank_value, **_settings(spelling, "step"))
+    return set_rank(token, rank_value, **spelling.settings)
 
 
-PARSERS: dict[str, Parser] = {
-    "ablate": _sites_parser(ablate),
+PARSERS: dict[str, Callable[[Spelling, LM | None], Hook]] = {
+    "ablate": partial(_parse_at_sites, ablate),
     "patch": _parse_patch,
     "steer": _parse_steer,
     "project_out": _parse_project_out,
     "scale": _parse_scale,
     "skip_block": _parse_skip_block,
     "knockout": _parse_knockout,
-    "capture": _sites_parser(capture),
-    "force": _parse_force,
-    "ban": _parse_ban,
-    "restrict": _tokens_parser(restrict),
+    "capture": partial(_parse_at_sites, capture),
+    "force": partial(_parse_tokens, force),
+    "ban": partial(_parse_tokens, ban),
+    "restrict": partial(_parse_tokens, restrict),
     "boost": _parse_boost,
-    "cap": _tokens_parser(cap),
-    "swap": _parse_swap,
+    "cap": partial(_parse_tokens, cap),
+    "swap": partial(_parse_tokens, swap),
     "set_rank": _parse_set_rank,
 }
 
@@ -357,65 +322,53 @@ def format_hook(hook: Hook) -> str:
 
 
 def _short_text(hook: Hook) -> str | None:
-    what = _format_what(hook)
-    if what is None:
-        return None
-    settings = []
-    for name, value in _settings_of(hook).items():
-        if isinstance(value, tuple):
-            value = list(value)
-        settings.append(f"{name}={value!r}")
-    text = f"{hook.verb}:{what}"
-    return f"{text}@{','.join(settings)}" if settings else text
-
-
-def _format_what(hook: Hook) -> str | None:
-    """Returns the text after the verb; None for a hook without a short form."""
-    if isinstance(hook, LogitEdit):
-        is_at_logits = len(hook.sites) == 1 and str(hook.sites[0]) == "logits"
-        return _format_tokens(hook) if is_at_logits else None
-    if isinstance(hook, SkipBlock | Knockout):
-        return ",".join(map(_format_indices, hook.sites))
-    sites = ",".join(map(str, hook.sites))
-    if isinstance(hook, Scale):
-        return f"{sites}*{hook.factor!r}"
-    if isinstance(hook, Ablate):
-        return _format_ablation(hook, sites)
-    return sites if isinstance(hook, Capture) else None
-
-
-def _format_indices(site: Any) -> str:
-    if site.head is None:
-        return str(site.layer)
-    return f"{site.layer}.{site.head}"
-
-
-def _format_ablation(hook: Ablate, sites: str) -> str | None:
-    match hook.to:
-        case "zero":
-            return sites
-        case Reference() if not hook.to.sources:
-            return sites
-        case FromPrompt(prompt=str(prompt)) if isinstance(hook, Patch):
-            return f"{sites}:{prompt}"
+    """Returns VERB:WHAT@WHERE; None for a hook without a short form."""
+    what = ",".join(map(str, hook.sites))
+    settings = hook.settings()
+    match hook:
+        case LogitEdit():
+            if what != "logits":
+                return None
+            what = _format_tokens(hook, settings)
+        case SkipBlock() | Knockout():
+            what = ",".join(str(site).partition(".")[2] for site in hook.sites)
+        case Scale():
+            what += f"*{hook.factor!r}"
+        case Patch(to=FromPrompt(prompt=str(prompt))):
+            what += f":{prompt}"
+        case Ablate(to=Reference(sources=()) as reference):
+            settings = {"to": reference.how, "over": reference.prompts, "per": reference.per}
+            if reference.how == "resample":
+                settings["seed"] = reference.seed
+            settings |= hook.where_settings()
+        case Ablate(to="zero") | Capture():
+            pass
         case _:
             return None
+    text = f"{hook.verb}:{what}"
+    return f"{text}@{_format_settings(settings)}" if settings else text
 
 
-def _format_tokens(hook: LogitEdit) -> str:
+def _format_tokens(hook: LogitEdit, settings: dict[str, Any]) -> str:
     words = []
     for name in hook.names:
         words += map(format_token, as_tuple(getattr(hook, name)))
-    if isinstance(hook, Boost) and _has_amount_for_each(hook):
-        amounts = as_tuple(hook.by)
+    amounts = as_tuple(settings.get("by"))
+    if isinstance(hook, Boost) and len(amounts) == len(words):
+        del settings["by"]
         words = [f"{word}={amount!r}" for word, amount in zip(words, amounts, strict=True)]
     if isinstance(hook, SetRank):
         words = [f"{words[0]}={hook.rank}"]
     return ",".join(words)
 
 
-def _has_amount_for_each(hook: Boost) -> bool:
-    return len(as_tuple(hook.by)) == len(hook.tokens)
+def _format_settings(settings: dict[str, Any]) -> str:
+    items = []
+    for name, value in settings.items():
+        if isinstance(value, tuple):
+            value = list(value)
+        items.append(f"{name}={value!r}")
+    return ",".join(items)
 
 
 def format_token(token: Any) -> str:
@@ -426,36 +379,6 @@ def format_token(token: Any) -> str:
         return f"id({token})"
     needs_no_quotes = PLAIN_TOKEN.fullmatch(token.removeprefix(" "))
     return token if needs_no_quotes else repr(token)
-
-
-def _settings_of(hook: Hook) -> dict[str, Any]:
-    """Returns the keywords of the hook's function that differ from their defaults."""
-    if isinstance(hook, Ablate) and isinstance(hook.to, Reference):
-        reference = hook.to
-        settings: dict[str, Any] = {"to": reference.how, "over": list(reference.prompts)}
-        settings["per"] = reference.per
-        if reference.how == "resample":
-            settings["seed"] = reference.seed
-        return settings | _where_settings(hook)
-    in_what = ["sites", "where", *hook.bare]
-    if isinstance(hook, Boost) and _has_amount_for_each(hook):
-        in_what.append("by")
-    settings = {}
-    for field in fields(hook):
-        value = getattr(hook, field.name)
-        if field.name not in in_what and value != field.default:
-            settings[field.name] = value
-    return settings | _where_settings(hook)
-
-
-def _where_settings(hook: Hook) -> dict[str, Any]:
-    where = hook.where
-    settings = {"pos": where.pos, "rows": where.rows, "step": where.step}
-    if isinstance(hook, LogitEdit) and where.step == EVERY_STEP:
-        del settings["step"]
-    if isinstance(hook, Knockout):
-        settings["query"] = settings.pop("pos")
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 hook, spell = parse_hook, format_hook  # the names in `hk`

@@ -1,32 +1,28 @@
 """The grammar of hooks as short texts: VERB:WHAT@WHERE.
 
 `parse_parts` splits a text into a `Spelling`; WHAT holds sites or tokens, WHERE a position or step
-and settings. Values are numbers, texts, lists, slices, and calls such as at('store').
+and settings. Values are numbers, texts, lists, slices, and calls such as at('store'). Conditions
+and phrases are imported where a text has one, so that positions are read without torch.
 """
 
 import ast
 import re
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import shorten
 from ..errors import BadHook
 from ..models.positions import GENERATED, PROMPT, at
-from ..models.tokens import Token
-from . import conditions
-from .conditions import Phrase
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "at": at,
-    "phrase": conditions.phrase,
-    "entropy_above": conditions.entropy_above,
-    "entropy_below": conditions.entropy_below,
-    "margin_above": conditions.margin_above,
-    "margin_below": conditions.margin_below,
-    "rank_of": conditions.rank_of,
-    "prob_of": conditions.prob_of,
-}
+if TYPE_CHECKING:
+    from ..models.tokens import Token
+    from .conditions import Phrase
+
+CONDITIONS = (
+    "phrase", "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of",
+    "prob_of",
+)  # fmt: skip
 NAMES: dict[str, Any] = {"PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
 END = r"(-?\d{1,18})?"  # an end of a slice; more digits are no position
 SLICE = re.compile(rf"{END}:{END}(?::(\d{{1,18}}))?")
@@ -36,6 +32,9 @@ MAX_DEPTH = 20  # nested brackets, and signs before a number
 SETTING = re.compile(r"\s*([a-z_]+)=(.*)", re.DOTALL)
 SITE = r"[A-Za-z_][\w.\[\]-]*(?::(?:input|output)(?::\w+)?)?"
 SITES = re.compile(rf"\s*{SITE}(?:\s*,\s*{SITE})*\s*")
+STEP_VERBS = ("force", "ban", "restrict", "boost", "cap", "swap", "set_rank")
+# the keyword of a position or step without a name; "pos" for other verbs
+POSITION_NAMES = {"knockout": "query", **dict.fromkeys(STEP_VERBS, "step")}
 QUOTES = "'\""
 
 
@@ -45,15 +44,11 @@ class _NoValueError(Exception):
 
 @dataclass(frozen=True)
 class Spelling:
-    """The parts of a hook's text.
-
-    `text` is shown in messages. `position_or_step` is the WHERE without a name.
-    """
+    """The parts of a hook's text, which is shown in messages."""
 
     text: str
     verb: str
     what: str
-    position_or_step: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -75,10 +70,10 @@ def parse_parts(text: str) -> Spelling:
         if len(after) > MAX_LENGTH or ("@" in after and not has_quote):
             continue
         try:
-            position_or_step, settings = _parse_where(after)
+            settings = _parse_where(after, POSITION_NAMES.get(verb, "pos"))
         except _NoValueError:
             continue
-        return Spelling(shown_text, verb, after_verb[: match.start()], position_or_step, settings)
+        return Spelling(shown_text, verb, after_verb[: match.start()], settings)
     return Spelling(shown_text, verb, after_verb)
 
 
@@ -95,40 +90,32 @@ def parse_place(text: str, what: str = "a position") -> Any:
         ) from None
 
 
-def _parse_where(text: str) -> tuple[Any, dict[str, Any]]:
-    position_or_step, settings = None, {}
+def _parse_where(text: str, position_name: str) -> dict[str, Any]:
+    """Returns the settings of a WHERE; the first may be a position or a step without its name."""
+    settings = {}
     for number, item in enumerate(split(text)):
         if setting := SETTING.fullmatch(item):
-            settings[setting[1]] = _parse_setting(setting[2])
+            settings[setting[1]] = setting[2]  # a text that is no value stands for itself
+            with suppress(_NoValueError):
+                settings[setting[1]] = _parse_value(setting[2])
         elif number == 0:
-            position_or_step = _parse_value(item)
+            settings[position_name] = _parse_value(item)
         else:
             raise _NoValueError
-    return position_or_step, settings
-
-
-def _parse_setting(text: str) -> Any:
-    """Parses a value of the grammar. Any other text stands for itself."""
-    try:
-        return _parse_value(text)
-    except _NoValueError:
-        return text
+    return settings
 
 
 def _parse_value(text: str) -> Any:
     text = text.strip()
     if match := SLICE.fullmatch(text):
-        return slice(*map(_parse_end, match.groups()))
+        ends = [int(end) if end else None for end in match.groups()]
+        return slice(*ends)
     if _is_too_complex(text):
         raise _NoValueError
     try:
         return _evaluate(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
         raise _NoValueError from None
-
-
-def _parse_end(text: str | None) -> int | None:
-    return int(text) if text else None
 
 
 def _is_too_complex(text: str) -> bool:
@@ -160,17 +147,19 @@ def _evaluate(node: ast.expr) -> Any:
             return list(map(_evaluate, node.elts))
         case ast.Name(id=name) if name in NAMES:
             return NAMES[name]
-        case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS:
-            return _call(FUNCTIONS[name], node)
+        case ast.Call(func=ast.Name(id=name)) if name == "at" or name in CONDITIONS:
+            return _call(name, node)
     raise _NoValueError
 
 
-def _call(function: Callable[..., Any], node: ast.Call) -> Any:
-    keywords = {}
-    for keyword in node.keywords:
-        if keyword.arg is not None:
-            keywords[keyword.arg] = _evaluate(keyword.value)
-    arguments = list(map(_evaluate, node.args))
+def _call(name: str, node: ast.Call) -> Any:
+    function = at
+    if name in CONDITIONS:
+        from . import conditions
+
+        function = getattr(conditions, name)
+    keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
+    arguments = map(_evaluate, node.args)
     try:
         return function(*arguments, **keywords)
     except TypeError as error:
@@ -214,12 +203,7 @@ def parse_sites(spelling: Spelling) -> tuple[list[str], str]:
     return list(map(str.strip, sites.split(","))), after
 
 
-def parse_tokens(spelling: Spelling) -> list[Token | Phrase]:
-    """Returns the tokens of WHAT, in order."""
-    return [parse_token(text, spelling) for text in split(spelling.what)]
-
-
-def parse_token(text: str, spelling: Spelling) -> Token | Phrase:
+def parse_token(text: str, spelling: Spelling) -> "Token | Phrase":
     """Returns a token of WHAT. Raises `BadHook` for an empty text."""
     if not text:
         raise BadHook(
@@ -229,18 +213,16 @@ def parse_token(text: str, spelling: Spelling) -> Token | Phrase:
     return parse_bare_token(text)
 
 
-def parse_bare_token(text: str) -> Token | Phrase:
+def parse_bare_token(text: str) -> "Token | Phrase":
     """Returns a token: the text itself with its leading space, '…', id(28) or phrase('…')."""
     bare = text.strip()
     if match := re.fullmatch(r"id\((\d{1,18})\)", bare):
         return int(match[1])
     if bare.startswith(("'", '"', "phrase(")):
-        try:
+        with suppress(_NoValueError):
             value = _parse_value(bare)
-        except _NoValueError:
-            return text
-        if isinstance(value, str | Phrase) and value:
-            return value
+            if value and not isinstance(value, list):
+                return value
     return text
 
 

@@ -23,19 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import (
-    as_integer,
-    as_items,
-    check_arguments,
-    check_fields,
-    check_file,
-    check_number,
-    describe,
-)
+from ..arguments import as_integer, as_items, check_arguments, check_fields, check_number, describe
 from ..display import printable, render_html
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files.tensors import save_tensors
-from ..files.untrusted import check_strings, parse_json, read_tensors
+from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Row
@@ -68,20 +60,6 @@ def data_hash(*prompt_sets: Sequence[Row]) -> str:
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Returns the names in `SAME` for which both descriptions have values, and they differ."""
     return [name for name in SAME if name in one and name in other and one[name] != other[name]]
-
-
-def check_same_model(about: Mapping[str, Any], lm: LM) -> None:
-    """Raises `OtherModel` if a vector was computed with another model."""
-    model = describe_model(lm)
-    missing = [name for name in SAME if name not in about]
-    problems = missing or differences(about, model)
-    if problems:
-        verb = "says nothing of" if missing else "differs in"
-        raise OtherModel(
-            f"the vector was made with {about.get('model', 'a model without a name')}, and this is "
-            f"{model['model']}; it {verb} {', '.join(problems)}: load it with its own model, or "
-            "say any_model=True if that is meant"
-        )
 
 
 @check_fields
@@ -182,9 +160,8 @@ class Vector:
                 f"dose={dose} and scale={scale} were both given: a dose sets the length, a scale "
                 "keeps it"
             )
-        if scale is None and dose is None:
-            scale = 1.0
-        if scale is not None:
+        if dose is None:
+            scale = 1.0 if scale is None else scale
             return steer(self.site, self.tensor, scale=scale, pos=pos, rows=rows)
         # later digits of the norm depend on the processor that measured it
         length = float(f"{check_number(dose, 'dose') * self.norm:.6g}")
@@ -235,11 +212,8 @@ class Vector:
                 "the two vectors were made with different models: they differ in "
                 f"{', '.join(differ)}"
             )
-        about: dict[str, Any] = {}
-        for name in ("model", *SAME):
-            value = self.about.get(name, other.about.get(name))
-            if value is not None:
-                about[name] = value
+        joined = {**other.about, **self.about}
+        about = {name: joined[name] for name in ("model", *SAME) if joined.get(name) is not None}
         about["method"] = f"({self.method} {word} {other.method})"
         hashes = [self.about.get("data_sha256"), other.about.get("data_sha256")]
         if any(hashes):
@@ -251,13 +225,8 @@ class Vector:
         return replace(self, tensor=tensor, about={**self.about, "method": method})
 
     def _repr_html_(self) -> str:
-        facts = {
-            "made": self.method,
-            "length": self.length,
-            "of the stream's": self.dose,
-            "numbers": len(self.tensor),
-        }
-        return render_html(f"Vector at {self.site}", facts)
+        facts = {"made": self.method, "length": self.length, "of the stream's": self.dose}
+        return render_html(f"Vector at {self.site}", facts | {"numbers": len(self.tensor)})
 
     def __repr__(self) -> str:
         size = f"length {self.length:.3g}, {self.dose:.2g} of the stream's"
@@ -343,13 +312,21 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
             f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote"
         )
     name = f"the steering vector in {Path(path).name!r}"
-    header = check_strings(parse_json(header_text, name, finite=False), ("site",), name)
+    header = check_mapping(parse_json(header_text, name, finite=False), name, "site")
     has_all = {"site", "norm", "about"} <= set(header)
     if not has_all or not isinstance(header["norm"], int | float):
         raise BadFile(f"{name} has no site, norm or about: give a file that Vector.save wrote")
-    about = check_strings(header["about"], ("method",), f"what {name} says about itself")
+    about = check_mapping(header["about"], f"what {name} says about itself", "method")
     if not any_model:
-        check_same_model(about, lm)
+        model = describe_model(lm)
+        missing = [name for name in SAME if name not in about]
+        if problems := missing or differences(about, model):
+            verb = "says nothing of" if missing else "differs in"
+            raise OtherModel(
+                f"the vector was made with {about.get('model', 'a model without a name')}, and "
+                f"this is {model['model']}; it {verb} {', '.join(problems)}: load it with its own "
+                "model, or say any_model=True if that is meant"
+            )
     vector = Vector(parse_site(header["site"]), tensors["vector"], header["norm"], about)
     lm.expand(vector.site)  # raises for an unknown site
     return vector

@@ -23,90 +23,71 @@ from ..models.lm import LM
 from ..models.sites import Site
 from ..runs.run import Run
 from ..runs.taps import forward_of_site
+from .model_end import Cells
 
 Map = Callable[[Tensor], Tensor]
 
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-@dataclass(frozen=True, eq=False)
 class FrozenNorm:
-    """A norm, or a linear map, at some states with its scale held.
+    """A norm, or a linear map, at some states [state, d_in] with its scale held.
 
-    inputs   [state, d_in]   the states
-    outputs  [state, d_out]  their images; `offset` [d_out] is the image of zero
-    mean     [state, 1]      what the norm subtracts from each state; 0 for RMSNorm
-    is_norm  [state, 1]      1 if the map is a norm, up to its epsilon; 0 if it is linear
+    `offset` [d_out] is the image of zero. Raises `Unsupported` if the map is neither a norm nor
+    linear; `what` names it in the message.
     """
 
-    map: Map
-    inputs: Float[Tensor, "state d_in"]
-    outputs: Float[Tensor, "state d_out"]
-    offset: Float[Tensor, " d_out"]
-    mean: Float[Tensor, "state 1"]
-    is_norm: Float[Tensor, "state 1"]
+    def __init__(self, map: Map, inputs: Float[Tensor, "state d_in"], what: str) -> None:
+        self.map, self.inputs = map, inputs
+        with torch.no_grad():
+            self.outputs, self.offset = map(inputs), map(torch.zeros_like(inputs[:1]))[0]
+            shifted = map(inputs + inputs.abs().mean(-1, keepdim=True))
+        change, images = (shifted - self.outputs).abs().max(), self.outputs - self.offset
+        self.centred = inputs.double()
+        if float(change) <= 1e-3 * float(images.abs().max()):  # a norm that subtracts the mean
+            self.centred = (inputs - inputs.mean(-1, keepdim=True)).double()
+        images = images.double()
+        gradient = vector_jacobian_product(map, inputs, images)
+        along = (gradient * inputs).double().sum(-1, keepdim=True)
+        # [state, 1]: 1 if the map is a norm, up to its epsilon; 0 if it is linear
+        self.is_norm = 1 - along / _squared_norm(images)
+        self._check(what)
 
     def backward(self, outward: Float[Tensor, "state d_out"]) -> Float[Tensor, "state d_in"]:
         """Returns the input direction whose product with a part is its share in outward · f(x)."""
         outward = outward.to(self.outputs)
-        centred = (self.inputs - self.mean).double()
         shares = outward.double() * (self.outputs - self.offset).double()
         subtracted = shares.sum(-1, keepdim=True) * self.is_norm
         gradient = vector_jacobian_product(self.map, self.inputs, outward).double()
-        return gradient + centred * subtracted / _squared_norm(centred)
+        return gradient + self.centred * subtracted / _squared_norm(self.centred)
+
+    def _check(self, what: str) -> None:
+        """Raises `Unsupported` if the frozen map is wrong for the same numbers in another order,
+        which have the same scale."""
+        flipped = self.inputs.flip(-1)
+        with torch.no_grad():
+            expected = (self.map(flipped) - self.offset).double()
+        length = expected.norm(dim=-1).clamp(min=1e-30)
+        probe = expected / length[:, None]
+        share = (self.backward(probe) * flipped).sum(-1)
+        error = float(((share - (probe * expected).sum(-1)) / length).abs().max())
+        if not error <= AGREE.get(self.inputs.dtype, 1e-4):
+            raise Unsupported(
+                f"{what} is neither a LayerNorm, an RMSNorm nor linear (its parts' shares miss by "
+                f"{error:.1g}), so what passes it cannot be split into parts that add up"
+            )
 
 
 def vector_jacobian_product(map: Map, inputs: Tensor, outward: Tensor) -> Tensor:
     """Returns the vector-Jacobian product of a map at some states."""
     with torch.enable_grad():
         leaf = inputs.detach().clone().requires_grad_()
-        return torch.autograd.grad(map(leaf), leaf, outward.to(inputs))[0]
+        outputs = map(leaf)
+        return torch.autograd.grad(outputs, leaf, outward.to(outputs))[0]
 
 
 def _squared_norm(values: Tensor) -> Tensor:
     return values.square().sum(-1, keepdim=True).clamp(min=1e-30)
-
-
-def freeze_norm(map: Map, inputs: Float[Tensor, "state d_in"], what: str) -> FrozenNorm:
-    """Returns a map at some states with its scale held.
-
-    Raises `Unsupported` if the map is neither a norm nor linear; `what` names it in the message.
-    """
-    with torch.no_grad():
-        outputs, offset = map(inputs), map(torch.zeros_like(inputs[:1]))[0]
-        shifted = map(inputs + inputs.abs().mean(-1, keepdim=True))
-    change = float((shifted - outputs).abs().max())
-    subtracts_mean = change <= 1e-3 * float((outputs - offset).abs().max())
-    mean = torch.zeros_like(inputs[:, :1])
-    if subtracts_mean:
-        mean = inputs.mean(-1, keepdim=True)
-    centred = (outputs - offset).double()
-    gradient = vector_jacobian_product(map, inputs, centred)
-    along = (gradient * inputs).double().sum(-1, keepdim=True)
-    norm = FrozenNorm(map, inputs, outputs, offset, mean, 1 - along / _squared_norm(centred))
-    _check(norm, what)
-    return norm
-
-
-def _check(norm: FrozenNorm, what: str) -> None:
-    """Raises `Unsupported` if the frozen map is wrong for the same numbers in another order, which
-    have the same scale."""
-    flipped = norm.inputs.flip(-1)
-    with torch.no_grad():
-        expected = (norm.map(flipped) - norm.offset).double()
-    length = expected.norm(dim=-1).clamp(min=1e-30)
-    probe = expected / length[:, None]
-    share = (norm.backward(probe.to(norm.outputs)) * flipped).sum(-1)
-    error = float(((share - (probe * expected).sum(-1)) / length).abs().max())
-    if not error <= AGREE.get(norm.inputs.dtype, 1e-4):
-        raise Unsupported(
-            f"{what} is neither a LayerNorm, an RMSNorm nor linear (its parts' shares miss by "
-            f"{error:.1g}), so what passes it cannot be split into parts that add up"
-        )
-
-
-Cells = tuple[list[int], list[int]]
-"""The row and the column of each cell in the captured values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,28 +100,42 @@ class Part:
     shares: Float[Tensor, "cell ..."]
     head: int | None = None
 
+    @property
+    def total(self) -> Float[Tensor, " cell"]:
+        """The share of the whole part."""
+        return self.shares.sum(1) if self.shares.ndim > 1 else self.shares
+
 
 @dataclass(frozen=True, eq=False)
 class ResidualStream:
     """The residual stream of a run at some cells.
 
-    Shares are measured along the direction `along` [cell, d_model].
+    Shares are measured along the direction `along` [cell, d_model], in float64 on its device:
+    blocks may be on several devices.
     """
 
-    lm: LM
     run: Run
     cells: Cells
     along: Float[Tensor, "cell d_model"]
 
+    def values(self, site: Site) -> Tensor:
+        """Returns the values of a site at the cells, as they were captured."""
+        return self.run[site][self.cells.index, self.cells.column]
+
     def at(self, name: str, layer: int | None = None) -> Tensor | None:
-        """Returns the values of a site at the cells; None if the block has no such site."""
-        if not has_site(self.lm.layout, name, layer):
+        """Returns the values of a site in float64; None if the block has no such site."""
+        if not has_site(self.run.lm.layout, name, layer):
             return None
-        return self.run[Site(name, layer)][self.cells]
+        return self.values(Site(name, layer)).double().to(self.along.device)
 
     def share(self, values: Tensor) -> Tensor:
         """Returns the share of a component's values."""
-        return torch.einsum("cd,cd->c", self.along, values.double().to(self.along.device))
+        return torch.einsum("cd,cd->c", self.along, values)
+
+    def exceeds_rounding(self, remainder: Tensor, stream: Tensor) -> bool:
+        """True if a remainder is larger than the rounding error of a sum."""
+        dtype = self.run[Site("resid_post", 0)].dtype
+        return bool(remainder.abs().max() > 32 * torch.finfo(dtype).eps * stream.abs().max())
 
 
 def has_site(layout: Layout, name: str, layer: int | None) -> bool:
@@ -150,18 +145,13 @@ def has_site(layout: Layout, name: str, layer: int | None) -> bool:
 
 def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     """Returns the sites to capture: the stream into and out of each block, and what blocks add."""
-    inner = []
-    if heads:
-        inner.append("z")
-    if neurons:
-        inner.append("mlp_post")
+    inner = ["z"] * heads + ["mlp_post"] * neurons
     for name in inner:
         lm.expand(name)  # raises if no block has it
-    sites = [Site(name) for name in ("embed", "pos_embed") if has_site(lm.layout, name, None)]
+    sites = [Site("embed"), Site("pos_embed")]
     for name in ["resid_pre", "attn_out", "mlp_out", "resid_post", *inner]:
-        layers = [layer for layer in range(lm.n_layers) if has_site(lm.layout, name, layer)]
-        sites += [Site(name, layer) for layer in layers]
-    return sites
+        sites += [Site(name, layer) for layer in range(lm.n_layers)]
+    return [site for site in sites if has_site(lm.layout, site.name, site.layer)]
 
 
 def parts_of(stream: ResidualStream, *, heads: bool, neurons: bool) -> Iterator[Part]:
@@ -169,26 +159,30 @@ def parts_of(stream: ResidualStream, *, heads: bool, neurons: bool) -> Iterator[
 
     Their shares sum to the share of the stream after the last block.
     """
+    layout, n_layers = stream.run.lm.layout, stream.run.lm.n_layers
+    additions = [("attn_out", "attention", "z", heads), ("mlp_out", "mlp", "mlp_post", neurons)]
     yield from _entering(stream)
-    inner_sites = {"attn_out": "z" if heads else "", "mlp_out": "mlp_post" if neurons else ""}
-    for layer in range(stream.lm.n_layers):
+    for layer in range(n_layers):
         before, after = stream.at("resid_pre", layer), stream.at("resid_post", layer)
         assert before is not None and after is not None
-        remainder, is_whole = after.double() - _on_device_of(after, before), True
-        for name, kind in (("attn_out", "attention"), ("mlp_out", "mlp")):
+        remainder, remainder_kind = after - before, "block"
+        for name, kind, inner, is_split in additions:
             added = stream.at(name, layer)
             if added is None:
                 continue
-            remainder, is_whole = remainder - _on_device_of(remainder, added), False
-            inner = inner_sites[name]
-            if inner and has_site(stream.lm.layout, inner, layer):
-                yield from _split(stream, name, inner, layer, added)
+            remainder, remainder_kind = remainder - added, "rest"
+            if is_split and has_site(layout, inner, layer):
+                yield from _split(stream, Site(name, layer), Site(inner, layer))
             else:
                 yield Part(f"{name}.{layer}", kind, layer, stream.share(added))
-        if _exceeds_rounding(remainder, after):
-            kind = "block" if is_whole else "rest"
-            yield Part(f"{kind}.{layer}", kind, layer, stream.share(remainder))
-        yield from _between(stream, layer, after)
+        if stream.exceeds_rounding(remainder, after):
+            share = stream.share(remainder)
+            yield Part(f"{remainder_kind}.{layer}", remainder_kind, layer, share)
+        following = stream.at("resid_pre", layer + 1) if layer + 1 < n_layers else None
+        if following is not None and stream.exceeds_rounding(following - after, after):
+            # an edit between the blocks, or a part of the model
+            share = stream.share(following - after)
+            yield Part(f"between.{layer}.{layer + 1}", "rest", layer, share)
 
 
 def _entering(stream: ResidualStream) -> Iterator[Part]:
@@ -201,89 +195,65 @@ def _entering(stream: ResidualStream) -> Iterator[Part]:
         return
     yield Part("embed", "embedding", None, stream.share(token))
     yield Part("pos_embed", "embedding", None, stream.share(position))
-    remainder = entering.double()
-    remainder = remainder - _on_device_of(entering, token) - _on_device_of(entering, position)
-    if _exceeds_rounding(remainder, entering):
+    remainder = entering - token - position
+    if stream.exceeds_rounding(remainder, entering):
         yield Part("rest.embed", "rest", None, stream.share(remainder))
 
 
-def _between(stream: ResidualStream, layer: int, after: Tensor) -> Iterator[Part]:
-    """Returns what is added to the stream between two blocks: an edit, or a part of the model."""
-    if layer + 1 == stream.lm.n_layers:
-        return
-    following = stream.at("resid_pre", layer + 1)
-    if following is None:
-        return
-    change = _on_device_of(after, following) - after.double()
-    if _exceeds_rounding(change, after):
-        yield Part(f"between.{layer}.{layer + 1}", "rest", layer, stream.share(change))
-
-
-def _on_device_of(target: Tensor, values: Tensor) -> Tensor:
-    """Returns the values in float64 on the device of `target`: blocks may be on several devices."""
-    return values.double().to(target.device)
-
-
-def _exceeds_rounding(remainder: Tensor, stream: Tensor) -> bool:
-    """True if a remainder is larger than the rounding error of a sum."""
-    return bool(remainder.abs().max() > 32 * torch.finfo(stream.dtype).eps * stream.abs().max())
-
-
-def _split(
-    stream: ResidualStream, name: str, inner: str, layer: int, added: Tensor
-) -> Iterator[Part]:
-    """Returns what a block adds, by heads or neurons, and the biases after them."""
-    values = stream.at(inner, layer)
-    assert values is not None
+def _split(stream: ResidualStream, site: Site, inner: Site) -> Iterator[Part]:
+    """Returns what a block adds at a site, by heads or neurons, and the biases after them."""
+    layer, along = site.layer, stream.along
+    added, values = stream.values(site), stream.values(inner)
     flat = values.flatten(1)
-    project = forward_of_site(stream.lm, Site(inner, layer))
-    outward, offset = _after_projection(stream, name, layer, project, flat, added)
+    project = forward_of_site(stream.run.lm, inner)
+    outward, offset = _after_projection(stream, site, project, flat, added)
     direction = vector_jacobian_product(project, flat, outward).double()
-    shares = _on_device_of(stream.along, direction * flat.double())
-    offset = offset.to(stream.along.device)
-    if inner == "z":
+    shares, offset = (direction * flat.double()).to(along.device), offset.to(along.device)
+    if inner.name == "z":
         by_head = shares.unflatten(1, (values.shape[1], -1)).sum(-1)
         for head in range(by_head.shape[1]):
-            yield Part(f"z.{layer}.{head}", "head", layer, by_head[:, head], head)
+            yield Part(f"{inner}.{head}", "head", layer, by_head[:, head], head)
     else:
-        yield Part(f"mlp_post.{layer}", "neuron", layer, shares)
-    if bool((offset != 0).any()):
-        yield Part(f"{name}.{layer} bias", "bias", layer, offset)
-    remainder = stream.share(added) - shares.sum(1) - offset
+        yield Part(str(inner), "neuron", layer, shares)
+    yield Part(f"{site} bias", "bias", layer, offset)
+    remainder = stream.share(added.double().to(along.device)) - shares.sum(1) - offset
     if float(remainder.abs().max()) > 1e-4 * max(1.0, float(shares.abs().sum(1).max())):
-        yield Part(f"{name}.{layer} rest", "rest", layer, remainder)
+        yield Part(f"{site} rest", "rest", layer, remainder)
 
 
 def _after_projection(
-    stream: ResidualStream, name: str, layer: int, project: Map, flat: Tensor, added: Tensor
+    stream: ResidualStream, site: Site, project: Map, flat: Tensor, added: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns how the output of a projection enters what its block adds.
 
     The first value is the direction [cell, d] in the projection's output. The second is the share
     [cell] of everything that does not depend on the projection's input.
     """
-    lm, along = stream.lm, stream.along.to(added.device)
-    factor = lm.layout.factor(Site(name, layer))
+    lm = stream.run.lm
+    factor = lm.layout.factor(site)
+    outward = stream.along.to(added.device) * factor
     with torch.no_grad():
         raw, zero = project(flat), project(torch.zeros_like(flat[:1]))
     if _agree(raw * factor, added):
-        outward = along * factor
         return outward.to(raw), (outward * zero.double()).sum(-1)
-    path = lm.place(Site(name, layer)).path
+    path = lm.place(site).path
     norm = lm.submodule(path).forward
     with torch.no_grad():
-        fits = raw.shape[-1] == added.shape[-1] and path != lm.place(Site("resid_post", layer)).path
+        fits = (
+            raw.shape[-1] == added.shape[-1]
+            and path != lm.place(Site("resid_post", site.layer)).path
+        )
         is_norm = fits and _gives(norm, raw, added, factor)
     if not is_norm:
         raise Unsupported(
-            f"what block {layer} adds as {name} is not its projection's output, nor that output "
-            "after one norm, so it cannot be split: leave heads= and neurons= out, or edits at "
-            "that site"
+            f"what block {site.layer} adds as {site.name} is not its projection's output, nor that "
+            "output after one norm, so it cannot be split: leave heads= and neurons= out, or edits "
+            "at that site"
         )
-    frozen_norm = freeze_norm(norm, raw, f"the norm {path!r}")
-    outward = frozen_norm.backward((along * factor).to(raw))
-    offset = (along * factor * frozen_norm.offset.double()).sum(-1)
-    return outward.to(raw), offset + (outward * zero.double()).sum(-1)
+    frozen_norm = FrozenNorm(norm, raw, f"the norm {path!r}")
+    inward = frozen_norm.backward(outward.to(raw))
+    offset = (outward * frozen_norm.offset.double()).sum(-1)
+    return inward.to(raw), offset + (inward * zero.double()).sum(-1)
 
 
 def _gives(norm: Map, raw: Tensor, added: Tensor, factor: float) -> bool:

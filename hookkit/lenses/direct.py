@@ -5,10 +5,11 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import check_arguments, check_integer
@@ -16,15 +17,25 @@ from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.capture import Capture, capture
 from ..models.devices import device_of
 from ..models.lm import LM, Token
+from ..models.next_token import values_at
 from ..models.positions import PosLike
 from ..models.sites import Site
 from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
 from ..runs.run import Run
-from .components import Cells, Map, Part, ResidualStream, freeze_norm, parts_of, required_sites
-from .model_end import ModelEnd, Read, model_end_of
+from ..tables.distributions import token_texts
+from .components import (
+    FrozenNorm,
+    Part,
+    ResidualStream,
+    parts_of,
+    required_sites,
+    vector_jacobian_product,
+)
+from .model_end import Cells, Read, cells_of, model_end_of
 
 Tokens = Token | list[Token]
+OPTIONAL = ("bias", "cap", "edit")  # kinds of parts that are left out if they are 0
 
 
 @check_arguments
@@ -74,23 +85,10 @@ def decompose_logits(run: Run, token: Tokens, against: Tokens | None = None) -> 
     """
     lm = run.lm
     refuse_no_gradient(lm)
-    end = run.captured(f"resid_post.{lm.n_layers - 1}")
-    assert end.positions is not None
-    cells: Cells = ([], [])
-    locations: list[tuple[int, int]] = []  # row and position of each cell
-    for index, positions in enumerate(end.positions.tolist()):
-        for column, pos in enumerate(positions):
-            if pos >= 0:
-                cells[0].append(index)
-                cells[1].append(column)
-                locations.append((end.rows[index], pos))
-    rows = [row for row, _ in locations]
-    ids = _ids_of_cells(lm, token, rows, len(run.lengths))
-    other_ids = None
-    if against is not None:
-        other_ids = _ids_of_cells(lm, against, rows, len(run.lengths))
-    parts = _parts(run, cells, ids, other_ids, _logits_at(run, cells[0], locations))
-    table = _table(parts, locations)
+    cells = cells_of(run.captured(f"resid_post.{lm.n_layers - 1}"))
+    ids = _ids_of_cells(run, token, cells)
+    other_ids = None if against is None else _ids_of_cells(run, against, cells)
+    table = _table(_parts(run, cells, LogitDifference(ids, other_ids)), cells)
     residual = table.loc[table["kind"] == "residual", "logit"]
     table.attrs["token"] = _names(lm, ids)
     table.attrs["against"] = None if other_ids is None else _names(lm, other_ids)
@@ -98,20 +96,52 @@ def decompose_logits(run: Run, token: Tokens, against: Tokens | None = None) -> 
     return table
 
 
-def _logits_at(
-    run: Run, indices: Sequence[int], locations: Sequence[tuple[int, int]]
-) -> Float[Tensor, "cell vocab"]:
+@dataclass(frozen=True, eq=False)
+class LogitDifference:
+    """The token of each cell whose logit is split, and the token whose logit is subtracted."""
+
+    ids: Int[Tensor, " cell"]
+    other_ids: Int[Tensor, " cell"] | None = None
+
+    def of(self, values: Float[Tensor, "cell vocab"]) -> Float[Tensor, " cell"]:
+        """Returns the value of each cell's token, minus that of the other token."""
+        selected = values_at(values, self.ids).double()
+        if self.other_ids is None:
+            return selected
+        return selected - values_at(values, self.other_ids).double()
+
+    def direction(self, lm: LM, head_input: Float[Tensor, "cell d"]) -> Float[Tensor, "cell d"]:
+        """Returns W_U[token], minus that of the other token: the gradient of the head's output."""
+        head, ones = _head_of(lm).forward, torch.ones(len(head_input))
+        return vector_jacobian_product(lambda states: self.of(head(states)), head_input, ones)
+
+
+def _head_of(lm: LM) -> torch.nn.Module:
+    return lm.submodule(lm.place(Site("lm_head")).path)
+
+
+def _ids_of_cells(run: Run, token: Tokens, cells: Cells) -> Int[Tensor, " cell"]:
+    count = len(run.lengths)
+    tokens = token if isinstance(token, list) else [token] * count
+    if len(tokens) != count:
+        raise BadPrompt(
+            f"there are {len(tokens)} tokens for {count} rows: give one for each row, or one"
+        )
+    return torch.tensor(list(map(run.lm.token, tokens)))[cells.rows]
+
+
+def _logits_at(run: Run, cells: Cells) -> Float[Tensor, "cell vocab"]:
     captured = run.captured_logits()
-    logits = []
-    for index, (row, pos) in zip(indices, locations, strict=True):
-        logits.append(captured.values[index, captured.column(index, pos)])
-        if bool(logits[-1].isnan().any()):
-            raise Unsupported(f"the logits of row {row} are NaN, and have no parts that add up")
-    return torch.stack(logits)
+    columns = list(map(captured.column, cells.index.tolist(), cells.positions.tolist()))
+    logits = captured.values[cells.index, columns]
+    unknown = cells.rows[logits.isnan().any(-1).cpu()].tolist()
+    if unknown:
+        raise Unsupported(f"the logits of row {unknown[0]} are NaN, and have no parts that add up")
+    return logits
 
 
-def _names(lm: LM, ids: Sequence[int]) -> str:
-    return ", ".join(dict.fromkeys(repr(lm.string(token)) for token in ids))
+def _names(lm: LM, ids: Int[Tensor, " cell"]) -> str:
+    return ", ".join(token_texts(lm, dict.fromkeys(ids.tolist())))
 
 
 def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
@@ -128,87 +158,32 @@ def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
     return forward(run.lm, rows, *edits, capture(sites, pos=pos), logits=logits)
 
 
-def _ids_of_cells(lm: LM, token: Tokens, rows: Sequence[int], count: int) -> list[int]:
-    """Returns the token of each cell; `rows` has the row of each."""
-    if not isinstance(token, list):
-        return [lm.token(token)] * len(rows)
-    if len(token) != count:
-        raise BadPrompt(
-            f"there are {len(token)} tokens for {count} rows: give one for each row, or one"
-        )
-    return [lm.token(token[row]) for row in rows]
-
-
-def _parts(
-    run: Run,
-    cells: Cells,
-    ids: list[int],
-    other_ids: list[int] | None,
-    logits: Float[Tensor, "cell vocab"],
-) -> list[Part]:
+def _parts(run: Run, cells: Cells, difference: LogitDifference) -> list[Part]:
     """Returns every part of the logits, which sum to those of the run."""
-    lm = run.lm
-    end = Site("resid_post", lm.n_layers - 1)
-    tail, states = model_end_of(lm, (), run.captured(end).prompts), run[end][cells]
-    norm = freeze_norm(tail.head_input, states, "what stands between the last block and the head")
+    lm, logits = run.lm, _logits_at(run, cells)
+    end = run.captured(Site("resid_post", lm.n_layers - 1))
+    tail, states = model_end_of(lm, (), end.prompts), end.values[cells.index, cells.column]
+    norm = FrozenNorm(tail.head_input, states, "what stands between the last block and the head")
     with torch.no_grad():
         read = tail.read(states)
-    raw = _values_of(read.raw, ids, other_ids)
-    capped = _values_of(read.logits, ids, other_ids)
-    final = _values_of(logits, ids, other_ids)
-    factor = _scale(read)
-    outward = _rows_of_head(tail, read, ids, other_ids)
+    raw, capped, final = map(difference.of, (read.raw, read.logits, logits))
+    factor, outward = _scale(read), difference.direction(lm, read.input)
     names = {site.name for site in run.sites if isinstance(site, Site)}
-    stream = ResidualStream(lm, run, cells, norm.backward(outward) * factor)
-    parts = list(parts_of(stream, heads="z" in names, neurons="mlp_post" in names))
-    norm_bias = factor * _dot(outward, norm.offset.expand_as(outward))
-    head_bias = factor * (raw - _dot(outward, read.input))
-    optional_parts = [
-        Part("final_norm bias", "bias", None, norm_bias),
-        Part("lm_head bias", "bias", None, head_bias),
+    stream = ResidualStream(run, cells, norm.backward(outward) * factor)
+    parts = [
+        *parts_of(stream, heads="z" in names, neurons="mlp_post" in names),
+        Part("final_norm bias", "bias", None, factor * _dot(outward, norm.offset)),
+        Part("lm_head bias", "bias", None, factor * (raw - _dot(outward, read.input))),
         Part("soft-cap", "cap", None, capped - factor * raw),
         Part("edits of the logits", "edit", None, final - capped),
     ]
-    totals = [_total(part) for part in (*parts, *optional_parts)]
-    residual = Part("residual", "residual", None, final - torch.stack(totals).sum(0))
-    kept_parts = []
-    for part in (*parts, *optional_parts):
-        if part.kind not in ("bias", "cap", "edit") or bool((part.shares.abs() > 1e-5).any()):
-            kept_parts.append(part)
-    return [*kept_parts, residual]
-
-
-def _total(part: Part) -> Float[Tensor, " cell"]:
-    return part.shares.flatten(1).sum(1) if part.shares.ndim > 1 else part.shares
+    residual = final - torch.stack([part.total for part in parts]).sum(0)
+    listed = [part for part in parts if part.kind not in OPTIONAL or part.shares.abs().max() > 1e-5]
+    return [*listed, Part("residual", "residual", None, residual)]
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     return (one.double() * other.double()).sum(-1)
-
-
-def _values_of(
-    values: Float[Tensor, "cell vocab"], ids: list[int], other_ids: list[int] | None
-) -> Float[Tensor, " cell"]:
-    """Returns the value of each cell's token, minus that of the other token."""
-    cells = torch.arange(len(ids), device=values.device)
-    selected = values[cells, torch.tensor(ids, device=values.device)].double()
-    if other_ids is None:
-        return selected
-    return selected - values[cells, torch.tensor(other_ids, device=values.device)].double()
-
-
-def _head_of(lm: LM) -> Map:
-    return lm.submodule(lm.place(Site("lm_head")).path).forward
-
-
-def _rows_of_head(
-    tail: ModelEnd, read: Read, ids: list[int], other_ids: list[int] | None
-) -> Float[Tensor, "cell d"]:
-    """Returns W_U[token], minus that of the other token, for each cell: the head's gradient."""
-    head = _head_of(tail.lm)
-    with torch.enable_grad():
-        leaf = read.input.detach().clone().requires_grad_()
-        return torch.autograd.grad(_values_of(head(leaf), ids, other_ids).sum(), leaf)[0]
 
 
 def _scale(read: Read) -> float:
@@ -221,19 +196,20 @@ def _scale(read: Read) -> float:
     return factor if error <= 1e-5 * float(logits.abs().max()) else 1.0
 
 
-def _table(parts: Sequence[Part], locations: Sequence[tuple[int, int]]) -> pd.DataFrame:
+def _table(parts: Sequence[Part], cells: Cells) -> pd.DataFrame:
     """Returns one row for each cell and part, or for each neuron of a part."""
     table_rows = []
-    for cell, (row, pos) in enumerate(locations):
+    locations = zip(cells.rows.tolist(), cells.positions.tolist(), strict=True)
+    for cell, location in enumerate(locations):
         for part in parts:
-            start = (row, pos, part.name, part.kind, part.layer, part.head)
             shares = part.shares[cell].tolist()
             if not isinstance(shares, list):
-                table_rows.append((*start, None, shares))
+                numbers = (part.kind, part.layer, part.head, None, shares)
+                table_rows.append((*location, part.name, *numbers))
                 continue
             for neuron, share in enumerate(shares):
-                name = f"{part.name}.{neuron}"
-                table_rows.append((row, pos, name, part.kind, part.layer, part.head, neuron, share))
+                numbers = (part.kind, part.layer, part.head, neuron, share)
+                table_rows.append((*location, f"{part.name}.{neuron}", *numbers))
     names = ["row", "pos", "component", "kind", "layer", "head", "neuron", "logit"]
     table = pd.DataFrame(table_rows, columns=names)
     return table.astype({"layer": "Int64", "head": "Int64", "neuron": "Int64"})
@@ -262,35 +238,30 @@ def logit_terms(
     lm = run.lm
     refuse_no_gradient(lm)
     again = _read_again(run, False, False, pos)
-    end = again.captured(f"resid_post.{lm.n_layers - 1}")
+    end, captured = again.captured(f"resid_post.{lm.n_layers - 1}"), again.captured_logits()
     assert end.positions is not None
-    tail = model_end_of(lm, (), end.prompts)
     token_id = lm.token(token)
     with torch.no_grad():
-        read = tail.read(end.values[row : row + 1, 0])
-        bias = float(_head_of(lm)(torch.zeros_like(read.input[:1]))[0, token_id])
-    weight = _rows_of_head(tail, read, [token_id], None)[0].double()
+        read = model_end_of(lm, (), end.prompts).read(end.values[row : row + 1, 0])
+        bias = float(_head_of(lm).forward(torch.zeros_like(read.input))[0, token_id])
+    weight = LogitDifference(torch.tensor([token_id])).direction(lm, read.input)[0].double()
     hidden = read.input[0].double()
     products = weight * hidden
-    terms: list[dict[str, object]] = []
-    total = 0.0
-    for dim in products.abs().sort(descending=True, stable=True).indices[:top].tolist():
-        product = float(products[dim])
-        total += product
-        numbers = {"weight": float(weight[dim]), "hidden": float(hidden[dim])}
-        terms.append({"term": f"dim {dim}", "dim": dim, **numbers, "product": product})
-    captured = again.captured_logits()
+    dims = products.abs().sort(descending=True, stable=True).indices[:top]
     logit = float(captured.values[row, captured.column(row, int(end.positions[row, 0])), token_id])
     raw = float(read.raw[0, token_id])
-    terms.append({"term": "others", "product": raw - bias - total})
-    terms.append({"term": "bias", "product": bias})
+    table = pd.DataFrame({"term": "dim ", "dim": dims.tolist()})
+    table["term"] += table["dim"].astype(str)
+    for name, numbers in (("weight", weight), ("hidden", hidden), ("product", products)):
+        table[name] = numbers[dims].tolist()
+    sums = {"others": raw - bias - sum(table["product"]), "bias": bias}
     if abs(logit - raw) > 1e-6 * max(1.0, abs(raw)):
-        terms.append({"term": "soft-cap, scale or edit", "product": logit - raw})
-    table = pd.DataFrame(terms)
+        sums["soft-cap, scale or edit"] = logit - raw
+    sums_table = pd.DataFrame({"term": list(sums), "product": list(sums.values())})
+    table = pd.concat([table, sums_table], ignore_index=True)
     table["running"] = table["product"].cumsum()
     table.loc[len(table)] = {"term": "logit", "product": logit, "running": logit}
-    columns = ["term", "dim", "weight", "hidden", "product", "running"]
-    return table.astype({"dim": "Int64"}).reindex(columns=columns)
+    return table.astype({"dim": "Int64"})
 
 
 @check_arguments
@@ -304,11 +275,10 @@ def unembedding(lm: LM, token: Token) -> Float[Tensor, " d_model"]:
     torch.Size([576])
     """
     refuse_no_gradient(lm)
-    head = lm.submodule(lm.place(Site("lm_head")).path)
+    head = _head_of(lm)
     width = lm.sizes["d_model"] or 0
     if "final_norm" in lm.layout.names:
         width = lm.shape(Site("final_norm"))[0]
     dtype = next(head.parameters()).dtype
-    with torch.enable_grad():
-        leaf = torch.zeros(1, width, device=device_of(head), dtype=dtype, requires_grad=True)
-        return torch.autograd.grad(head.forward(leaf)[0, lm.token(token)], leaf)[0][0].clone()
+    state = torch.zeros(1, width, device=device_of(head), dtype=dtype)
+    return LogitDifference(torch.tensor([lm.token(token)])).direction(lm, state)[0].clone()

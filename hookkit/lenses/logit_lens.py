@@ -1,30 +1,34 @@
-"""The logit lens: what the model would predict if it stopped at each layer."""
+"""The logit lens: what the model would predict if it stopped at each layer.
+
+`logit_path` shows the whole way of one prompt, from its tokens to the next one.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments, check_integer
-from ..errors import BadHook, Unsupported
+from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured
 from ..models.lm import LM, Token
+from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site, SitesLike
-from ..models.tokens import ranks_for_table
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.distributions import token_texts
-from ..tables.rank_tables import watched_ids
-from .model_end import model_end_of
+from ..tables.rank_tables import ranks, watched_ids
+from .model_end import Cells, cells_of, model_end_of
 from .readout import Readout, numbers, split_for_cache, states_per_chunk
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -112,19 +116,6 @@ def stream_sites(lm: LM, sites: SitesLike) -> tuple[Site, ...]:
     return tuple(selected)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One row and position of the captured values: `index` and `column` there, and what they are.
-
-    `row` is the prompt in the batch, `pos` the position in its text.
-    """
-
-    index: int
-    column: int
-    row: int
-    pos: int
-
-
 @dataclass(frozen=True, eq=False)
 class LensStates:
     """The states of a run at some sites; the model's last state is the last one."""
@@ -133,26 +124,11 @@ class LensStates:
     sites: tuple[Site, ...]
     through: Translator | None = None
 
-    @property
-    def end(self) -> Captured:
-        return self.run.captured(self.sites[-1])
-
-    def cells(self) -> list[Cell]:
-        """Returns each captured row and position."""
-        assert self.end.positions is not None
-        cells = []
-        for index, positions in enumerate(self.end.positions.tolist()):
-            for column, pos in enumerate(positions):
-                if pos >= 0:
-                    cells.append(Cell(index, column, self.end.rows[index], pos))
-        return cells
-
-    def at(self, cells: Sequence[Cell]) -> Float[Tensor, "cell site d_model"]:
+    def at(self, cells: Cells) -> Float[Tensor, "cell site d_model"]:
         """Returns the states of some cells, translated if the lens is a tuned one."""
-        index = [cell.index for cell in cells], [cell.column for cell in cells]
         states = []
         for site in self.sites:
-            values = self.run[site][index]
+            values = self.run[site][cells.index, cells.column]
             if self.through is not None and site != self.sites[-1]:
                 values = self.through.translated(site, values)
             states.append(values)
@@ -170,18 +146,17 @@ def lens_table(
     anywhere: bool,
 ) -> pd.DataFrame:
     """Returns the table of `logit_lens` for states captured in a run of these rows and hooks."""
-    lm, cells, count = states.run.lm, states.cells(), len(states.sites)
+    lm, count = states.run.lm, len(states.sites)
+    cells = cells_of(states.run.captured(states.sites[-1]))
     tail = model_end_of(lm, hooks, rows)
     step = max(1, states_per_chunk(lm.device, lm.sizes["vocab"] or 1) // count)
     parts: list[Readout] = []
     with torch.no_grad():
-        for start in range(0, len(cells), step):
-            chunk = cells[start : start + step]
-            locations: list[tuple[int, int]] = []
-            for cell in chunk:
-                locations += [(cell.row, cell.pos)] * count
-            logits = tail.logits(states.at(chunk).flatten(0, 1), locations).float()
-            pieces = split_for_cache(logits.unflatten(0, (len(chunk), count)))
+        for numbers_of_cells in torch.arange(len(cells.rows)).split(step):
+            chunk = cells.select(numbers_of_cells)
+            cells_of_states = cells.select(numbers_of_cells.repeat_interleave(count))
+            logits = tail.logits(states.at(chunk).flatten(0, 1), cells_of_states).float()
+            pieces = split_for_cache(logits.unflatten(0, (-1, count)))
             buffer = pieces[0].new_empty(2, *pieces[0].shape)
             for piece in pieces:
                 part = numbers(piece, lm.n_tokens, top, watched, buffer, anywhere=anywhere)
@@ -189,41 +164,33 @@ def lens_table(
     return _table(lm, states.sites, cells, Readout.join(parts))
 
 
-def _table(lm: LM, sites: Sequence[Site], cells: Sequence[Cell], readout: Readout) -> pd.DataFrame:
+def _table(lm: LM, sites: Sequence[Site], cells: Cells, readout: Readout) -> pd.DataFrame:
     """Returns the table of a readout; a token that is both leading and watched is shown once."""
-    n_cells, n_sites, n_tokens = readout.ids.shape
+    cell, site, _ = np.indices(readout.ids.shape).reshape(3, -1)  # of each row of the table
     ids = readout.ids.flatten().tolist()
     distinct = sorted(set(ids))
     texts = dict(zip(distinct, token_texts(lm, distinct), strict=True))
-    per_cell = n_sites * n_tokens
+    logprobs = readout.logprobs.double().flatten()
     table = pd.DataFrame(
         {
-            "row": _repeat_each([cell.row for cell in cells], per_cell),
-            "pos": _repeat_each([cell.pos for cell in cells], per_cell),
-            "site": _repeat_each(list(map(str, sites)), n_tokens) * n_cells,
-            "layer": _repeat_each([site.layer for site in sites], n_tokens) * n_cells,
+            "row": cells.rows.numpy()[cell],
+            "pos": cells.positions.numpy()[cell],
+            "site": np.array(list(map(str, sites)), dtype=object)[site],
+            "layer": pd.array([one_site.layer for one_site in sites], dtype="Int64")[site],
             "token": list(map(texts.__getitem__, ids)),
             "token_id": ids,
             "logit": readout.logits.double().flatten().numpy(),
-            "logprob": readout.logprobs.double().flatten().numpy(),
-            "prob": readout.logprobs.double().exp().flatten().numpy(),
+            "logprob": logprobs.numpy(),
+            "prob": logprobs.exp().numpy(),
             "rank": ranks_for_table(readout.ranks).flatten().numpy(),
-            "entropy": readout.entropy.double().flatten().repeat_interleave(n_tokens).numpy(),
-            "kl": readout.kl.double().flatten().repeat_interleave(n_tokens).numpy(),
-            "_site": _repeat_each(range(n_sites), n_tokens) * n_cells,
+            "entropy": readout.entropy.double().numpy()[cell, site],
+            "kl": readout.kl.double().numpy()[cell, site],
+            "_site": site,
         }
     )
-    table["layer"] = table["layer"].astype("Int64")
     table = table.drop_duplicates(["row", "pos", "_site", "token_id"])
     table = table.sort_values(["row", "pos", "_site", "rank", "token_id"], ignore_index=True)
     return table.drop(columns="_site")
-
-
-def _repeat_each(values: Iterable[object], times: int) -> list[object]:
-    repeated: list[object] = []
-    for value in values:
-        repeated += [value] * times
-    return repeated
 
 
 @check_arguments
@@ -251,21 +218,75 @@ def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
 def _summary_of_token(part: pd.DataFrame, sites: Sequence[str]) -> dict[str, object]:
     """Returns best_rank to last_prob for the rows of one token; `sites` are in order."""
     ranked = part[part["rank"].notna()]
-    ranks = dict(zip(ranked["site"], ranked["rank"], strict=True))
+    ranks_of_sites = dict(zip(ranked["site"], ranked["rank"], strict=True))
     probs = dict(zip(part["site"], part["prob"], strict=True))
-    best = min(ranks.values(), default=math.nan)
-    best_sites = [site for site in sites if ranks.get(site) == best]
-    leading = [site for site in sites if ranks.get(site) == 1]
-    since = None
-    for site in reversed(sites):
-        if ranks.get(site) != 1:
-            break
-        since = site
+    best = min(ranks_of_sites.values(), default=math.nan)
+    best_sites = [site for site in sites if ranks_of_sites.get(site) == best]
+    leading = [site for site in sites if ranks_of_sites.get(site) == 1]
+    to_the_end = list(takewhile(leading.__contains__, reversed(sites)))
     return {
         "best_rank": best,
-        "best_site": best_sites[0] if best_sites else None,
-        "first": leading[0] if leading else None,
-        "since": since,
-        "last_rank": ranks.get(sites[-1]),
+        "best_site": next(iter(best_sites), None),
+        "first": next(iter(leading), None),
+        "since": next(reversed(to_the_end), None),
+        "last_rank": ranks_of_sites.get(sites[-1]),
         "last_prob": probs.get(sites[-1]),
     }
+
+
+@check_arguments
+def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 3) -> pd.DataFrame:
+    """The path from a prompt to the probabilities of its next token, one row for each stage.
+
+    Columns: stage, site, axes, shape, norm (the length of the vector at position `pos`), content
+    (token ids, the first numbers of a vector, what the logit lens reads after a block, the leading
+    tokens). Shapes are those of a batch of one.
+
+    >>> path = logit_path(lm, "I like oat milk in my")
+    >>> path.loc[path["stage"] == "embedding", ["axes", "shape"]].values.tolist()
+    [['batch pos d_model', '[1, 6, 576]']]
+    """
+    stages = {Site("embed"): "embedding", Site("pos_embed"): "position embedding"}
+    stages |= {Site("resid_post", layer): f"block {layer}" for layer in range(lm.n_layers)}
+    stages |= {Site("final_norm"): "final norm", Site("lm_head"): "head"}
+    sites = [site for site in stages if site.name in lm.layout.names]
+    run = forward(lm, prompt, *hooks, capture(sites))
+    if len(run.lengths) != 1:
+        raise BadPrompt(f"{len(run.lengths)} prompts were given: a path is that of one")
+    lens = logit_lens(lm, prompt, *hooks, pos=pos, top=1)
+    lens_contents = {}
+    for site, token, prob in zip(lens["site"], lens["token"], lens["prob"], strict=True):
+        lens_contents[site] = f"the lens reads {token} ({prob:.1%})"
+    ids, leading = run.tokens[0].tolist(), ranks(run, pos=pos, top=top)
+    tokens = _join(token_texts(lm, ids), ids, "{}={}")
+    rows: list[dict[str, Any]] = [
+        {"stage": "text", "content": repr(run.text[0])},
+        {"stage": "tokens", "axes": "batch pos", "shape": str([1, len(ids)]), "content": tokens},
+    ]
+    for site in sites:
+        values = run[site]
+        vector = values[0, pos].float()
+        numbers = ", ".join(map("{:.3g}".format, vector[:4].tolist()))
+        rows.append(
+            {
+                "stage": stages[site],
+                "site": str(site),
+                "axes": site.axes,
+                "shape": str(list(values.shape)),
+                "norm": float(vector.norm()),
+                "content": lens_contents.get(str(site), f"{numbers}, …"),
+            }
+        )
+    logits = _join(leading["token"], leading["logit"], "{} {:.2f}")
+    probs = _join(leading["token"], leading["prob"], "{} {:.1%}")
+    shape = {"axes": "batch pos vocab", "shape": str(list(run.logits.shape))}
+    rows += [
+        {"stage": "logits", "site": "logits", **shape, "content": logits},
+        {"stage": "probabilities", **shape, "content": probs},
+        {"stage": "next token", "content": leading["token"].tolist()[0]},
+    ]
+    return pd.DataFrame(rows, columns=["stage", "site", "axes", "shape", "norm", "content"])
+
+
+def _join(names: Iterable[str], numbers: Iterable[float], form: str) -> str:
+    return ", ".join(map(form.format, names, numbers))

@@ -4,26 +4,28 @@ The model's own forward runs with every block skipped and the state in place of 
 output. Whatever a family does after its blocks is therefore done by the family's own code.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import Unsupported
 from ..hooks.base import Hook
+from ..hooks.captured_values import Captured
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
-from ..models.overrides import Overrides, skip_hooks
+from ..models.overrides import MethodReplacement, skip_hooks
 from ..models.padding import logits_of
 from ..models.prompts import Row, pad_id, positions_of_text
 from ..models.sites import Site
-from ..runs.manager import HookManager, RegisteredHook
+from ..runs.manager import HookBlock, RegisteredHook, capture_reference
 from ..runs.partial import CellRows, SharedForward, skip_block
-from ..runs.taps import HookPoint, build_hook_points, find_input
+from ..runs.taps import BoundHook, HookPoint, build_hook_points, find_input
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Ending:
         """True if this module input or output is after the blocks."""
         return tap.place.path in (self.begun if tap.place.side == "input" else self.ended)
 
+    def edits(self, tap: HookPoint) -> list[BoundHook]:
+        """Returns the edits at this module input or output, if it is after the blocks."""
+        if not self.has(tap):
+            return []
+        return [action for action in tap.actions if action.change is not None]
+
 
 def find_ending(lm: LM) -> Ending:
     """Returns how this model ends, observed in a forward of one token.
@@ -60,21 +68,9 @@ def find_ending(lm: LM) -> Ending:
     return lm.trial_results["ending"]
 
 
-def _blocks_of(lm: LM) -> list[torch.nn.Module]:
-    return [lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)]
-
-
-def _ids_of_modules(blocks: Sequence[torch.nn.Module]) -> set[int]:
-    """Returns the `id` of every module inside the blocks."""
-    ids: set[int] = set()
-    for block in blocks:
-        ids.update(map(id, block.modules()))
-    return ids
-
-
 def _observe_ending(lm: LM) -> Ending:
     blocks = _blocks_of(lm)
-    inside = _ids_of_modules(blocks)
+    inside = _modules_inside(blocks)
     kinds: dict[int, int] = {}
     begun: set[str] = set()
     ended: set[str] = set()
@@ -92,17 +88,26 @@ def _observe_ending(lm: LM) -> Ending:
             ended.add(path)
         return output
 
-    manager = _ObservingManager(lm, inside)
-    with Overrides() as lent:
+    def wrap_modules(hook_block: HookBlock) -> None:
+        _skip_hooks_inside_blocks(hook_block)
         for number, block in enumerate(blocks):
-            lent.around(block, "forward", partial(run_block, number))
+            hook_block.overrides.around(block, "forward", partial(run_block, number))
         for path, module in lm.root.named_modules():
-            if id(module) not in inside:
-                lent.around(module, "forward", partial(run_module, path))
-        with torch.no_grad(), manager:
-            lm.model(**_inputs(lm, 1))
-    kinds_in_order = tuple([kinds[number] for number in range(len(blocks))])
+            if module not in inside:
+                hook_block.overrides.around(module, "forward", partial(run_module, path))
+
+    with torch.no_grad():
+        SharedForward(lm, (), rows=1, width=1).run(_inputs(lm, 1), wrap_modules, alone=True)
+    kinds_in_order = tuple(map(kinds.__getitem__, range(len(blocks))))
     return Ending(kinds_in_order, frozenset(begun), frozenset(ended))
+
+
+def _blocks_of(lm: LM) -> list[torch.nn.Module]:
+    return [lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)]
+
+
+def _modules_inside(blocks: Sequence[torch.nn.Module]) -> set[torch.nn.Module]:
+    return set(itertools.chain.from_iterable(map(torch.nn.Module.modules, blocks)))
 
 
 def _inputs(lm: LM, rows: int) -> dict[str, Any]:
@@ -110,62 +115,42 @@ def _inputs(lm: LM, rows: int) -> dict[str, Any]:
     return {"input_ids": ids, **lm.accepted(use_cache=False, return_dict=True)}
 
 
-class _ObservingManager(HookManager):
-    """Silences the hooks inside the model's blocks, and hookkit's own from outer `with` blocks.
+def _skip_hooks_inside_blocks(hook_block: HookBlock) -> None:
+    """Lets the modules inside the model's blocks be called without their hooks.
 
-    The user's own hooks on modules after the blocks still act: they are part of the model's output.
+    Those hooks must not act on a state that is inserted after the blocks. The user's own hooks on
+    modules after the blocks still act: they are part of the model's output.
     """
-
-    alone = True
-
-    def __init__(self, lm: LM, inside: set[int]) -> None:
-        super().__init__(lm, ())
-        self.inside = inside
-
-    def _register(self, lent: Overrides) -> None:
-        silence(self.lm, self.inside, lent, self.acts_here)
-        super()._register(lent)
-
-
-def silence(lm: LM, inside: set[int], lent: Overrides, acts: Callable[[], bool]) -> None:
-    """Calls the modules inside the model's blocks without their hooks.
-
-    These hooks must not act on a state that is inserted after the blocks.
-    """
-    for module in lm.root.modules():
-        if id(module) in inside and (module._forward_hooks or module._forward_pre_hooks):
-            skip_hooks(module, lent, acts)
-
-
-class _StreamEnd(SharedForward):
-    """A forward of what comes after the blocks, with hooks there."""
-
-    alone = True
-
-    def __init__(
-        self,
-        lm: LM,
-        kinds: Sequence[int],
-        lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]],
-        states: Tensor,
-    ) -> None:
-        super().__init__(lm, lanes, rows=len(states), width=1)
-        self.kinds, self.states = kinds, states
-
-    def _register(self, lent: Overrides) -> None:
-        blocks = _blocks_of(self.lm)
-        silence(self.lm, _ids_of_modules(blocks), lent, self.acts_here)
-        for block, kind in zip(blocks[:-1], self.kinds, strict=False):
-            lent.around(block, "forward", skip_block(kind))
-        output: Any = self.states[:, None]
-        if self.kinds[-1]:
-            output = (output, *[None] * (self.kinds[-1] - 1))
-        lent.around(blocks[-1], "forward", lambda *_, **__: output)
-        super()._register(lent)
+    for module in _modules_inside(_blocks_of(hook_block.lm)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            skip_hooks(module, hook_block.overrides, hook_block.dispatcher.acts_here)
 
 
 class _HeadReached(Exception):
     """Ends a forward at the head. Its argument is the head's input."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Captured rows and positions: the `index` and `column` of each in the captured values, and the
+    prompt (`rows`) and the position in its text that it is."""
+
+    index: Int[Tensor, " cell"]
+    column: Int[Tensor, " cell"]
+    rows: Int[Tensor, " cell"]
+    positions: Int[Tensor, " cell"]
+
+    def select(self, selection: slice | Tensor) -> "Cells":
+        """Returns some of the cells."""
+        return Cells(*[numbers[selection] for numbers in vars(self).values()])
+
+
+def cells_of(captured: Captured) -> Cells:
+    """Returns each captured row and position."""
+    assert captured.positions is not None
+    index, column = (captured.positions >= 0).nonzero(as_tuple=True)
+    rows = torch.tensor(captured.rows)[index]
+    return Cells(index, column, rows, captured.positions[index, column])
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,54 +175,54 @@ class ModelEnd:
     taps: Sequence[HookPoint]
     rows: tuple[Row, ...]
 
+    @property
+    def _head_path(self) -> str:
+        return self.lm.place(Site("lm_head")).path
+
     def logits(
-        self, states: Float[Tensor, "state d_model"], locations: Sequence[tuple[int, int]]
+        self, states: Float[Tensor, "state d_model"], cells: Cells | None = None
     ) -> Float[Tensor, "state vocab"]:
-        """Returns the model's logits for each state; `locations` has its row and position."""
+        """Returns the model's logits for each state; hooks need its row and position in `cells`."""
         if not self.taps:
-            return self._run(states, [])
-        rows_of_states: dict[int, Tensor] = {}
-        for pos in sorted({pos for _, pos in locations}):  # hooks see a forward of one position
-            numbers = [number for number, location in enumerate(locations) if location[1] == pos]
-            cells = self._cells([locations[number][0] for number in numbers], pos)
-            part = states[torch.tensor(numbers, device=states.device)]
-            logits = self._run(part, [(cells, self.taps)])
-            rows_of_states |= dict(zip(numbers, logits, strict=True))
-        return torch.stack([rows_of_states[number] for number in range(len(locations))])
+            return self._run(states)
+        assert cells is not None
+        parts = []
+        order = cells.positions.argsort(stable=True)
+        positions, counts = cells.positions.unique(return_counts=True)
+        pieces = order.split(counts.tolist())
+        for pos, numbers in zip(positions.tolist(), pieces, strict=True):
+            # hooks see a forward of one position
+            lane = self._lane(cells.rows[numbers].tolist(), pos)
+            parts.append(self._run(states[numbers], [(lane, self.taps)]))
+        return torch.cat(parts)[order.argsort()]
 
     def head_input(self, states: Float[Tensor, "state d_model"]) -> Float[Tensor, "state d"]:
         """Returns the head's input for each state, without any hook; the head does not run."""
-        path = self.lm.place(Site("lm_head")).path
 
         def stop(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-            raise _HeadReached(find_input(args, kwargs, 0, path)[0])
+            raise _HeadReached(find_input(args, kwargs, 0, self._head_path)[0])
 
-        with Overrides() as lent:
-            lent.around(self.lm.submodule(path), "forward", stop)
-            try:
-                self._run(states, [])
-            except _HeadReached as reached:
-                return reached.args[0].reshape(len(states), -1)
+        try:
+            self._run(states, head=stop)
+        except _HeadReached as reached:
+            return reached.args[0].reshape(len(states), -1)
         raise AssertionError("the head was not called")
 
     def read(self, states: Float[Tensor, "state d_model"]) -> Read:
         """Returns the head's input and output and the logits for each state, without any hook."""
-        path = self.lm.place(Site("lm_head")).path
-        calls: list[tuple[Tensor, Tensor]] = []
+        calls: list[Tensor] = []
 
         def record(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
             output = inner(*args, **kwargs)
-            calls.append((find_input(args, kwargs, 0, path)[0], output))
+            calls[:] = find_input(args, kwargs, 0, self._head_path)[0], output
             return output
 
-        with Overrides() as lent:
-            lent.around(self.lm.submodule(path), "forward", record)
-            logits = self._run(states, [])
-        head_input, output = calls[-1]
+        logits = self._run(states, head=record)
+        head_input, output = calls
         count = len(states)
         return Read(head_input.reshape(count, -1), output.reshape(count, -1), logits)
 
-    def _cells(self, prompts: list[int], pos: int) -> CellRows:
+    def _lane(self, prompts: list[int], pos: int) -> CellRows:
         lengths = list(map(len, self.rows))
         columns: list[Any] = list(map(range, lengths))
         find = partial(positions_of_text, self.lm)
@@ -248,9 +233,30 @@ class ModelEnd:
         forward_pass = ForwardPass(batch, 0, pos, count, 1, range(1), pos)
         return CellRows(tuple(prompts), 0, count, forward_pass)
 
-    def _run(self, states: Tensor, lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]]) -> Tensor:
-        with _StreamEnd(self.lm, self.kinds, lanes, states):
-            return logits_of(self.lm.model(**_inputs(self.lm, len(states))))[:, 0]
+    def _run(
+        self,
+        states: Tensor,
+        lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]] = (),
+        head: MethodReplacement | None = None,
+    ) -> Float[Tensor, "state vocab"]:
+        """Runs the model with the states as its last block's output; `head` replaces the head."""
+        *skipped, last = _blocks_of(self.lm)
+        output: Any = states[:, None]
+        if self.kinds[-1]:
+            output = (output, *[None] * (self.kinds[-1] - 1))
+
+        def replace_modules(hook_block: HookBlock) -> None:
+            _skip_hooks_inside_blocks(hook_block)
+            overrides = hook_block.overrides
+            for block, kind in zip(skipped, self.kinds, strict=False):
+                overrides.around(block, "forward", partial(skip_block, kind))
+            overrides.around(last, "forward", lambda *_, **__: output)
+            if head is not None:
+                overrides.around(self.lm.submodule(self._head_path), "forward", head)
+
+        shared_forward = SharedForward(self.lm, lanes, rows=len(states), width=1)
+        inputs = _inputs(self.lm, len(states))
+        return logits_of(shared_forward.run(inputs, replace_modules, alone=True))[:, 0]
 
 
 def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelEnd:
@@ -261,13 +267,11 @@ def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelE
     """
     end = find_ending(lm)
     _refuse_outer_edits(lm, end)
-    manager = HookManager(lm, ())
     taps = []
-    for tap in build_hook_points(lm, list(hooks), manager.reference):
-        if end.has(tap):
-            tap.actions = [action for action in tap.actions if action.change is not None]
-            if tap.actions:
-                taps.append(tap)
+    for tap in build_hook_points(lm, list(hooks), partial(capture_reference, lm)):
+        tap.actions = end.edits(tap)
+        if tap.actions:
+            taps.append(tap)
     return ModelEnd(lm, end.kinds, taps, rows)
 
 
@@ -275,20 +279,12 @@ def _refuse_outer_edits(lm: LM, end: Ending) -> None:
     for path in end.ended:
         module = lm.submodule(path)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not isinstance(hook, RegisteredHook) or not hook.manager.acts_here():
+            if not isinstance(hook, RegisteredHook) or not hook.dispatcher.acts_here():
                 continue
-            edits = _edits_after_blocks(hook, end)
-            if edits:
-                raise Unsupported(
-                    f"{edits[0]} of hk.attach acts after the model's blocks, where a lens reads "
-                    "each layer: give it to the lens itself, as one of its hooks"
-                )
-
-
-def _edits_after_blocks(hook: RegisteredHook, end: Ending) -> list[Hook]:
-    """Returns the edits of a registered hook that act after the model's blocks."""
-    edits = []
-    for tap in hook.args:
-        if isinstance(tap, HookPoint) and end.has(tap):
-            edits += [action.hook for action in tap.actions if action.change is not None]
-    return edits
+            for tap in hook.args:
+                if isinstance(tap, HookPoint) and end.edits(tap):
+                    raise Unsupported(
+                        f"{end.edits(tap)[0].hook} of hk.attach acts after the model's blocks, "
+                        "where a lens reads each layer: give it to the lens itself, as one of its "
+                        "hooks"
+                    )

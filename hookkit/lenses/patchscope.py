@@ -72,15 +72,9 @@ def patchscope(
         )
     prompts = list(target_rows) * len(sources)
     run = generate(lm, prompts, *edits, max_new_tokens=max_new_tokens, do_sample=False)
-    first_tokens = ranks(run, step=0, top=1).drop_duplicates("row")
-    return pd.DataFrame(
-        {
-            "site": list(map(str, sources)),
-            "layer": pd.array([site.layer for site in sources], dtype="Int64"),
-            "target_site": list(map(str, targets)),
-            "token": first_tokens["token"].tolist(),
-            "token_id": first_tokens["token_id"].tolist(),
-            "prob": first_tokens["prob"].tolist(),
-            "text": run.generated,
-        }
-    )
+    table = ranks(run, step=0, top=1).drop_duplicates("row", ignore_index=True)
+    table["site"], table["target_site"] = list(map(str, sources)), list(map(str, targets))
+    table["layer"] = pd.array([site.layer for site in sources], dtype="Int64")
+    table["text"] = run.generated
+    columns = ["site", "layer", "target_site", "token", "token_id", "prob", "text"]
+    return pd.DataFrame(table[columns])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.tokens import NO_RANK, rank_among
+from ..models.next_token import NO_RANK, ranks_among
 
 CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits that are computed at a time
 CACHED = {"cpu": 6 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits that stay in a cache
@@ -96,7 +96,7 @@ def numbers(
 
 def _logits_and_ranks(real: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     values = real.gather(-1, ids)
-    return values, torch.stack([rank_among(real, column) for column in values.unbind(-1)], -1)
+    return values, ranks_among(real, values)
 
 
 def _best_anywhere(ids: Tensor, ranks: Tensor) -> Tensor:

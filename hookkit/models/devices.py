@@ -12,6 +12,7 @@ read.
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,8 @@ def device_of(module: nn.Module) -> torch.device:
     if device is None:
         device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
     if device.type == "meta":  # adapters contain the module that has the hook
-        for inner in module.modules():
-            inner_device = _execution_device(inner)
-            if inner_device is not None:
-                return inner_device
+        inner_devices = filter(None, map(_execution_device, module.modules()))
+        device = next(inner_devices, device)
     return device
 
 
@@ -71,25 +70,17 @@ def _offloaded_weights(root: nn.Module) -> dict[str, OffloadedWeight]:
 
 
 def weights_of(root: nn.Module) -> Iterator[tuple[str, Callable[[], Any], bool]]:
-    """Yields each entry of the state dict: its name, a function that reads it, if it is loaded.
-
-    The function reads an offloaded weight when it is called, so that only one has to be in memory.
-    """
+    """Yields the names of the state dict, functions that read the values, and if each is loaded."""
     offloaded = _offloaded_weights(root)
     for name, value in root.state_dict().items():
         if isinstance(value, Tensor) and value.is_meta and name in offloaded:
-            yield name, _weight_reader(offloaded[name], value.dtype), False
+            yield name, partial(_read_offloaded, *offloaded[name], value.dtype), False
         else:
             yield name, lambda value=value: value, True
 
 
-def _weight_reader(offloaded: OffloadedWeight, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        weights, name = offloaded
-        weight = weights[name]
-        return weight.to(dtype) if dtype.is_floating_point else weight
-
-    return read
+def _read_offloaded(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    return weights[name].to(dtype) if dtype.is_floating_point else weights[name]
 
 
 def weight_storages(root: nn.Module) -> dict[str, str]:
@@ -97,10 +88,9 @@ def weight_storages(root: nn.Module) -> dict[str, str]:
     offloaded = _offloaded_weights(root)
     storages: dict[str, str] = {}
     for name, weight in root.named_parameters(remove_duplicate=False):
+        storages[name] = str(weight.device)
         if weight.is_meta and name in offloaded:
             storages[name] = _offload_storage(*offloaded[name])
-        else:
-            storages[name] = str(weight.device)
     return storages
 
 
@@ -115,32 +105,28 @@ def _offload_storage(weights: Any, name: str) -> str:
 
 def storage_under_path(storages: Mapping[str, str], path: str) -> str:
     """Returns where the weights under a path are, or those of the nearest module around it."""
-    while True:
-        prefix = f"{path}." if path else ""
-        under_path = [place for name, place in storages.items() if name.startswith(prefix)]
-        if under_path or not path:
-            return " and ".join(dict.fromkeys(under_path))
-        path = path.rpartition(".")[0]
+    prefix = f"{path}." if path else ""
+    under_path = [storage for name, storage in storages.items() if name.startswith(prefix)]
+    if not under_path and path:
+        return storage_under_path(storages, path.rpartition(".")[0])
+    return " and ".join(dict.fromkeys(under_path))
 
 
-def describe_storages(block_storages: Iterable[tuple[int, str]]) -> str:
+def describe_storages(block_storages: Iterable[tuple[int | None, str]]) -> str:
     """Returns where blocks are as text: "cuda:0 in 0-3, disk in 4-7", or "cpu" if all are there."""
-    pairs = list(block_storages)
-    if len({storage for _, storage in pairs}) == 1:
-        return pairs[0][1]
+    storages = dict(block_storages)
+    if len(set(storages.values())) == 1:
+        return next(iter(storages.values()))
     texts = []
-    for storage, run in groupby(pairs, key=lambda pair: pair[1]):
-        numbers = [number for number, _ in run]
+    for storage, blocks in groupby(storages, key=storages.__getitem__):
+        numbers = list(blocks)
         last = f"-{numbers[-1]}" if len(numbers) > 1 else ""
         texts.append(f"{storage} in {numbers[0]}{last}")
     return ", ".join(texts)
 
 
 def count_parameters(root: nn.Module) -> int:
-    """Returns the number of parameters.
-
-    Tied weights count once, also if accelerate unties them in a forward.
-    """
+    """Returns the number of parameters. Tied weights count once, also if accelerate unties them."""
     tied = getattr(root, "all_tied_weights_keys", None) or {}
     total = 0
     for name, weight in root.named_parameters():
@@ -150,7 +136,6 @@ def count_parameters(root: nn.Module) -> int:
 
 
 # ---- checks of the arguments of hk.load
-
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -256,8 +241,8 @@ def _list_devices() -> str:
     return ", ".join([*devices, "cpu", "disk"])
 
 
-def _check_memory(max_memory: Any) -> None:
-    if not isinstance(max_memory, Mapping) or not max_memory:
+def _check_memory(max_memory: Mapping[Any, Any]) -> None:
+    if not max_memory:
         raise BadHook(
             f"max_memory={max_memory!r}: give a mapping such as {{0: '20GB', 'cpu': '60GB'}}"
         )
@@ -270,8 +255,7 @@ def _check_memory(max_memory: Any) -> None:
             raise BadHook(
                 f"{argument}: devices are the numbers of accelerators, 'cpu' and 'disk' here"
             )
-        if storage != "disk":
-            _check_storage(storage, argument)
+        _check_storage(storage, argument)
         try:
             byte_count = convert_file_size_to_int(size)
         except (TypeError, ValueError):
@@ -284,11 +268,11 @@ def check_named(model: nn.Module, device_map: Any) -> None:
     """Raises `BadHook` if a device_map names a module that the model does not have."""
     if not isinstance(device_map, Mapping):
         return
-    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    names = {*dict(model.named_modules()), *dict(model.named_parameters())}
     for name in device_map:
         if name not in names:
             suggestion = did_you_mean(str(name), sorted(names))
-            children = ", ".join(child for child, _ in model.named_children())
+            children = ", ".join(dict(model.named_children()))
             raise BadHook(
                 f"device_map names {name!r}, and the model has no such module{suggestion} "
                 f"Its first modules are: {children}."

@@ -1,6 +1,6 @@
 """Where the sites of one model are: a row of the table of families, applied to its modules."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import MissingSite, OutOfRange, UnknownSite, did_you_mean
 from .families.schema import AxisSplit, Family, ModuleLocation, split_axis
-from .families.table import FAMILIES
 from .sites import AXES, SITES_WITH_KEY_HEADS, SITES_WITHOUT_LAYER, AnySite, ModuleSite, Site
 
 
@@ -19,7 +18,7 @@ class Layout:
 
     `root` is the model and `config` its configuration, or None. The `LM` owns the layout. The
     fields after `family` are caches; `verified` belongs to `hookkit.models.attention`, and `forms`
-    to `views.form_of`.
+    to `views.view_of`.
     """
 
     root: nn.Module
@@ -37,12 +36,12 @@ class Layout:
 
     def sizes_of(self, layer: int | None) -> dict[str, int | None]:
         """Returns the same for one block, because blocks may differ."""
-        if layer not in self._sizes:
-            self._sizes[layer] = self._compute_sizes(layer)
-        return self._sizes[layer]
-
-    def _compute_sizes(self, layer: int | None) -> dict[str, int | None]:
-        config = _block_config(self.config, layer)
+        if layer in self._sizes:
+            return self._sizes[layer]
+        config = self.config
+        block_configs = getattr(config, "per_layer_config", None)
+        if block_configs and layer is not None:
+            config = block_configs[layer]
         corrections = {} if config is None else self.family.sizes(config, layer)
         heads, d_model = _read_int(config, "num_attention_heads"), _read_int(config, "hidden_size")
         d_head = _read_int(config, "head_dim") or _divide(d_model, heads)
@@ -63,6 +62,7 @@ class Layout:
         # `share` is the number of query heads per key-value head.
         sizes["share"] = _divide(sizes["head"], sizes["kv_head"])
         sizes["quarter"] = _divide(sizes["head"], 4)
+        self._sizes[layer] = sizes
         return sizes
 
     def _embedding_rows(self) -> int | None:
@@ -112,14 +112,12 @@ class Layout:
         """Returns the first location of a site in a block whose module exists, or None."""
         key = name, layer
         if key not in self._locations:
-            self._locations[key] = self._first_location(name, layer)
+            self._locations[key] = None
+            for location in self.family.at(name, layer):
+                if self._module(location.path) is not None:
+                    self._locations[key] = location
+                    break
         return self._locations[key]
-
-    def _first_location(self, name: str, layer: int | None) -> ModuleLocation | None:
-        for location in self.family.at(name, layer):
-            if self._module(location.path) is not None:
-                return location
-        return None
 
     def place(self, site: AnySite) -> ModuleLocation:
         """Returns the module location of a site.
@@ -208,12 +206,10 @@ class Layout:
         return module
 
     def _module(self, path: str) -> nn.Module | None:
-        module: nn.Module | None = self.root
-        for name in path.split(".") if path else ():
-            if module is None:
-                return None
-            module = module._modules.get(name)
-        return module
+        try:
+            return self.root.get_submodule(path)
+        except AttributeError:
+            return None
 
     def describe(self) -> pd.DataFrame:
         """Returns the table of all sites, one row each; see `LM.describe`."""
@@ -233,65 +229,10 @@ class Layout:
         }
         if name not in self.names:
             return row | {"missing": self.family.why_missing(name)}
-        layers = self.layers(name)
-        if layers is None:
-            location = self.place(Site(name))
-            module = location.path or "(the model)"
-            return row | {"layers": 1, "module": module, "side": location.side}
+        layers = self.layers(name) or [None]
         location = self.place(Site(name, layers[0]))
-        module = location.path.replace(f".{layers[0]}", ".{layer}", 1)
+        module = location.path.replace(f".{layers[0]}", ".{layer}", 1) or "(the model)"
         return row | {"layers": len(layers), "module": module, "side": location.side}
-
-
-MODULES = "name its modules with hk.module(path)"
-
-
-def non_decoder_family(root: nn.Module, config: Any, head: str | None) -> Family | None:
-    """Returns the row for a model that is no decoder with a head, or None for one that is.
-
-    The row has no sites of a decoder; its reasons say what the model is. `head` is the path of the
-    output embedding, if the model has one.
-    """
-    kind, model_type = type(root).__name__, getattr(config, "model_type", None)
-    is_causal_lm = kind.endswith("ForCausalLM")
-    if getattr(config, "is_encoder_decoder", False):
-        reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
-        return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
-    if head is None:
-        reason = "the model has no unembedding head"
-        if model_type is not None and not is_causal_lm:
-            reason += f": it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
-        else:
-            reason += f" (a ...ForCausalLM has one); {MODULES}"
-        return Family("module", {}, dict.fromkeys(AXES, reason))
-    may_be_encoder = model_type not in FAMILIES and not is_causal_lm
-    if may_be_encoder and getattr(config, "is_decoder", None) is False:
-        reason = (
-            f"{kind} is an encoder, and named sites beside head and logits are those of decoders; "
-            f"{MODULES}"
-        )
-        return _head_only(model_type, head, reason)
-    return None
-
-
-def family_of(config: Any, head: str | None) -> Family:
-    """Returns the row of the table for a configuration.
-
-    Without a row in the table, returns one with the head and the logits only, and a reason for all
-    other sites. `head` is the path of the output embedding.
-    """
-    model_type = getattr(config, "model_type", None)
-    row = FAMILIES.get(model_type or "")
-    if row is None:
-        reason = f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
-        return _head_only(model_type, head or "", reason)
-    family = row if isinstance(row, Family) else row(config)
-    return replace(family, name=model_type)
-
-
-def _head_only(model_type: str | None, head: str, reason: str) -> Family:
-    locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
-    return Family(model_type or "unknown", locations, dict.fromkeys(AXES, reason))
 
 
 def text_config(config: Any) -> Any:
@@ -321,14 +262,6 @@ def _divide(size: int | None, parts: int | None) -> int | None:
     if not size or not parts:
         return None
     return size // parts
-
-
-def _block_config(config: Any, layer: int | None) -> Any:
-    """Returns the configuration of one block where blocks have their own, else the model's."""
-    if layer is None:
-        return config
-    configs = getattr(config, "per_layer_config", None)
-    return configs[layer] if configs else config
 
 
 def _input_size(module: nn.Module) -> int | None:

@@ -10,10 +10,10 @@ that the model has, for a notebook to complete. The functions after it add colum
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -34,10 +34,11 @@ from .families.schema import Family, ModuleLocation
 from .layout import Layout, text_config
 from .sites import AXES, SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike, as_sites
 from .tensor_parallel import Ranks, find_ranks
-from .tokens import Token, Vocabulary
+from .tokens import Token as Token
+from .tokens import Vocabulary
 from .wrappers import adapter_names, layer_adapter_names, wrapper_chain
 
-Expand = Callable[[SitesLike], Sites]
+UNSPLIT_AXES = ("batch", "pos", "query", "key")
 
 
 class SiteNames:
@@ -46,8 +47,8 @@ class SiteNames:
     `lm.sites("z", layers=[3])` is a selection, and `lm.sites.z` the selection of all layers.
     """
 
-    def __init__(self, names: Callable[[], list[str]], expand: Expand) -> None:
-        self._names, self._expand = names, expand
+    def __init__(self, lm: "LM") -> None:
+        self._lm = lm
 
     def __call__(
         self,
@@ -57,111 +58,89 @@ class SiteNames:
         heads: Collection[int] | None = None,
         **unknown: Any,
     ) -> Sites:
-        return sites(self, names, layers=layers, heads=heads, **unknown)
+        return sites(self._lm, names, layers=layers, heads=heads, **unknown)
 
     def __getattr__(self, name: str) -> Sites:
         if name.startswith("_"):
             raise AttributeError(name)
         try:
-            return self._expand(name)
+            return self._lm.expand(name)
         except HookkitError as error:
             raise AttributeError(str(error)) from error
 
     def __getitem__(self, site: str) -> Sites:
-        return self._expand(site)
+        return self._lm.expand(site)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._names()]
+        return [*super().__dir__(), *self._lm.layout.names]
 
     def _ipython_key_completions_(self) -> list[str]:
         """Completions after `lm.sites["`: every name, and every layer of each."""
-        names = self._names()
-        all_sites = map(str, self._expand(names))
+        names = self._lm.layout.names
+        all_sites = map(str, self._lm.expand(names))
         return list(dict.fromkeys([*names, *all_sites]))
 
     def __repr__(self) -> str:
-        return f"sites {', '.join(self._names())}: lm.sites(names, layers=, heads=) selects some"
+        names = ", ".join(self._lm.layout.names)
+        return f"sites {names}: lm.sites(names, layers=, heads=) selects some"
 
     def _repr_html_(self) -> str:
-        rows = [{"site": name, "axes": AXES[name]} for name in self._names()]
+        rows = [{"site": name, "axes": AXES[name]} for name in self._lm.layout.names]
         return render_html("sites", rows=rows, most=len(rows))
 
 
 @check_keywords
 def sites(
-    of: SiteNames,
+    of: "LM",
     names: str | Iterable[str] | None = None,
     *,
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
 ) -> Sites:
     """Returns the selection of sites with these names, in these layers and heads (default all)."""
-    if layers is not None:
-        layers = check_integers(layers, "layers", least=0, meaning="the layers, counted from 0,")
-    if heads is not None:
-        heads = check_integers(heads, "heads", least=0, meaning="the heads, counted from 0,")
     if names is None:
-        names = of._names()
+        names = of.layout.names
         if layers is not None:
             names = [name for name in names if name not in SITES_WITHOUT_LAYER]
+    selected = as_sites(names)
+    if layers is not None:
+        selected = _at_each(selected, "layer", layers)
+    selected = of.expand(selected)
+    if heads is not None:
+        selected = of.expand(_at_each(selected, "head", heads))
+    return selected
+
+
+def _at_each(sites: Sites, axis: Literal["layer", "head"], numbers: Iterable[int]) -> Sites:
+    """Returns each of the sites in these layers or heads."""
+    meaning = f"the {axis}s, counted from 0,"
+    numbers = check_integers(numbers, f"{axis}s", least=0, meaning=meaning)
     selected: list[AnySite] = []
-    for named_site in as_sites(names):
-        for site in of._expand(_in_layers(named_site, layers)):
-            selected += _in_heads(site, heads)
-    return of._expand(selected)
+    for site in sites:
+        if not isinstance(site, Site) or getattr(site, axis) is not None:
+            raise BadHook(
+                f"{axis}s= does not apply to {site}: leave {axis}s= out, or give the site's name "
+                "alone"
+            )
+        selected += [replace(site, **{axis: number}) for number in numbers]
+    return as_sites(selected)
 
 
-def _in_layers(site: AnySite, layers: Iterable[int] | None) -> list[AnySite]:
-    if layers is None:
-        return [site]
-    if not isinstance(site, Site) or site.layer is not None:
-        raise BadHook(
-            f"layers= does not apply to {site}: leave layers= out, or give the site's name alone"
-        )
-    return [Site(site.name, layer) for layer in layers]
-
-
-def _in_heads(site: AnySite, heads: Iterable[int] | None) -> list[AnySite]:
-    if heads is None:
-        return [site]
-    if not isinstance(site, Site) or site.head is not None:
-        raise BadHook(
-            f"heads= does not apply to {site}: leave heads= out, or give the site's name alone"
-        )
-    return [Site(site.name, site.layer, head) for head in heads]
-
-
-def _site_table(lm: "LM") -> pd.DataFrame:
-    """Returns the table of all sites; see `LM.describe`."""
-    table = lm.layout.describe()
-    devices = lm.places
-    if len(set(devices.values())) > 1:
-        table["place"] = [_devices(lm, name, devices) for name in table["site"]]
-    if lm.ranks is not None:
-        table["split"] = [_splits(lm, name, lm.ranks) for name in table["site"]]
-    if lm.adapters:
-        table["adapters"] = [_adapters(lm, name) for name in table["site"]]
-    return table
-
-
-def _devices(lm: "LM", name: str, devices: dict[str, str]) -> str:
+def _devices(lm: "LM", weights: dict[str, str], name: str) -> str:
     """Returns where the weights of the modules of a site are; for the logits, those of the head."""
-    if name not in lm.layout.names:
-        return ""
-    layers = lm.layout.layers(name)
-    if layers is None:
-        return storage_under_path(devices, lm.place(Site(name)).path or lm.head_path() or "")
-    return describe_storages(
-        (layer, storage_under_path(devices, lm.place(Site(name, layer)).path)) for layer in layers
-    )
+    storages: dict[int | None, str] = {}
+    for site, location in _locations(lm, name).items():
+        path = location.path or lm.head_path() or ""
+        storages[site.layer] = storage_under_path(weights, path)
+    return describe_storages(storages.items())
 
 
-def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
+def _splits(lm: "LM", ranks: Ranks, name: str) -> str:
     """Returns the axis along which a site is split among processes, and the size of each part."""
     texts: list[str] = []
     for site, location in _locations(lm, name).items():
         split = ranks.splits.get((location.path, location.side, location.item))
-        if split is None or not isinstance(site, Site):
+        if split is None:
             continue
         axes = [axis for axis in site.axes.split() if axis not in UNSPLIT_AXES]
         total = sum(split.sizes)
@@ -172,9 +151,6 @@ def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-UNSPLIT_AXES = ("batch", "pos", "query", "key")
-
-
 def _adapters(lm: "LM", name: str) -> str:
     names: list[str] = []
     for location in _locations(lm, name).values():
@@ -182,14 +158,16 @@ def _adapters(lm: "LM", name: str) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _locations(lm: "LM", name: str) -> dict[AnySite, ModuleLocation]:
+def _locations(lm: "LM", name: str) -> dict[Site, ModuleLocation]:
     """Returns the locations of the sites of one name; empty if the model does not have it."""
-    return lm.located(lm.sites(name)) if name in lm.layout.names else {}
+    if name not in lm.layout.names:
+        return {}
+    return lm.located(lm.sites(name))  # pyright: ignore[reportReturnType]  no module among them
 
 
 @check_fields
 @dataclass(frozen=True, eq=False, repr=False)
-class LM:
+class LM(Vocabulary):
     """A causal language model of transformers and its tokenizer, both unchanged.
 
     With `tokenizer=None`, prompts are token ids. Any other `nn.Module` can be used too: it has no
@@ -289,12 +267,7 @@ class LM:
     def head_path(self) -> str | None:
         """Returns the path of the output embedding, or None if the model has none."""
         head = _call_method(self.root, "get_output_embeddings")
-        if head is None:
-            return None
-        for path, module in self.root.named_modules():
-            if module is head:
-                return path
-        return None
+        return next((path for path, module in self.root.named_modules() if module is head), None)
 
     @cached_property
     def layout(self) -> Layout:
@@ -310,11 +283,6 @@ class LM:
     def n_layers(self) -> int:
         """The number of blocks."""
         return self.layout.n_layers
-
-    @cached_property
-    def n_tokens(self) -> int:
-        """The number of real tokens. Rows of the vocabulary after them are never ranked."""
-        return self._vocabulary.n_tokens
 
     @cached_property
     def context(self) -> int | None:
@@ -403,7 +371,7 @@ class LM:
         >>> lm.sites.resid_post[-1], lm.sites["z.3"]
         (Site(name='resid_post', layer=29, head=None), 1 site: z.3)
         """
-        return SiteNames(lambda: self.layout.names, self.expand)
+        return SiteNames(self)
 
     def located(self, sites: Sites) -> dict[AnySite, ModuleLocation]:
         """Returns the module location of each site of a selection, with all layers written out."""
@@ -424,18 +392,15 @@ class LM:
         """Returns the selection with every layer written out, checked against this model."""
         expanded: list[AnySite] = []
         for site in as_sites(sites):
-            for layer_site in self._in_every_layer(site):
-                self.place(layer_site)
-                expanded.append(layer_site)
+            if isinstance(site, Site) and site.every_layer:
+                if site.name not in self.layout.names:
+                    self.place(Site(site.name, 0))  # raises, with the reason
+                layers = self.layout.layers(site.name) or []
+                expanded += [Site(site.name, layer) for layer in layers]
+            else:
+                self.place(site)
+                expanded.append(site)
         return as_sites(expanded)
-
-    def _in_every_layer(self, site: AnySite) -> list[AnySite]:
-        """Returns a layered site without a layer in every block that has it; other sites alone."""
-        if not isinstance(site, Site) or not site.every_layer:
-            return [site]
-        if site.name not in self.layout.names:
-            self.place(Site(site.name, 0))  # raises, with the reason
-        return [Site(site.name, layer) for layer in self.layout.layers(site.name) or []]
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Returns the sizes of a site's axes after batch and pos."""
@@ -464,56 +429,20 @@ class LM:
         split: the axis along which it is split and the size of each part, at sites where a hook has
         run.
         """
-        return _site_table(self)
+        table = self.layout.describe()
+        weights = self.places
+        if len(set(weights.values())) > 1:
+            table["place"] = table["site"].map(partial(_devices, self, weights))
+        if self.ranks is not None:
+            table["split"] = table["site"].map(partial(_splits, self, self.ranks))
+        if self.adapters:
+            table["adapters"] = table["site"].map(partial(_adapters, self))
+        return table
 
     @property
     def places(self) -> dict[str, str]:
         """Where each weight is between forwards, by its name: "cpu", "cuda:0" …, or "disk"."""
         return weight_storages(self.root)
-
-    # ---- its tokens
-
-    def token(self, token: Token) -> int:
-        """Returns the id of one token, from its text or from the id itself.
-
-        Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the
-        nearest spellings that are one.
-        """
-        return self._vocabulary.token(token)
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without the special tokens that begin a prompt."""
-        return self._vocabulary.encode(text)
-
-    def continuation(self, text: str) -> list[int]:
-        """Returns the token ids of a text that continues another one.
-
-        Its leading space, or none, is kept as it is, also where the tokenizer puts a space before
-        every text.
-        """
-        return self._vocabulary.continuation(text)
-
-    def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """Returns the text that tokens add after others.
-
-        The two texts together are the text of all tokens.
-        """
-        return self._vocabulary.added(before, ids)
-
-    def string(self, token_id: int) -> str:
-        """Returns the text of one token, its leading space included.
-
-        Without a tokenizer, this is the id in angle brackets.
-        """
-        return self._vocabulary.string(token_id)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Returns the text of a row of tokens, special tokens included."""
-        return self._vocabulary.text(ids)
-
-    @cached_property
-    def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.tokenizer, lambda: self.sizes["vocab"])
 
 
 def _call_method(module: nn.Module, name: str) -> Any:

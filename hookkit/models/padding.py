@@ -14,19 +14,20 @@ hookkit's.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..errors import Unsupported
+from .batch_positions import Side, pad_rows
 from .lm import LM
 from .overrides import Overrides
 
-Side: TypeAlias = Literal["left", "right"]
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 NOISE_FACTOR = 5  # padding may change logits by this multiple of what an unpadded batch changes
@@ -38,6 +39,17 @@ _thread = threading.local()
 def in_padding_trial() -> bool:
     """True in the forwards of a trial, which hooks must ignore."""
     return getattr(_thread, "in_trial", False)
+
+
+def pad_batch(
+    rows: Sequence[Sequence[int]], fill: int, side: Side
+) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Returns rows of token ids as one tensor, and each token's position, -1 in the padding."""
+    ids, lengths = pad_rows(rows, fill, side), torch.tensor(list(map(len, rows)))[:, None]
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    if side == "left":
+        positions = positions - (ids.shape[1] - lengths)
+    return ids, positions.where((positions >= 0) & (positions < lengths), -1)
 
 
 @dataclass(frozen=True)
@@ -63,26 +75,16 @@ class PaddingScheme:
         return inputs
 
 
-def padded_inputs(
-    lm: LM, ids: Tensor, positions: Tensor, side: Side, width: int | None = None
-) -> dict[str, Tensor]:
-    """Returns the arguments of a forward over the last `width` columns of a padded batch.
-
-    `positions` [row, column] counts each row's tokens from 0, and is -1 in the padding.
-    """
-    return _padding_scheme(lm, side).inputs(ids, positions, width or ids.shape[1])
-
-
 def can_pad(lm: LM, side: Side) -> bool:
     """True if a row that is padded on this side has the numbers of the row alone."""
     try:
-        _padding_scheme(lm, side)
+        padding_scheme(lm, side)
     except Unsupported:
         return False
     return True
 
 
-def _padding_scheme(lm: LM, side: Side) -> PaddingScheme:
+def padding_scheme(lm: LM, side: Side) -> PaddingScheme:
     """Returns the scheme of a model for one side. Raises `Unsupported` if no scheme is right."""
     key = "padding", side, *_trial_key(lm)
     if key not in lm.trial_results:
@@ -106,17 +108,20 @@ def check_generation(
     # "paged" packs prompts into one row, which hooks refuse
     if cache in ("dynamic", "dynamic_full", "paged"):
         cache = None
-    if not padded and chunk_kind is None and cache is None and _position_offset(lm) is None:
+    is_plain = not padded and chunk_kind is None and cache is None
+    if is_plain and _position_offset(lm) is None:
         return
-    if padded and (chunk_kind is not None or cache is not None):
-        check_generation(lm, padded=True, chunk=None, width=width)
+    trials = [(padded, chunk_kind, cache)]
     if chunk_kind is not None and cache is not None:
-        check_generation(lm, padded=False, chunk=None, width=width, cache=cache)
-    key = "padding", "generate", padded, chunk_kind, cache, *_trial_key(lm)
-    if key not in lm.trial_results:
-        lm.trial_results[key] = _generation_problem(lm, padded, chunk_kind, cache)
-    if lm.trial_results[key] is not None:
-        raise Unsupported(lm.trial_results[key])
+        trials.insert(0, (False, None, cache))
+    if padded:
+        trials.insert(0, (True, None, None))
+    for trial in trials:
+        key = "padding", "generate", *trial, *_trial_key(lm)
+        if key not in lm.trial_results:
+            lm.trial_results[key] = _generation_problem(lm, *trial)
+        if lm.trial_results[key] is not None:
+            raise Unsupported(lm.trial_results[key])
 
 
 def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
@@ -128,11 +133,8 @@ def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
 
 def _trial_key(lm: LM) -> tuple[Any, ...]:
     """Returns the properties of a model that may change the outcome of a trial."""
-    return (
-        getattr(lm.config, "_attn_implementation", None),
-        getattr(lm.root, "dtype", None),
-        lm.adapters,
-    )
+    attention = getattr(lm.config, "_attn_implementation", None)
+    return attention, getattr(lm.root, "dtype", None), lm.adapters
 
 
 # ---- trials of one forward
@@ -191,11 +193,9 @@ def _possible_schemes(lm: LM, side: Side) -> list[PaddingScheme]:
 def _position_offset(lm: LM) -> int | None:
     """Returns the first position of a position embedding whose first rows are for padding."""
     for path, module in lm.root.named_modules():
-        is_position_embedding = "position" in path.rpartition(".")[2]
-        if is_position_embedding and isinstance(module, nn.Embedding):
-            padding_index = module.padding_idx
-            if padding_index is not None:
-                return padding_index + 1
+        is_for_positions = "position" in path.rpartition(".")[2]
+        if is_for_positions and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
     return None
 
 
@@ -203,12 +203,12 @@ def _padding_difference(
     lm: LM, scheme: PaddingScheme, side: Side, rows: list[list[int]], alone: list[Tensor]
 ) -> float:
     """Returns the largest relative difference between rows of a padded batch and the rows alone."""
-    ids, positions = _padded_batch(rows, side, lm.device)
-    values = _forward(lm, scheme.inputs(ids, positions, ids.shape[1]))
-    differences = []
-    for number, row in enumerate(rows):
-        part = values[number, _columns(row, ids.shape[1], side)]
-        differences.append(_relative_difference(part, alone[number]))
+    ids, positions = pad_batch(rows, 0, side)
+    logits = _forward(lm, scheme.inputs(ids.to(lm.device), positions, ids.shape[1]))
+    is_real = (positions >= 0).to(logits.device)
+    differences: list[float] = []
+    for row, expected in enumerate(alone):
+        differences.append(_relative_difference(logits[row, is_real[row]], expected))
     return max(differences)
 
 
@@ -234,23 +234,18 @@ def _refusal(lm: LM, side: Side, noise: float, difference: float) -> str:
 # ---- trials of generate
 
 
-@dataclass(frozen=True)
-class _GenerationTrial:
-    """The relative differences between logits that a trial of `generate` measured."""
-
-    limit: float  # of the other two kinds
-    generate_and_forward: float  # between `generate` and a forward, of one row
-    noise: float  # between an unpadded batch and a row
-    difference: float  # between the batch of the trial and its rows alone
-
-
 def _generation_problem(
     lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
 ) -> str | None:
     """Returns an error message if `generate` gives other logits than a row alone has, else None."""
     name = type(lm.root).__name__
+    rows, chunk = _chunked_rows(_trial_rows(lm), chunk_kind)
     try:
-        trial = _try_generation(lm, padded, chunk_kind, cache)
+        with _trial_conditions(lm):
+            expected = _forward_unpadded(lm, [rows[1]])[0, -1]
+            alone = [_generated_logits(lm, [row], None)[0] for row in rows]
+            together = _generated_logits(lm, [rows[1], rows[1][::-1]], None)
+            logits = _generated_logits(lm, rows if padded else rows[:1], chunk, cache)
     except Exception as error:  # noqa: BLE001  a model may refuse a trial in any way
         if cache is not None or (not padded and chunk_kind is None):
             return None  # the user's own call raises the same
@@ -258,14 +253,17 @@ def _generation_problem(
             f"a trial of {name}.generate failed ({type(error).__name__}: {str(error)[:200]}): give "
             "prompts of one length, or one at a time, without prefill_chunk_size"
         )
-    if trial.generate_and_forward > trial.limit:
+    noise = _relative_difference(together[0], alone[1])
+    limit = _limit(lm, alone[1], noise)
+    from_forward = _relative_difference(alone[1], expected)
+    if from_forward > limit:
         return (
             f"transformers' generate counts the positions of {name} in another way than its "
-            f"forward does (a trial was off by {trial.generate_and_forward:.1g} of the size of the "
+            f"forward does (a trial was off by {from_forward:.1g} of the size of the "
             "logits): call hk.forward, or write a decoding loop of your own inside hk.attach"
         )
-    difference = trial.difference
-    if difference <= trial.limit:
+    difference = max(map(_relative_difference, logits, alone))
+    if difference <= limit:
         return None
     if cache is not None:
         return (
@@ -280,52 +278,27 @@ def _generation_problem(
             f"trial was off by {difference:.1g} of their size): transformers leaves out what its "
             f"states need there. Leave prefill_chunk_size out{alternative}, or take larger chunks"
         )
-    return _refusal(lm, "left", trial.noise, difference)
+    return _refusal(lm, "left", noise, difference)
 
 
-def _try_generation(
-    lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
-) -> _GenerationTrial:
-    rows = _trial_rows(lm)
-    chunk = None
-    if chunk_kind is not None:
-        if chunk_kind[1] == 0:
-            rows = [row[: LONG - 1] for row in rows]
-        chunk = _trial_chunk(chunk_kind, len(rows[0]))
-    batch = rows if padded else rows[:1]
-    with _trial_conditions(lm):
-        expected = _forward_unpadded(lm, [rows[1]])[0, -1]
-        alone = [_generated_logits(lm, [row], None) for row in rows]
-        together = _generated_logits(lm, [rows[1], rows[1][::-1]], None)
-        logits = _generated_logits(lm, batch, chunk, cache)
-    noise = _relative_difference(together[0], alone[1][0])
-    differences = [
-        _relative_difference(logits[number], alone[number][0]) for number in range(len(batch))
-    ]
-    return _GenerationTrial(
-        limit=_limit(lm, alone[1], noise),
-        generate_and_forward=_relative_difference(alone[1][0], expected),
-        noise=noise,
-        difference=max(differences),
-    )
-
-
-def _trial_chunk(chunk_kind: tuple[int, int], width: int) -> int:
-    """Returns a small chunk size that leaves as many tokens as the user's: none, one, or more."""
+def _chunked_rows(
+    rows: list[list[int]], chunk_kind: tuple[int, int] | None
+) -> tuple[list[list[int]], int | None]:
+    """Returns rows, and a small chunk size that leaves none, one or more tokens as the user's."""
+    if chunk_kind is None:
+        return rows, None
     size, remainder = chunk_kind
-    if size == 1:
-        return 1
-    for chunk in range(2, width):
-        if min(width % chunk, 2) == remainder:
-            return chunk
-    return 2
+    width = LONG if remainder else LONG - 1
+    chunks = range(min(size, 2), width)
+    chunk = next((chunk for chunk in chunks if min(width % chunk, 2) == remainder), 2)
+    return [row[:width] for row in rows], chunk
 
 
 def _generated_logits(
     lm: LM, rows: list[list[int]], chunk: int | None, cache: str | None = None
 ) -> Tensor:
     """Returns the logits [row, vocab] of the first generated token, for rows padded on the left."""
-    ids, positions = _padded_batch(rows, "left", lm.device)
+    ids, positions = pad_batch(rows, 0, "left")
     root: Any = lm.root
     options: dict[str, Any] = {"max_new_tokens": 1}
     if chunk is not None:
@@ -335,7 +308,7 @@ def _generated_logits(
         options |= {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": 4}
     output = type(root).generate(
         root,
-        input_ids=ids,
+        input_ids=ids.to(lm.device),
         attention_mask=(positions >= 0).long().to(lm.device),
         do_sample=False,
         num_beams=1,
@@ -353,33 +326,12 @@ def _generated_logits(
 
 def _trial_rows(lm: LM) -> list[list[int]]:
     """Returns two rows of token ids that contain no special token."""
-    table = getattr(lm.root, "get_input_embeddings", lambda: None)()
-    count = min(getattr(table, "num_embeddings", 64), 64)
+    count = min(lm.sizes["vocab"] or 64, 64)
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     special = {getattr(lm.config, name, None) for name in names}
     ids = [number for number in range(3, count) if number not in special] or [0]
     spread = [ids[(11 * number + 5) % len(ids)] for number in range(LONG + SHORT)]
     return [spread[:LONG], spread[LONG:]]
-
-
-def _padded_batch(
-    rows: Sequence[Sequence[int]], side: Side, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Returns ids, 0 in the padding, and positions, -1 in the padding."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.full((len(rows), width), -1)
-    for number, row in enumerate(rows):
-        columns = _columns(row, width, side)
-        ids[number, columns] = torch.tensor(row)
-        positions[number, columns] = torch.arange(len(row))
-    return ids.to(device), positions
-
-
-def _columns(row: Sequence[int], width: int, side: Side) -> slice:
-    """Returns the columns of a row's tokens in a batch that is padded on this side."""
-    start = width - len(row) if side == "left" else 0
-    return slice(start, start + len(row))
 
 
 def _forward_unpadded(lm: LM, rows: list[list[int]]) -> Tensor:
@@ -422,8 +374,11 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
     with Overrides() as overrides, ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(lm.device.type, enabled=False))
-        stack.enter_context(_keep_random_state(lm.device))
-        overrides.add_cleanup(_end_trial)
+        if lm.device.type in ("cpu", "meta"):
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        else:
+            stack.enter_context(torch.random.fork_rng([lm.device], device_type=lm.device.type))
+        overrides.add_cleanup(partial(setattr, _thread, "in_trial", False))
         _thread.in_trial = True
         for module in modules:
             if module.training:
@@ -432,16 +387,6 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 _silence_user_hooks(hooks, overrides)
         yield
-
-
-def _keep_random_state(device: torch.device) -> AbstractContextManager[None]:
-    if device.type in ("cpu", "meta"):
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
-
-
-def _end_trial() -> None:
-    _thread.in_trial = False
 
 
 def _silence_user_hooks(hooks: dict[int, Any], overrides: Overrides) -> None:
@@ -455,9 +400,9 @@ def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a hook that does nothing in a trial. In other threads it acts as before."""
 
     def silenced(*args: Any, **kwargs: Any) -> Any:
-        if not in_padding_trial():
-            return hook(*args, **kwargs)
-        return None
+        if in_padding_trial():
+            return None
+        return hook(*args, **kwargs)
 
     return silenced
 

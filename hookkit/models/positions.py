@@ -7,12 +7,12 @@ generated text. `resolve_positions` resolves these values into the positions of 
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from ..arguments import as_integer, check_integer, check_keywords, describe
+from ..arguments import as_integer, as_items, check_integer, check_keywords, describe
 from ..errors import BadHook, EmptySelection, OutOfRange
 
 NO_END = sys.maxsize  # the end of a slice that has none
@@ -44,7 +44,7 @@ class Span:
         parts = [self.start, self.stop]
         if self.step is not None:
             parts.append(self.step)
-        return ":".join("" if part is None else str(part) for part in parts)
+        return ":".join(map(str, parts)).replace("None", "")
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,6 @@ Indices: TypeAlias = int | tuple[int, ...] | Span | None
 PositionRange: TypeAlias = range | tuple[int, ...]
 """The selected positions of one row, ascending. A range without an end stops at `NO_END`."""
 
-# Types that can be iterated over and hold no positions.
-NO_NUMBERS = (str, bytes, bytearray, Mapping)
-
 
 @dataclass(frozen=True)
 class Where:
@@ -121,24 +118,20 @@ def read_indices(count: IndicesLike, word: str, *, negative: bool = True) -> Ind
         return None
     if isinstance(count, slice):
         count = Span(count.start, count.stop, count.step)
+    items = None if as_integer(count) is not None else as_items(count)
     value: Indices
     if isinstance(count, Span):
         value = _read_span(count, word)
         numbers = [end for end in (value.start, value.stop) if end is not None]
-    elif isinstance(count, Iterable) and _holds_numbers(count):
-        value = _read_several(count, word)
-        numbers = list(value)
+    elif items is not None:
+        numbers = _read_several(items, word)
+        value = tuple(numbers)
     else:
         value = _read_whole(count, word)
         numbers = [value]
-    if not negative and any(number < 0 for number in numbers):
+    if not negative and min(numbers, default=0) < 0:
         raise OutOfRange(f"{word}={value!r}: {word}s count from 0 upwards")
     return value
-
-
-def _holds_numbers(values: Iterable[object]) -> bool:
-    """True for a list and the like; False for a text, a mapping or an array that is one number."""
-    return as_integer(values) is None and not isinstance(values, NO_NUMBERS)
 
 
 def _read_span(span: Span, word: str) -> Span:
@@ -157,23 +150,17 @@ def _read_span(span: Span, word: str) -> Span:
 
 
 def _read_end(end: object, word: str) -> int | None:
-    if end is None:
-        return None
-    return _read_whole(end, word)
+    return None if end is None else _read_whole(end, word)
 
 
-def _read_several(count: Iterable[object], word: str) -> tuple[int, ...]:
-    try:
-        items = list(count)
-    except TypeError:
-        return (_read_whole(count, word),)
-    numbers = tuple(_read_whole(item, word) for item in items)
+def _read_several(items: list[Any], word: str) -> list[int]:
+    numbers = [_read_whole(item, word) for item in items]
     if not numbers:
         raise EmptySelection(
             f"{word}=[] selects nothing: leave {word} out for all, or name at least one"
         )
     if len(set(numbers)) < len(numbers):
-        raise BadHook(f"{word}={list(numbers)} names one of them twice")
+        raise BadHook(f"{word}={numbers} names one of them twice")
     return numbers
 
 
@@ -192,10 +179,7 @@ def _read_whole(number: object, word: str) -> int:
 def resolve_positions(
     where: Where, length: int, cover: Callable[[At], tuple[int, ...]]
 ) -> PositionRange:
-    """Returns the positions that `where` selects in a row whose prompt has `length` tokens.
-
-    `cover` returns the positions of the tokens that cover a text.
-    """
+    """Returns the positions that `where` selects in a row. `cover` returns those of a text."""
     if where.step is not None:
         # The logits that choose step 0 are at the prompt's last token.
         return _shift(_resolve(where.step, 0), length - 1)
@@ -248,9 +232,7 @@ def _resolve(count: int | tuple[int, ...] | Span, length: int) -> PositionRange:
 
 
 def _resolve_end(end: int | None, length: int, default: int) -> int:
-    if end is None:
-        return default
-    return max(0, _from_start(end, length))
+    return default if end is None else max(0, _from_start(end, length))
 
 
 def _from_start(number: int, length: int) -> int:
@@ -260,8 +242,6 @@ def _from_start(number: int, length: int) -> int:
 
 def _shift(positions: PositionRange, offset: int) -> PositionRange:
     if isinstance(positions, range):
-        stop = positions.stop
-        if stop != NO_END:
-            stop += offset
+        stop = positions.stop if positions.stop == NO_END else positions.stop + offset
         return range(positions.start + offset, stop, positions.step)
     return tuple(position + offset for position in positions)

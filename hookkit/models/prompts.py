@@ -1,25 +1,229 @@
 """Turns prompts into the padded batch that a model reads, and a text into its tokens' positions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import check_prompts
+from ..arguments import as_bool, as_integer, as_items, as_number, describe, is_mapping
 from ..arguments import shorten as shorten
 from ..errors import BadPrompt, OutOfRange, Unsupported
+from .batch_positions import Side as Side
+from .batch_positions import pad_rows as pad_rows
 from .lm import LM
-from .padding import Side as Side
-from .padding import padded_inputs
+from .padding import pad_batch, padding_scheme
 from .positions import At
 
 Prompts: TypeAlias = (
     str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
 )
 Row: TypeAlias = tuple[int, ...]
+
+MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that a mapping of prompts may have
+PROMPT_FORMS = "give texts, or rows of token ids"
+OTHER_OBJECTS = {  # the attributes by which an object is recognised, and the message
+    ("clean", "corrupted"): "the prompts are Pairs, which have two prompts each: "
+    "give pairs.clean or pairs.corrupted",
+    ("prompt_lengths", "tokens"): "the prompt is a run: "
+    "give run.text, or the ids of a row, run.tokens[0]",
+    ("sites", "where"): "the prompt is a hook: "
+    "the prompts come after the model, and the hooks after the prompts",
+    ("named_modules",): "the prompt is a model, a {kind}: the model comes first, then the prompts",
+    ("located",): "the prompt is a model, a {kind}: the model comes first, then the prompts",
+    ("convert_ids_to_tokens",): "the prompt is a tokenizer, a {kind}: "
+    "the model comes first, then the prompts",
+}
+
+
+# ---- the forms in which users pass prompts
+
+
+def check_prompts(prompts: object) -> list[str | Row]:
+    """Returns the prompts as a list of texts and of tuples of token ids without padding.
+
+    `prompts` is a text, several texts, the token ids of one row or of several rows, or a mapping
+    with `input_ids` and optionally `attention_mask`, as tokenizers return it. Several prompts can
+    be in a list, a tuple, a generator, a column of a pandas table, a numpy array or a tensor.
+    Raises `BadPrompt` for anything else, and for a mapping with a key that would be ignored.
+    """
+    if isinstance(prompts, str):
+        return [str(prompts)]
+    if is_mapping(prompts):
+        return _rows_of_mapping(prompts)
+    refuse_non_prompts(prompts)
+    items = as_items(prompts)
+    if items is None:
+        raise BadPrompt(f"{describe(prompts)} is no prompt: {PROMPT_FORMS}")
+    if not items:
+        raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
+    if _are_whole(items):
+        return [_row_of_ids(items, 0)]
+    return [check_prompt(item, number) for number, item in enumerate(items)]
+
+
+def check_prompt(item: object, number: int) -> str | Row:
+    """Returns the text or the token ids of one of several prompts. `number` is its row."""
+    if isinstance(item, str):
+        return str(item)
+    if is_mapping(item):
+        return _row_of_mapping(item, number)
+    refuse_non_prompts(item)
+    ids = as_items(item)
+    if ids is None:
+        hint = ""
+        if item is None or item != item:  # NaN is not equal to itself
+            hint = f"; {describe(item)} is missing"
+        raise BadPrompt(
+            f"prompt {number} is {describe(item)}, which is no prompt: {PROMPT_FORMS}{hint}"
+        )
+    return _row_of_ids(ids, number)
+
+
+def is_token_row(prompts: object) -> bool:
+    """True for a collection of whole numbers, which are the token ids of one row."""
+    if not isinstance(prompts, list | tuple) and not hasattr(prompts, "dtype"):
+        return False
+    items = as_items(prompts)
+    return bool(items) and _are_whole(items)
+
+
+def _are_whole(items: Iterable[object]) -> bool:
+    return all(as_integer(item) is not None for item in items)
+
+
+def refuse_non_prompts(prompts: Any, *, rows: bool = False) -> None:
+    """Raises `BadPrompt` for an iterable without prompts. With `rows`, data sets are allowed."""
+    kind = type(prompts).__name__
+    if isinstance(prompts, bytes | bytearray | memoryview):
+        raise BadPrompt(
+            f"the prompt is {kind}, which is no text: decode it first, prompt.decode('utf-8')"
+        )
+    if isinstance(prompts, Set):
+        raise BadPrompt(
+            f"the prompts are in a {kind}, which has no order: "
+            "give a list, sorted(prompts) for example"
+        )
+    names = getattr(prompts, "columns", None)
+    if names is None and not rows:
+        names = getattr(prompts, "column_names", None)
+    if names is not None and not callable(names):
+        columns = [str(name) for name in names]
+        name = columns[0] if columns else "text"
+        raise BadPrompt(
+            f"the prompts are a table, a {kind} with the columns {', '.join(map(repr, columns))}: "
+            f"give one column, list(table[{name!r}])"
+        )
+    for attributes, problem in OTHER_OBJECTS.items():
+        if all(hasattr(prompts, attribute) for attribute in attributes):
+            raise BadPrompt(problem.format(kind=kind))
+
+
+def _row_of_ids(ids: Sequence[object], number: int) -> Row:
+    row: list[int] = []
+    for token_id in ids:
+        whole = as_integer(token_id)
+        if whole is None:
+            hint = ""
+            if as_items(token_id) is not None:
+                hint = ", several prompts are given where one is meant"
+            raise BadPrompt(
+                f"prompt {number} has {describe(token_id)} where a token id is meant{hint}: "
+                "token ids are whole numbers; give texts, or rows of token ids"
+            )
+        row.append(whole)
+    return tuple(row)
+
+
+def _row_of_mapping(item: Any, number: int) -> Row:
+    """Returns the ids of a mapping that a tokenizer returned for one text."""
+    if "role" in item:
+        raise BadPrompt(
+            f"prompt {number} is a chat message: give the text of the chat, "
+            "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+        )
+    rows = _rows_of_mapping(item)
+    if len(rows) != 1:
+        raise BadPrompt(
+            f"prompt {number} is a mapping with {len(rows)} rows: give it by itself, as the prompts"
+        )
+    return rows[0]
+
+
+def _rows_of_mapping(inputs: Any) -> list[Any]:
+    """Returns the rows of ids, without padding, of a mapping that a tokenizer returned."""
+    _check_keys(inputs)
+    rows = check_prompts(inputs["input_ids"])
+    if any(isinstance(row, str) for row in rows):
+        raise BadPrompt(
+            "input_ids are texts: give token ids there, or the texts themselves as the prompts"
+        )
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return rows
+    mask_rows = as_items(mask)
+    if mask_rows is None:
+        raise BadPrompt(
+            f"attention_mask is {describe(mask)}: give 1 for each real token and 0 for padding"
+        )
+    if all(as_items(mask_row) is None for mask_row in mask_rows):
+        mask_rows = [mask_rows]
+    if len(mask_rows) != len(rows):
+        raise BadPrompt(
+            f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one shape"
+        )
+    pairs = zip(rows, mask_rows, strict=True)
+    return [_without_padding(row, mask_row, number) for number, (row, mask_row) in enumerate(pairs)]
+
+
+def _check_keys(inputs: Any) -> None:
+    if "input_ids" not in inputs:
+        keys = ", ".join(repr(str(key)) for key in inputs) or "nothing"
+        raise BadPrompt(
+            f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, "
+            "mapping['text'] for example, or what a tokenizer returns"
+        )
+    for key in inputs:
+        if key not in MODEL_INPUTS:
+            raise BadPrompt(
+                f"the prompts have {str(key)!r}, which would be ignored: hookkit reads input_ids "
+                "and attention_mask. Leave it out, for example with "
+                f"inputs.pop({str(key)!r}), or run the model yourself in hk.attach"
+            )
+
+
+def _without_padding(row: Any, mask: object, number: int) -> Row:
+    """Returns a row of ids without its padding, which may be before or after the text."""
+    values = as_items(mask)
+    if values is None or len(values) != len(row):
+        count = describe(mask) if values is None else f"{len(values)} numbers"
+        raise BadPrompt(
+            f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: "
+            "give one shape"
+        )
+    bits = [_mask_bit(value) for value in values]
+    if any(bit not in (0.0, 1.0) for bit in bits):
+        raise BadPrompt(
+            f"attention_mask of row {number} has other values than 0 and 1: "
+            "give 1 for each real token"
+        )
+    text = [index for index, bit in enumerate(bits) if bit == 1.0]
+    if text and text[-1] - text[0] + 1 != len(text):
+        raise BadPrompt(
+            f"attention_mask of row {number} has a 0 between tokens, which would be taken "
+            "out of the text: hide tokens with hk.knockout(layers, key=…), "
+            "and give padding at one end only"
+        )
+    return tuple(row[index] for index in text)
+
+
+def _mask_bit(value: object) -> float | None:
+    is_text = as_bool(value)
+    return as_number(value) if is_text is None else float(is_text)
+
+
+# ---- the batch that a model reads
 
 
 @dataclass(frozen=True)
@@ -38,7 +242,7 @@ class Batch:
     @property
     def lengths(self) -> list[int]:
         """The number of tokens of each row."""
-        return [len(row) for row in self.rows]
+        return list(map(len, self.rows))
 
     @property
     def padded(self) -> bool:
@@ -58,7 +262,8 @@ class Batch:
         """
         if not self.padded:
             return {"input_ids": self.ids}
-        return padded_inputs(lm, self.ids, self.positions, self.side)
+        scheme = padding_scheme(lm, self.side)
+        return scheme.inputs(self.ids, self.positions, self.ids.shape[1])
 
 
 def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -> Batch:
@@ -72,48 +277,49 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
     """
     rows = as_rows(lm, prompts)
     for number, row in enumerate(rows):
-        _check_length(lm, number, row, room)
-    if len(set(map(len, rows))) == 1:
-        ids = torch.tensor(rows)
-        positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
-    else:
-        ids = pad_rows(rows, pad_id(lm), side)
-        positions = pad_rows([range(len(row)) for row in rows], -1, side)
+        if lm.context is not None and len(row) + room > lm.context:
+            new = f" and {room} new ones" if room else ""
+            raise BadPrompt(
+                f"prompt {number} has {len(row)} tokens{new}, and the model's context is "
+                f"{lm.context}: shorten it"
+            )
+    ids, positions = pad_batch(rows, pad_id(lm), side)
     return Batch(tuple(rows), ids.to(lm.device), positions, side)
 
 
 def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
-    """Returns the prompts as rows of token ids, of any length.
-
-    Raises `BadPrompt` for empty prompts and for ids outside the vocabulary.
-    """
-    is_mapping = isinstance(prompts, Mapping)
+    """Returns the prompts as rows of token ids of the vocabulary, of any length."""
     rows: list[Row] = []
     for number, content in enumerate(check_prompts(prompts)):
-        is_text = isinstance(content, str)
         row = _tokenize(lm, content) if isinstance(content, str) else content
-        _check_ids(lm, number, row, from_tokenizer=is_text or is_mapping)
+        from_tokenizer = isinstance(content, str) or isinstance(prompts, Mapping)
+        _check_ids(lm, number, row, from_tokenizer=from_tokenizer)
         rows.append(row)
     return rows
 
 
-def pad_rows(
-    rows: Sequence[Sequence[int]], fill: int, side: Side = "right"
-) -> Int[Tensor, "row pos"]:
-    """Returns rows of numbers as one tensor, with short rows padded on one side."""
-    width = max(map(len, rows))
-    filled: list[list[int]] = []
-    for row in rows:
-        padding = [fill] * (width - len(row))
-        filled.append([*row, *padding] if side == "right" else [*padding, *row])
-    return torch.tensor(filled)
+def batches_by_length(
+    lengths: Sequence[int], max_tokens: int, *, one_length: bool = False
+) -> list[list[int]]:
+    """Returns batches of indices into rows of these lengths, the longest rows first.
+
+    A batch has at most `max_tokens` tokens with padding; a longer row has a batch of its own. With
+    `one_length`, for models that take no mask, all rows of a batch are equally long.
+    """
+    result: list[list[int]] = []
+    width = 0  # of the last batch
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fits = bool(result) and width * (len(result[-1]) + 1) <= max_tokens
+        if fits and (not one_length or width == lengths[index]):
+            result[-1].append(index)
+        else:
+            result.append([index])
+            width = lengths[index]
+    return result
 
 
 def pad_id(lm: LM) -> int:
-    """Returns the token id of padding: the tokenizer's pad or end token, or 0.
-
-    The mask hides it from the model.
-    """
+    """Returns the id in the padding, which the mask hides: the pad or end token, or 0."""
     vocab = lm.sizes["vocab"]
     for name in ("pad_token_id", "eos_token_id"):
         token_id = getattr(lm.tokenizer, name, None)
@@ -152,23 +358,9 @@ def _check_ids(lm: LM, number: int, row: Row, *, from_tokenizer: bool) -> None:
     )
 
 
-def _check_length(lm: LM, number: int, row: Row, room: int) -> None:
-    context = lm.context
-    if context is not None and len(row) + room > context:
-        new = f" and {room} new ones" if room else ""
-        raise BadPrompt(
-            f"prompt {number} has {len(row)} tokens{new}, and the model's context is {context}: "
-            "shorten it"
-        )
-
-
 def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:
-    """Returns the positions of the tokens of a row that cover a text.
-
-    Raises `OutOfRange` with the row's text if the text does not occur in it, or if it is not clear
-    which occurrence is meant.
-    """
-    if any(token_id < 0 for token_id in row):
+    """Returns the positions of the tokens of a row that cover a text."""
+    if min(row, default=0) < 0:
         raise Unsupported(
             f"{at!r}: the model was given embeddings, whose tokens are unknown; give positions "
             "as numbers"
@@ -176,7 +368,7 @@ def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:
     # A token begins where the text of the tokens before it ends. Half a character decodes to "�".
     prefixes = [lm.text(row[: end + 1]) for end in range(len(row))]
     starts = [0] + [len(prefix.rstrip("�")) for prefix in prefixes[:-1]]
-    ends = [len(prefix) for prefix in prefixes]
+    ends = list(map(len, prefixes))
     first = _occurrence(prefixes[-1], at)
     last = first + len(at.text)
     return tuple(n for n in range(len(row)) if starts[n] < last and ends[n] > first)

@@ -15,16 +15,7 @@ from .devices import count_parameters, weights_of
 from .lm import LM
 from .tensor_parallel import gather_weight
 
-PACKAGES = (
-    "hookkit",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "pandas",
-    "matplotlib",
-    "einops",
-)
+PACKAGES = "hookkit torch transformers tokenizers numpy pandas matplotlib einops"
 
 
 def about_model(lm: LM) -> dict[str, Any]:
@@ -48,16 +39,14 @@ def about_model(lm: LM) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that may change results."""
     installed = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         with suppress(PackageNotFoundError):
             installed[name] = version(name)
     return installed
 
 
 def weights_hash(lm: LM) -> str:
-    """Returns the sha256 of all weights, ordered by name.
-
-    It is equal for models with equal weights.
+    """Returns the sha256 of all weights, ordered by name; equal for models with equal weights.
 
     Weights that accelerate offloads to the disk are read one after another.
     """
@@ -85,10 +74,7 @@ def _plain_weights(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
 
 def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the plain tensors of a weight by name.
-
-    A quantised weight also has scales, for example.
-    """
+    """Yields the plain tensors of a weight by name; a quantised weight also has scales."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _tensors_in(f"{name}.{key}" if name else key, part)
@@ -124,10 +110,7 @@ def config_hash(lm: LM) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Returns the commit of the working directory, with a plus sign if files differ from it.
-
-    Returns None outside of git.
-    """
+    """Returns git's commit, with a plus sign if files differ from it; None outside of git."""
     try:
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no")

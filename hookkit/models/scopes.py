@@ -34,10 +34,6 @@ class Progress:
 PROGRESS = Progress()
 
 
-def _current_thread() -> "weakref.ref[threading.Thread]":
-    return weakref.ref(threading.current_thread())
-
-
 def _current_task() -> Any:
     """Returns the running asyncio task, or None."""
     asyncio = sys.modules.get("asyncio")
@@ -60,7 +56,9 @@ class Scope:
 
     model: "weakref.ref[nn.Module]"
     attached: bool  # True for hk.attach, in which other code runs the model
-    thread: "weakref.ref[threading.Thread]" = field(default_factory=_current_thread)
+    thread: "weakref.ref[threading.Thread]" = field(
+        default_factory=lambda: weakref.ref(threading.current_thread())
+    )
     task: "weakref.ref[Any] | None" = field(default_factory=_current_task_reference)
     open: bool = True
     previous: "tuple[Scope, ...]" = ()  # the scopes that this one suspends

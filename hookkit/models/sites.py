@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, overload
 
 from ..arguments import as_integer, check_fields, check_keywords, describe
-from ..display import render_html
+from ..display import count_of, render_html
 from ..errors import BadHook, EmptySelection, OutOfRange, UnknownSite, did_you_mean
 
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q.
@@ -78,10 +78,9 @@ class Site:
                 f"there is no site {self.name!r}{did_you_mean(self.name, AXES)} The sites are: "
                 f"{', '.join(AXES)}. Any other tensor is hk.module(path, side='output')."
             )
-        if self.layer is not None:
-            object.__setattr__(self, "layer", _read_index(self.name, "layer", self.layer))
-        if self.head is not None:
-            object.__setattr__(self, "head", _read_index(self.name, "head", self.head))
+        for word in ("layer", "head"):
+            if getattr(self, word) is not None:
+                object.__setattr__(self, word, _read_index(self.name, word, getattr(self, word)))
         if self.layer is not None and self.name in SITES_WITHOUT_LAYER:
             raise UnknownSite(
                 f"{self.name!r} exists once in the model and has no layer {self.layer}: "
@@ -240,16 +239,13 @@ class Sites(Sequence[AnySite]):
         for site in self.chosen:
             axes = site.axes if isinstance(site, Site) else ""
             rows.append({"site": str(site), "axes": axes})
-        return render_html(self._count_text(), rows=rows)
+        return render_html(count_of(len(self), "site"), rows=rows)
 
     def __repr__(self) -> str:
-        names = [str(site) for site in self.chosen]
+        names = list(map(str, self.chosen))
         if len(names) > 6:
             names = [*names[:3], "…", *names[-2:]]
-        return f"{self._count_text()}: {', '.join(names)}"
-
-    def _count_text(self) -> str:
-        return "1 site" if len(self) == 1 else f"{len(self)} sites"
+        return f"{count_of(len(self), 'site')}: {', '.join(names)}"
 
 
 SitesLike: TypeAlias = str | AnySite | Iterable[str | AnySite]
@@ -268,7 +264,7 @@ def as_sites(sites: SitesLike) -> Sites:
         )
     if isinstance(sites, str | Site | ModuleSite):
         sites = [sites]
-    selected = tuple(_as_site(item) for item in sites)
+    selected = tuple(map(_as_site, sites))
     if not selected:
         raise EmptySelection(
             "no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')"

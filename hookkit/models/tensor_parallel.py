@@ -16,7 +16,8 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..errors import Unsupported
 
 Key = tuple[str, str, int | str]
 """A module location: path, side and item."""
+Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,20 @@ class Ranks:
         shapes: list[list[int]] = self.gather_values(list(tensor.shape))
         for axis, full in (expected or {}).items():
             sizes = tuple(shape[axis] for shape in shapes)
-            if sum(sizes) == full and self.count > 1 and tensor.shape[axis] != full:
+            if sum(sizes) == full and tensor.shape[axis] != full:
                 return Split(axis % tensor.ndim, sizes)
             if set(sizes) != {full}:
                 raise Unsupported(
                     f"{subject} has {list(sizes)} numbers on the ranks along axis "
                     f"{axis % tensor.ndim}, which do not make up {full}: it cannot be put together"
                 )
-        sums = torch.tensor(self.gather_values(_checksums(tensor)))
+        numbers = tensor.detach().double()
+        checksums = [float(numbers.sum()), float(numbers.abs().sum())]
+        sums = torch.tensor(self.gather_values(checksums))
         same_sums = torch.allclose(sums, sums[:1].expand_as(sums), rtol=1e-4, equal_nan=True)
-        if not same_sums or any(shape != shapes[0] for shape in shapes):
+        if not same_sums or shapes.count(shapes[0]) != len(shapes):
             raise Unsupported(
-                f"{subject} differs from rank to rank ({[tuple(shape) for shape in shapes]}), and "
+                f"{subject} differs from rank to rank ({list(map(tuple, shapes))}), and "
                 "how its parts make up the whole is not known: it cannot be put together. The "
                 "sites of lm.describe() can"
             )
@@ -84,31 +88,15 @@ class Ranks:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, value: Any) -> Any:
-        """Returns the value of rank 0."""
-        return self.gather_values(value)[0]
-
-    def least(self, value: int) -> int:
-        """Returns the smallest value of all ranks."""
-        return min(self.gather_values(value))
-
-    def together(self) -> None:
-        """Waits for every rank."""
-        self.gather_values(None)
-
-    # ---- parts and wholes
+    # ---- parts and wholes; every rank has the gradient of a whole, and of its own part
 
     def whole(self, part: Tensor, split: Split) -> Tensor:
         """Returns the whole tensor from the part that each rank has."""
-        if part.requires_grad:
-            return _Gather.apply(part, self, split)  # pyright: ignore
-        return self.gather(part, split)
+        return _apply(partial(self.gather, split=split), partial(self.slice, split=split), part)
 
     def part(self, whole: Tensor, split: Split) -> Tensor:
         """Returns this rank's part of a whole tensor."""
-        if whole.requires_grad:
-            return _Slice.apply(whole, self, split)  # pyright: ignore
-        return self.slice(whole, split)
+        return _apply(partial(self.slice, split=split), partial(self.gather, split=split), whole)
 
     def gather(self, part: Tensor, split: Split) -> Tensor:
         """Returns the whole tensor, without a gradient."""
@@ -127,11 +115,7 @@ class Ranks:
         return whole.narrow(split.axis, start, split.sizes[self.rank]).contiguous()
 
     def around(
-        self,
-        key: Key,
-        tensor: Tensor,
-        expected: Mapping[int, int] | None,
-        work: Callable[[Tensor], Tensor],
+        self, key: Key, tensor: Tensor, expected: Mapping[int, int] | None, work: Transform
     ) -> Tensor:
         """Applies `work` to the whole of a tensor, and returns this rank's part of the result."""
         split = self.split(key, tensor, expected)
@@ -142,38 +126,24 @@ class Ranks:
         return tensor if new is whole else self.part(new, split)
 
 
-class _Gather(torch.autograd.Function):
-    """From parts to the whole.
-
-    The gradient is this rank's part of the gradient, which every rank has whole.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, ranks: Ranks, split: Split) -> Tensor:
-        ctx.ranks, ctx.split = ranks, split
-        return ranks.gather(part, split)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.ranks.slice(gradients[0], ctx.split), None, None
+def _apply(function: Transform, gradient_function: Transform, tensor: Tensor) -> Tensor:
+    """Returns `function(tensor)`, whose gradient goes through `gradient_function`."""
+    if not tensor.requires_grad:
+        return function(tensor)
+    return _WithGradient.apply(tensor, function, gradient_function)  # pyright: ignore
 
 
-class _Slice(torch.autograd.Function):
-    """From the whole to this rank's part. The gradient is gathered from those of all parts."""
+class _WithGradient(torch.autograd.Function):
+    """A function without a gradient of its own, and the function for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, ranks: Ranks, split: Split) -> Tensor:
-        ctx.ranks, ctx.split = ranks, split
-        return ranks.slice(whole, split)
+    def forward(ctx: Any, tensor: Tensor, function: Transform, gradient_function: Transform) -> Any:
+        ctx.gradient_function = gradient_function
+        return function(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.ranks.gather(gradients[0], ctx.split), None, None
-
-
-def _checksums(tensor: Tensor) -> list[float]:
-    numbers = tensor.detach().double()
-    return [float(numbers.sum()), float(numbers.abs().sum())]
+        return ctx.gradient_function(gradients[0]), None, None
 
 
 # ---- the model
@@ -215,10 +185,7 @@ _LIVE_RANKS: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
 def is_writing_process() -> bool:
-    """True if this process writes files: it has rank 0 in every model.
-
-    This is for files of no single model, such as reports. For one model there is `lm.is_writer`.
-    """
+    """True if this process has rank 0 in every model: it writes files of no single model."""
     return all(ranks.rank == 0 for ranks in _LIVE_RANKS)
 
 

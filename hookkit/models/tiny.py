@@ -56,77 +56,65 @@ GRANITE = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scal
 STATE_SPACE_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", ".D")  # keep their initial values
 
 # What a family needs besides the sizes. None removes a setting.
+HEADS = {"head_dim": 8}
+FEED_FORWARD_ELSEWHERE = {"num_key_value_heads": None, "intermediate_size": None}
 FAMILIES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("ernie4_5", "gemma", "glm", "glm4", "helium", "hunyuan_v1_dense", "seed_oss"), HEADS
+    ),
     "codegen": {"rotary_dim": 4},
-    "cohere2": {**SLIDING, "head_dim": 8},
+    "cohere2": {**SLIDING, **HEADS},
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
     "exaone4": SLIDING,
-    "ernie4_5": {"head_dim": 8},
-    "falcon": {"num_key_value_heads": None, "intermediate_size": None},
-    "gemma": {"head_dim": 8},
-    "gemma2": {
-        **SLIDING,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "final_logit_softcapping": 5.0,
-    },
-    "gemma3_text": {**SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "falcon": FEED_FORWARD_ELSEWHERE,
+    "gemma2": {**SLIDING, **HEADS, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**SLIDING, **HEADS, "query_pre_attn_scalar": 8},
     "gemma4_text": {
         **SLIDING,
+        **HEADS,
         # the last one must be full
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        "head_dim": 8,
         "global_head_dim": 16,
         "vocab_size_per_layer_input": 320,
         "hidden_size_per_layer_input": 8,
     },
-    "glm": {"head_dim": 8},
-    "glm4": {"head_dim": 8},
     "gpt_neo": {
         "num_layers": 3,
         "attention_types": [[["global", "local", "global"], 1]],
         "window_size": 6,
         "num_hidden_layers": None,
     },
-    "gpt_oss": {**EXPERTS, **SLIDING, "head_dim": 8},
+    "gpt_oss": {**EXPERTS, **SLIDING, **HEADS},
     "gptj": {"rotary_dim": 4},
     "granite": {**GRANITE, "attention_multiplier": 0.4},
     "granitemoe": {**EXPERTS, **GRANITE},
-    "helium": {"head_dim": 8},
-    "hunyuan_v1_dense": {"head_dim": 8},
     "lfm2": {
         "layer_types": ["full_attention", "conv", "full_attention"],
         "block_auto_adjust_ff_dim": False,
     },
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 4},
     "minicpm3": {**LATENT, "dim_model_base": 16},
-    "llama4_text": {**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 48},
-    "ministral": {**SLIDING, "head_dim": 8},
+    "llama4_text": {**EXPERTS, **HEADS, "intermediate_size_mlp": 48},
+    "ministral": {**SLIDING, **HEADS},
     "mistral": {"sliding_window": 6},
     "mixtral": EXPERTS,
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128},
     "olmo3": SLIDING,
     "olmoe": EXPERTS,
-    "opt": {
-        "ffn_dim": 48,
-        "word_embed_proj_dim": 32,
-        "num_key_value_heads": None,
-        "intermediate_size": None,
-    },
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, **FEED_FORWARD_ELSEWHERE},
     "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0]},
     "qwen3": {"head_dim": 16},  # wider than d_model / heads
-    "qwen3_moe": {**EXPERTS, "head_dim": 8, "mlp_only_layers": [0]},
+    "qwen3_moe": {**EXPERTS, **HEADS, "mlp_only_layers": [0]},
     "qwen3_next": {
         **EXPERTS,
-        "head_dim": 8,
+        **HEADS,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
-    "seed_oss": {"head_dim": 8},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 
@@ -172,8 +160,7 @@ def tiny(
 
 def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]) -> dict[str, Any]:
     settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
-    settings |= FAMILIES.get(model_type, {})
-    settings |= changes
+    settings |= FAMILIES.get(model_type, {}) | changes
     for name, value in list(settings.items()):
         if value is None and name != "pad_token_id":
             del settings[name]

@@ -1,52 +1,35 @@
-"""The tokens of a model: from text to ids and back, with or without a tokenizer.
+"""The tokens of a model: from text to ids and back, with or without a tokenizer."""
 
-The rank of a token, everywhere in hookkit, is 1 + the number of tokens whose logit is strictly
-larger. A NaN logit has no rank and counts as larger than all others, so no token beside it has rank
-1. In tensors of ranks, no rank is 0; in tables it is NaN, and the column is floating-point then.
-"""
-
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import torch
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor
-
-from ..arguments import check_token as as_token
+from ..arguments import as_integer, as_items, as_number, describe
 from ..errors import NotOneToken
 
 Token: TypeAlias = str | int
 SPACE = "▁"  # sentencepiece writes a space as this character
 # Texts that are put before another one, to tokenize it as a continuation.
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
-NO_RANK = 0
 
 
-@dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """A tokenizer, or None, and a function that returns the number of rows of the vocabulary.
-
-    The rows are counted at the first use, because that may need a dry run of the model. The
-    function returns None if the number is not known.
-    """
+    """The tokens of a model as methods of its `LM`, with or without a tokenizer."""
 
     tokenizer: Any
-    count: Callable[[], int | None]
 
-    @cached_property
-    def size(self) -> int | None:
-        """The number of rows of the vocabulary; None if it is not known."""
-        return self.count()
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The length of each axis that the model fixes; None where the family has no such axis."""
+        raise NotImplementedError
 
     @cached_property
     def n_tokens(self) -> int:
-        """The number of rows of the vocabulary that are real tokens."""
+        """The number of real tokens. Rows of the vocabulary after them are never ranked."""
+        rows = self.sizes["vocab"] or 0
         if self.tokenizer is None:
-            return self.size or 0
-        return min(self.size or 0, max(self.tokenizer.get_vocab().values()) + 1)
+            return rows
+        return min(rows, max(self.tokenizer.get_vocab().values()) + 1)
 
     def token(self, token: Token) -> int:
         """Returns the id of one token, from its text or from the id itself.
@@ -54,36 +37,31 @@ class Vocabulary:
         Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the
         nearest spellings that are one.
         """
-        token = as_token(token)
+        token, rows = check_token(token), self.sizes["vocab"]
         if not isinstance(token, str):
-            if self.size is not None and token >= self.size:
+            if rows is not None and token >= rows:
                 raise NotOneToken(
-                    f"token {token} was asked for, and the vocabulary has ids 0 to {self.size - 1}"
+                    f"token {token} was asked for, and the vocabulary has ids 0 to {rows - 1}"
                 )
             return token
         if self.tokenizer is None:
             raise NotOneToken(
                 f"{token!r} is text, and this model came without a tokenizer: give token ids"
             )
-        ids = self._continuation_or_encoding(token)
-        if self.size is not None and max(ids, default=0) >= self.size:
+        token_id, ids = self._token_and_pieces(token)
+        if rows is not None and max(ids, default=0) >= rows:
             raise NotOneToken(
                 f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to "
-                f"{self.size - 1}: give the LM the model's own tokenizer"
+                f"{rows - 1}: give the LM the model's own tokenizer"
             )
-        token_id = self._single_token(token, ids)
         if token_id is None:
-            raise self._not_one_token(token, ids)
+            pieces = " + ".join(map(repr, map(self.string, ids)))
+            spellings = ", ".join(map(repr, self._one_token_spellings(token, ids)))
+            raise NotOneToken(
+                f"{token!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
+                f"One token each: {spellings or 'no near spelling, so give an id'}."
+            )
         return token_id
-
-    def _not_one_token(self, text: str, ids: list[int]) -> NotOneToken:
-        """Returns the error for a text that is several tokens or none."""
-        pieces = " + ".join(repr(self.string(token_id)) for token_id in ids)
-        spellings = ", ".join(map(repr, self._one_token_spellings(text, ids)))
-        return NotOneToken(
-            f"{text!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
-            f"One token each: {spellings or 'no near spelling, so give an id'}."
-        )
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without the special tokens that begin a prompt."""
@@ -92,11 +70,12 @@ class Vocabulary:
     def continuation(self, text: str) -> list[int]:
         """Returns the token ids of a text that continues another one.
 
-        Its leading space, or none, is kept as it is. Sentencepiece tokenizers put a space before
-        every text. With them, the text is tokenized after an anchor text, whose tokens are removed.
+        Its leading space, or none, is kept as it is, also where the tokenizer puts a space before
+        every text.
         """
         if not text or not self._adds_space:
             return self.encode(text)
+        # The text is tokenized after an anchor text, whose tokens are removed.
         for anchor in ANCHORS:
             anchor_ids, all_ids = self.encode(anchor), self.encode(anchor + text)
             ids = all_ids[len(anchor_ids) :]
@@ -121,29 +100,26 @@ class Vocabulary:
             for case in (bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()):
                 candidates += [f" {case}", case]
         candidates += map(self.string, ids)
-        return [spelling for spelling in dict.fromkeys(candidates) if self._is_token(spelling)]
+        rows = self.sizes["vocab"]
+        spellings: list[str] = []
+        for spelling in dict.fromkeys(filter(None, candidates)):
+            token_id, _ = self._token_and_pieces(spelling)
+            if token_id is not None and (rows is None or token_id < rows):
+                spellings.append(spelling)
+        return spellings
 
-    def _is_token(self, spelling: str) -> bool:
-        """True if `token` accepts this spelling."""
-        if not spelling:
-            return False
-        token_id = self._single_token(spelling, self._continuation_or_encoding(spelling))
-        return token_id is not None and (self.size is None or token_id < self.size)
-
-    def _continuation_or_encoding(self, text: str) -> list[int]:
+    def _token_and_pieces(self, text: str) -> tuple[int | None, list[int]]:
+        """Returns the token that a text is, or None, and the tokens of the text."""
         try:
-            return self.continuation(text)
+            ids = self.continuation(text)
         except NotOneToken:
-            return self.encode(text)
-
-    def _single_token(self, text: str, ids: Sequence[int]) -> int | None:
-        """Returns the token that a text is, by its ids or in the vocabulary; None for others."""
+            ids = self.encode(text)
         if len(ids) == 1 and self.string(ids[0]) == text:
-            return ids[0]
+            return ids[0], ids
         token_id = self.tokenizer.convert_tokens_to_ids(text.replace(" ", SPACE))
         if isinstance(token_id, int) and self.string(token_id) == text:
-            return token_id
-        return None
+            return token_id, ids
+        return None, ids
 
     def string(self, token_id: int) -> str:
         """Returns the text of one token, its leading space included.
@@ -163,7 +139,7 @@ class Vocabulary:
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Returns the text that tokens add after others.
 
-        It includes their leading space, and a character that they complete.
+        The two texts together are the text of all tokens.
         """
         if not ids:
             return ""
@@ -177,23 +153,48 @@ class Vocabulary:
     def text(self, ids: Sequence[int]) -> str:
         """Returns the text of a row of tokens, special tokens included."""
         if self.tokenizer is None:
-            return " ".join(f"<{token_id}>" for token_id in ids)
+            return " ".join(map(self.string, ids))
         return self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
 
-def rank_among(
-    logits: Float[Tensor, "*batch token"], value: Float[Tensor, "*batch"]
-) -> Int[Tensor, "*batch"]:
-    """Returns the rank of a value among the logits along the last axis; `NO_RANK` for NaN."""
-    not_larger = logits <= value[..., None]
-    # Counting in int64 takes five times as long on a CPU.
-    ranks = logits.shape[-1] + 1 - not_larger.sum(-1, dtype=torch.int32).long()
-    return ranks.masked_fill(value.isnan(), NO_RANK)
+def check_token(value: object, name: str = "token") -> str | int:
+    """Returns one token: its text, or its id as an int."""
+    if isinstance(value, str):
+        if not value:
+            raise NotOneToken(f"{name}='' is no token: give its text, such as ' coffee', or its id")
+        return str(value)
+    number = as_integer(value)
+    if number is None:
+        raise NotOneToken(
+            f"{name}={describe(value)} is no token: give its text, such as ' coffee', "
+            f"or its id{_token_hint(value)}"
+        )
+    if number < 0:
+        raise NotOneToken(f"{name}={number} is no token: ids count from 0 upwards")
+    return number
 
 
-def ranks_for_table(ranks: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
-    """Returns ranks for a table: whole numbers, or floating-point ones if some are NaN."""
-    missing = ranks == NO_RANK
-    return ranks.double().masked_fill(missing, math.nan) if bool(missing.any()) else ranks
+def _token_hint(value: object) -> str:
+    """Returns the end of the message about a value that is no token."""
+    if isinstance(value, bytes):
+        return "; bytes are no text: decode them first, value.decode()"
+    if as_number(value) is not None:
+        return "; an id is a whole number, int(value)"
+    if as_items(value) is not None:
+        return "; several are given where one token is meant"
+    return ""
+
+
+def check_tokens(
+    values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
+) -> tuple[Any, ...]:
+    """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
+    items = as_items(values)
+    if items is None:
+        items = [values]
+    tokens: list[Any] = []
+    for item in items:
+        tokens.append(item if isinstance(item, also) else check_token(item, name))
+    return tuple(tokens)

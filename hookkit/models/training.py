@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,10 +37,7 @@ def warn_of_dropout(lm: LM) -> None:
 
 
 def _describe_dropout(module: nn.Module) -> str | None:
-    """Returns a module's own dropout as text, or None.
-
-    Attention has a probability but no dropout module.
-    """
+    """Returns a module's own dropout as text, or None. Attention has no dropout module."""
     if not module.training:
         return None
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
@@ -51,10 +49,7 @@ def _describe_dropout(module: nn.Module) -> str | None:
 
 
 def refuse_no_gradient(lm: LM) -> None:
-    """Raises `Unsupported` for a model with layers through which there is no gradient.
-
-    torch's dynamically quantised layers are an example. Each class of layers is tried once.
-    """
+    """Raises `Unsupported` for layers without a gradient, such as dynamically quantised ones."""
     if "without gradient" not in lm.trial_results:
         lm.trial_results["without gradient"] = _without_gradient(lm.root)
     paths = lm.trial_results["without gradient"]
@@ -113,36 +108,25 @@ def user_stacklevel() -> int:
 
 def checkpointing_parents(root: nn.Module, paths: Iterable[str]) -> list[Any]:
     """Returns the modules around these paths that run their forward again in the backward pass."""
-    parents: dict[str, Any] = {}
-
-    def add_parent(path: str) -> Any:
-        if path not in parents:
-            parent_path, _, name = path.rpartition(".")
-            parents[path] = add_parent(parent_path)._modules[name] if path else root
-        return parents[path]
-
-    for path in paths:
-        if path:
-            add_parent(path.rpartition(".")[0])
-    return [module for module in parents.values() if _uses_checkpointing(vars(module))]
-
-
-def _uses_checkpointing(attributes: dict[str, Any]) -> bool:
-    is_enabled = bool(attributes.get("gradient_checkpointing"))
-    return is_enabled and "_gradient_checkpointing_func" in attributes
+    parent_paths: set[str] = set()
+    for path in filter(None, paths):
+        names = path.split(".")[:-1]
+        parent_paths |= {"", *accumulate(names, lambda parent, name: f"{parent}.{name}")}
+    parents: list[Any] = []
+    for module in map(root.get_submodule, parent_paths):
+        attributes = vars(module)
+        is_enabled = attributes.get("gradient_checkpointing")
+        if is_enabled and "_gradient_checkpointing_func" in attributes:
+            parents.append(module)
+    return parents
 
 
 def is_in_checkpointed_block(root: nn.Module, path: str) -> bool:
-    """True for a module inside a block that runs again in the backward pass.
-
-    Hooks on the block itself do not run again.
-    """
+    """True for a module inside a block that runs again in the backward pass; not for the block."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return any(
-        isinstance(module, GradientCheckpointingLayer)
-        for module in checkpointing_parents(root, [path])
-    )
+    parents = checkpointing_parents(root, [path])
+    return any(isinstance(module, GradientCheckpointingLayer) for module in parents)
 
 
 @contextmanager

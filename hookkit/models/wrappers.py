@@ -64,21 +64,21 @@ def adapter_names(wrapping: tuple[nn.Module, ...]) -> list[str]:
 
     PEFT wraps them around it; transformers adds them inside.
     """
-    names: dict[str, None] = {}
+    names: list[str] = []
     for module in wrapping:
-        names.update(dict.fromkeys(_adapter_configs(module)))
-    return list(names)
+        names += _adapter_configs(module)
+    return list(dict.fromkeys(names))
 
 
 def layer_adapter_names(module: nn.Module) -> list[str]:
     """Returns the names of the adapters of one layer."""
-    names: dict[str, None] = {}
+    names: list[str] = []
     for layer in _adapter_layers([module]):
         for attribute in layer.adapter_layer_names:
             part: Any = getattr(layer, attribute, None)
             if hasattr(part, "keys"):
-                names.update(dict.fromkeys(part.keys()))
-    return list(names)
+                names += part.keys()
+    return list(dict.fromkeys(names))
 
 
 def active_adapter_names(model: nn.Module) -> list[str]:
@@ -103,9 +103,7 @@ def refuse_virtual_tokens(wrapping: tuple[nn.Module, ...]) -> None:
         if not isinstance(name, str) or name not in configs:
             continue
         config = configs[name]
-        if not config.is_prompt_learning:
-            continue
-        if getattr(module, "_adapters_disabled", False):
+        if not config.is_prompt_learning or getattr(module, "_adapters_disabled", False):
             continue
         raise Unsupported(
             f"the adapter {name!r} ({config.peft_type.value}) puts {config.num_virtual_tokens} "

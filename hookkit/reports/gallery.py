@@ -1,4 +1,7 @@
-"""The index of a folder of results: the question, the answer and a picture of each, with links."""
+"""The index of a folder of results: the question, the answer and a picture of each, with links.
+
+It is written as a page, and as README.md for a code host.
+"""
 
 import base64
 import io
@@ -12,8 +15,10 @@ import pandas as pd
 from ..arguments import check_arguments
 from ..errors import BadFile, BadHook
 from ..files.atomic import write_text
-from ..files.untrusted import check_strings, is_bare_name, path_inside, read_json
-from .page import is_own_page, render_page
+from ..files.untrusted import check_mapping, is_bare_name, path_inside, read_json
+from .page import PAGE, is_own_page, render_page
+from .readme import MARK, README, is_own_readme
+from .typesetting import escape_markdown
 
 PICTURE_SIZE = 640, 360  # pixels, the largest width and height of a picture on the index
 MOST_PIXELS = 80_000_000  # of a picture that is read
@@ -22,11 +27,13 @@ COLUMNS = ["result", "title", "question", "answer", "made", "page"]
 
 @check_arguments
 def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
-    """The results in a folder and in the folders below it, one row for each page.
+    """The results in a folder and in the folders below it, one row for each.
+
+    A result is a folder with a report.html or a README.md, as `hk.record` writes them.
 
     Columns: result, its folder · title · question · answer · made, the command and how it ended ·
-    page. Raises `BadHook` for a folder that does not exist or has no results, and `BadFile` for an
-    about.json that cannot be read.
+    page, report.html or else README.md. Raises `BadHook` for a folder that does not exist or has no
+    results, and `BadFile` for an about.json that cannot be read.
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
     ...     oat_milk.answer("Coffee.")
@@ -38,27 +45,28 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     if not top.is_dir():
         raise BadHook(f"there is no folder {str(folder)!r}: name one with results in it")
     records = []
-    for page in sorted(top.rglob("report.html")):
-        relative = page.relative_to(top)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        if page.parent != top and not is_hidden:
+    readmes = filter(is_own_readme, top.rglob(README))
+    folders = {path.parent for path in (*top.rglob(PAGE), *readmes)} - {top}
+    for result in sorted(folders):
+        relative = result.relative_to(top)
+        if not any(part.startswith(".") for part in relative.parts):
             records.append(_read_result(relative, top))
     if not records:
         raise BadHook(
-            f"{str(folder)!r} has no results: a result is a folder with a report.html, as "
-            "hk.record makes it"
+            f"{str(folder)!r} has no results: a result is a folder with a report.html or a "
+            "README.md, as hk.record makes them"
         )
     return pd.DataFrame(records, columns=COLUMNS)
 
 
 @check_arguments
 def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
-    """Write index.html into a folder of results. Returns its path.
+    """Write index.html and README.md into a folder of results. Returns the path of index.html.
 
-    The page has the question, the answer and the first figure of each result, and links to its
-    page. Results without a question are at the end. The page is self-contained. Raises what
-    `results` raises, and `BadFile` if the folder has an index.html that hookkit did not write, or
-    for a picture that cannot be read.
+    Both have the question, the answer and the first figure of each result, and link to it. Results
+    without a question are at the end. The page is self-contained; README.md is for a code host, and
+    one of your own stays as it is. Raises what `results` raises, and `BadFile` if the folder has an
+    index.html that hookkit did not write, or for a picture that cannot be read.
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
     ...     oat_milk.answer("Coffee.")
@@ -81,23 +89,43 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
         row["address"] = quote(row["page"])  # a folder's name may begin with "javascript:"
     if is_writing_process():
         write_text(page, render_page("gallery.html", title=title, results=rows))
+        readme = page.with_name(README)
+        if is_own_readme(readme) or not os.path.lexists(readme):
+            write_text(readme, _render_readme(title, rows, page.parent))
     return page
 
 
-def _read_result(page: Path, top: Path) -> dict[str, str]:
-    """The row of one result. `page` is relative to the folder `top`."""
-    about = _read_about(top / page.parent)
+def _render_readme(title: str, rows: list[dict[str, str]], folder: Path) -> str:
+    """The index in Markdown. The pictures are the files in the folders of the results."""
+    blocks = [MARK, f"# {escape_markdown(title)}"]
+    for row in rows:
+        address = quote(row["result"])
+        lines = [f"## [{escape_markdown(row['title'])}]({address}/)"]
+        picture = _first_picture(folder / row["result"])
+        if picture is not None:
+            source = f"{address}/{quote(picture.name)}"
+            lines.append(f'<a href="{address}/"><img src="{source}" width="320" alt=""></a>')
+        lines += [escape_markdown(row[name]) for name in ("question", "answer") if row[name]]
+        lines.append(f"`{row['made']}`" if row["made"] else "")
+        blocks += filter(None, lines)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _read_result(result: Path, top: Path) -> dict[str, str]:
+    """The row of one result. `result` is its folder relative to `top`."""
+    about = _read_about(top / result)
+    page = PAGE if (top / result / PAGE).is_file() else README
     command = about.get("command", "")
     ended = about.get("ended", "finished")
     if ended != "finished":
         command += f" ({ended})"
     return {
-        "result": page.parent.as_posix(),
-        "title": about.get("title") or page.parent.name.replace("_", " ").capitalize(),
+        "result": result.as_posix(),
+        "title": about.get("title") or result.name.replace("_", " ").capitalize(),
         "question": about.get("question", ""),
         "answer": about.get("answer", ""),
         "made": command,
-        "page": page.as_posix(),
+        "page": (result / page).as_posix(),
     }
 
 
@@ -106,7 +134,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     names = ("title", "question", "answer", "ended", "command")
-    return dict(check_strings(read_json(path, finite=False), names, repr(str(path))))
+    return check_mapping(read_json(path, finite=False), repr(str(path)), *names)
 
 
 def _encode_picture(folder: Path) -> str:

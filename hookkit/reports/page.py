@@ -15,13 +15,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from html import unescape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
@@ -34,54 +34,24 @@ from ..display import render_html
 from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
-from ..files.untrusted import check_strings, is_bare_name, parse_json
-from .typesetting import as_json, as_latex, as_markdown, column_kind, format_value
+from ..files.untrusted import check_mapping, is_bare_name, parse_json
+from .parts import NAME, Content, Folded, Part, check_name, encode_text, part_files, table_formats
+from .readme import README, README_HASHES, is_own_readme, render_readme
+from .typesetting import column_kind, format_value
 
 MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
 FIRST_ROWS = 24  # of a longer table; its CSV has all rows
-MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
 SORTABLE_ROWS = 3  # the fewest rows of a table that the reader can sort
 PROSE_LETTERS = 40  # a longer text in a cell may break into lines
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 # The columns that are coloured by their sign: with 1 positive numbers are green, with -1 negative.
 SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}
-FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
-    "json": as_json,
-    "md": as_markdown,
-    "tex": as_latex,
-}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 INDEX_COLUMNS = ("row", "pos", "step")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PAGE = "report.html"
 GENERATOR = b'<meta name="generator" content="hookkit">'  # in the head of every page
 HASHES = re.compile(rb'<meta name="hookkit-files" content="([^"]*)">')
 LONGEST_HEAD = 2**20  # bytes at the beginning of a page that contain its head
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A table or a figure with its name, which is also the name of its file, and a caption.
-
-    If `file` is the name of another part, that part's file has these rows too, and this part is not
-    written to a file of its own.
-    """
-
-    content: pd.DataFrame | Figure
-    name: str
-    caption: str = ""
-    file: str = ""
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A preformatted text that the reader unfolds by its summary."""
-
-    summary: str
-    text: str
-
-
-Content: TypeAlias = str | pd.DataFrame | Figure | Part | Folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,30 +88,38 @@ class Report:
         """The page as text."""
         return self._render({})
 
-    def _render(self, hashes: Mapping[str, str]) -> str:
-        """The page, with the sha256 of the files beside it.
+    def readme(self) -> str:
+        """The page in Markdown, with links to the files that `write` puts beside it."""
+        return render_readme(self.title, self.parts, self.footer)
 
-        By these hashes a later report recognizes the files as written by a report.
-        """
+    def _render(self, hashes: Mapping[str, str]) -> str:
+        """The page with the sha256 of its files, by which later reports recognize them."""
         parts = [_render_part(part, self.formats) for part in self.parts]
         has_sortable = any(part.get("sorts") for part in parts)
+        data = []
+        for part in self.data:
+            assert isinstance(part.content, pd.DataFrame)
+            formats = table_formats(part.content, self.formats)
+            files = [f"{part.name}.{kind}" for kind in formats]
+            data.append({"files": files, "caption": part.caption})
         return render_page(
             "report.html",
             _read_template("report.js") if has_sortable else "",
             title=self.title,
             footer=self.footer,
             parts=parts,
-            data=[_list_files(part, self.formats) for part in self.data],
+            data=data,
             files=list(self.files),
             hashes=json.dumps(hashes) if hashes else "",
         )
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html, NAME.csv for every table and NAME.png for every figure.
+        """Write report.html, NAME.csv for every table, NAME.png for every figure, and README.md.
 
-        Returns the page's path. What an earlier report wrote in the folder is replaced. Raises
-        `BadFile`, before anything is written, if a file with one of these names was not written by
-        a report, or was changed since.
+        README.md has the page in Markdown, as code hosts show it; a README.md of your own stays as
+        it is. Returns the page's path. What an earlier report wrote in the folder is replaced.
+        Raises `BadFile`, before anything is written, if a file with one of these names was not
+        written by a report, or was changed since.
         """
         # These imports bring torch, which a page that is only read does not need.
         from ..models.tensor_parallel import is_writing_process
@@ -150,6 +128,7 @@ class Report:
         page = target / PAGE
         if not is_writing_process():
             return page
+        readme = target / README
         data = self._build_files()
         _check_files(target, data)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
@@ -158,6 +137,8 @@ class Report:
         for name, content in data.items():
             write_bytes(target / name, content)
         write_text(page, self._render(hashes))
+        if is_own_readme(readme) or not os.path.lexists(readme):
+            write_text(readme, render_readme(self.title, self.parts, self.footer, hashes))
         return page
 
     def write_page(self, folder: str | os.PathLike[str]) -> Path:
@@ -177,12 +158,12 @@ class Report:
             check_name(part.name)
             data |= part_files(part, self.formats)
         for name, text in self.files.items():
-            if not is_bare_name(name) or name == PAGE or name in data:
+            if not is_bare_name(name) or name in (PAGE, README) or name in data:
                 raise BadHook(
                     f"{name!r} cannot name a file of a report: names stand once, and lead to no "
                     "other folder"
                 )
-            data[name] = _encode(text)
+            data[name] = encode_text(text)
         return data
 
     def _repr_html_(self) -> str:
@@ -230,49 +211,6 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
     return Report(title, tuple(page_parts), footer)
 
 
-def add_files(
-    page: Report,
-    tables: Mapping[str, pd.DataFrame],
-    captions: Mapping[str, str],
-    about: Mapping[str, Any],
-) -> Report:
-    """The page with about.json and the captioned tables beside it, the tables in all formats."""
-    data = []
-    for name, caption in captions.items():
-        if name in tables and not tables[name].empty:
-            data.append(Part(tables[name], name, caption))
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    return replace(page, data=tuple(data), formats=("csv", *FORMATS), files={"about.json": text})
-
-
-def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, bytes]:
-    """The files of a part: a table as CSV and in the other formats, or a figure as PNG.
-
-    The same content always gives the same bytes.
-    """
-    if isinstance(part.content, Figure):
-        png = io.BytesIO()
-        part.content.savefig(png, format="png", dpi=150, metadata={"Software": None})
-        return {f"{part.name}.png": png.getvalue()}
-    table = part.content
-    csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    data = {f"{part.name}.csv": _encode(csv)}
-    for kind in table_formats(table, formats):
-        if kind != "csv":
-            data[f"{part.name}.{kind}"] = _encode(FORMATS[kind](table).rstrip("\n") + "\n")
-    return data
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", errors="backslashreplace")
-
-
-def check_name(name: str) -> None:
-    """Raises `BadHook` for a name that cannot be the name of a file without its suffix."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise BadHook(f"{name!r} cannot name a file here: use letters, digits, '-' and '_'")
-
-
 def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
     """Raises `BadFile` if a file that no report wrote would be overwritten."""
     page = folder / PAGE
@@ -283,7 +221,7 @@ def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
     for name, content in data.items():
         path = folder / name
         allowed = hashes.get(name), hashlib.sha256(content).hexdigest()
-        if os.path.lexists(path) and not _has_hash(path, allowed):
+        if os.path.lexists(path) and not has_hash(path, allowed):
             foreign.append(name)
     if foreign:
         raise BadFile(
@@ -292,45 +230,41 @@ def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
         )
 
 
-def _has_hash(path: Path, hashes: tuple[str | None, ...]) -> bool:
+def has_hash(path: Path, hashes: tuple[str | None, ...]) -> bool:
     """True for a regular file with one of these sha256."""
     return path.is_file() and not path.is_symlink() and sha256(path) in hashes
 
 
 def is_own_page(path: Path) -> bool:
     """True for a page that hookkit wrote: its head says so."""
+    return GENERATOR in _read_head(path)
+
+
+def _read_head(path: Path) -> bytes:
     if path.is_symlink() or not path.is_file():
-        return False
+        return b""
     with path.open("rb") as file:
-        return GENERATOR in file.read(LONGEST_HEAD)
+        return file.read(LONGEST_HEAD)
 
 
 def _read_hashes(page: Path) -> Mapping[str, str]:
-    """The sha256 of the files beside a page, as an earlier report noted them on it."""
-    if not is_own_page(page):
+    """The sha256 of the files beside a page, as an earlier report noted them.
+
+    They are on the page, and in README.md for a folder whose page is not there.
+    """
+    if is_own_page(page):
+        path, pattern = page, HASHES
+    elif is_own_readme(page.with_name(README)):
+        path, pattern = page.with_name(README), README_HASHES
+    else:
         return {}
-    with page.open("rb") as file:
-        match = HASHES.search(file.read(LONGEST_HEAD))
+    match = pattern.search(_read_head(path))
     if match is None:
         return {}
     try:
-        return check_strings(parse_json(unescape(match[1].decode()), PAGE), (), PAGE)
+        return check_mapping(parse_json(unescape(match[1].decode()), path.name), path.name)
     except BadFile:
         return {}
-
-
-def table_formats(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
-    """The formats in which a table is written: a long one is not written as Markdown or LaTeX."""
-    if len(table) <= MOST_PAPER_ROWS:
-        return list(formats)
-    return [kind for kind in formats if kind in ("csv", "json")]
-
-
-def _list_files(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:
-    suffixes = ["png"]
-    if isinstance(part.content, pd.DataFrame):
-        suffixes = table_formats(part.content, formats)
-    return {"files": [f"{part.name}.{suffix}" for suffix in suffixes], "caption": part.caption}
 
 
 def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
@@ -353,33 +287,33 @@ def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[st
 
 def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     """The header, the cells and the caption of a table for the template."""
-    visible = table if len(table) <= MOST_ROWS else table.head(FIRST_ROWS)
-    # Empty columns, such as the intervals of a mean over one prompt, are only in the CSV.
-    empty = [name for name in table if len(table) and bool(table[name].isna().all())]
-    if len(empty) < table.shape[1]:
-        visible = visible.drop(columns=empty)
-    # The caption names an index column with one value, which leaves room for the other columns.
-    constant = _constant_columns(table)
-    if constant and len(constant) < visible.shape[1]:
-        words = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant).capitalize()
-        caption = f"{caption} {words}.".strip()
-        visible = visible.drop(columns=constant)
-    if len(table) > len(visible):
-        caption = f"{caption} The first {len(visible)} of {len(table)} rows.".strip()
+    visible, caption = _visible_part(table, caption)
     names = [str(name) for name in visible.columns]
     styles = list(map(column_kind, names, visible.dtypes))
     rows = []
     for row in visible.itertuples(index=False):
         rows.append(list(map(_render_cell, row, names, styles)))
+    header = _render_header(names, styles)
     is_sortable = len(rows) >= SORTABLE_ROWS
-    header = _render_header(names, list(styles))
     return {"header": header, "rows": rows, "caption": caption, "sorts": is_sortable}
 
 
-def _constant_columns(table: pd.DataFrame) -> list[str]:
-    if len(table) < 2:
-        return []
-    return [name for name in INDEX_COLUMNS if name in table and len(set(table[name])) == 1]
+def _visible_part(table: pd.DataFrame, caption: str) -> tuple[pd.DataFrame, str]:
+    """The rows and columns that are on the page, and the caption, which mentions the others."""
+    visible = table if len(table) <= MOST_ROWS else table.head(FIRST_ROWS)
+    # Empty columns, such as the intervals of a mean over one prompt, are only in the CSV.
+    empty = table.columns[table.isna().all()]
+    if len(table) and len(empty) < table.shape[1]:
+        visible = visible.drop(columns=empty)
+    # The caption names an index column with one value, which leaves room for the other columns.
+    constant = [name for name in INDEX_COLUMNS if name in table and len(set(table[name])) == 1]
+    if constant and len(table) > 1 and len(constant) < visible.shape[1]:
+        words = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant).capitalize()
+        caption = f"{caption} {words}.".strip()
+        visible = visible.drop(columns=constant)
+    if len(table) > len(visible):
+        caption = f"{caption} The first {len(visible)} of {len(table)} rows.".strip()
+    return visible, caption
 
 
 def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
@@ -398,7 +332,7 @@ def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
     return {"text": text, "style": style, "value": f"{value:.12g}"}
 
 
-def _render_header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
+def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dict[str, Any]]]:
     """The header cells of a table, in one line or two.
 
     Columns NAME_before, NAME_after and NAME_delta in this order share a cell in the first line.
@@ -419,17 +353,12 @@ def _render_header(names: list[str], styles: list[str]) -> list[list[dict[str, A
         else:
             first_line.append(_header_cell(name, style, index))
             index += 1
-    if not second_line:
-        return [first_line]
-    for cell in first_line:
-        if cell["columns"] == 1:
-            cell["lines"] = 2
-    return [first_line, second_line]
+    return [line for line in (first_line, second_line) if line]
 
 
 def _header_cell(text: str, style: str, place: int | None, *, columns: int = 1) -> dict[str, Any]:
     """A header cell. `place` is the column's index, by which the page's script sorts."""
-    return {"text": text, "style": style, "columns": columns, "lines": 1, "place": place}
+    return {"text": text, "style": style, "columns": columns, "place": place}
 
 
 def _render_svg(figure: Figure, name: str) -> str:
@@ -457,7 +386,14 @@ def _render_svg(figure: Figure, name: str) -> str:
 def render_page(template: str, script: str = "", **values: Any) -> str:
     """A page from a template, on which the browser may run this script and no other."""
     style, script = Markup(_read_template("page.css")), Markup(script)
-    policy = _content_policy(script)
+    source = "'none'"
+    if script:
+        digest = hashlib.sha256(script.encode()).digest()
+        source = f"'sha256-{base64.b64encode(digest).decode()}'"
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
+        f"script-src {source}; base-uri 'none'"
+    )
     return _load_template(template).render(style=style, script=script, policy=policy, **values)
 
 
@@ -472,15 +408,3 @@ def _load_template(name: str) -> Template:
 @cache
 def _read_template(name: str) -> str:
     return files("hookkit.reports").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _content_policy(script: str) -> str:
-    """What the browser may do with the page: show it, and run this one script."""
-    source = "'none'"
-    if script:
-        digest = hashlib.sha256(script.encode()).digest()
-        source = f"'sha256-{base64.b64encode(digest).decode()}'"
-    return (
-        "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
-        f"script-src {source}; base-uri 'none'"
-    )

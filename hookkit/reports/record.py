@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import check_arguments, check_folder
+from ..arguments import check_arguments
 from ..display import printable
 from ..errors import BadFile, BadHook, OtherSettings
 from ..files.atomic import (
@@ -35,17 +35,20 @@ from ..files.atomic import (
     write_text,
 )
 from ..files.tensors import MADE_BY, save_new_tensors
-from ..files.untrusted import check_strings, is_bare_name, read_json
+from ..files.untrusted import check_folder, check_mapping, is_bare_name, read_json
 from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from ..models.tensor_parallel import is_writing_process
 from ..runs.run import Run
-from .page import PAGE, Part, Report, check_name, part_files, report
+from .page import PAGE, Report, has_hash, report
+from .parts import Part, check_name, encode_text, part_files
+from .readme import README
 from .results_diff import LAST, describe_changes, moved
 
 ABOUT = "about.json"
 # What has to be the same in all runs of a folder.
-FIXED = ("weights_sha256", "tokenizer_sha256", "dtype", "seed", "settings")
+FIXED = {"weights_sha256": "another model", "tokenizer_sha256": "another tokenizer",
+         "dtype": "", "seed": ""}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -95,9 +98,12 @@ class Record:
             return
         seconds = time.perf_counter() - self._started
         footer = f"Made by {_command()} in {seconds:.0f} s; about.json says how."
-        html = self.report(footer).html()
-        self._write_file(PAGE, lambda path, ready: write_text(path, html, ready=ready))
-        self.files.append(PAGE)
+        page = self.report(footer)
+        pages = {PAGE: page.html()}
+        if not os.path.lexists(self.folder / README):
+            pages[README] = self.report().readme()
+        for name, text in pages.items():
+            self._write_data(name, encode_text(text))
         self._write_about("finished")
         if is_writing_process() and (self.folder / LAST / ABOUT).is_file():
             words = f"{self.folder}, against the run before: {describe_changes(self.moved())}"
@@ -137,16 +143,11 @@ class Record:
         """Write tensors, or all captures of a run, as NAME.safetensors. Returns the path."""
         check_name(name)
         file = f"{name}.safetensors"
+        values: Any = tensors
         words = None
         if isinstance(tensors, Run):
-            words = tensors.tensor_words()
-            tensors = tensors.tensors()
-
-        def write(path: Path, ready: Ready) -> None:
-            save_new_tensors(tensors, path, ready, words)
-
-        self._write_file(file, write)
-        self.files.append(file)
+            values, words = tensors.tensors(), tensors.tensor_words()
+        self._write_file(file, lambda path, ready: save_new_tensors(values, path, ready, words))
         return self.folder / file
 
     def run(self, name: str, run: Run) -> Run:
@@ -167,32 +168,28 @@ class Record:
             raise BadHook(f"{part.name!r} is recorded already: names stand once")
         # Files are written at once, so that nothing is lost if a later step fails.
         for file, data in part_files(part).items():
-            self._write_file(
-                file, lambda path, ready, data=data: write_bytes(path, data, ready=ready)
-            )
-            self.files.append(file)
+            self._write_data(file, data)
         self.parts.append(part)
 
+    def _write_data(self, file: str, data: bytes) -> None:
+        self._write_file(file, lambda path, ready: write_bytes(path, data, ready=ready))
+
     def _write_file(self, file: str, write: Callable[[Path, Ready], object]) -> None:
-        """Write a file of the record.
+        """Write a file. Its sha256 is noted before it exists, as the program may be killed."""
+        if is_writing_process():
+            path = self.folder / file
+            if os.path.lexists(path):
+                reason = "is there, and no record wrote it"
+                if file in self.files:
+                    reason = "is recorded already: names stand once"
+                raise BadFile(f"{str(path)!r} {reason}; give another name, or move that away")
 
-        Its sha256 is in about.json before the file exists, so that a later record recognizes the
-        file even if the program is killed.
-        """
-        path = self.folder / file
-        if not is_writing_process():
-            return
-        if os.path.lexists(path):
-            reason = "is there, and no record wrote it"
-            if file in self.files:
-                reason = "is recorded already: names stand once"
-            raise BadFile(f"{str(path)!r} {reason}; give another name, or move that away")
+            def note_hash(temporary: Path) -> None:
+                self._hashes[file] = sha256(temporary)
+                self._write_about("running")
 
-        def note_hash(temporary: Path) -> None:
-            self._hashes[file] = sha256(temporary)
-            self._write_about("running")
-
-        write(path, note_hash)
+            write(path, note_hash)
+        self.files.append(file)
 
     def _write_about(self, ended: str) -> None:
         about: dict[str, Any] = {
@@ -228,10 +225,11 @@ def record(
 ) -> Record:
     """A context manager that writes a result's folder.
 
-    The folder has tables, figures, tensors, report.html, and about.json: the model with the hashes
-    of its weights and tokenizer at the start, versions, dtype, device, attention, seed, settings,
-    command, git commit, seconds, and of each recorded run its prompts and hooks. A `with` block
-    that ends in an exception keeps what was written, and about.json says how it ended.
+    The folder has tables, figures, tensors, report.html, README.md, which has the page for a code
+    host (one of your own stays as it is), and about.json: the model with the hashes of its weights
+    and tokenizer at the start, versions, dtype, device, attention, seed, settings, command, git
+    commit, seconds, and of each recorded run its prompts and hooks. A `with` block that ends in an
+    exception keeps what was written, and about.json says how it ended.
 
     settings  what else decides the result, by name, as plain values
     replace   replace a run with another model, seed or settings. Without it such a run raises
@@ -269,7 +267,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     )
     if path.is_symlink() or not path.is_file():
         raise BadFile(foreign)
-    about = check_strings(read_json(path, finite=False), ("ended",), repr(str(path)))
+    about = check_mapping(read_json(path, finite=False), repr(str(path)), "ended")
     hashes = about.get("sha256")
     if about.get(MADE_BY) != "hookkit" or not isinstance(hashes, dict):
         raise BadFile(foreign)
@@ -307,9 +305,7 @@ def _changed_last_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
 
 def _is_unchanged(path: Path, value: str) -> bool:
     """True if the file does not exist, or has this sha256."""
-    if not os.path.lexists(path):
-        return True
-    return path.is_file() and not path.is_symlink() and sha256(path) == value
+    return not os.path.lexists(path) or has_hash(path, (value,))
 
 
 def _check_conditions(
@@ -319,12 +315,13 @@ def _check_conditions(
     if earlier.get("ended") != "finished":
         return
     changes = []
-    for name in FIXED:
-        before, after = earlier.get(name), conditions.get(name)
-        if name == "settings":
-            before = before or {}
-        if before != after:
-            changes.append(_describe_change(name, before, after))
+    for name, words in FIXED.items():
+        if earlier.get(name) != conditions.get(name):
+            changes.append(words or _describe_change(name, earlier, conditions))
+    before, after = earlier.get("settings") or {}, conditions["settings"]
+    if before != after:
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        changes.append(", ".join(_describe_change(name, before, after) for name in names))
     if changes:
         raise OtherSettings(
             f"{folder} has results of other settings ({'; '.join(changes)}): record into another "
@@ -332,18 +329,8 @@ def _check_conditions(
         )
 
 
-def _describe_change(name: str, before: Any, after: Any) -> str:
-    if name == "settings":
-        changes = []
-        for key in {**before, **after}:
-            if before.get(key) != after.get(key):
-                changes.append(f"{key} was {before.get(key)!r} and is {after.get(key)!r}")
-        return ", ".join(changes)
-    if name == "weights_sha256":
-        return "another model"
-    if name == "tokenizer_sha256":
-        return "another tokenizer"
-    return f"{name} was {before!r} and is {after!r}"
+def _describe_change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    return f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
 
 
 def _move_earlier_run(folder: Path, earlier: Mapping[str, Any]) -> None:

@@ -62,20 +62,15 @@ def describe_changes(table: pd.DataFrame) -> str:
     n_same = len(table) - len(changed)
     if changed.empty:
         return f"{len(table)} tables are the same"
-    words = [
-        f"{row['table']}: {row['note'] or _describe_cells(row)}"
-        for row in changed.to_dict("records")
-    ]
+    words = []
+    for row in changed.to_dict("records"):
+        text = row["note"] or f"{row['moved']} of {row['cells']} cells moved"
+        if row["column"]:
+            text += f", {row['column']} by {row['largest']:.3g}"
+        words.append(f"{row['table']}: {text}")
     if n_same:
         words.append(f"{n_same} other tables are the same")
     return "; ".join(words)
-
-
-def _describe_cells(row: Mapping[str, Any]) -> str:
-    text = f"{row['moved']} of {row['cells']} cells moved"
-    if row["column"]:
-        text += f", {row['column']} by {row['largest']:.3g}"
-    return text
 
 
 def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:

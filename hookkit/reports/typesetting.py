@@ -82,18 +82,18 @@ def as_markdown(table: pd.DataFrame) -> str:
     """
     kinds = _column_kinds(table)
     rule = ["---:" if kind == "number" else ":---" for kind in kinds.values()]
-    lines = [[_escape_markdown(name) for name in kinds], rule]
+    lines = [[escape_markdown(name) for name in kinds], rule]
     for row in table.itertuples(index=False, name=None):
-        cells = zip(row, kinds.values(), strict=True)
-        lines.append([_markdown_cell(format_value(value), kind) for value, kind in cells])
+        cells = []
+        for value, kind in zip(row, kinds.values(), strict=True):
+            escape = _markdown_code if kind == "token" else escape_markdown
+            cells.append(escape(format_value(value)))
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _markdown_cell(text: str, kind: Kind) -> str:
-    return _markdown_code(text) if kind == "token" else _escape_markdown(text)
-
-
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """A text with the characters escaped that have a meaning in Markdown."""
     escaped = re.sub(r"([\\`*_\[\]<>|#&~!$])", r"\\\1", text)
     return escaped.replace("\r", "").replace("\n", " ⏎ ")
 
@@ -125,18 +125,14 @@ def as_latex(table: pd.DataFrame) -> str:
     header = " & ".join(_escape_latex(name) for name in kinds)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", header + r" \\", r"\hline"]
     for row in table.itertuples(index=False, name=None):
-        cells = zip(row, kinds.values(), strict=True)
-        lines.append(
-            " & ".join(_latex_cell(format_value(value), kind) for value, kind in cells) + r" \\"
-        )
+        cells = []
+        for value, kind in zip(row, kinds.values(), strict=True):
+            text = _escape_latex(format_value(value))
+            if text and kind == "token":
+                text = r"\texttt{" + text.replace(" ", r"\textvisiblespace{}") + "}"
+            cells.append(text)
+        lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}"])
-
-
-def _latex_cell(text: str, kind: Kind) -> str:
-    escaped = _escape_latex(text)
-    if text and kind == "token":
-        return r"\texttt{" + escaped.replace(" ", r"\textvisiblespace{}") + "}"
-    return escaped
 
 
 def _escape_latex(text: str) -> str:

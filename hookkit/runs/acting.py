@@ -1,4 +1,12 @@
-"""Applies one hook to the tensor at its hook point: selected cells are captured, or edited."""
+"""Applies one hook to the tensor at its hook point: selected cells are captured, or edited.
+
+An edit whose result is infinite or NaN where the model's own value was finite raises `BadEdit`.
+On a CPU the result is checked at once. On other devices this would wait for the device after each
+edit, so the flags of all edits are read together, at the end of the forward.
+"""
+
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -7,14 +15,23 @@ from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Here
 from ..hooks.capture import Capture, CaptureLast
 from ..hooks.captured_values import CapturedChunk, swap_head_and_query
-from ..hooks.rounding import convert_dtype
+from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.positions import Where
-from ..models.sites import ModuleSite
+from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, ModuleSite
 from ..models.views import SiteView
-from .outcomes import Firing
-from .overflow import check_result
 from .taps import BoundHook, HookPoint
+
+Firing: TypeAlias = tuple[BoundHook, int, Selection | None, torch.Size, Tensor | None]
+"""One hook at one site in one forward.
+
+The bound hook, the forward's number, the selection, the shape of one cell (of the whole tensor if
+there is no selection), and for an edit how many numbers it changed in each cell.
+"""
+
+# where the model itself may have -inf, as a mask, which an edit may set
+SITES_WITH_MASKS = LOGIT_SITES | QUERY_KEY_SITES
+AT_ONCE = frozenset({"cpu", "meta"})  # devices whose results can be read without waiting
 
 
 def apply_hook(
@@ -32,15 +49,12 @@ def apply_hook(
     """
     if not forward_pass.placed:
         return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
-    view, full = bound_hook.view, tensor
+    view = bound_hook.view
     if not view.plain:
         forward_pass = view.call(forward_pass, tensor)
-        full = view.batch_view(tensor, forward_pass)
-    shape = full.shape
-    if len(shape) < 2 or shape[0] != forward_pass.rows or shape[1] != forward_pass.width:
-        full = _with_batch_axis(full, forward_pass.rows)
-        if not _has_positions(bound_hook, full, forward_pass):
-            return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
+    full = _with_positions(bound_hook, forward_pass, tensor)
+    if full is None:
+        return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
     at_head = bound_hook.head or full.shape[1] != forward_pass.width
     is_capture = bound_hook.change is None
     selection = forward_pass.cells(bound_hook.where, at_head, is_capture)
@@ -122,31 +136,20 @@ def _capture(
 
     Returns the cells with which the model has to go on; None if they are unchanged.
     """
-    capture = bound_hook.hook
+    capture, number = bound_hook.hook, forward_pass.number
     assert isinstance(capture, Capture)
-    if capture.grad:
-        return _capture_with_gradients(bound_hook, forward_pass, selection, raw, values)
-    is_copy = selection.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
-    detached = values.detach() if values.requires_grad else values
-    stored = _stored_copy(detached, capture, is_copy)
-    if isinstance(capture, CaptureLast) and bound_hook.pieces:
-        previous = bound_hook.pieces.pop()
-        bound_hook.pieces += previous.of_rows(forward_pass.text.ended_rows())
-    bound_hook.pieces.append(CapturedChunk(forward_pass.number, selection, stored))
-    return None
-
-
-def _capture_with_gradients(
-    bound_hook: BoundHook,
-    forward_pass: ForwardPass,
-    selection: Selection,
-    raw: Tensor,
-    values: Tensor,
-) -> Tensor:
-    """Stores values that keep their gradient; the model goes on from them, so that they get one."""
+    if not capture.grad:
+        is_copy = selection.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
+        detached = values.detach() if values.requires_grad else values
+        stored = _stored_copy(detached, capture, is_copy)
+        if isinstance(capture, CaptureLast) and bound_hook.pieces:
+            previous = bound_hook.pieces.pop()
+            bound_hook.pieces += previous.of_rows(forward_pass.text.ended_rows())
+        bound_hook.pieces.append(CapturedChunk(number, selection, stored))
+        return None
     if not torch.is_grad_enabled():
         raise Unsupported(
-            f"{bound_hook.hook} needs gradients, which are off here (generate always runs without)"
+            f"{capture} needs gradients, which are off here (generate always runs without)"
         )
     leaf = swap_head_and_query(bound_hook.site, values)
     if not leaf.requires_grad:
@@ -154,7 +157,8 @@ def _capture_with_gradients(
     leaf = leaf.clone().requires_grad_()
     leaf.retain_grad()
     values = swap_head_and_query(bound_hook.site, leaf)
-    bound_hook.pieces.append(CapturedChunk(forward_pass.number, selection, values, leaf))
+    bound_hook.pieces.append(CapturedChunk(number, selection, values, leaf))
+    # the model goes on from the stored values, so that they get a gradient
     if bound_hook.view.plain:
         return values.clone()
     return bound_hook.view.write(values, None, raw, selection, forward_pass)
@@ -190,8 +194,18 @@ def _stored_copy(values: Tensor, capture: Capture, is_copy: bool) -> Tensor:
 def _apply_to_whole_tensor(
     bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor
 ) -> tuple[Firing, Tensor]:
-    """Applies a hook to all of a tensor that has no axes batch and pos."""
-    _refuse_positions(bound_hook, forward_pass, tensor)
+    """Applies a hook without pos, rows and step to all of a tensor without axes batch and pos."""
+    if bound_hook.where != Where():
+        if not forward_pass.placed:
+            raise BadHook(
+                f"an encoder-decoder reads two texts, so a position at {bound_hook.site} may be of "
+                f"either: leave pos, rows and step out of {bound_hook.hook}"
+            )
+        raise BadHook(
+            f"{bound_hook.site} has shape {list(tensor.shape)}, without axes batch and pos "
+            f"({forward_pass.rows} rows of {forward_pass.width} positions ran): leave pos, rows "
+            f"and step out of {bound_hook.hook}"
+        )
     _count_firing(bound_hook, forward_pass)
     if bound_hook.change is None:
         assert isinstance(bound_hook.hook, Capture)
@@ -208,22 +222,6 @@ def _apply_to_whole_tensor(
     check_result(bound_hook, None, tensor, new)
     changed = (new != tensor).sum()
     return (bound_hook, forward_pass.number, None, tensor.shape, changed), new
-
-
-def _refuse_positions(bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor) -> None:
-    """Raises `BadHook` for a hook with pos, rows or step at a tensor without these axes."""
-    if bound_hook.where == Where():
-        return
-    if not forward_pass.placed:
-        raise BadHook(
-            "an encoder-decoder reads two texts, so a position at "
-            f"{bound_hook.site} may be of either: leave pos, rows and step out of {bound_hook.hook}"
-        )
-    raise BadHook(
-        f"{bound_hook.site} has shape {list(tensor.shape)}, without axes batch and pos "
-        f"({forward_pass.rows} rows of {forward_pass.width} positions ran): leave pos, rows and "
-        f"step out of {bound_hook.hook}"
-    )
 
 
 def _count_firing(bound_hook: BoundHook, forward_pass: ForwardPass) -> None:
@@ -246,20 +244,97 @@ def _with_batch_axis(tensor: Tensor, rows: int) -> Tensor:
     return tensor
 
 
-def _has_positions(bound_hook: BoundHook, full: Tensor, forward_pass: ForwardPass) -> bool:
-    """True if the first axes of a tensor are batch and pos. At a named site they have to be."""
-    width = forward_pass.width
-    fits = (
-        full.ndim >= 2
-        and full.shape[0] == forward_pass.rows
-        and full.shape[1] in (width, len(forward_pass.head))
-    )
+def _with_positions(
+    bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor
+) -> Tensor | None:
+    """The tensor as [batch, pos, ...]; None if it has no such axes. Those of named sites have."""
+    rows, width = forward_pass.rows, forward_pass.width
+    full = tensor
+    if not bound_hook.view.plain:
+        full = bound_hook.view.batch_view(tensor, forward_pass)
+    if full.shape[:2] == forward_pass.shape:
+        return full
+    full = _with_batch_axis(full, rows)
+    fits = full.ndim > 1 and full.shape[0] == rows
+    fits = fits and full.shape[1] in (width, len(forward_pass.head))
     if isinstance(bound_hook.site, ModuleSite):
         is_head_first = full.ndim > 3 and full.shape[1] != width == full.shape[2]
-        return fits and not is_head_first  # [batch, head, pos, d_head]
+        return full if fits and not is_head_first else None  # not [batch, head, pos, d_head]
     if not fits:
         raise BadEdit(
-            f"{bound_hook.site} has shape {list(full.shape)}, and {forward_pass.rows} rows of "
-            f"{width} positions ran"
+            f"{bound_hook.site} has shape {list(full.shape)}, and {rows} rows of {width} positions "
+            "ran"
         )
-    return True
+    return full
+
+
+# ---- results that are not finite
+
+
+def check_result(
+    bound_hook: BoundHook, selection: Selection | None, old: Tensor, new: Tensor
+) -> None:
+    """Raises `BadEdit`, here or in `settle`, if an edit made a finite number infinite or NaN."""
+    hook, site = bound_hook.hook, bound_hook.site
+    if not new.is_floating_point() or getattr(hook, "gives_infinity", False):
+        return
+    new, old = new.detach(), old.detach()
+    has_masks = isinstance(site, ModuleSite) or site.name in SITES_WITH_MASKS
+    if new.device.type not in AT_ONCE:
+        if has_masks:
+            flag = _lost(bound_hook, selection, old, new, has_masks).any()
+        else:
+            # two sums cost less than a comparison of every number; float64 cannot overflow in them
+            new_sum, old_sum = new.sum(dtype=torch.float64), old.sum(dtype=torch.float64)
+            flag = torch.isfinite(old_sum) & ~torch.isfinite(new_sum)
+        bound_hook.overflow_flags.append(flag)
+        return
+    if bool(torch.isfinite(new.sum(dtype=torch.float32))):
+        return
+    count = int(_lost(bound_hook, selection, old, new, has_masks).sum())
+    if count == 1:
+        _raise_bad_edit(bound_hook, "a number", "is")
+    if count:
+        _raise_bad_edit(bound_hook, f"{count} numbers", "are")
+
+
+def _lost(
+    bound_hook: BoundHook,
+    selection: Selection | None,
+    old: Tensor,
+    new: Tensor,
+    has_masks: bool,
+) -> Tensor:
+    """Where an edit made a finite number infinite or NaN; with a selection, how often by cell."""
+    lost = ~torch.isfinite(new) & torch.isfinite(old)
+    # an edit that inserts other values may insert -inf; arithmetic gives it by overflow only
+    if has_masks and getattr(bound_hook.hook, "puts_in", False):
+        lost = lost & ~torch.isneginf(new)
+    return lost if selection is None else selection.real(lost)
+
+
+def settle(bound_hooks: Iterable[BoundHook]) -> None:
+    """Raises `BadEdit` for the first edit of a forward whose result is not finite."""
+    for bound_hook in bound_hooks:
+        flags = bound_hook.overflow_flags
+        if flags:
+            bound_hook.overflow_flags = []
+            device = flags[0].device
+            if bool(torch.stack([flag.to(device) for flag in flags]).any()):
+                _raise_bad_edit(bound_hook, "numbers", "are")
+
+
+def forget(bound_hooks: Iterable[BoundHook]) -> None:
+    """Drops the flags of a forward that was interrupted."""
+    for bound_hook in bound_hooks:
+        bound_hook.overflow_flags = []
+
+
+def _raise_bad_edit(bound_hook: BoundHook, numbers: str, verb: str) -> None:
+    source = f"{bound_hook.hook} gives"
+    if hasattr(bound_hook.hook, "fn"):
+        source = f"the function of {bound_hook.hook} returned"
+    raise BadEdit(
+        f"{source} {numbers} at {bound_hook.site} that {verb} infinite or NaN, where there was "
+        "none: use smaller values than the dtype can hold, and look for 0/0 and inf-inf"
+    )

@@ -1,14 +1,16 @@
 """hk.forward: runs the model once over the prompts, with hooks."""
 
+import functools
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..errors import BadPrompt, EmptySelection
+from ..errors import BadPrompt, EmptySelection, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured
@@ -18,16 +20,57 @@ from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site
 from ..models.training import warn_of_dropout
-from .dispatch import Stop
 from .manager import HookManager
-from .run import (
-    Logits,
-    LogitsOption,
-    Run,
-    outside_inference_mode,
-    read_logits_option,
-    refuse_two_texts,
-)
+from .run import Run
+from .texts import Stop
+
+LogitsOption: TypeAlias = Literal["all", "last", "none"]
+Logits: TypeAlias = LogitsOption | bool | None
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def outside_inference_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Makes a function return tensors that autograd can use, also in torch.inference_mode.
+
+    The function leaves gradients on or off as they were, also after a Ctrl-C that came while
+    torch.no_grad was left.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        gradients = torch.is_grad_enabled()
+        if not torch.is_inference_mode_enabled():
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                torch.set_grad_enabled(gradients)
+                raise
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
+
+
+def refuse_two_texts(lm: LM) -> None:
+    """Raises `Unsupported` for an encoder-decoder."""
+    if lm.two_texts:
+        raise Unsupported(
+            f"{type(lm.root).__name__} is an encoder-decoder, which reads one text and writes "
+            "another: run it yourself in a block of hk.attach, with hooks at hk.module(path)"
+        )
+
+
+def read_logits_option(logits: Logits) -> LogitsOption:
+    """Returns which logits a run keeps; True means "all", False and None mean "none"."""
+    if logits in ("all", True):
+        return "all"
+    if logits in ("none", False, None):
+        return "none"
+    if logits == "last":
+        return "last"
+    raise EmptySelection(f"logits={logits!r} is unknown: say 'all', 'last' or False")
 
 
 @outside_inference_mode
@@ -116,9 +159,7 @@ def _logits_of(output: Any, batch: Batch, option: LogitsOption) -> Captured:
         values, positions = values[:, -1:], positions[:, -1:]
     elif option == "last":
         last = torch.tensor(batch.lengths) - 1
-        rows = torch.arange(len(batch.rows))
-        values = values[rows.to(values.device), last.to(values.device)][:, None]
-        positions = last[:, None]
+        values, positions = select_columns(values, last), last[:, None]
     elif batch.padded:
         fill = ~batch.mask[..., None]
         if values.requires_grad:
@@ -127,3 +168,9 @@ def _logits_of(output: Any, batch: Batch, option: LogitsOption) -> Captured:
             values = values.masked_fill_(fill, 0)
     prompts = tuple(range(len(batch.rows)))
     return Captured(Site("logits"), Where(), values, positions, prompts, batch.rows)
+
+
+def select_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """Returns one column of each row of values, as values with one column [row, 1, ...]."""
+    rows = torch.arange(len(columns), device=values.device)
+    return values[rows, columns.to(values.device)][:, None]

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..arguments import check_arguments, check_integer, check_seed, describe
 from ..errors import BadArgument, NeverFired, UnknownKeyword, Unsupported, did_you_mean
 from ..hooks.base import EVERY_STEP, Hook
@@ -20,17 +18,18 @@ from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site, Sites
 from ..models.training import warn_of_dropout
-from .generation import NEUTRAL
-from .manager import HookManager
-from .random_state import Draws
-from .run import (
+from .forward import (
     Logits,
     LogitsOption,
-    Run,
     outside_inference_mode,
     read_logits_option,
     refuse_two_texts,
+    select_columns,
 )
+from .generation import NEUTRAL
+from .manager import HookManager
+from .random_state import Draws
+from .run import Run
 from .trace import Trace, Tracer
 
 FROM_THE_PROMPTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -85,85 +84,79 @@ def generate_with_tracer(
     logits: Logits,
     draws: Draws,
     tracer: Tracer | None,
-    arguments: Mapping[str, Any],
+    arguments: dict[str, Any],
 ) -> Run:
     """`generate`, with a tracer that is called at each step."""
     refuse_two_texts(lm)
     _check_names(lm, arguments)
-    _check_effects(lm, draws.seed, arguments)
+    if draws.seed is not None:
+        check_seed(draws.seed)
+    config = _effective_config(lm, arguments)
+    _check_effects(config.get_generation_mode().value, arguments)
     warn_of_dropout(lm)
     option = read_logits_option(logits)
-    config = _generation_config(lm, arguments)
-    draws.sampling = bool(arguments.get("do_sample", config.do_sample))
+    draws.sampling = bool(config.do_sample)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     check_generation(
         lm,
         padded=batch.padded,
-        chunk=_setting(lm, arguments, "prefill_chunk_size"),
+        chunk=getattr(config, "prefill_chunk_size", None),
         width=batch.ids.shape[1],
-        cache=_setting(lm, arguments, "cache_implementation"),
+        cache=config.cache_implementation,
     )
-    observers = _logits_observers(option)
+    # the logits that chose each token, which the user does not see as a hook
+    kind = CaptureLast if option == "last" else Capture
+    observer = kind(Sites((Site("logits"),)), Where(step=EVERY_STEP))
+    observers = [] if option == "none" else [observer]
     manager = HookManager(lm, hooks, observers=observers, tracer=tracer)
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
     settings = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
     if draws.seed is not None:
         settings["seed"] = draws.seed
     output: Any = None
     started = time.perf_counter()
 
-    def run() -> Run:
+    def result() -> Run:
         settings["seconds"] = time.perf_counter() - started
-        return _run_of(lm, batch, hooks, manager, settings, arguments, output)
+        rows, device = manager.rows, batch.ids.device
+        sequences_per_prompt = len(rows) // len(batch.rows)
+        prompt_rows = tuple(row // sequences_per_prompt for row in range(len(rows)))
+        ones = [[1] * len(row) for row in rows]
+        return Run(
+            lm=lm,
+            tokens=pad_rows(rows, pad_id(lm)).to(device),
+            mask=pad_rows(ones, 0).bool().to(device),
+            prompt_rows=prompt_rows,
+            prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
+            hooks=hooks,
+            kept=manager.texts[0],
+            kept_logits=_observed_logits(manager, option),
+            settings=settings,
+            output=output,
+            _captures=manager.captures,
+            arguments=arguments,
+            recorded=None if tracer is None else tracer.recorded,
+        )
 
     try:
         with draws, manager:
-            defaults = _defaults(lm, arguments)
-            output = lm.model.generate(**inputs, **defaults, **arguments)  # pyright: ignore
+            inputs = _inputs(lm, batch, config, arguments)
+            output = lm.model.generate(**inputs, **arguments)  # pyright: ignore
     except NeverFired as error:
-        error.run = run()
+        error.run = result()
         raise
     finally:
         manager.close()  # again, since Ctrl-C may have come before `__exit__` began
-    return run()
+    return result()
 
 
-def _logits_observers(option: LogitsOption) -> list[Capture]:
-    """The capture of the logits that chose each token, which the user does not see as a hook."""
-    if option == "none":
-        return []
-    kind = CaptureLast if option == "last" else Capture
-    return [kind(Sites((Site("logits"),)), Where(step=EVERY_STEP))]
-
-
-def _run_of(
-    lm: LM,
-    batch: Batch,
-    hooks: tuple[Hook, ...],
-    manager: HookManager,
-    settings: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    output: Any,
-) -> Run:
-    rows, device = manager.rows, batch.ids.device
-    sequences_per_prompt = len(rows) // len(batch.rows)
-    prompt_rows = tuple(row // sequences_per_prompt for row in range(len(rows)))
-    ones = [[1] * len(row) for row in rows]
-    return Run(
-        lm=lm,
-        tokens=pad_rows(rows, pad_id(lm)).to(device),
-        mask=pad_rows(ones, 0).bool().to(device),
-        prompt_rows=prompt_rows,
-        prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
-        hooks=hooks,
-        kept=manager.texts[0],
-        kept_logits=_observed_logits(manager, settings["logits"]),
-        settings=settings,
-        output=output,
-        _captures=manager.captures,
-        arguments=arguments,
-        recorded=None if manager.tracer is None else manager.tracer.recorded,
-    )
+def _inputs(lm: LM, batch: Batch, config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompts; a tokenizer for stop strings, and a pad token if the model has none."""
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    if config.stop_strings and "tokenizer" not in arguments:
+        inputs["tokenizer"] = lm.tokenizer
+    if config.pad_token_id is None and not {"generation_config", "pad_token_id"} & set(arguments):
+        inputs["pad_token_id"] = pad_id(lm)
+    return inputs
 
 
 def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | None:
@@ -174,21 +167,14 @@ def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | N
         return captured
     assert captured.positions is not None
     last = (captured.positions >= 0).sum(dim=1) - 1
-    rows = torch.arange(len(last))
-    device = captured.values.device
-    values = captured.values[rows.to(device), last.to(device)][:, None]
-    return replace(captured, values=values, positions=captured.positions[rows, last][:, None])
+    values = select_columns(captured.values, last)
+    return replace(captured, values=values, positions=select_columns(captured.positions, last))
 
 
 # ---- the arguments
 
 
-def _generation_config(lm: LM, arguments: Mapping[str, Any]) -> Any:
-    return arguments.get("generation_config") or lm.root.generation_config
-
-
 def _check_names(lm: LM, arguments: Mapping[str, Any]) -> None:
-    """Raises `UnknownKeyword` for an argument that neither `generate` nor the model has."""
     from transformers import GenerationConfig, GenerationMixin
 
     if not isinstance(lm.root, GenerationMixin):
@@ -216,23 +202,24 @@ def _check_names(lm: LM, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _setting(lm: LM, arguments: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting, from the arguments or from the generation configuration."""
-    value = arguments.get(name)
-    if value is not None:
-        return value
-    return getattr(_generation_config(lm, arguments), name, None)
-
-
-def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> None:
-    """Raises for an argument that is invalid, or would have no effect on this generation."""
+def _effective_config(lm: LM, arguments: Mapping[str, Any]) -> Any:
+    """The generation configuration with the arguments in it; `BadArgument` if it is invalid."""
     for name, least in COUNTS.items():
         if arguments.get(name) is not None:
             check_integer(arguments[name], name, least=least, error=BadArgument)
-    config = _effective_config(lm, arguments)
-    if seed is not None:
-        check_seed(seed)
-    mode = config.get_generation_mode().value
+    config: Any = arguments.get("generation_config") or lm.root.generation_config
+    config = copy.deepcopy(config)
+    updates = {name: value for name, value in arguments.items() if hasattr(config, name)}
+    try:
+        config.update(**updates)
+        config.validate()
+    except (ValueError, TypeError) as error:
+        raise BadArgument(f"transformers' generate refuses its arguments: {error}") from error
+    return config
+
+
+def _check_effects(mode: str, arguments: Mapping[str, Any]) -> None:
+    """Raises for an argument that would have no effect on a generation of this mode."""
     if mode not in ("greedy_search", "beam_search"):
         return
     for name, neutral in NEUTRAL.items():
@@ -247,33 +234,6 @@ def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> No
                 raise BadArgument(
                     f"{name} is a rule of beam search, and num_beams is 1: leave {name} out"
                 )
-
-
-def _effective_config(lm: LM, arguments: Mapping[str, Any]) -> Any:
-    """The generation configuration with the arguments in it; `BadArgument` if it is invalid."""
-    config: Any = copy.deepcopy(_generation_config(lm, arguments))
-    updates = {name: value for name, value in arguments.items() if hasattr(config, name)}
-    try:
-        config.update(**updates)
-        config.validate()
-    except (ValueError, TypeError) as error:
-        raise BadArgument(f"transformers' generate refuses its arguments: {error}") from error
-    return config
-
-
-def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments from the LM: a tokenizer for stop strings, a pad token if the model has none."""
-    config = _generation_config(lm, arguments)
-    defaults: dict[str, Any] = {}
-    if arguments.get("stop_strings") or config.stop_strings:
-        defaults["tokenizer"] = lm.tokenizer
-    if (
-        arguments.get("pad_token_id") is None
-        and config.pad_token_id is None
-        and "generation_config" not in arguments
-    ):
-        defaults["pad_token_id"] = pad_id(lm)
-    return defaults
 
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ functions find each returned row's tokens and its end. Nothing here registers ho
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..hooks.captured_values import SequenceEnd
 from ..hooks.decided_tokens import Decisions, follow_decisions
-from ..models.batch_positions import Columns, SequenceBatch, columns_after_padding, columns_of_mask
+from ..models.batch_positions import Columns, ForwardPass, SequenceBatch, columns_of_mask
 from ..models.overrides import Overrides
+from ..models.positions import NO_END
+
+if TYPE_CHECKING:
+    from .trace import Tracer
 
 SUPPORTED_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # the rules of sampling in the order in which transformers applies them, and the value of each that
@@ -61,17 +66,11 @@ class Generation:
     mode: str  # "greedy_search", "sample", "beam_search" or "beam_sample"
     rules: str  # the decoding rules as text, such as "top_p = 0.9"
 
-    def text(self, find: Any) -> SequenceBatch:
-        """Returns the text of this call, in which `find` gives the positions of a phrase."""
-        return SequenceBatch(
-            self.columns, self.lengths, self.prompt, find, generating=True, beams=self.beams
-        )
-
 
 def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
     """Returns what a call of `model.generate` will do, or raises `Unsupported` with the reason."""
     arguments = dict(kwargs)
-    inputs = args[0] if args else arguments.pop("inputs", None)
+    inputs = (*args, arguments.pop("inputs", None))[0]
     config_argument = _config_argument(args, kwargs)
     arguments.pop("generation_config", None)
     _refuse_arguments(arguments)
@@ -93,14 +92,14 @@ def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return Generation(
         columns=columns,
         lengths=lengths,
-        prompt=_prompt_reader(None if has_embeddings else ids, columns, lengths),
+        prompt=partial(_read_prompt, None if has_embeddings else ids, columns, lengths),
         width=width,
         max_width=width + new_tokens,
         eos=frozenset(eos),
-        pad=_pad_token(config.pad_token_id, eos),
+        pad=next(iter([*_token_ids(config.pad_token_id), *eos]), None),
         beams=config.num_beams or 1,
         returned=config.num_return_sequences or 1,
-        other_stops=_has_other_stops(config, stopping_criteria),
+        other_stops=bool(stopping_criteria) or not (config.stop_strings is config.max_time is None),
         embeddings=has_embeddings,
         mode=config.get_generation_mode().value,
         rules=_rules_text(config),
@@ -155,7 +154,6 @@ def _refuse_mode(config: Any) -> None:
 def _lay_out_rows(
     prompt: Tensor, mask: Tensor | None, config: Any
 ) -> tuple[list[Columns], list[int]]:
-    """The columns and the length of each prompt."""
     if mask is not None:
         return columns_of_mask(mask.bool(), generating=True)
     count, width = prompt.shape[:2]
@@ -164,21 +162,17 @@ def _lay_out_rows(
         real = prompt != pad  # transformers makes this mask if the caller passes none
         if not bool(real.all()):
             return columns_of_mask(real, generating=True)
-    return columns_after_padding([width] * count, [0] * count, open_end=True), [width] * count
+    return [range(NO_END)] * count, [width] * count
 
 
-def _prompt_reader(
-    ids: Tensor | None, columns: list[Columns], lengths: list[int]
-) -> Callable[[int], tuple[int, ...]]:
-    """A function that returns the ids of a row; -1 for each position of embeddings."""
-
-    def prompt(row: int) -> tuple[int, ...]:
-        if ids is None:
-            return (-1,) * lengths[row]
-        start = columns[row][0]
-        return tuple(ids[row, start : start + lengths[row]].tolist())
-
-    return prompt
+def _read_prompt(
+    ids: Tensor | None, columns: list[Columns], lengths: list[int], row: int
+) -> tuple[int, ...]:
+    """The ids of a row; -1 for each position of embeddings."""
+    if ids is None:
+        return (-1,) * lengths[row]
+    start = columns[row][0]
+    return tuple(ids[row, start : start + lengths[row]].tolist())
 
 
 def _max_new_tokens(
@@ -201,16 +195,6 @@ def _token_ids(ids: Any) -> list[int]:
     return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
 
-def _pad_token(pad: int | None, eos: list[int]) -> int | None:
-    if pad is not None:
-        return pad
-    return int(eos[0]) if eos else None
-
-
-def _has_other_stops(config: Any, stopping_criteria: Any) -> bool:
-    return bool(stopping_criteria) or config.stop_strings is not None or config.max_time is not None
-
-
 def without_compilation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the same keywords, with the compilation of decoding steps off.
 
@@ -229,32 +213,22 @@ def without_compilation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
 # ---- from step to step
 
 
-@runtime_checkable
-class StepListener(Protocol):
-    """What is called at each step of a generation: a `Tracer`."""
-
-    def processed(self, scores: Tensor) -> Tensor:
-        """Called with the output of the logits processors [row, vocab]; returns what to use."""
-        ...
-
-    def drawn(self, tokens: Tensor, done: Tensor) -> None:
-        """Called with the chosen tokens [row], and which rows end with them."""
-
-
 @dataclass(eq=False)
 class GenerationWatch:
     """Follows a call of `generate`: what each row has read, and the column at which it ended.
 
-    Owned by the `DispatchState` that runs the call.
+    Owned by the `TextHooks` that run the call.
     """
 
-    listener: StepListener | None = None
+    tracer: "Tracer | None" = None
     decisions: Decisions | None = None
     tokens: Tensor | None = None  # [row, column], what each row has read before this forward
     previous_tokens: Tensor | None = None  # the same before the previous forward
     ended: Tensor | None = None  # [row], the columns of a row that has ended, else 0
     # the rows (of beams the candidates) of the last step, and which of them are done
     last_step: tuple[Tensor, Tensor] | None = None
+    # for beams: the tokens of each model row before each forward; None while it reads the prompt
+    histories: dict[int, Tensor | None] = field(default_factory=dict)
     # True if the next forward is a step; None if the model does not prepare its forwards
     step_is_due: bool | None = None
 
@@ -264,6 +238,14 @@ class GenerationWatch:
             return True
         is_due, self.step_is_due = self.step_is_due, False
         return is_due
+
+    def begin_forward(self, forward_pass: ForwardPass, prompt_width: int) -> None:
+        """Notes in the text of a step what its rows have read."""
+        text = forward_pass.text
+        text.history, text.ended_rows = self.tokens, self.ended_rows
+        if text.beams > 1:  # beams change rows from step to step
+            reads_prompt = forward_pass.past + forward_pass.width <= prompt_width
+            self.histories[forward_pass.number] = None if reads_prompt else self.tokens
 
     def prepare_inputs(self, inner: Any, /, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs in place of `prepare_inputs_for_generation`; notes what each row has read."""
@@ -291,8 +273,8 @@ class GenerationWatch:
         return WatchedCriteria(criteria)
 
     def get_logits_processor(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs in place of `_get_logits_processor`; adds the decisions and the listener."""
-        return follow_decisions(inner(*args, **kwargs), kwargs, self.decisions, self.listener)
+        """Runs in place of `_get_logits_processor`; adds the decisions and the tracer."""
+        return follow_decisions(inner(*args, **kwargs), kwargs, self.decisions, self.tracer)
 
     def note_step(self, input_ids: Tensor, done: Tensor) -> None:
         """Notes the rows after a step, and which of them are done."""
@@ -301,8 +283,8 @@ class GenerationWatch:
         ends_now = (self.ended == 0) & done
         self.ended = torch.where(ends_now, input_ids.shape[1], self.ended)
         self.last_step = input_ids, done
-        if self.listener is not None:
-            self.listener.drawn(input_ids[:, -1], done)
+        if self.tracer is not None:
+            self.tracer.drawn(input_ids[:, -1], done)
 
     def ended_rows(self) -> list[int]:
         """Returns the model rows of the previous forward that ended with the token they chose.
@@ -325,18 +307,15 @@ class GenerationWatch:
 
 @contextmanager
 def watch_generate(
-    model: Any,
-    listener: StepListener | None = None,
-    decisions: Decisions | None = None,
-    acts: Callable[[], bool] | None = None,
+    model: Any, tracer: "Tracer | None", decisions: Decisions | None, acts: Callable[[], bool]
 ) -> Iterator[GenerationWatch]:
     """A context in which a `GenerationWatch` follows the model's own steps of `generate`.
 
-    `acts` is true for the calls that belong to it; by default, for those of this thread.
+    `acts` is true for the calls that belong to it.
     """
-    watch = GenerationWatch(listener, decisions)
+    watch = GenerationWatch(tracer, decisions)
     with Overrides() as lent:
-        if listener is not None or decisions is not None:
+        if tracer is not None or decisions is not None:
             lent.around(model, "_get_logits_processor", watch.get_logits_processor, acts)
         lent.around(model, "_get_stopping_criteria", watch.get_stopping_criteria, acts)
         lent.around(model, "prepare_inputs_for_generation", watch.prepare_inputs, acts)
@@ -346,11 +325,19 @@ def watch_generate(
 # ---- after the last token
 
 
-def final_rows(
-    generation: Generation, text: SequenceBatch, sequences: Tensor, watch: GenerationWatch
-) -> list[list[int]]:
-    """Returns the tokens of each returned sequence, prompt included, without padding."""
-    prompts = _prompt_of_each_sequence(generation, text)
+def end_of_rows(
+    generation: Generation,
+    text: SequenceBatch,
+    sequences: Tensor,
+    watch: GenerationWatch,
+) -> tuple[list[list[int]], SequenceEnd]:
+    """Returns the tokens of each returned sequence without padding, and how the text ended.
+
+    The last token of a row was chosen and never read, so its position does not count.
+    """
+    prompts: list[int] = []
+    for prompt in range(len(text.lengths)):
+        prompts += [prompt] * generation.returned
     ended = [0] * len(prompts)
     if watch.ended is not None and generation.beams == 1:
         ended = watch.ended.tolist()
@@ -360,14 +347,13 @@ def final_rows(
         new = sequence[prompt_width:]
         end = columns - prompt_width if columns else _end_of(new, generation)
         rows.append([*text.prompt(prompt), *new[:end]])
-    return rows
-
-
-def _prompt_of_each_sequence(generation: Generation, text: SequenceBatch) -> list[int]:
-    prompts: list[int] = []
-    for prompt in range(len(text.lengths)):
-        prompts += [prompt] * generation.returned
-    return prompts
+    lineage = None
+    if generation.beams > 1:
+        lineage = {
+            forward: _ancestors(history, sequences, prompts, text.expand)
+            for forward, history in watch.histories.items()
+        }
+    return rows, SequenceEnd(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
 
 
 def _end_of(new: list[int], generation: Generation) -> int | None:
@@ -381,27 +367,6 @@ def _end_of(new: list[int], generation: Generation) -> int | None:
     while end and new[end - 1] == generation.pad:
         end -= 1
     return end
-
-
-def text_ending(
-    generation: Generation,
-    text: SequenceBatch,
-    sequences: Tensor,
-    rows: Sequence[Sequence[int]],
-    histories: dict[int, Tensor | None],
-) -> SequenceEnd:
-    """Returns how the text ended.
-
-    The last token of a row was chosen and never read, so its position does not count.
-    """
-    prompts = _prompt_of_each_sequence(generation, text)
-    lineage = None
-    if generation.beams > 1:
-        lineage = {
-            forward: _ancestors(history, sequences, prompts, text.expand)
-            for forward, history in histories.items()
-        }
-    return SequenceEnd(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
 
 
 def _ancestors(

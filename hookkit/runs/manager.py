@@ -11,10 +11,11 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from threading import get_ident
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -27,15 +28,15 @@ from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, Captures, merge_captures
 from ..models.attention import current_modes, intercept_tensors, remove_modes_except
 from ..models.lm import LM, as_lm
-from ..models.overrides import MethodReplacement, Overrides
+from ..models.overrides import Overrides
 from ..models.prompts import Batch, as_batch
-from ..models.scopes import CURRENT_SCOPES, enter_scope, leave_scope, suspend_scope
+from ..models.scopes import enter_scope, leave_scope, suspend_scope
 from ..models.sites import AnySite, Sites
 from ..models.training import checkpointing_parents, is_in_checkpointed_block, warn_of_dropout
-from ..models.wrappers import refuse_virtual_tokens
-from .dispatch import HookDispatcher, Stop
-from .outcomes import CaptureStore
-from .taps import HookPoint, build_hook_points
+from ..models.wrappers import refuse_virtual_tokens, wrappers_to_hook
+from .dispatch import HookDispatcher, HookStrategy
+from .taps import HookPoint, build_hook_points, logits_hook_point
+from .texts import CaptureStore, Stop, TextHooks
 from .trace import Tracer
 
 REFERENCE_BATCH = 16  # prompts of a reference that run together
@@ -67,42 +68,44 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     return manager
 
 
-class HookManager(HookDispatcher):
-    """Registers the hooks of one block on the model, and returns their captures and their log.
+class HookBlock:
+    """Registers hook points on a model for the time of a `with` block.
 
-    The hooks of one block act in the order in which they were passed. Blocks can be nested: the
-    hooks of an outer block act first. A block can be entered again after it was left; it then
-    starts anew. `observers` are captures of hookkit's own: the user sees them neither in `texts`
-    nor in the log.
+    Each time that the block is entered, `make_strategy` makes what applies the hooks, and
+    `add_changes` is called with the block when all hooks are registered, to change the model more.
+    With `alone`, the hooks of no other block act in it.
     """
-
-    alone = False  # True for a run in which the hooks of no other block act
 
     def __init__(
         self,
         lm: LM,
-        hooks: Sequence[Hook],
+        hook_points: Sequence[HookPoint],
+        make_strategy: Callable[[], HookStrategy],
+        add_changes: Callable[[Any], None],
         *,
-        observers: Sequence[Hook] = (),
-        stop_early: bool = False,
-        tracer: Tracer | None = None,
         attached: bool = False,
+        alone: bool = False,
     ) -> None:
-        self.lm = lm  # a reference is captured while the hook points are planned
-        hook_points = build_hook_points(lm, hooks, self.reference, observers)
-        super().__init__(lm, hook_points, stop_early=stop_early, tracer=tracer, attached=attached)
+        self.lm, self.hook_points = lm, hook_points
+        self.overrides = Overrides()  # what is registered on the model
+        self._make_strategy, self._add_changes = make_strategy, add_changes
+        self._attached, self._alone = attached, alone
+        self._wrappers = wrappers_to_hook(lm.wrapping)
         self._depth = 0  # how many `with` statements are in the block
-        self._lent = Overrides()  # what is registered on the model
+        self._start_anew()
 
-    # ---- the block
+    def _start_anew(self) -> None:
+        modules = (*self._wrappers, self.lm.root, *self.lm.decoder)
+        self.strategy = self._make_strategy()
+        self.dispatcher = HookDispatcher(self.lm, self.strategy, modules, attached=self._attached)
 
-    def __enter__(self) -> "HookManager":
+    def __enter__(self) -> Self:
         try:
             if self._depth == 0:
-                self._reset()
-                enter_scope(self._scope, alone=self.alone)
-                self._register(self._lent)
-            elif not self.acts_here():
+                self._start_anew()
+                enter_scope(self.dispatcher.scope, alone=self._alone)
+                self._register()
+            elif not self.dispatcher.acts_here():
                 raise Unsupported(
                     "another thread or task has entered this block: make a block for each"
                 )
@@ -125,8 +128,7 @@ class HookManager(HookDispatcher):
             self.close()  # Ctrl-C may have come before the first hook was removed
             raise
         if kind is None and was_open:
-            self.captures.finish_all()
-            self.captures.check_fired(self._state.tracker.forwards)
+            self.strategy.finish()
         if (
             isinstance(error, RuntimeError)
             and "mutated during iteration" in str(error)
@@ -140,118 +142,133 @@ class HookManager(HookDispatcher):
         """Removes all hooks from the model. True if they were on it; it may be called twice."""
         was_open, self._depth = self._depth > 0, 0
         try:
-            self._lent.restore()
+            self.overrides.restore()
         finally:
-            leave_scope(self._scope, alone=self.alone)
-            self._clear_forward()
-            self._times_left += was_open
+            leave_scope(self.dispatcher.scope, alone=self._alone)
+            self.dispatcher.clear_forward()
         return was_open
 
     def __reduce__(self) -> Any:
-        if self._depth:
-            raise Unsupported(
-                "the model carries the hooks of a block, which no copy could shed: copy or save it "
-                "outside"
-            )
         raise Unsupported(
             "a block cannot be copied: make another with hk.attach; its captures are manager.texts"
         )
 
-    # ---- what is registered on the model
-
-    def _register(self, lent: Overrides) -> None:
-        """Registers all hooks. Each is noted first in `lent`, which removes it at the end."""
-        lent.add_cleanup(partial(_restore_modes, get_ident(), current_modes()))
+    def _register(self) -> None:
+        """Registers all hooks. Each is noted first in `overrides`, which removes it at the end."""
+        overrides, dispatcher = self.overrides, self.dispatcher
+        overrides.add_cleanup(partial(_restore_modes, get_ident(), current_modes()))
         refuse_virtual_tokens(self.lm.wrapping)
         if "torch._dynamo" in sys.modules:
-            run_uncompiled(lent)
+            run_uncompiled(overrides)
+        inside: dict[nn.Module, dict[int | str, HookPoint]] = {}
         for hook_point in self.hook_points:
-            if hook_point.place.side != "inside":
-                self._register_hook_point(lent, hook_point)
-        self._register_inside_hooks(lent)
-        self._register_checkpointing(lent)
-        self._register_forward_boundaries(lent)
-        self._register_generate(lent)
+            if hook_point.place.side == "inside":
+                inside.setdefault(hook_point.module, {})[hook_point.place.item] = hook_point
+            else:
+                self._register_hook_point(hook_point)
+        for module, hook_points in inside.items():
+            intercept_tensors(
+                overrides,
+                module,
+                self.lm.family.attention,
+                frozenset(map(str, hook_points)),
+                partial(dispatcher.on_inside, hook_points),
+                self.lm.layout.verified.setdefault(module, set()),
+                dispatcher.acts_in_forward,
+            )
+        paths = (hook_point.place.path for hook_point in self.hook_points)
+        for module in checkpointing_parents(self.lm.root, paths):
+            name, applies = "_gradient_checkpointing_func", dispatcher.acts_in_forward
+            overrides.around(module, name, dispatcher.checkpoint, applies)
+        for module in dispatcher.entry_modules:
+            self.register_at_input(module, ForwardBoundary(dispatcher.on_forward_start))
+            end = ForwardBoundary(dispatcher.on_forward_end)
+            overrides.remove_hook_on_exit(module, "_forward_hooks", end)
+            module.register_forward_hook(end, always_call=True)
+        self._add_changes(self)
 
-    def _register_hook_point(self, lent: Overrides, hook_point: HookPoint) -> None:
+    def _register_hook_point(self, hook_point: HookPoint) -> None:
         """Registers the hooks at one side of a module.
 
         Hooks at the model's own input or output are registered on the wrappers around it too
         (of PEFT, say), because a wrapper may call the model without its hooks.
         """
+        function, modules = self.dispatcher.on_output, (hook_point.module,)
         if hook_point.place.side == "input":
-            function = self._on_input
-        elif hook_point.copies_output:
-            function = self._on_copied_output
-        else:
-            function = self._on_output
+            function = self.dispatcher.on_input
         hook = RegisteredHook(function, hook_point)
         if hook_point.module is self.lm.root and self._wrappers:
-            for module in (*self._wrappers, self.lm.root):
-                self._register_hook(
-                    lent, hook_point, module, RegisteredHook(self._if_outermost, hook)
-                )
-        else:
-            self._register_hook(lent, hook_point, hook_point.module, hook)
+            hook = RegisteredHook(self.dispatcher.if_outermost, hook)
+            modules = (*self._wrappers, self.lm.root)
+        for module in modules:
+            if hook_point.place.side == "input":
+                self.register_at_input(module, hook)
+                let_outer_blocks_go_first(module._forward_pre_hooks)
+                continue
+            self.overrides.remove_hook_on_exit(module, "_forward_hooks", hook)
+            module.register_forward_hook(hook, prepend=True, with_kwargs=hook_point.reads_input)
+            let_outer_blocks_go_first(module._forward_hooks)
 
-    def _register_hook(
-        self, lent: Overrides, hook_point: HookPoint, module: nn.Module, hook: "RegisteredHook"
-    ) -> None:
-        if hook_point.place.side == "input":
-            self._register_first(lent, module, hook)
-            let_outer_blocks_go_first(module._forward_pre_hooks)
-            return
-        lent.remove_hook_on_exit(module, "_forward_hooks", hook)
-        module.register_forward_hook(hook, prepend=True, with_kwargs=hook_point.reads_input)
-        let_outer_blocks_go_first(module._forward_hooks)
-
-    def _if_outermost(self, hook: Any, module: nn.Module, *arguments: Any) -> Any:
-        """Calls a hook at the model or a wrapper of it, if that is what the user has called."""
-        if module is self._entered:
-            return hook(module, *arguments)
-        return None
-
-    def _register_first(self, lent: Overrides, module: nn.Module, hook: Any) -> None:
+    def register_at_input(self, module: nn.Module, hook: "RegisteredHook") -> None:
         """Registers a hook that acts before all others at a module's input."""
-        lent.remove_hook_on_exit(module, "_forward_pre_hooks", hook)
+        self.overrides.remove_hook_on_exit(module, "_forward_pre_hooks", hook)
         module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
-    def _register_inside_hooks(self, lent: Overrides) -> None:
-        """Registers the hooks at tensors inside attention modules and routers."""
-        by_module: dict[nn.Module, dict[int | str, HookPoint]] = {}
-        for hook_point in self.hook_points:
-            if hook_point.place.side == "inside":
-                hook_points = by_module.setdefault(hook_point.module, {})
-                hook_points[hook_point.place.item] = hook_point
-        for module, hook_points in by_module.items():
-            intercept_tensors(
-                lent,
-                module,
-                self.lm.family.attention,
-                frozenset(map(str, hook_points)),
-                partial(self._on_inside, hook_points),
-                self.lm.layout.verified.setdefault(module, set()),
-                self._acts_in_forward,
-            )
 
-    def _register_checkpointing(self, lent: Overrides) -> None:
-        """Makes the hooks act when a checkpointed block runs again in the backward pass."""
-        paths = (hook_point.place.path for hook_point in self.hook_points)
-        for module in checkpointing_parents(self.lm.root, paths):
-            work = with_recomputation(self._recomputation)
-            lent.around(module, "_gradient_checkpointing_func", work, self._acts_in_forward)
+class HookManager(HookBlock):
+    """Registers the hooks of one block on the model, and returns their captures and their log.
 
-    def _register_forward_boundaries(self, lent: Overrides) -> None:
-        """Registers what notes the start and the end of each forward of the model."""
-        for module in self._entry_modules:
-            self._register_first(lent, module, ForwardBoundary(self._on_forward_start))
-            end = ForwardBoundary(self._on_forward_end)
-            lent.remove_hook_on_exit(module, "_forward_hooks", end)
-            module.register_forward_hook(end, always_call=True)
+    The hooks of one block act in the order in which they were passed. Blocks can be nested: the
+    hooks of an outer block act first. A block can be entered again after it was left; it then
+    starts anew. `observers` are captures of hookkit's own: the user sees them neither in `texts`
+    nor in the log.
+    """
 
-    def _register_generate(self, lent: Overrides) -> None:
+    strategy: TextHooks
+
+    def __init__(
+        self,
+        lm: LM,
+        hooks: Sequence[Hook],
+        *,
+        observers: Sequence[Hook] = (),
+        stop_early: bool = False,
+        tracer: Tracer | None = None,
+        attached: bool = False,
+    ) -> None:
+        hook_points = build_hook_points(lm, hooks, partial(capture_reference, lm), observers)
+        traced_point = None if tracer is None else logits_hook_point(lm, hook_points)
+        bound_hooks = chain.from_iterable(hook_point.actions for hook_point in hook_points)
+        make_strategy = partial(
+            TextHooks,
+            lm,
+            sorted(bound_hooks, key=lambda bound_hook: bound_hook.number),
+            tracer,
+            traced_point,
+            stop_early=stop_early,
+        )
+        replace_generate = HookManager._replace_generate  # a bound method would make a cycle
+        super().__init__(lm, hook_points, make_strategy, replace_generate, attached=attached)
+
+    def _replace_generate(self) -> None:
         if callable(getattr(self.lm.root, "generate", None)):
-            lent.around(self.lm.root, "generate", self._generate, self.acts_here)
+            acts_here = self.dispatcher.acts_here
+            self.overrides.around(self.lm.root, "generate", self._generate, acts_here)
+
+    def _generate(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of transformers' `generate`, and follows the text through its steps."""
+        scope = self.dispatcher.scope
+        if self.dispatcher.hook_thread == get_ident():
+            return inner(*args, **kwargs)
+        if self.strategy.generating:  # called in a logits processor, for example
+            if scope.attached:
+                raise Unsupported(
+                    "a generate inside a generate of the same block: give each a block of its own"
+                )
+            with suspend_scope(scope):
+                return inner(*args, **kwargs)
+        self.dispatcher.clear_forward()  # of a forward that was interrupted
+        return self.strategy.generate(inner, args, kwargs, scope)
 
     def refuse_checkpoints(self) -> None:
         """Raises `Unsupported` for a hook in a block that runs again in backward()."""
@@ -267,62 +284,21 @@ class HookManager(HookDispatcher):
                     "backward() inside a block of hk.attach"
                 )
 
-    # ---- the texts that run
-
-    def _generate(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs in place of transformers' `generate`, and follows the text through its steps."""
-        if self._hook_thread == get_ident():
-            return inner(*args, **kwargs)
-        if self._state.generating:  # called in a logits processor, for example
-            if self._attached:
-                raise Unsupported(
-                    "a generate inside a generate of the same block: give each a block of its own"
-                )
-            with suspend_scope(self._scope):
-                return inner(*args, **kwargs)
-        plan = self._state.plan_generation(args, kwargs)
-        self._clear_forward()  # of a forward that was interrupted
-        thread = self._generate_thread = get_ident()
-
-        def acts() -> bool:
-            return get_ident() == thread and self._scope in CURRENT_SCOPES.get()
-
-        return self._state.generate(plan, inner, args, kwargs, acts)
-
-    def reference(
-        self, sites: Sequence[AnySite], prompts: tuple[Any, ...]
-    ) -> dict[AnySite, Captured]:
-        """Returns the values at these sites on other prompts."""
-        parts: dict[AnySite, list[Captured]] = {site: [] for site in sites}
-        for start in range(0, len(prompts), REFERENCE_BATCH):
-            batch = as_batch(self.lm, list(prompts[start : start + REFERENCE_BATCH]))
-            inputs = batch.inputs(self.lm)
-            manager = HookManager(self.lm, [capture(sites)], stop_early=True)
-            try:
-                with torch.no_grad(), manager, suppress(Stop):
-                    manager.expect(batch)
-                    self.lm.model(**inputs)
-            finally:
-                manager.close()  # again, since Ctrl-C may have come before `__exit__` began
-            for site in sites:
-                parts[site].append(manager.captured(site))
-        return {site: merge_captures(captured) for site, captured in parts.items()}
-
     def expect(self, batch: Batch) -> None:
         """Sets the prompts of the next forward, so that they are not read back from the device."""
-        self._state.tracker.expect(batch)
+        self.strategy.tracker.expect(batch)
 
     # ---- the results
 
     @property
     def captures(self) -> CaptureStore:
         """The captures and firings of the hooks."""
-        return self._state.captures
+        return self.strategy.captures
 
     @property
     def rows(self) -> list[list[int]]:
         """The tokens of each sequence that the last `generate` returned."""
-        return self._state.rows
+        return self.strategy.rows
 
     @property
     def texts(self) -> list[Captures]:
@@ -363,6 +339,26 @@ class HookManager(HookDispatcher):
         return self.captures.log()
 
 
+def capture_reference(
+    lm: LM, sites: Sequence[AnySite], prompts: tuple[Any, ...]
+) -> dict[AnySite, Captured]:
+    """Returns the values at these sites on other prompts."""
+    parts: dict[AnySite, list[Captured]] = {site: [] for site in sites}
+    for start in range(0, len(prompts), REFERENCE_BATCH):
+        batch = as_batch(lm, list(prompts[start : start + REFERENCE_BATCH]))
+        inputs = batch.inputs(lm)
+        manager = HookManager(lm, [capture(sites)], stop_early=True)
+        try:
+            with torch.no_grad(), manager, suppress(Stop):
+                manager.expect(batch)
+                lm.model(**inputs)
+        finally:
+            manager.close()  # again, since Ctrl-C may have come before `__exit__` began
+        for site in sites:
+            parts[site].append(manager.captured(site))
+    return {site: merge_captures(captured) for site, captured in parts.items()}
+
+
 # ---- hooks on modules
 
 
@@ -370,8 +366,8 @@ class RegisteredHook(functools.partial):
     """A hook that a `HookManager` has registered. Its type tells it from hooks of other code."""
 
     @property
-    def manager(self) -> Any:
-        """The `HookManager` that has registered the hook."""
+    def dispatcher(self) -> Any:
+        """The `HookDispatcher` that the hook calls."""
         return self.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -397,7 +393,7 @@ def find_user_hooks(root: nn.Module) -> list[str]:
     for path, module in root.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(hook, RegisteredHook):
-                if hook.manager.acts_here():
+                if hook.dispatcher.acts_here():
                     raise Unsupported(
                         "a sweep inside a block of hk.attach: leave the block, and give its hooks "
                         "as under=[…]"
@@ -440,34 +436,6 @@ def _end_interrupted_contexts(error: BaseException) -> None:
                 with contextlib.suppress(RuntimeError):  # the frame is running
                     step.tb_frame.clear()
             step = step.tb_next
-
-
-# ---- gradient checkpointing
-
-
-def with_recomputation(
-    recomputation: Callable[[], Callable[[], AbstractContextManager[None]]],
-) -> MethodReplacement:
-    """Returns what runs in place of a model's checkpointing function.
-
-    `recomputation` is called in the forward. It returns a context manager, in which the function
-    then runs again in the backward pass.
-    """
-
-    def checkpoint(inner: Callable[..., Any], /, function: Any, *args: Any, **kwargs: Any) -> Any:
-        recompute, has_run = recomputation(), False
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal has_run
-            if not has_run:
-                has_run = True
-                return function(*args, **kwargs)
-            with recompute():
-                return function(*args, **kwargs)
-
-        return inner(run, *args, **kwargs)
-
-    return checkpoint
 
 
 # ---- compiled code

@@ -8,22 +8,18 @@ its rows alone, as they would in a forward of their own.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from threading import get_ident
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
-from ..models.overrides import MethodReplacement, Overrides
-from ..models.sites import AnySite
-from .acting import apply_hook
-from .dispatch import replace_input
-from .manager import ForwardBoundary, HookManager
-from .taps import BoundHook, HookPoint, find_input
+from .acting import apply_hook, forget, settle
+from .manager import ForwardBoundary, HookBlock
+from .taps import BoundHook, HookPoint, find_input, in_order_of_registration, replace_input
 
 Path: TypeAlias = tuple[Any, ...]
 """Where a value is among the arguments of a block: indices and keywords."""
@@ -81,19 +77,18 @@ class JoinSchedule:
 
 @dataclass(eq=False)
 class Recorder:
-    """Stores the input of some blocks at the last `width` positions. Owned by the caller."""
+    """Receives the input of some blocks at the last `width` positions. Owned by the caller."""
 
     blocks: Sequence[int]
     width: int
     states: dict[int, Tensor] = field(default_factory=dict)
 
-    def note(self, block: int, hidden: Tensor) -> None:
-        """Stores a copy of the input of a block."""
-        self.states[block] = hidden[:, -self.width :].detach().clone()
 
+class SharedForward:
+    """A forward in which each cell has hooks of its own. Used once.
 
-class SharedForward(HookManager):
-    """A forward in which each cell has hooks of its own. Used once."""
+    It is the `HookStrategy` of its block.
+    """
 
     def __init__(
         self,
@@ -105,15 +100,15 @@ class SharedForward(HookManager):
         rows: int,
         width: int,
     ) -> None:
-        super().__init__(lm, ())
-        self.growth, self.recorder = growth, recorder
+        self.lm, self.growth, self.recorder = lm, growth, recorder
         self.count = rows  # the number of rows at this moment
         self.width = width
-        self.hook_points: list[HookPoint] = []
+        self._hook_points: dict[ModuleLocation, HookPoint] = {}
         self._hooks: HooksByCell = {}
         self._hooks_before: HooksByCell = {}  # those that act before the batch begins to grow
         self._before_growth = growth is not None
-        self._add_cells(lanes, self._hooks)
+        for lane, hook_points in lanes:
+            self._add_cell(lane, hook_points, self._hooks)
         text = SequenceBatch([], [], lambda row: (), lambda ids, at: ())
         self._whole_pass = ForwardPass(text, 0, 0, rows, width, range(width), 0)
         # by id, a tensor that all blocks share and its expansion to all rows; the tensor is stored
@@ -122,86 +117,72 @@ class SharedForward(HookManager):
 
     def act_before_the_blocks(self, lane: CellRows, hook_points: Sequence[HookPoint]) -> None:
         """Adds hooks that act on the rows of the model itself, until the first block runs."""
-        self._add_cells([(lane, hook_points)], self._hooks_before)
+        self._add_cell(lane, hook_points, self._hooks_before)
 
-    def _add_cells(
-        self, lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]], hooks_by_cell: HooksByCell
+    def _add_cell(
+        self, lane: CellRows, hook_points: Sequence[HookPoint], hooks_by_cell: HooksByCell
     ) -> None:
-        """Adds the hooks of cells; the hook points of all cells at one location become one."""
-        merged: dict[ModuleLocation, HookPoint] = {
-            hook_point.place: hook_point for hook_point in self.hook_points
-        }
-        for lane, hook_points in lanes:
-            for hook_point in hook_points:
-                location = hook_point.place
-                shared = merged.get(location)
-                if shared is None:
-                    shared = HookPoint(hook_point.module, location, [], copies_output=False)
-                    merged[location] = shared
-                shared.reads_input |= hook_point.reads_input
-                cells = hooks_by_cell.setdefault(shared, [])
-                if cells and cells[-1][0] is lane:
-                    cells[-1][1].extend(hook_point.actions)
-                else:
-                    cells.append((lane, list(hook_point.actions)))
-        self.hook_points = sorted(
-            merged.values(), key=lambda hook_point: not hook_point.place.shared
-        )
+        """Adds the hooks of a cell; the hook points of all cells at one location become one."""
+        for hook_point in hook_points:
+            location = hook_point.place
+            shared = self._hook_points.get(location)
+            if shared is None:
+                shared = HookPoint(hook_point.module, location, [])
+                self._hook_points[location] = shared
+            shared.reads_input |= hook_point.reads_input
+            shared.actions.extend(hook_point.actions)
+            hooks_by_cell.setdefault(shared, []).append((lane, hook_point.actions))
+
+    def run(
+        self,
+        arguments: Mapping[str, Any],
+        add_changes: Callable[[HookBlock], None] | None = None,
+        *,
+        alone: bool = False,
+    ) -> Any:
+        """Calls the model and returns its output.
+
+        `add_changes` and `alone` are those of a `HookBlock`.
+        """
+        hook_points = in_order_of_registration(self._hook_points.values())
+        add_changes = add_changes or self._change_blocks
+        block = HookBlock(self.lm, hook_points, lambda: self, add_changes, alone=alone)
+        try:
+            with block:
+                return self.lm.model(**arguments)
+        finally:
+            block.close()  # again, since Ctrl-C may have come before `__exit__` began
 
     # ---- at the blocks
 
-    def _register(self, lent: Overrides) -> None:
-        super()._register(lent)
+    def _change_blocks(self, hook_block: HookBlock) -> None:
         growth, recorder = self.growth, self.recorder
-        if growth is None and recorder is None:
-            return
         for number in range(self.lm.n_layers):
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
-                lent.around(block, "forward", skip_block(growth.kinds[number]))
+                skip = partial(skip_block, growth.kinds[number])
+                hook_block.overrides.around(block, "forward", skip)
             elif growth is not None or (recorder is not None and number in recorder.blocks):
-                hook = ForwardBoundary(self._on_block_input, number)
-                self._register_first(lent, block, hook)
+                on_input = partial(self._on_block_input, number)
+                hook = ForwardBoundary(hook_block.dispatcher.if_in_forward, on_input)
+                hook_block.register_at_input(block, hook)
 
-    def _on_block_input(
-        self,
-        number: int,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def _on_block_input(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records the input of a block, and lets rows join there."""
-        if self._forward_thread != get_ident():
-            return None
-        assert kwargs is not None
         hidden, key = find_input(args, kwargs, 0, f"block {number}")
         if self.recorder is not None and number in self.recorder.blocks:
-            self.recorder.note(number, hidden)
-        if self.growth is None:
+            self.recorder.states[number] = hidden[:, -self.recorder.width :].detach().clone()
+        growth = self.growth
+        if growth is None:
             return None
-        hidden = self._with_joining_rows(self.growth, number, hidden)
-        args = tuple(
-            self._for_all_rows(self.growth, number, (index,), value)
-            for index, value in enumerate(args)
-        )
-        kwargs = {
-            name: self._for_all_rows(self.growth, number, (name,), value)
-            for name, value in kwargs.items()
-        }
-        return replace_input(args, kwargs, key, hidden)
-
-    def _with_joining_rows(self, growth: JoinSchedule, number: int, hidden: Tensor) -> Tensor:
-        """The rows of a block: those of the block before, then those that join at this block."""
-        before = 0
-        if number > growth.first:
-            before = growth.counts[number - 1]
+        before = growth.counts[number - 1] if number > growth.first else 0
         self.count, self._before_growth = growth.counts[number], False
-        if self.count == before:
-            return hidden
-        joining = growth.states(number).to(hidden.device)
-        if not before:
-            return joining
-        return torch.cat([hidden, joining])
+        if self.count > before:
+            joining = growth.states(number).to(hidden.device)
+            hidden = torch.cat([hidden, joining]) if before else joining
+        args = self._for_all_rows(growth, number, (), args)
+        kwargs = self._for_all_rows(growth, number, (), kwargs)
+        return replace_input(args, kwargs, key, hidden)
 
     def _for_all_rows(self, growth: JoinSchedule, number: int, path: Path, value: Any) -> Any:
         """An argument of a block, with an entry for each row at this moment."""
@@ -239,59 +220,64 @@ class SharedForward(HookManager):
 
     # ---- at the hook points
 
-    def _begin_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> ForwardPass:
+    def accepts_forward(self) -> bool:
+        return True
+
+    def begin_forward(self, arguments: Mapping[str, Any]) -> ForwardPass:
+        for hook_point in self._hook_points.values():
+            forget(hook_point.actions)
         return self._whole_pass
 
-    def _site(self, hook_point: HookPoint) -> AnySite:
-        cells = self._hooks.get(hook_point) or self._hooks_before[hook_point]
-        _, bound_hooks = cells[0]
-        return bound_hooks[0].site
+    def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
+        for hook_point in self._hook_points.values():
+            settle(hook_point.actions)
 
-    def _apply_to_whole(
+    def finish(self) -> None:
+        pass
+
+    def apply(
         self,
         hook_point: HookPoint,
         forward_pass: ForwardPass,
         tensor: Tensor,
         module_input: Tensor | None,
+        *,
+        recomputing: bool,
     ) -> Tensor:
         hooks_by_cell = self._hooks_before if self._before_growth else self._hooks
         result = tensor
-        self._hook_thread = self._forward_thread
-        try:
-            for lane, bound_hooks in hooks_by_cell.get(hook_point, ()):
-                if lane.stop > self.count:
-                    continue  # it joins later, with a state in which these edits are done
-                part = new = self._rows_of(lane, hook_point, result)
-                input_part = None
-                if module_input is not None:
-                    input_part = self._rows_of(lane, hook_point, module_input)
-                for bound_hook in bound_hooks:
-                    new = _apply_hook_of_cell(bound_hook, hook_point, lane, new, input_part)
-                if new is part:
-                    continue
-                if lane.stop - lane.start == self.count:
-                    result = new
-                    continue
-                if result is tensor:
-                    result = self._copy_by_row(tensor)
-                self._rows_of(lane, hook_point, result).copy_(new)
-        finally:
-            self._hook_thread = 0
+        for lane, bound_hooks in hooks_by_cell.get(hook_point, ()):
+            if lane.stop > self.count:
+                continue  # it joins later, with a state in which these edits are done
+            part = new = self._rows_of(lane, hook_point, result)
+            input_part = None
+            if module_input is not None:
+                input_part = self._rows_of(lane, hook_point, module_input)
+            for bound_hook in bound_hooks:
+                try:
+                    _, new = apply_hook(bound_hook, hook_point, lane.call, new, input_part)
+                except Exception as error:
+                    error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, in a sweep")
+                    raise
+            if new is part:
+                continue
+            if lane.stop - lane.start == self.count:
+                result = new
+                continue
+            if result is tensor:
+                result = self._copy_by_row(tensor)
+            self._rows_of(lane, hook_point, result).copy_(new)
         return result
 
     def _rows_of(self, lane: CellRows, hook_point: HookPoint, tensor: Tensor) -> Tensor:
-        """The rows of a cell in a tensor."""
         if lane.stop - lane.start == self.count:
             return tensor  # no other cell is in the forward
-        length = tensor.shape[0] if tensor.ndim else 0
-        if tensor.ndim and length == self.count:
+        if tensor.ndim and len(tensor) == self.count:
             return tensor[lane.start : lane.stop]
         is_flat = hook_point.place.flat or tensor.ndim == 2
-        if tensor.ndim and length == self.count * self.width and is_flat:
+        if is_flat and tensor.ndim and len(tensor) == self.count * self.width:
             return tensor[lane.start * self.width : lane.stop * self.width]
-        if tensor.ndim > 1 and length == 1:
+        if tensor.ndim > 1 and len(tensor) == 1:
             return tensor
         raise NotByRow(
             f"{hook_point.place.path} has a tensor {list(tensor.shape)}, and {self.count} rows ran",
@@ -299,36 +285,16 @@ class SharedForward(HookManager):
         )
 
     def _copy_by_row(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor, with an entry for each row."""
         if tensor.shape[0] == 1 and self.count > 1:
             return tensor.expand(self.count, *tensor.shape[1:]).clone()
         return tensor.clone()
 
 
-def _apply_hook_of_cell(
-    bound_hook: BoundHook,
-    hook_point: HookPoint,
-    lane: CellRows,
-    tensor: Tensor,
-    module_input: Tensor | None,
-) -> Tensor:
-    try:
-        _, new = apply_hook(bound_hook, hook_point, lane.call, tensor, module_input)
-    except Exception as error:
-        error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, in a sweep")
-        raise
-    return new
-
-
-def skip_block(kind: int) -> MethodReplacement:
-    """Returns what runs in place of a block's forward, to skip the block: it returns its input.
+def skip_block(kind: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Runs in place of a block's forward, to skip the block: returns its input.
 
     `kind` is 0 if the block returns a tensor, or the number of values that it returns.
     """
-    return partial(_return_input, kind)
-
-
-def _return_input(kind: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
     hidden, _ = find_input(args, kwargs, 0, "a block")
     if not kind:
         return hidden

@@ -34,7 +34,7 @@ class Draws:
     def __enter__(self) -> None:
         seed = self.seed
         if seed is None and self.lm.ranks is not None:
-            seed = self.lm.ranks.first(int(torch.randint(2**62, ())))
+            seed = self.lm.ranks.gather_values(int(torch.randint(2**62, ())))[0]
         if seed is None and not self.sampling:
             return
         try:
@@ -94,15 +94,13 @@ class Draws:
 
 
 def _generator_states() -> dict[str, Any]:
-    """The states of torch's generators, by device type."""
     states: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     elif torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
-        kind = "cuda" if accelerator is None else accelerator.type
-        if kind != "cuda":
-            states[kind] = torch.get_device_module(kind).get_rng_state()
+        if accelerator is not None and accelerator.type != "cuda":
+            states[accelerator.type] = torch.get_device_module(accelerator).get_rng_state()
     return states
 
 

@@ -1,31 +1,26 @@
-"""Run: the result of one `hk.forward` or one `hk.generate`.
-
-Also what both of them check in the same way: the logits= option, and the kind of model.
-"""
+"""Run: the result of one `hk.forward` or one `hk.generate`."""
 
 import copy
-import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..display import render_html
-from ..errors import EmptySelection, NotCaptured, Unsupported
+from ..errors import NotCaptured, Unsupported
 from ..files.tensors import save_tensors
 from ..hooks.base import Hook
 from ..hooks.captured_values import Captured, Captures
 from ..models.lm import LM
 from ..models.sites import AnySite, Sites
-from .outcomes import CaptureStore
+from .texts import CaptureStore
 from .trace import GenerationRecord
 
 
@@ -216,52 +211,3 @@ class Run:
         if self.kept_logits is not None:
             logits = f"logits {list(self.kept_logits.values.shape)}"
         return f"Run({rows} of up to {max(self.lengths)} tokens; {logits}; captured {self.sites})"
-
-
-LogitsOption: TypeAlias = Literal["all", "last", "none"]
-Logits: TypeAlias = LogitsOption | bool | None
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def outside_inference_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes a function return tensors that autograd can use, also in torch.inference_mode.
-
-    The function leaves gradients on or off as they were, also after a Ctrl-C that came while
-    torch.no_grad was left.
-    """
-
-    @functools.wraps(function)
-    def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        gradients = torch.is_grad_enabled()
-        if not torch.is_inference_mode_enabled():
-            try:
-                return function(*args, **kwargs)
-            except BaseException:
-                torch.set_grad_enabled(gradients)
-                raise
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return outside
-
-
-def refuse_two_texts(lm: LM) -> None:
-    """Raises `Unsupported` for an encoder-decoder."""
-    if lm.two_texts:
-        raise Unsupported(
-            f"{type(lm.root).__name__} is an encoder-decoder, which reads one text and writes "
-            "another: run it yourself in a block of hk.attach, with hooks at hk.module(path)"
-        )
-
-
-def read_logits_option(logits: Logits) -> LogitsOption:
-    """Returns which logits a run keeps; True means "all", False and None mean "none"."""
-    if logits in ("all", True):
-        return "all"
-    if logits in ("none", False, None):
-        return "none"
-    if logits == "last":
-        return "last"
-    raise EmptySelection(f"logits={logits!r} is unknown: say 'all', 'last' or False")

@@ -6,7 +6,8 @@ forward is checked here. Nothing is registered on the model here.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadEdit, BadHook, Unsupported
+from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange, Unsupported
 from ..hooks.base import Binding, Change, EditHook, Hook
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured, CapturedChunk
+from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import LOGIT_SITES, AnySite, Site
 from ..models.training import refuse_no_gradient
 from ..models.views import SiteView, view_of
+from .generation import Generation
 
 Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
 """A function that captures sites on the prompts of a reference."""
@@ -61,7 +64,7 @@ class HookPoint:
     place: ModuleLocation
     actions: list[BoundHook]
     reads_input: bool = False  # True if an edit of the output also needs the module's input
-    copies_output: bool = True  # True if all that is done is to copy a whole output tensor
+    copies_output: bool = False  # True if all that is done is to copy a whole output tensor
 
     @property
     def key(self) -> tuple[str, str, int | str]:
@@ -78,50 +81,36 @@ def build_hook_points(
     own. They act after the user's hooks.
     """
     hook_points: dict[ModuleLocation, HookPoint] = {}
-    for number, hook in enumerate(hooks):
-        _add_hook(lm, hook_points, hook, number, reference)
-    for number, hook in enumerate(observers, start=len(hooks)):
-        _add_hook(lm, hook_points, hook, number, reference, observer=True)
-    # torch calls the hook that was registered first first: hooks that write into a shared input
-    # have to act before the hooks that read it
-    return sorted(hook_points.values(), key=lambda hook_point: not hook_point.place.shared)
+    for number, hook in enumerate((*hooks, *observers)):
+        _check_hook(lm, hook)
+        locations = lm.located(hook.sites)
+        reference_value = _reference_values(tuple(locations), reference)
+        where = hook.placed(lm)
+        for site, location in locations.items():
+            change = None
+            if isinstance(hook, EditHook):
+                change = _bind_edit(lm, hook, site, reference_value)
+            hook_point = hook_points.get(location.tensor)  # all sites in a tensor share it
+            if hook_point is None:
+                hook_point = HookPoint(lm.submodule(location.path), location.tensor, [])
+                hook_points[location.tensor] = hook_point
+            hook_point.reads_input |= isinstance(hook, EditHook) and hook.reads_input
+            view = view_of(lm.layout, site, location)
+            at_head = isinstance(site, Site) and site.name in LOGIT_SITES
+            is_observer = number >= len(hooks)
+            bound = BoundHook(number, hook, site, where, view, change, at_head, is_observer)
+            hook_point.copies_output = not hook_point.actions and _is_copy(bound, location)
+            hook_point.actions.append(bound)
+    return in_order_of_registration(hook_points.values())
 
 
-def _add_hook(
-    lm: LM,
-    hook_points: dict[ModuleLocation, HookPoint],
-    hook: Hook,
-    number: int,
-    reference: Reference,
-    *,
-    observer: bool = False,
-) -> None:
-    """Binds one hook to each of its sites and adds it to the hook points there."""
-    _check_hook(lm, hook)
-    locations = lm.located(hook.sites)
-    reference_values = _ReferenceValues(tuple(locations), reference)
-    edit = hook if isinstance(hook, EditHook) else None
-    where = hook.placed(lm)
-    for site, location in locations.items():
-        change = None
-        if edit is not None:
-            change = _bind_edit(lm, edit, site, reference_values)
-        hook_point = _hook_point_at(lm, hook_points, location.tensor)
-        if edit is not None and edit.reads_input:
-            hook_point.reads_input = True
-        view = view_of(lm.layout, site, location)
-        at_head = isinstance(site, Site) and site.name in LOGIT_SITES
-        hook_point.copies_output = (
-            _copies_unchanged(hook)
-            and not at_head
-            and view.plain
-            and location.item == 0
-            and not location.shared
-            and not hook_point.actions
-            and lm.ranks is None
-        )
-        bound_hook = BoundHook(number, hook, site, where, view, change, at_head, observer)
-        hook_point.actions.append(bound_hook)
+def in_order_of_registration(hook_points: Iterable[HookPoint]) -> list[HookPoint]:
+    """Returns the hook points with those that write into a shared input before all others.
+
+    torch calls the hook that was registered first first, and those have to act before the hooks
+    that read the input.
+    """
+    return sorted(hook_points, key=lambda hook_point: not hook_point.place.shared)
 
 
 def _check_hook(lm: LM, hook: object) -> None:
@@ -132,59 +121,54 @@ def _check_hook(lm: LM, hook: object) -> None:
         )
     if isinstance(hook, Capture):
         if hook.device is not None:
-            check_device(hook.device)
+            try:
+                torch.empty(0, device=hook.device)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0]
+                raise BadHook(f"device={hook.device!r} is not on this machine: {reason}") from error
         if hook.grad:
             refuse_no_gradient(lm)
 
 
-def _copies_unchanged(hook: Hook) -> bool:
-    """True for a capture that neither converts nor moves values, and needs no gradients."""
-    return isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
+def _is_copy(bound_hook: BoundHook, location: ModuleLocation) -> bool:
+    """True if all that a hook does is to copy a whole output, without a conversion or a move."""
+    hook = bound_hook.hook
+    return (
+        isinstance(hook, Capture)
+        and hook.dtype is hook.device is None
+        and not hook.grad
+        and not bound_hook.head
+        and bound_hook.view.plain
+        and location.item == 0
+        and not location.shared
+    )
 
 
-def _hook_point_at(
-    lm: LM, hook_points: dict[ModuleLocation, HookPoint], location: ModuleLocation
-) -> HookPoint:
-    """Returns the hook point of a whole tensor, which all sites in the tensor share."""
-    hook_point = hook_points.get(location)
-    if hook_point is None:
-        hook_point = HookPoint(lm.submodule(location.path), location, [])
-        hook_points[location] = hook_point
-    return hook_point
+def _reference_values(
+    sites: tuple[AnySite, ...], capture_sites: Reference
+) -> Callable[[AnySite, tuple[Any, ...]], Captured]:
+    """A function of the values at one of the sites, all of which it captures when first called."""
+    values: dict[AnySite, Captured] = {}
+
+    def reference_value(site: AnySite, prompts: tuple[Any, ...]) -> Captured:
+        if not values:
+            values.update(capture_sites(sites, prompts))
+        return values[site]
+
+    return reference_value
 
 
-@dataclass(eq=False)
-class _ReferenceValues:
-    """The values of a hook's sites on its reference prompts, captured at the first request.
-
-    Owned by the bound edits of one hook.
-    """
-
-    sites: tuple[AnySite, ...]
-    capture_sites: Reference
-    values: dict[AnySite, Captured] | None = None
-
-    def at(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
-        if self.values is None:
-            self.values = self.capture_sites(self.sites, prompts)
-        return self.values[site]
-
-
-def _bind_edit(lm: LM, edit: EditHook, site: AnySite, reference_values: _ReferenceValues) -> Change:
+def _bind_edit(
+    lm: LM,
+    edit: EditHook,
+    site: AnySite,
+    reference_value: Callable[[AnySite, tuple[Any, ...]], Captured],
+) -> Change:
     try:
-        return edit.change(Binding(lm, site, partial(reference_values.at, site)))
+        return edit.change(Binding(lm, site, partial(reference_value, site)))
     except Exception as error:
         error.add_note(f"in {edit}")
         raise
-
-
-def check_device(name: str) -> None:
-    """Raises `BadHook` if this machine has no such device."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadHook(f"device={name!r} is not on this machine: {reason}") from error
 
 
 def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
@@ -192,7 +176,10 @@ def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
 
     Raises `Unsupported` if an edit changes the logits before a trace can read them.
     """
+    location, traced_point = lm.place(Site("logits")), None
     for hook_point in hook_points:
+        if hook_point.place == location:
+            traced_point = hook_point
         for bound_hook in hook_point.actions:
             is_edit = bound_hook.change is not None
             if is_edit and bound_hook.head and bound_hook.site != Site("logits"):
@@ -200,13 +187,150 @@ def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
                     f"{bound_hook.hook} acts at {bound_hook.site}, before the logits that a trace "
                     "reads as the model's own: let it act at 'logits', or leave trace= out"
                 )
-    location = lm.place(Site("logits"))
-    for hook_point in hook_points:
-        if hook_point.place == location:
-            return hook_point
-    hook_point = HookPoint(lm.submodule(location.path), location, [], copies_output=False)
-    hook_points.append(hook_point)
-    return hook_point
+    if traced_point is None:
+        traced_point = HookPoint(lm.submodule(location.path), location, [])
+        hook_points.append(traced_point)
+    return traced_point
+
+
+# ---- checks of positions before a forward
+
+
+def check_positions(
+    bound_hooks: Iterable[BoundHook], forward_pass: ForwardPass, generation: Generation | None
+) -> None:
+    """Raises if a hook names a position that the text cannot have, or selects nothing in a row.
+
+    Only for a text whose length is known: one forward of prompts, or a `generate`.
+    """
+    text = forward_pass.text
+    for bound_hook in one_per_selection(bound_hooks):
+        first, end = _possible_columns(bound_hook, forward_pass, generation)
+        for row, positions in enumerate(text.selected_positions(bound_hook.where)):
+            if positions is None:
+                continue
+            columns = text.columns[row]
+            last = bisect_left(columns, end)
+            if not text.generating:
+                last = min(last, text.lengths[row])
+            possible = range(bisect_left(columns, first), last)
+            if isinstance(positions, tuple):
+                missing = [position for position in positions if position not in possible]
+                if missing:
+                    raise OutOfRange(
+                        _out_of_range_message(
+                            bound_hook, text, row, missing[0], possible, generation
+                        )
+                    )
+            elif bisect_left(positions, possible.start) >= bisect_left(positions, possible.stop):
+                at_logits = " at the logits" if bound_hook.head else ""
+                raise EmptySelection(
+                    f"{bound_hook.hook} selects nothing in row {row}, which has positions "
+                    f"{first_to_last(possible)}{at_logits}: choose others, or leave the row out "
+                    "with rows="
+                )
+
+
+def check_text(
+    bound_hooks: Sequence[BoundHook], forward_pass: ForwardPass, generation: Generation | None
+) -> None:
+    """Raises if a hook names a position that the text of its first forward cannot have."""
+    text = forward_pass.text
+    _check_cached(bound_hooks, text)
+    if text.final or generation is not None:
+        check_positions(bound_hooks, forward_pass, generation)
+        return
+    for bound_hook in one_per_selection(bound_hooks):
+        # raises for a phrase that is not in the text, or a position below 0
+        text.selected_positions(bound_hook.where)
+
+
+def _check_cached(bound_hooks: Iterable[BoundHook], text: SequenceBatch) -> None:
+    """Raises for a hook at positions that are in a cache already, at which it did not act.
+
+    A capture of all positions is allowed: it holds the positions that it has.
+    """
+    if not text.start:
+        return
+    for bound_hook in bound_hooks:
+        everywhere = bound_hook.where.pos is None and bound_hook.where.step is None
+        if bound_hook.head or (everywhere and bound_hook.change is None):
+            continue
+        for row in range(len(text.lengths)):
+            position = text.first_missed_position(bound_hook.where, row)
+            if position is None:
+                continue
+            error = Unsupported if everywhere else OutOfRange
+            raise error(
+                f"{bound_hook.hook} at {bound_hook.site} means position {position} of row {row}, "
+                f"and the forward goes on from a cache that has columns 0 to {text.start - 1}: "
+                "they are not read again, and the hook did not act there when the cache was "
+                f"filled. Run the whole text, say pos=slice({text.start}, None), or fill the cache "
+                "inside the same block"
+            )
+
+
+def one_per_selection(bound_hooks: Iterable[BoundHook]) -> Iterable[BoundHook]:
+    """Returns one bound hook for each selection: a hook selects the same at all its sites."""
+    by_selection = {
+        (id(bound_hook.where), bound_hook.head): bound_hook for bound_hook in bound_hooks
+    }
+    return by_selection.values()
+
+
+def _possible_columns(
+    bound_hook: BoundHook, forward_pass: ForwardPass, generation: Generation | None
+) -> tuple[int, int]:
+    """The first column at which a hook can act, and the end of the columns that are read."""
+    first = 0
+    if generation is None:
+        end = forward_pass.past + forward_pass.width
+        if bound_hook.head:
+            first = forward_pass.past + forward_pass.head.start
+        return first, end
+    if bound_hook.head:
+        first = forward_pass.text.head or 0
+    return first, generation.max_width - 1  # the last token is never read
+
+
+def _out_of_range_message(
+    bound_hook: BoundHook,
+    text: SequenceBatch,
+    row: int,
+    position: int,
+    possible: range,
+    generation: Generation | None,
+) -> str:
+    length, new_tokens = text.lengths[row], 0
+    if generation is not None:
+        new_tokens = generation.max_width - generation.width
+    meaning = f"{bound_hook.hook} means position {position} of row {row}"
+    if bound_hook.where.step is not None:
+        meaning = f"{bound_hook.hook} means step {position - length + 1} of row {row}"
+        if generation is not None:
+            return f"{meaning}, and at most {new_tokens} tokens are generated: steps count from 0"
+        return (
+            f"{meaning}, and a forward of the prompt has step 0 only: use generate for later steps"
+        )
+    if bound_hook.head and position < possible.start:
+        return (
+            f"{meaning}, where no logits are computed; they are at positions "
+            f"{first_to_last(possible)} (forward with logits='all')"
+        )
+    if generation is None:
+        return f"{meaning}, which has {length} tokens: positions 0 to {length - 1}"
+    return (
+        f"{meaning}, and with {new_tokens} new tokens the model reads positions "
+        f"{first_to_last(possible)}"
+    )
+
+
+def first_to_last(positions: range) -> str:
+    """Returns positions as text for a message."""
+    return f"{positions[0]} to {positions[-1]}" if positions else "none"
+
+
+# ---- the tensors of a module
 
 
 def forward_of_site(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
@@ -297,3 +421,12 @@ def find_input(
             "hk.module(path, side='input', item=…)"
         )
     return tensor, key
+
+
+def replace_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, new: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a module with one of them replaced, by its index or keyword."""
+    if isinstance(key, str):
+        return args, kwargs | {key: new}
+    return (*args[:key], new, *args[key + 1 :]), kwargs

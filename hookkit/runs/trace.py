@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer, check_tokens
+from ..arguments import check_arguments, check_integer
 from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
-from ..hooks.logits import LogitEdit
+from ..hooks.logits import named_tokens
 from ..models.lm import LM
-from ..models.tokens import Token, rank_among
+from ..models.next_token import entropy_of, margin_of, ranks_among, token_logits, varentropy_of
+from ..models.tokens import Token, check_tokens
 from .generation import Generation
 
 STAGES = ("model", "edited", "processed")
@@ -74,10 +75,6 @@ class Stage:
     margin: Float[Tensor, " row"]
     candidates: Int[Tensor, " row"]  # the number of tokens whose logit is not -inf
 
-    def cpu(self) -> "Stage":
-        """Returns the same stage in main memory."""
-        return Stage(*(getattr(self, name).cpu() for name in Stage.__slots__))
-
 
 @dataclass(eq=False, slots=True)
 class LogitChange:
@@ -86,10 +83,6 @@ class LogitChange:
     hook: Hook
     rows: Bool[Tensor, " row"]
     ranks: Int[Tensor, "row token"]
-
-    def cpu(self) -> "LogitChange":
-        """Returns the same change in main memory."""
-        return LogitChange(self.hook, self.rows.cpu(), self.ranks.cpu())
 
 
 @dataclass(eq=False, slots=True)
@@ -101,11 +94,13 @@ class Step:
     stages: dict[str, Stage]
     changes: list[LogitChange]  # by the hooks on logits, in their order
 
-    def cpu(self) -> "Step":
-        """Returns the same step in main memory. Stages that are one object stay one."""
-        copies = {id(stage): stage.cpu() for stage in self.stages.values()}
-        stages = {name: copies[id(stage)] for name, stage in self.stages.items()}
-        return Step(self.call, self.ids.cpu(), stages, [change.cpu() for change in self.changes])
+    def move_to_cpu(self) -> None:
+        """Moves all tensors to main memory."""
+        for record in (self, *self.stages.values(), *self.changes):
+            for name in record.__slots__:
+                value = getattr(record, name)
+                if isinstance(value, Tensor):
+                    setattr(record, name, value.cpu())
 
     def decision(self, row: int, step: int, length: int, token: int, model_row: int) -> "Decision":
         """Returns the choice of a token in a row whose prompt has this length."""
@@ -157,19 +152,12 @@ class _OpenStep:
     # by each hook that changed them: the rows in which it did, and the logits after it
     changes: list[tuple[Hook, Tensor, Tensor]] = field(default_factory=list)
 
-    def stages(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Returns the different logits, and for each stage the name under which it is there."""
+    def stages(self) -> dict[str, Tensor]:
+        """Returns the logits of each stage; one tensor with the stage before if it changes none."""
         assert self.model is not None and self.edited is not None and self.processed is not None
-        different = {"model": self.model}
-        # a stage that changes nothing is the one before it
-        names: dict[str, str] = dict.fromkeys(STAGES, "model")
-        if self.edited is not self.model:
-            different["edited"] = self.edited
-            names["edited"] = names["processed"] = "edited"
-        if not torch.equal(self.edited, self.processed):
-            different["processed"] = self.processed
-            names["processed"] = "processed"
-        return different, names
+        is_changed = not torch.equal(self.edited, self.processed)
+        processed = self.processed if is_changed else self.edited
+        return {"model": self.model, "edited": self.edited, "processed": processed}
 
 
 @dataclass(eq=False)
@@ -184,16 +172,12 @@ class Tracer:
     hooks: Sequence[Hook]
     listener: Callable[[Tensor, Tensor], None] | None = None
     steps: list[Step] = field(default_factory=list)
+    generation: Generation = field(init=False)  # the current call of `generate`
 
     def __post_init__(self) -> None:
-        self._watched = [self.lm.token(token) for token in self.asked.watch]
-        named: list[int] = []
-        for hook in self.hooks:
-            if isinstance(hook, LogitEdit):
-                named += hook.named(self.lm)
-        self._named = list(dict.fromkeys(named))
+        self._watched = tuple(self.lm.token(token) for token in self.asked.watch)
+        self._named = tuple(named_tokens(self.lm, self.hooks))
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
-        self._generation: Generation | None = None
         self.recorded: GenerationRecord | None = None
         self._open_step = _OpenStep()
 
@@ -204,7 +188,7 @@ class Tracer:
                 "beam sampling draws among beams, and its draws leave no trace: leave trace= out, "
                 "or do_sample"
             )
-        self.steps, self._generation, self.recorded = [], generation, None
+        self.steps, self.generation, self.recorded = [], generation, None
         self._top_count = self.asked.top
         if generation.beams > 1:  # the beams take their tokens from this many of the first
             candidates = max(2, 1 + len(generation.eos)) * generation.beams
@@ -239,12 +223,6 @@ class Tracer:
         if self.listener is not None:
             self.listener(tokens, done)
 
-    @property
-    def generation(self) -> Generation:
-        """The current call of `generate`."""
-        assert self._generation is not None
-        return self._generation
-
     def now(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> GenerationRecord:
         """Returns the record of the newest step alone.
 
@@ -266,84 +244,63 @@ class Tracer:
 
         `sources` returns for a forward the model row in which each final row was.
         """
-        steps = [step.cpu() for step in self.steps]
         decisions = []
+        for step in self.steps:
+            step.move_to_cpu()
         for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
             for number, token in enumerate(tokens[length:]):
-                step = steps[number]
+                step = self.steps[number]
                 model_row = sources(step.call)[row]
                 decisions.append(step.decision(row, number, length, token, model_row))
         self.recorded = self._record_of(decisions)
 
     def _record_of(self, decisions: list[Decision]) -> GenerationRecord:
         return GenerationRecord(
-            self.lm,
-            self.asked,
-            self.generation,
-            tuple(self._watched),
-            tuple(self._named),
-            tuple(decisions),
+            self.lm, self.asked, self.generation, self._watched, self._named, tuple(decisions)
         )
 
     def _step(self, tokens: Int[Tensor, " row"] | None) -> Step:
         """The step that is open; `tokens` are the chosen ones, where each row chose one."""
-        logits_by_stage, names = self._open_step.stages()
-        real = self.lm.n_tokens or None  # the vocabulary without padding
-        count = min(self._top_count, logits_by_stage["model"][:, :real].shape[1])
+        logits_by_name, n_tokens = self._open_step.stages(), self.lm.n_tokens
+        different = {id(logits): logits for logits in logits_by_name.values()}
+        count = min(self._top_count, token_logits(logits_by_name["model"], n_tokens).shape[1])
         tops = {
-            name: logits[:, :real].topk(count, dim=-1) for name, logits in logits_by_stage.items()
+            key: token_logits(logits, n_tokens).topk(count, dim=-1).indices
+            for key, logits in different.items()
         }
-        parts = [top.indices for top in tops.values()]
-        device, row_count = parts[0].device, len(parts[0])
-        if self._always_stored:
-            parts.append(torch.tensor(self._always_stored, device=device).expand(row_count, -1))
+        parts = list(tops.values())
+        always = torch.tensor(self._always_stored, dtype=torch.long, device=parts[0].device)
+        parts.append(always.expand(len(parts[0]), -1))
         if tokens is not None:
-            parts.append(tokens[:, None].to(device))
+            parts.append(tokens[:, None].to(parts[0].device))
         ids = torch.cat(parts, dim=1)
         stages = {
-            name: _stage(logits, ids, tops[name], self.asked.top, real)
-            for name, logits in logits_by_stage.items()
+            key: _stage(logits, ids, tops[key][:, : self.asked.top], n_tokens)
+            for key, logits in different.items()
         }
         changes = []
         for hook, rows, after in self._open_step.changes:
-            ranks = _ranks(after[:, :real], after.gather(1, ids))
+            ranks = ranks_among(token_logits(after, n_tokens), after.gather(1, ids))
             changes.append(LogitChange(hook, rows, ranks))
-        named_stages = {name: stages[names[name]] for name in STAGES}
-        return Step(self._open_step.call, ids, named_stages, changes)
-
-
-def _ranks(
-    vocabulary: Float[Tensor, "row vocab"], logits: Float[Tensor, "row token"]
-) -> Int[Tensor, "row token"]:
-    columns = range(logits.shape[1])
-    return torch.stack([rank_among(vocabulary, logits[:, column]) for column in columns], dim=1)
+        by_name = {name: stages[id(logits)] for name, logits in logits_by_name.items()}
+        return Step(self._open_step.call, ids, by_name, changes)
 
 
 def _stage(
     logits: Float[Tensor, "row vocab"],
     ids: Int[Tensor, "row token"],
-    top: Any,
-    stored_top: int,
-    real: int | None,
+    top: Int[Tensor, "row top"],
+    n_tokens: int,
 ) -> Stage:
     logprobs = logits.log_softmax(dim=-1)
-    probs = logprobs.exp()
-    entropy = torch.special.entr(probs).sum(dim=-1)
-    # the logarithm of a probability of 0 does not matter, but must not be -inf
-    surprise = logprobs.clamp(min=-1e4) + entropy[:, None]
-    real_logits = logits[:, :real]
-    token_logits = logits.gather(1, ids)
-    if top.values.shape[1] > 1:
-        second = top.values[:, 1]
-    else:
-        second = real_logits.topk(2, dim=-1).values[:, 1]
+    real_logits, logits_of_ids = token_logits(logits, n_tokens), logits.gather(1, ids)
     return Stage(
-        logits=token_logits,
+        logits=logits_of_ids,
         logprobs=logprobs.gather(1, ids),
-        ranks=_ranks(real_logits, token_logits),
-        top=top.indices[:, :stored_top],
-        entropy=entropy,
-        varentropy=(probs * surprise.square()).sum(dim=-1),
-        margin=top.values[:, 0] - second,
+        ranks=ranks_among(real_logits, logits_of_ids),
+        top=top,
+        entropy=entropy_of(logprobs),
+        varentropy=varentropy_of(logprobs),
+        margin=margin_of(logits, n_tokens),
         candidates=torch.isfinite(real_logits).sum(dim=-1),
     )

@@ -7,24 +7,31 @@ of the text it reads.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Unsupported
-from ..models.batch_positions import (
-    ForwardPass,
-    SequenceBatch,
-    columns_after_padding,
-    columns_of_mask,
-)
+from ..models.batch_positions import Columns, ForwardPass, SequenceBatch, columns_of_mask
 from ..models.positions import NO_END, At
 from ..models.prompts import Batch
 from .generation import Generation
-from .kv_cache import Caches, cache_in, cache_of, columns_in
+
+ARGUMENT_NAMES = (
+    "past_key_values",
+    "cache_params",
+    "past_key_value",
+    "layer_past",
+    "past_buckets_states",
+    "mems",
+    "state",
+)
+LAYER_TENSORS = ("keys", "recurrent_states", "ssm_states", "conv_states")  # of a cache's layer
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +48,7 @@ class _ForwardArguments:
 
 @dataclass(eq=False)
 class PositionTracker:
-    """Finds the text of each forward of a block. Owned by the block's `DispatchState`."""
+    """Finds the text of each forward of a block. Owned by the block's `TextHooks`."""
 
     find: Callable[[Sequence[int], At], tuple[int, ...]]  # the positions of a phrase in ids
     takes_logits_to_keep: bool
@@ -49,10 +56,8 @@ class PositionTracker:
     text: SequenceBatch | None = None  # the text of the last forward
     forwards: int = 0
     generation: Generation | None = None  # while `generate` runs
-    # for beams: the tokens of each model row before each forward
-    histories: dict[int, Tensor | None] = field(default_factory=dict)
     expected: SequenceBatch | None = None  # a text whose columns are known before its forward
-    caches: Caches = field(default_factory=Caches)
+    caches: "Caches" = field(default_factory=lambda: Caches())
 
     def begin_forward(self, arguments: Mapping[str, Any]) -> tuple[ForwardPass, bool]:
         """Returns the forward that begins with these arguments; True if it begins a new text."""
@@ -89,19 +94,21 @@ class PositionTracker:
 
     def expect(self, batch: Batch) -> None:
         """Sets the prompts of the next forward. No later forward goes on from it."""
-        pads = [0] * len(batch.lengths)
-        if batch.side == "left":
-            pads = [batch.ids.shape[1] - length for length in batch.lengths]
-        columns = columns_after_padding(batch.lengths, pads, open_end=False)
+        columns: list[Columns] = []
+        for length in batch.lengths:
+            pad = batch.ids.shape[1] - length if batch.side == "left" else 0
+            columns.append(range(pad, pad + length))
         self.expected = SequenceBatch(
             columns, batch.lengths, batch.rows.__getitem__, self.find, final=True
         )
 
-    def remember_beams(self, forward_pass: ForwardPass, tokens: Tensor | None) -> None:
-        """Stores the tokens of each beam before this forward; None while it reads the prompt."""
-        assert self.generation is not None
-        reads_prompt = forward_pass.past + forward_pass.width <= self.generation.width
-        self.histories[forward_pass.number] = None if reads_prompt else tokens
+    def begin_generation(self, plan: Generation) -> SequenceBatch:
+        """Returns the text of a call of `generate`, to which the next forwards belong."""
+        self.generation = plan
+        self.text = SequenceBatch(
+            plan.columns, plan.lengths, plan.prompt, self.find, generating=True, beams=plan.beams
+        )
+        return self.text
 
     def _head(self, logits_to_keep: Any, width: int) -> range:
         """The columns of a forward for which logits are computed."""
@@ -178,18 +185,14 @@ class PositionTracker:
             if source.columns[row][length - 1] >= call.past:
                 return None
         _check_open_ends(source)
-        return self._branch(source)
-
-    def _branch(self, source: SequenceBatch) -> SequenceBatch:
-        """The same prompts once more, from a cache that was cut off, or copied."""
-        rows = range(len(source.lengths))
+        # the same prompts once more, from a cache that was cut off, or copied
         return SequenceBatch(
             source.columns,
             source.lengths,
             source.prompt,
             self.find,
             before=source,
-            before_rows=rows,
+            before_rows=range(len(source.lengths)),
         )
 
     def _note_source(self, text: SequenceBatch, source: SequenceBatch | None, rows: int) -> None:
@@ -207,7 +210,7 @@ class PositionTracker:
         end = past + call.width
         if mask is None:
             lengths = [end] * rows
-            columns = columns_after_padding(lengths, [0] * rows, open_end=True)
+            columns: list[Columns] = [range(NO_END)] * rows
         elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (rows, end):
             columns, lengths = columns_of_mask(mask.bool(), generating=False)
         else:
@@ -229,14 +232,10 @@ class PositionTracker:
 
 
 def _first_tensor(values: Iterable[Any]) -> Tensor | None:
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    return None
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def _rows_and_width(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """The number of rows and of columns that a forward is called with."""
     tensor = arguments.get("input_ids")
     if tensor is None:
         tensor = arguments.get("inputs_embeds")
@@ -276,3 +275,162 @@ def _parameter_names(kind: type[nn.Module], root: type[nn.Module]) -> tuple[str,
     if kind is not root and parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return _parameter_names(root, root)
     return tuple(parameter.name for parameter in parameters)
+
+
+# ---- caches of keys and values, or of states
+
+
+class Caches:
+    """The caches that the forwards of a block were called with, or returned.
+
+    It knows of each cache which text it belongs to and how many columns of it it has. A cache is
+    recognised by the object itself, or by the tensors in a tuple; a copy of a cache by its values.
+    Owned by the block's `PositionTracker`.
+    """
+
+    def __init__(self) -> None:
+        # by the object: the text of a cache, and the columns that it had
+        self._entries = WeakIdKeyDictionary()
+        self._fingerprints: dict[tuple[SequenceBatch, int], Tensor] = {}
+
+    def note(self, cache: Any, text: SequenceBatch, columns: int) -> None:
+        """Notes that a cache has this many columns of a text."""
+        identity = _identity(cache)
+        if identity is None:
+            return
+        self._entries[identity] = text, columns
+        fingerprint = _fingerprint(cache, columns)
+        if fingerprint is not None:
+            self._fingerprints[text, columns] = fingerprint
+
+    def text_of(self, cache: Any) -> tuple[SequenceBatch, int] | None:
+        """Returns the text of a cache that the block knows, and the columns that it had."""
+        identity = _identity(cache)
+        return None if identity is None else self._entries.get(identity)
+
+    def copied_from(self, cache: Any, columns: int) -> SequenceBatch | None:
+        """Returns the text of which a cache holds a copy."""
+        fingerprint = _fingerprint(cache, columns)
+        if fingerprint is None:
+            return None
+        for (text, text_columns), other in reversed(self._fingerprints.items()):
+            if text_columns == columns and _equal(fingerprint, other):
+                return text
+        return None
+
+    def could_be_copy(self, cache: Any, columns: int) -> bool:
+        """True if a cache may be a copy, and has no values by which that can be decided."""
+        if _fingerprint(cache, columns) is not None:
+            return False
+        return any(text.seen >= columns for text, _ in self._entries.values())
+
+    def unchanged(self, cache: Any, text: SequenceBatch, columns: int) -> bool:
+        """False if the rows of a cache are not those that the last forward left in it."""
+        fingerprint, other = _fingerprint(cache, columns), self._fingerprints.get((text, columns))
+        return fingerprint is None or other is None or _equal(fingerprint, other)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """Returns the cache among the arguments of a forward; None if there is none."""
+    for name in ARGUMENT_NAMES:
+        cache = arguments.get(name)
+        if cache is not None:
+            return cache
+    return None
+
+
+def cache_of(output: Any) -> Any:
+    """Returns the cache in the output of a forward; None if there is none."""
+    for name in ARGUMENT_NAMES:
+        cache = getattr(output, name, None)
+        if cache is not None:
+            return cache
+    if isinstance(output, tuple):
+        for item in output:
+            if _is_cache(item):
+                return item
+    return None
+
+
+def columns_in(cache: Any, entry: tuple[SequenceBatch, int] | None) -> int:
+    """Returns how many columns of a text a cache has, or raises `Unsupported`.
+
+    `entry` is what `Caches.text_of` returns for it.
+    """
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # a state-space model's cache does not count
+            if not cache.has_previous_state():
+                return 0
+    elif entry is None:
+        tensors = list(_tensors(cache))
+        if not tensors:
+            return 0
+        lengths = {tensor.shape[-2] for tensor in tensors if tensor.ndim == 4}
+        if len(lengths) == 1 and all(tensor.ndim == 4 for tensor in tensors):
+            return lengths.pop()
+    if entry is None:
+        raise Unsupported(
+            f"this forward goes on from a {type(cache).__name__} that no forward of the block has "
+            "filled, and it does not say how many tokens it has read: fill it in the block, or run "
+            "the whole text"
+        )
+    return entry[1]
+
+
+def _is_cache(item: Any) -> bool:
+    if hasattr(item, "get_seq_length"):
+        return True
+    if not isinstance(item, tuple | list) or not item:
+        return False
+    for layer in item:
+        if not isinstance(layer, tuple | list) or next(_tensors(layer), None) is None:
+            return False
+    return True
+
+
+def _tensors(cache: Any) -> Iterator[Tensor]:
+    if isinstance(cache, Tensor):
+        yield cache
+    elif isinstance(cache, tuple | list):
+        for item in cache:
+            yield from _tensors(item)
+
+
+def _identity(cache: Any) -> Any:
+    if cache is None or isinstance(cache, tuple | list):
+        return next(_tensors(cache), None)
+    try:
+        weakref.ref(cache)
+    except TypeError:
+        return None
+    return cache
+
+
+def _fingerprint(cache: Any, columns: int) -> Tensor | None:
+    """The last layer's values at the last column: equal in a copy, different for another text."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        tensors = [tensor for tensor in _tensors(cache) if tensor.ndim == 4]
+        if not tensors:
+            return None
+        return tensors[-1][..., -1, :].detach().clone()
+    for layer in reversed(layers):
+        for name in LAYER_TENSORS:
+            values = getattr(layer, name, None)
+            if not isinstance(values, Tensor) or values.ndim < 3 or not values.numel():
+                continue
+            if name != "keys":
+                return values.detach().clone()
+            last = columns - 1 if columns <= values.shape[-2] else -1
+            return values[..., last, :].detach().clone()
+    return None
+
+
+def _equal(fingerprint: Tensor, other: Tensor) -> bool:
+    if fingerprint.shape != other.shape:
+        return False
+    return torch.equal(fingerprint, other.to(fingerprint.device))

@@ -103,7 +103,6 @@ class ThreadedGenerator(Generic[Value]):
             self._thread.join(1.0)
 
     def _work(self) -> None:
-        """What the thread runs."""
         try:
             self._begun.set()
             if not self._closed:
@@ -149,7 +148,12 @@ def state_of_torch() -> list[Callable[[], AbstractContextManager[Any]]]:
         contexts.append(partial(_entered, TorchFunctionMode, mode))
     contexts.append(partial(torch.inference_mode, torch.is_inference_mode_enabled()))
     contexts.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-    for device in _devices():
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            devices.append(accelerator.type)
+    for device in devices:
         autocast = partial(
             torch.autocast,
             device,
@@ -172,13 +176,3 @@ def _entered(kind: Any, mode: Any) -> Iterator[None]:
         yield
     finally:
         kind.__exit__(mode, None, None, None)
-
-
-def _devices() -> list[str]:
-    """The types of device on which autocast may be on."""
-    devices = ["cpu"]
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            devices.append(accelerator.type)
-    return devices

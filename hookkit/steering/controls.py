@@ -8,7 +8,6 @@ No torch is needed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -79,35 +78,31 @@ def at_damage(
         )
     table = table.reset_index(drop=True)  # tables put together may repeat their index
     metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
-    request = _Request(damage, by, toward, metrics)
     names = [*_line_columns(table), "control", "sample"]
     groups: Any = table.groupby(names, sort=False, dropna=False)
     parts = []
-    for key, line in groups:
-        parts.append(_at_damage(line, dict(zip(names, key, strict=True)), request))
+    for values, line in groups:
+        key = dict(zip(names, values, strict=True))
+        side = line[np.sign(line["dose"]) == toward]
+        if side.empty:
+            sign = "positive" if toward > 0 else "negative"
+            raise EmptySelection(f"the table has no {sign} dose of {_words(key)}")
+        parts.append(_interpolate(side, key, metrics, damage, by))
     result = pd.concat(parts, ignore_index=True)
     random: Any = result[result["control"]]
     # sample n is one direction for all vectors of a site
     counts = random.groupby("site")["sample"].nunique().to_dict()
     result["random_vectors"] = result["site"].map(counts).fillna(0).astype(int)
+    prompts_of_sites: Any = pd.MultiIndex.from_arrays([result["site"], result["row"]])
     for metric in metrics:
-        result[f"{metric}_gain"] = _gains(result, f"{metric}_delta")
-        spreads: dict[str, tuple[float, float]] = {}
+        delta = f"{metric}_delta"
+        random_means = random.groupby(["site", "row"])[delta].mean().reindex(prompts_of_sites)
+        result[f"{metric}_gain"] = result[delta] - random_means.to_numpy()
+        companions = [f"{metric}_random_sd", f"{metric}_random_rest"]
+        result[companions] = np.nan
         for site, rows in random.groupby("site"):
-            spreads[site] = _random_spread(rows, f"{metric}_delta")
-        pairs = [spreads.get(site, (np.nan, np.nan)) for site in result["site"]]
-        result[f"{metric}_random_sd"], result[f"{metric}_random_rest"] = zip(*pairs, strict=True)
+            result.loc[result["site"] == site, companions] = _random_spread(rows, delta)
     return result
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The damage at which vectors are compared, its column, the doses' sign, and the metrics."""
-
-    damage: float
-    by: str
-    toward: int
-    metrics: Sequence[str]
 
 
 def _random_spread(rows: Any, name: str) -> tuple[float, float]:
@@ -127,51 +122,37 @@ def _random_spread(rows: Any, name: str) -> tuple[float, float]:
     return float(np.sqrt(variance)), float(np.sqrt(residual))
 
 
-def _at_damage(line: pd.DataFrame, key: dict[str, Any], request: _Request) -> pd.DataFrame:
-    """Returns the prompts of one vector at the dose that costs the damage."""
-    side = pd.DataFrame(line[np.sign(line["dose"]) == request.toward])
-    if side.empty:
-        sign = "positive" if request.toward > 0 else "negative"
-        raise EmptySelection(f"the table has no {sign} dose of {_words(key)}")
-    doses = sorted(set(side["dose"]), key=abs)
-    rows_at = {dose: side[side["dose"] == dose].set_index("row") for dose in doses}
-    costs = [0.0, *[float(rows_at[dose][request.by].iloc[0]) for dose in doses]]
-    step, part = _crossing(costs, request, _words(key))
-    after = rows_at[doses[step]]
-    previous_dose = doses[step - 1] if step else 0.0
-    rows = pd.DataFrame({**key, "row": after.index, "prompt": after.index})
-    rows["dose_there"] = previous_dose + part * (doses[step] - previous_dose)
-    for metric in request.metrics:
-        before = after[f"{metric}_before"].to_numpy(float)
-        previous = before
-        if step:
-            previous = rows_at[previous_dose].loc[after.index, metric].to_numpy(float)
-        rows[metric] = previous + part * (after[metric].to_numpy(float) - previous)
-        rows[f"{metric}_before"] = before
-        rows[f"{metric}_delta"] = rows[metric] - before
+def _interpolate(
+    side: pd.DataFrame, key: dict[str, Any], metrics: Sequence[str], damage: float, by: str
+) -> pd.DataFrame:
+    """Returns the prompts of one vector at the first dose that costs the damage.
+
+    It lies between two doses that were run, or between none and the first.
+    """
+    groups: Any = side.groupby("dose")
+    rows_at: dict[float, Any] = {dose: rows.set_index("row") for dose, rows in groups}
+    doses = [0.0, *sorted(rows_at, key=abs)]
+    costs = [0.0, *[float(rows_at[dose][by].iloc[0]) for dose in doses[1:]]]
+    first = rows_at[doses[1]]
+    rows_at[0.0] = first.assign(**{metric: first[f"{metric}_before"] for metric in metrics})
+    reached = [low < damage <= high for low, high in pairwise(costs)]
+    if True not in reached:
+        raise OutOfRange(
+            f"{by} {damage} was asked for, and {_words(key)} reaches {max(costs):.3g}: "
+            "dose further, or ask for less"
+        )
+    step = reached.index(True)
+    start, dose = doses[step : step + 2]
+    part = (damage - costs[step]) / (costs[step + 1] - costs[step])
+    after = rows_at[dose]
+    previous = rows_at[start].loc[after.index]
+    rows = pd.DataFrame({**key, "row": after.index, "prompt": after.index}, index=after.index)
+    rows["dose_there"] = start + part * (dose - start)
+    for metric in metrics:
+        rows[metric] = previous[metric] + part * (after[metric] - previous[metric])
+        rows[f"{metric}_before"] = after[f"{metric}_before"]
+        rows[f"{metric}_delta"] = rows[metric] - rows[f"{metric}_before"]
     return rows
-
-
-def _crossing(costs: Sequence[float], request: _Request, words: str) -> tuple[int, float]:
-    """Returns the step between two doses in which the damage is first reached, and how far into it
-    the damage is."""
-    for step, (low, high) in enumerate(pairwise(costs)):
-        if low < request.damage <= high:
-            return step, (request.damage - low) / (high - low)
-    raise OutOfRange(
-        f"{request.by} {request.damage} was asked for, and {words} reaches {max(costs):.3g}: "
-        "dose further, or ask for less"
-    )
-
-
-def _gains(table: pd.DataFrame, delta: str) -> list[float]:
-    """Returns each prompt's delta minus the mean of the random vectors' at the same site."""
-    random: Any = table[table["control"]].groupby(["site", "row"])[delta].mean()
-    means = random.to_dict()
-    gains = []
-    for site, row, value in table[["site", "row", delta]].itertuples(index=False):
-        gains.append(value - means.get((site, row), np.nan))
-    return gains
 
 
 def _line_columns(table: pd.DataFrame) -> list[str]:

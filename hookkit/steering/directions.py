@@ -119,7 +119,7 @@ def mean_difference(
     toward, away = as_batch(lm, positive).rows, as_batch(lm, negative).rows
     positives = collect_statistics(lm, toward, sites, pos, batch)
     negatives = collect_statistics(lm, away, sites, pos, batch)
-    about = _provenance(lm, "mean difference", pos, toward, away)
+    about = provenance(lm, "mean difference", pos, toward, away)
     vectors = []
     for site, stream in positives.items():
         difference = stream.mean - negatives[site].mean
@@ -128,9 +128,10 @@ def mean_difference(
     return Vectors(tuple(vectors))
 
 
-def _provenance(
+def provenance(
     lm: LM, method: str, pos: PosLike, toward: Sequence[Row], away: Sequence[Row]
 ) -> dict[str, Any]:
+    """Returns how vectors of these prompts are made, for their `about`."""
     return {
         **describe_model(lm),
         "method": method,
@@ -173,7 +174,7 @@ def principal_direction(
         )
     positives = collect_statistics(lm, toward, sites, pos, batch)
     negatives = collect_statistics(lm, away, sites, pos, batch)
-    about = _provenance(lm, "principal direction", pos, toward, away)
+    about = provenance(lm, "principal direction", pos, toward, away)
     vectors = []
     for site, stream in positives.items():
         differences = stream.means - negatives[site].means

@@ -6,7 +6,6 @@ how much worse the model predicts it, and how far its predictions moved.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,34 +20,20 @@ from ..errors import BadHook, BadPrompt
 from ..hooks.base import Hook
 from ..hooks.vector import Vector
 from ..models.lm import LM
+from ..models.next_token import kl_divergence, values_at
 from ..models.positions import PosLike
 from ..models.prompts import Prompts, Row, as_batch
-from ..models.sites import Site
 from ..runs.forward import forward
 from ..sweeps.cells import as_hooks, list_values
 from ..sweeps.sweep import sweep
-from ..tables.distributions import kl_divergence
 from ..tables.metrics import MetricLike
 from .directions import BATCH
 
 Named: TypeAlias = Mapping[str, Vector | Sequence[Vector]]
-Cell: TypeAlias = tuple[int, float, int]
-"""The number of a vector, a dose, and a sample: 0 for the vector itself, else a random one."""
-
 DOSES = (-0.4, -0.2, -0.1, -0.05, 0.05, 0.1, 0.2, 0.4)
 
 
-@dataclass(frozen=True)
-class Damage:
-    """The damage of hooks on neutral text, in nats per token: the mean loss with the hooks and
-    without them (`before`), and KL(without ‖ with)."""
-
-    loss: float
-    before: float
-    kl: float
-
-
-def neutral_rows(lm: LM, texts: Prompts) -> tuple[Row, ...]:
+def _neutral_rows(lm: LM, texts: Prompts) -> tuple[Row, ...]:
     """Returns the tokens of neutral texts; raises if a text has no token to predict."""
     rows = as_batch(lm, texts).rows
     for index, row in enumerate(rows):
@@ -60,33 +45,32 @@ def neutral_rows(lm: LM, texts: Prompts) -> tuple[Row, ...]:
     return rows
 
 
-def damages(
+def _damages(
     lm: LM,
     rows: Sequence[Row],
-    edits: Sequence[Sequence[Hook]],
-    *,
-    base_hooks: Sequence[Hook] = (),
+    edits: Sequence[Hook],
+    base_hooks: Sequence[Hook],
     batch: int,
-    progress: bool | None = None,
-) -> list[Damage]:
-    """Returns the damage of each list of edits.
+    progress: bool | None,
+) -> Float[np.ndarray, "3 edit"]:
+    """Returns the mean loss with each edit, the loss without it, and KL(without ‖ with).
 
-    `base_hooks` act with and without the edits. The predictions of `batch` texts are in memory at a
-    time.
+    All are in nats per token of the texts. `base_hooks` act with and without the edits. The
+    predictions of `batch` texts are in memory at a time.
     """
-    totals = torch.zeros(len(edits), 3, dtype=torch.float64)  # loss, loss before, kl
+    totals = torch.zeros(len(edits), 3, dtype=torch.float64)
     hidden = None if progress is None else not progress
     total = len(edits) * len(rows)
     with tqdm(total=total, unit="text", desc="neutral text", disable=hidden) as bar:
         for start in range(0, len(rows), batch):
             texts = rows[start : start + batch]
             before = _logprobs(lm, texts, base_hooks)
-            for index, hooks in enumerate(edits):
-                after = _logprobs(lm, texts, [*base_hooks, *hooks])
+            for index, hook in enumerate(edits):
+                after = _logprobs(lm, texts, [*base_hooks, hook])
                 totals[index] += sum(map(_damage_sums, texts, before, after))
                 bar.update(len(texts))
     tokens = sum(map(len, rows)) - len(rows)
-    return list(itertools.starmap(Damage, (totals / tokens).tolist()))
+    return (totals / tokens).T.numpy()
 
 
 def _logprobs(
@@ -94,17 +78,19 @@ def _logprobs(
 ) -> list[Float[Tensor, "pos vocab"]]:
     """Returns the log-probabilities at each token of each row but its last."""
     logits = forward(lm, list(rows), *hooks).logits
-    pairs = zip(logits, rows, strict=True)
-    return [logits_of_row[: len(row) - 1].float().log_softmax(-1) for logits_of_row, row in pairs]
+    logprobs = []
+    for row, logits_of_row in zip(rows, logits, strict=True):
+        logprobs.append(logits_of_row[: len(row) - 1].float().log_softmax(-1))
+    return logprobs
 
 
 def _damage_sums(
     row: Row, before: Float[Tensor, "pos vocab"], after: Float[Tensor, "pos vocab"]
 ) -> Float[Tensor, " 3"]:
     """Returns the sums over a row's tokens of the loss, the loss before, and KL(before ‖ after)."""
-    tokens = torch.tensor(row[1:], device=after.device)[:, None]
-    loss = -after.gather(1, tokens).sum(dtype=torch.float64)
-    loss_before = -before.gather(1, tokens).sum(dtype=torch.float64)
+    tokens = torch.tensor(row[1:])
+    loss = -values_at(after, tokens).sum(dtype=torch.float64)
+    loss_before = -values_at(before, tokens).sum(dtype=torch.float64)
     kl = kl_divergence(before, after, dtype=torch.float64).clamp(min=0)
     return torch.stack([loss, loss_before, kl.sum()]).cpu()
 
@@ -149,7 +135,7 @@ def dose_response(
     named = _named(vectors)
     meaning = "how many random vectors are to be the control,"
     check_integer(samples, "samples", least=0, meaning=meaning, error=BadHook)
-    texts = None if neutral is None else neutral_rows(lm, neutral)
+    texts = None if neutral is None else _neutral_rows(lm, neutral)
     numbers = [check_number(dose, "a dose") for dose in list_values(doses, "doses")]
     sampled: list[list[Vector]] = []
     for _, vector in named:
@@ -164,42 +150,33 @@ def dose_response(
     attrs = table.attrs
     if texts is not None:
         cells = list(itertools.product(*grid.values()))
-        edits = [[sampled[vector][sample].steer(dose=dose)] for vector, dose, sample in cells]
-        base_hooks = as_hooks(under)
-        costs = damages(lm, texts, edits, base_hooks=base_hooks, batch=batch, progress=progress)
-        table = table.merge(
-            _damage_table(cells, costs), on=["vector", "dose", "sample"], how="left"
-        )
+        edits = [sampled[vector][sample].steer(dose=dose) for vector, dose, sample in cells]
+        loss, before, kl = _damages(lm, texts, edits, as_hooks(under), batch, progress)
+        damage = pd.DataFrame(cells, columns=list(grid))
+        damage = damage.assign(damage_kl=kl, damage_loss=loss - before, perplexity=np.exp(loss))
+        table = table.merge(damage, on=list(grid), how="left")
     table = _with_names(table, named)
     table.attrs |= attrs
     return table
 
 
-def _damage_table(cells: Sequence[Cell], costs: Sequence[Damage]) -> pd.DataFrame:
-    table = pd.DataFrame(cells, columns=["vector", "dose", "sample"])
-    damage = pd.DataFrame(costs)
-    table["damage_kl"] = damage["kl"]
-    table["damage_loss"] = damage["loss"] - damage["before"]
-    table["perplexity"] = np.exp(damage["loss"])
-    return table
-
-
 def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector]]:
     """Returns each vector with its name; names and sites together are unique."""
-    named: list[tuple[str, Any]] = []
-    if isinstance(vectors, Mapping):
-        for name, group in vectors.items():
-            named += [(str(name), vector) for vector in _as_list(group)]
-    else:
-        named += [(getattr(vector, "method", ""), vector) for vector in _as_list(vectors)]
+    groups: dict[Any, Any] = dict(vectors) if isinstance(vectors, Mapping) else {None: vectors}
+    named: list[tuple[str, Vector]] = []
+    for name, group in groups.items():
+        is_several = isinstance(group, Iterable) and not isinstance(group, Vector)
+        members: Any = group if is_several else [group]
+        for vector in members:
+            if not isinstance(vector, Vector):
+                raise BadHook(
+                    f"{type(vector).__name__} is no steering vector with a length of the stream: "
+                    "make one with hk.mean_difference, hk.fit_vector …, or "
+                    "hk.Vector(site, tensor, norm)"
+                )
+            named.append((vector.method if name is None else str(name), vector))
     if not named:
         raise BadHook("there is no vector: give at least one")
-    for _, vector in named:
-        if not isinstance(vector, Vector):
-            raise BadHook(
-                f"{type(vector).__name__} is no steering vector with a length of the stream: make "
-                "one with hk.mean_difference, hk.fit_vector …, or hk.Vector(site, tensor, norm)"
-            )
     keys = [(name, vector.site) for name, vector in named]
     for name, site in keys:
         if keys.count((name, site)) > 1:
@@ -209,30 +186,22 @@ def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector
     return named
 
 
-def _as_list(vectors: Any) -> list[Any]:
-    if isinstance(vectors, Vector) or not isinstance(vectors, Iterable):
-        return [vectors]
-    return list(vectors)
-
-
 def _with_names(table: pd.DataFrame, named: Sequence[tuple[str, Vector]]) -> pd.DataFrame:
     """Returns the table with the vectors' names and sites, and the random vectors as control."""
     numbers = table["vector"]
     names, vectors = zip(*named, strict=True)
     sites = [vector.site for vector in vectors]
-    norms = [vector.norm for vector in vectors]
     table = table.assign(
         vector=numbers.map(names.__getitem__),
-        site=numbers.map(list(map(str, sites)).__getitem__),
-        length=table["dose"].abs() * numbers.map(norms.__getitem__),
+        site=numbers.map(lambda number: str(sites[number])),
+        layer=numbers.map(lambda number: getattr(sites[number], "layer", None)),
+        length=table["dose"].abs() * numbers.map(lambda number: vectors[number].norm),
         control=table["sample"] > 0,
         sample=(table["sample"] - 1).clip(lower=0),
         prompt=table["row"],
     )
-    first = ["vector", "site", "dose", "length", "control", "sample", "row", "prompt"]
-    layers = [site.layer if isinstance(site, Site) else None for site in sites]
-    if None not in layers:
-        table["layer"] = numbers.map(layers.__getitem__)
-        first.insert(2, "layer")
-    remaining = [name for name in table.columns if name not in first]
-    return table.loc[:, [*first, *remaining]]
+    first = ["vector", "site", "layer", "dose", "length", "control", "sample", "row", "prompt"]
+    if bool(table["layer"].isna().any()):
+        first.remove("layer")
+        table = table.drop(columns="layer")
+    return table.loc[:, [*first, *table.columns.difference(first, sort=False)]]

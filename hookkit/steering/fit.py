@@ -4,10 +4,10 @@ vector = hk.fit_vector(lm, "resid_post.12", prompts, hk.logit_diff(" good", " ba
 vector = hk.fit_vector(lm, "resid_post.12", prompts, [" a joy to watch.", " lovely and warm."])
 vector.about["curve"]           # the target before each step, and after the last one
 
-`Aim` computes the target of a fit and its gradient, and `Descent` takes the steps.
+`Aim` computes the target of a fit and its gradient, and `_descend` takes the steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,18 +20,18 @@ from ..arguments import check_arguments, check_number
 from ..errors import BadHook, EmptySelection
 from ..hooks.base import Hook, as_where, require_vectors
 from ..hooks.edits import edit
-from ..hooks.vector import Vector, data_hash, describe_model
+from ..hooks.vector import Vector
 from ..models.lm import LM
 from ..models.padding import logits_of
 from ..models.positions import PosLike
 from ..models.prompts import Prompts, as_batch
-from ..models.sites import AnySite, Sites
+from ..models.sites import AnySite
 from ..models.training import freeze_weights, refuse_no_gradient, warn_of_dropout
 from ..runs.manager import HookManager
 from ..sweeps.cell_metrics import CellMetrics
 from ..sweeps.inputs import SweepInputs, read_inputs
 from ..tables.metrics import FunctionMetric, Loss, Metric, MetricLike, as_metrics, loss
-from .directions import BATCH, collect_statistics, median_length
+from .directions import BATCH, collect_statistics, median_length, provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,33 +46,45 @@ class Aim:
     metric: Metric
     inputs: SweepInputs
     positions: tuple[tuple[int, ...], ...] | None
-
-    @property
-    def falls(self) -> bool:
-        """True for a target that is to become small."""
-        return isinstance(self.metric, Loss)
+    batch: int  # prompts that run together
 
     @property
     def words(self) -> str:
         """The target in words."""
         return self.metric.name if isinstance(self.metric, FunctionMetric) else repr(self.metric)
 
-    def values(self, vector: Float[Tensor, " d"], rows: Sequence[int]) -> Float[Tensor, " row"]:
-        """Returns the metric of some prompts with the vector added."""
-        logits = self._logits(rows, self._hooks(vector, rows))
-        return self._metrics.measures[0](self._metrics.said(rows, logits))
+    def mean(self, vector: Float[Tensor, " d"]) -> float:
+        """Returns the metric's mean over the prompts, with the vector added."""
+        total = 0.0
+        with torch.no_grad():
+            for rows in self._batches:
+                total += float(self._total(vector, rows))
+        return total / len(self.inputs)
 
-    def gradient(self, vector: Float[Tensor, " d"], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns the sum of the metric over some prompts, and its gradient for the vector."""
+    def mean_and_gradient(self, vector: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
+        """Returns the metric's mean over the prompts, and its gradient for the vector."""
         refuse_no_gradient(self.lm)
-        with torch.enable_grad():
-            total = self.values(vector, rows).sum()
-            if not total.requires_grad:
-                raise BadHook(
-                    f"{self.words} has no gradient: a rank, or whether a token is the first, moves "
-                    "in steps; give hk.logprob or hk.logit_diff"
-                )
-            return total.detach(), torch.autograd.grad(total, vector)[0]
+        total, gradient = 0.0, torch.zeros_like(vector)
+        for rows in self._batches:
+            with torch.enable_grad():
+                part = self._total(vector, rows)
+                if not part.requires_grad:
+                    raise BadHook(
+                        f"{self.words} has no gradient: a rank, or whether a token is the first, "
+                        "moves in steps; give hk.logprob or hk.logit_diff"
+                    )
+                gradient += torch.autograd.grad(part, vector)[0]
+            total += float(part.detach())
+        return total / len(self.inputs), gradient / len(self.inputs)
+
+    @property
+    def _batches(self) -> list[range]:
+        every = range(len(self.inputs))
+        return [every[start : start + self.batch] for start in every[:: self.batch]]
+
+    def _total(self, vector: Float[Tensor, " d"], rows: range) -> Float[Tensor, ""]:
+        logits = self._logits(rows, self._hooks(vector, rows))
+        return self._metrics.measures[0](self._metrics.said(rows, logits)).sum()
 
     @cached_property
     def _metrics(self) -> CellMetrics:
@@ -119,6 +131,7 @@ def aim(
     prompts: Prompts,
     target: MetricLike | str | list[str],
     pos: PosLike,
+    batch: int,
 ) -> Aim:
     """Returns the target of a fit, checked against the model and the prompts."""
     is_list = isinstance(target, list) and all(isinstance(text, str) for text in target)
@@ -133,13 +146,10 @@ def aim(
                 "site: name it"
             )
     inputs = read_inputs(lm, prompts, metrics, -1)
-    positions = _positions_of(inputs, sites, pos)
-    return Aim(lm, sites[0], metrics[0], inputs, positions)
+    return Aim(lm, sites[0], metrics[0], inputs, _positions_of(inputs, pos), batch)
 
 
-def _positions_of(
-    inputs: SweepInputs, sites: Sites, pos: PosLike
-) -> tuple[tuple[int, ...], ...] | None:
+def _positions_of(inputs: SweepInputs, pos: PosLike) -> tuple[tuple[int, ...], ...] | None:
     """Returns the positions of each prompt, on its continuation too; None for all positions."""
     where = as_where(pos)
     if where.pos is None:
@@ -203,7 +213,7 @@ def fit_vector(
             f"dose={dose}: give the longest that the vector may become, as a fraction of the "
             "stream's length"
         )
-    fit_aim = aim(lm, site, prompts, target, pos)
+    fit_aim = aim(lm, site, prompts, target, pos, batch)
     rows = fit_aim.inputs.rows
     stream = collect_statistics(lm, rows, [fit_aim.site], pos, batch)[fit_aim.site]
     norm, width = median_length(stream.lengths), stream.means.shape[1]
@@ -214,15 +224,13 @@ def fit_vector(
         if seed is not None:
             random = Vector(fit_aim.site, torch.ones(width), norm).random(seed=seed)
             start = random.unit().tensor * (lr * norm)
-        descent = Descent(fit_aim, steps, lr * norm / width**0.5, longest, batch)
-        vector, curve = descent.run(start, progress)
+        hidden = None if progress is None else not progress
+        bar = tqdm(range(steps), unit="step", disable=hidden)
+        vector, curve = _descend(fit_aim, start, lr * norm / width**0.5, longest, bar)
     about = {
-        **describe_model(lm),
-        "method": "learnt",
-        "pos": repr(pos),
-        "target": fit_aim.words,
+        **provenance(lm, "learnt", pos, rows, fit_aim.inputs.run_rows),
         "prompts": [len(rows)],
-        "data_sha256": data_hash(rows, fit_aim.inputs.run_rows),
+        "target": fit_aim.words,
         "steps": steps,
         "lr": lr,
         "dose": dose,
@@ -232,54 +240,28 @@ def fit_vector(
     return Vector(fit_aim.site, vector, norm, about)
 
 
-@dataclass(frozen=True, eq=False)
-class Descent:
-    """Steps of Adam towards an aim; `longest` is the maximal length of the vector."""
+def _descend(
+    aim: Aim, start: Float[Tensor, " d"], lr: float, longest: float | None, steps: Iterable[int]
+) -> tuple[Float[Tensor, " d"], list[float]]:
+    """Takes steps of Adam towards an aim; `longest` is the maximal length of the vector.
 
-    aim: Aim
-    steps: int
-    lr: float
-    longest: float | None
-    batch: int
-
-    def run(
-        self, start: Float[Tensor, " d"], progress: bool | None
-    ) -> tuple[Float[Tensor, " d"], list[float]]:
-        """Returns the vector after the last step, and the target's mean before each step and at
-        the end."""
-        vector = start.to(self.aim.lm.device).clone().requires_grad_()
-        adam = torch.optim.Adam([vector], lr=self.lr)
-        curve: list[float] = []
-        hidden = None if progress is None else not progress
-        for _ in tqdm(range(self.steps), unit="step", disable=hidden):
-            mean, gradient = self._mean_and_gradient(vector)
-            curve.append(mean)
-            if not bool(gradient.any()):
-                raise BadHook(
-                    f"{self.aim.words} does not change with a vector at {self.aim.site}, so that "
-                    "there is no slope to follow: add it where the target's position reads it, or "
-                    "(for kl, flat at the start) give seed="
-                )
-            vector.grad = gradient if self.aim.falls else -gradient
-            adam.step()
-            if self.longest is not None:
-                with torch.no_grad():
-                    vector *= (self.longest / vector.norm().clamp(min=1e-30)).clamp(max=1)
-        with torch.no_grad():
-            totals = [float(self.aim.values(vector, rows).sum()) for rows in self._batches()]
-        curve.append(sum(totals) / len(self.aim.inputs))
-        return vector.detach(), curve
-
-    def _mean_and_gradient(self, vector: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
-        """Returns the target's mean over the prompts, and its gradient."""
-        total, gradient = 0.0, torch.zeros_like(vector)
-        for rows in self._batches():
-            part, part_gradient = self.aim.gradient(vector, rows)
-            total, gradient = total + float(part), gradient + part_gradient
-        count = len(self.aim.inputs)
-        return total / count, gradient / count
-
-    def _batches(self) -> list[range]:
-        count = len(self.aim.inputs)
-        starts = range(0, count, self.batch)
-        return [range(start, min(start + self.batch, count)) for start in starts]
+    Returns the vector after the last step, and the target's mean before each step and at the end.
+    """
+    vector = start.to(aim.lm.device).clone().requires_grad_()
+    adam = torch.optim.Adam([vector], lr=lr, maximize=not isinstance(aim.metric, Loss))
+    curve: list[float] = []
+    for _ in steps:
+        mean, gradient = aim.mean_and_gradient(vector)
+        curve.append(mean)
+        if not bool(gradient.any()):
+            raise BadHook(
+                f"{aim.words} does not change with a vector at {aim.site}, so that "
+                "there is no slope to follow: add it where the target's position reads it, or "
+                "(for kl, flat at the start) give seed="
+            )
+        vector.grad = gradient
+        adam.step()
+        if longest is not None:
+            with torch.no_grad():
+                vector *= (longest / vector.norm().clamp(min=1e-30)).clamp(max=1)
+    return vector.detach(), [*curve, aim.mean(vector)]

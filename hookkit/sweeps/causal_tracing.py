@@ -1,9 +1,9 @@
 """Causal tracing: noise blurs the subject, and one clean state at a time is restored (Meng et al.
 2022)."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
 from typing import Any, Unpack
 
 import pandas as pd
@@ -17,12 +17,12 @@ from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.edits import steer
 from ..models.lm import LM
-from ..models.positions import At, IndicesLike, at
+from ..models.positions import At, at
 from ..models.prompts import Prompts, Row, as_batch, as_rows, positions_of_text
 from ..models.sites import SITES_WITHOUT_LAYER, Site
 from ..runs.forward import forward
-from .cells import as_hooks, list_values
-from .grids import GridPositions, Metrics, Positions, RowPositions, grid_positions
+from .cells import as_hooks, list_values, noise_generator
+from .grids import AT_ONCE, GridPositions, Metrics, Positions, RowPositions, grid_positions
 from .sweep import Settings, sweep
 
 # Rows of one forward and tokens of a row, while embeddings are read.
@@ -75,15 +75,14 @@ def causal_tracing(
         positions_of_text(lm, row, item) for row, item in zip(batch.rows, subjects, strict=True)
     ]
     positions = grid_positions(batch.lengths, [site], pos)
-    if positions is None:
+    if positions is AT_ONCE:
         raise BadHook(
             f"{site!r} has heads, all of which are restored together: say at which positions, "
             "with pos="
         )
     positions = _positions_of_samples(positions, samples)
-    rows: list[list[int]] = []
-    for row in batch.rows:
-        rows += [list(row)] * samples
+    repeated = chain.from_iterable(repeat(row, samples) for row in batch.rows)
+    rows = [list(row) for row in repeated]
     base_hooks = as_hooks(settings.get("under", ()))
     clean = forward(lm, rows, *base_hooks, capture(lm.sites(site)))
 
@@ -95,7 +94,7 @@ def causal_tracing(
             for position, sample_rows in positions[pos]
         ]
 
-    noise_std = check_number(noise, "noise") * embedding_std(lm, noise_over)
+    noise_std = noise * embedding_std(lm, noise_over)
     noise_hooks = _noise_hooks(lm, batch.rows, spans, samples, noise_std, seed)
     settings["under"] = [*base_hooks, *noise_hooks]
     axes = {"layer": restored_layers, "pos": list(positions)}
@@ -106,9 +105,8 @@ def causal_tracing(
 
 
 def _sites_by_layer(lm: LM, name: str, layers: Iterable[int] | None) -> dict[int | None, Site]:
-    sites = lm.sites(name)
-    if layers is not None:
-        sites = lm.sites(name, layers=list_values(layers, "layers"))
+    values = None if layers is None else list_values(layers, "layers")
+    sites = lm.sites(name, layers=values)
     return {site.layer: site for site in sites if isinstance(site, Site)}
 
 
@@ -135,11 +133,10 @@ def _positions_of_samples(positions: GridPositions, samples: int) -> GridPositio
     for name, row_positions in positions.items():
         expanded[name] = []
         for position, prompts in row_positions:
-            rows: IndicesLike = prompts
+            rows = prompts
             if isinstance(prompts, list):
-                rows = []
-                for prompt in prompts:
-                    rows += range(prompt * samples, (prompt + 1) * samples)
+                spans = [range(prompt * samples, (prompt + 1) * samples) for prompt in prompts]
+                rows = list(chain.from_iterable(spans))
             expanded[name].append((position, rows))
     return expanded
 
@@ -191,9 +188,3 @@ def _noise_hooks(
         vectors[rows] = torch.stack(list(noise_by_row.values()))
         hooks.append(steer("embed", vectors, pos=list(span), rows=rows))
     return hooks
-
-
-def noise_generator(seed: int, prompt: Row, sample: int) -> torch.Generator:
-    """Returns a generator that depends only on the seed, the prompt's tokens and the sample."""
-    digest = hashlib.sha256(repr((seed, prompt, sample)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -6,9 +6,10 @@ cells again by themselves.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,9 +29,6 @@ Values: TypeAlias = dict[tuple[int, int], list[float]]
 
 UNEDITED = -1  # the cell number of the prompts without any cell's edits
 
-UneditedLogits: TypeAlias = Mapping[int, Float[Tensor, " vocab"]]
-"""For each row the logits without a cell's edits, at the metric's position."""
-
 
 def cell_keys(cell: int, rows: Sequence[int]) -> list[tuple[int, int]]:
     """Returns the keys of a cell's values."""
@@ -39,11 +37,27 @@ def cell_keys(cell: int, rows: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class CellMetrics:
-    """The metrics of the prompts of a sweep. `before` is there if a metric compares with it."""
+    """The metrics of the prompts of a sweep.
+
+    `before` are the logits of each row without a cell's edits, at the metric's position; None if no
+    metric compares with them.
+    """
 
     inputs: SweepInputs
     measures: Sequence[Measure]
-    before: UneditedLogits | None = None
+    before: Mapping[int, Float[Tensor, " vocab"]] | None = None
+
+    @classmethod
+    def after_base(cls, plan: Plan, base: BaseForward | None) -> "CellMetrics":
+        """Returns the metrics of the prompts of an unedited forward, which may be None if no metric
+        compares with it."""
+        before = None
+        if plan.compares:
+            assert base is not None
+            before = {}
+            for row, logits in zip(base.rows, base.logits, strict=True):
+                before[row] = logits[-plan.inputs.read_counts[row]]
+        return cls(plan.inputs, plan.measures, before)
 
     def values(
         self, keys: Sequence[tuple[int, int]], logits: Float[Tensor, "row pos vocab"]
@@ -53,129 +67,105 @@ class CellMetrics:
         size = max(1, 2**26 // max(1, logits[0].numel()))
         for start in range(0, len(keys), size):
             part = keys[start : start + size]
-            said = self.said([row for _, row in part], logits[start : start + size])
-            values |= self.measure(part, said)
+            inputs = self.said([row for _, row in part], logits[start : start + size])
+            columns = [measure(inputs).double().tolist() for measure in self.measures]
+            for key, *numbers in zip(part, *columns, strict=True):
+                values[key] = numbers
         return values
-
-    def measure(self, keys: Sequence[tuple[int, int]], said: Said) -> Values:
-        """Returns the metrics of these logits."""
-        columns = [measure(said).double().tolist() for measure in self.measures]
-        return {key: list(values) for key, *values in zip(keys, *columns, strict=True)}
-
-    def before_logits(self, rows: Sequence[int]) -> Float[Tensor, "row vocab"] | None:
-        """Returns the unedited logits of these rows; None if no metric compares with them."""
-        if self.before is None:
-            return None
-        return torch.stack([self.before[row] for row in rows]).float()
 
     def said(self, rows: Sequence[int], logits: Float[Tensor, "row pos vocab"]) -> Said:
         """Returns what the metrics read of these rows."""
+        before = None
+        if self.before is not None:
+            before = torch.stack([self.before[row] for row in rows]).float().to(logits.device)
         read_counts = self.inputs.read_counts
         if max(read_counts) == 1 and not self.inputs.has_continuation:
-            return Said(logits[:, -1].float(), rows, self.before_logits(rows))
-        first, after = [], []
+            return Said(logits[:, -1].float(), rows, before)
+        after = []
         for row, row_logits in zip(rows, logits, strict=True):
-            first.append(row_logits[-read_counts[row]])
             after.append(row_logits[-read_counts[row] :].float())
-        return Said(torch.stack(first).float(), rows, self.before_logits(rows), after)
+        return Said(torch.stack([row_logits[0] for row_logits in after]), rows, before, after)
 
 
-def unedited_logits(plan: Plan, forward: BaseForward) -> UneditedLogits | None:
-    """Returns the logits of unedited rows; None if no metric compares with them."""
-    if not plan.compares:
-        return None
-    read_counts = plan.inputs.read_counts
-    pairs = zip(forward.rows, forward.logits, strict=True)
-    return {row: logits[-read_counts[row]] for row, logits in pairs}
+def metric_columns(
+    name: str,
+    values: Float[np.ndarray, " cell"],
+    before: Float[np.ndarray, " cell"],
+    delta: Float[np.ndarray, " cell"],
+    target: Float[np.ndarray, " cell"] | None,
+) -> dict[str, Float[np.ndarray, " cell"]]:
+    """Returns the columns of a metric: its values, `_before` and `_delta`, with a target also
+    `_target` and `_effect` (NaN where the target is the unedited value)."""
+    columns = {name: values, f"{name}_before": before, f"{name}_delta": delta}
+    if target is not None:
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            distance = target - before
+            effect = np.divide(delta, distance, out=distance * np.nan, where=distance != 0)
+        columns |= {f"{name}_target": target, f"{name}_effect": effect}
+    return columns
 
 
-def _cell_metrics(plan: Plan, rows: tuple[int, ...]) -> CellMetrics:
+def _unedited_metrics(plan: Plan, rows: tuple[int, ...]) -> CellMetrics:
     """Returns the metrics of some prompts, which are run if a metric compares with them."""
-    before = None
-    if plan.compares:
-        before = unedited_logits(plan, _run_unedited(plan, plan.inputs, rows))
-    return CellMetrics(plan.inputs, plan.measures, before)
-
-
-def _run_unedited(plan: Plan, inputs: SweepInputs, rows: tuple[int, ...]) -> BaseForward:
-    return run_base(inputs, rows, plan.base_hook_points, (), 1, cache=False)
+    base = run_base(plan.inputs, rows, plan.base_hook_points) if plan.compares else None
+    return CellMetrics.after_base(plan, base)
 
 
 def target_values(plan: Plan, target: Run | Prompts, pos: int) -> list[list[float]]:
     """Returns the metrics of each prompt's target: of a run, or of prompts, which are run with the
     base hooks."""
+    run_logits = None
     if isinstance(target, Run):
-        values = _values_of_run(plan, target, pos)
+        if plan.inputs.has_continuation:
+            raise Unsupported(
+                "a run has not read the continuation whose loss is meant: give prompts as the "
+                "target"
+            )
+        run_logits = _for_all_prompts([*logits_at(target, pos)], plan)
+        inputs = replace(plan.inputs, read_counts=(1,) * len(plan.inputs))
     else:
-        values = _values_of_prompts(plan, target, pos)
+        target_rows = _for_all_prompts(as_batch(plan.lm, target).rows, plan)
+        inputs = read_inputs(plan.lm, [list(row) for row in target_rows], plan.metrics, pos)
+        check_reached(plan.base_hook_points, inputs)
+    values: Values = {}
+    for rows in plan.chunks():
+        cell_metrics = replace(_unedited_metrics(plan, rows), inputs=inputs)
+        if run_logits is None:
+            logits = run_base(inputs, rows, plan.base_hook_points).logits
+        else:
+            logits = torch.stack([run_logits[row] for row in rows])[:, None]
+        values |= cell_metrics.values(cell_keys(UNEDITED, rows), logits)
     return [values[UNEDITED, row] for row in range(len(plan.inputs))]
 
 
-def _values_of_run(plan: Plan, run: Run, pos: int) -> Values:
-    if plan.inputs.has_continuation:
-        raise Unsupported(
-            "a run has not read the continuation whose loss is meant: give prompts as the target"
-        )
+def _for_all_prompts(targets: Sequence[Any], plan: Plan) -> Sequence[Any]:
+    """Returns a target for each prompt. Raises unless there are as many, or one."""
     count = len(plan.inputs)
-    logits = logits_at(run, pos)
-    _check_count(len(logits), count)
-    logits = logits.expand(count, -1)
-    values: Values = {}
-    for rows in plan.chunks():
-        cell_metrics = _cell_metrics(plan, rows)
-        before = cell_metrics.before_logits(rows)
-        if before is not None:
-            before = before.cpu()
-        said = Said(logits[list(rows)], rows, before)
-        values |= cell_metrics.measure(cell_keys(UNEDITED, rows), said)
-    return values
-
-
-def _values_of_prompts(plan: Plan, prompts: Prompts, pos: int) -> Values:
-    count = len(plan.inputs)
-    target_rows = as_batch(plan.lm, prompts).rows
-    _check_count(len(target_rows), count)
-    if len(target_rows) != count:
-        target_rows = target_rows * count
-    inputs = read_inputs(plan.lm, [list(row) for row in target_rows], plan.metrics, pos)
-    check_reached(plan.base_hook_points, inputs)
-    values: Values = {}
-    for rows in plan.chunks():
-        before = _cell_metrics(plan, rows).before
-        logits = _run_unedited(plan, inputs, rows).logits
-        cell_metrics = CellMetrics(inputs, plan.measures, before)
-        values |= cell_metrics.values(cell_keys(UNEDITED, rows), logits)
-    return values
-
-
-def _check_count(target_count: int, count: int) -> None:
-    if target_count not in (1, count):
+    if len(targets) not in (1, count):
         raise BadHook(
-            f"the target has {target_count} rows, and there are {count} prompts: give as many, "
+            f"the target has {len(targets)} rows, and there are {count} prompts: give as many, "
             "or one"
         )
+    return targets if len(targets) == count else [*targets] * count
 
 
 def verify_cells(plan: Plan, values: Values, count: int) -> None:
     """Runs some random cells by themselves. Raises `Unsupported` if one has other values."""
-    cells = sorted({cell for cell, _ in values} - {UNEDITED})
-    for cell in random.Random(0).sample(cells, min(count, len(cells))):
-        for rows in plan.chunks():
-            forward = run_base(plan.inputs, rows, plan.hook_points[cell], (), 1, cache=False)
-            cell_metrics = _cell_metrics(plan, rows)
-            alone = cell_metrics.values(cell_keys(cell, rows), forward.logits)
-            _compare(plan, values, alone)
-
-
-def _compare(plan: Plan, values: Values, expected_values: Values) -> None:
     dtype = getattr(plan.lm.root, "dtype", torch.float64)
     limit = 5 * LIMITS.get(dtype, LIMITS[torch.float64])
-    for (cell, row), expected in expected_values.items():
-        actual = values.get((cell, row), expected)
-        for metric, value, alone in zip(plan.metrics, actual, expected, strict=True):
-            if abs(value - alone) > limit * max(1.0, abs(alone)):
-                raise Unsupported(
-                    f"the cell {plan.cells[cell]} of prompt {row} has {metric.name} {value:.6g}, "
-                    f"and {alone:.6g} when it is run by itself: a shortcut does not hold for this "
-                    "model. Please report it; until then run the cells with hk.forward"
-                )
+    cells = sorted({cell for cell, _ in values} - {UNEDITED})
+    for cell in random.Random(0).sample(cells, min(count, len(cells))):
+        alone: Values = {}
+        for rows in plan.chunks():
+            logits = run_base(plan.inputs, rows, plan.hook_points[cell]).logits
+            alone |= _unedited_metrics(plan, rows).values(cell_keys(cell, rows), logits)
+        for key, expected in alone.items():
+            actual = values.get(key, expected)
+            for metric, value, number in zip(plan.metrics, actual, expected, strict=True):
+                if abs(value - number) > limit * max(1.0, abs(number)):
+                    raise Unsupported(
+                        f"the cell {plan.cells[cell]} of prompt {key[1]} has {metric.name} "
+                        f"{value:.6g}, and {number:.6g} when it is run by itself: a shortcut does "
+                        "not hold for this model. Please report it; until then run the cells with "
+                        "hk.forward"
+                    )

@@ -20,24 +20,23 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ..arguments import as_items, check_seed, describe
+from ..arguments import as_items, check_integer, check_seed, describe
 from ..errors import BadEdit, BadHook, EmptySelection
-from ..hooks.ablation import Ablate, FromRun
+from ..hooks.ablation import Ablate
 from ..hooks.base import Binding, Change, EditHook, Here, Hook, require_vectors, set_field
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured
+from ..hooks.sources import FromRun
 from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import AnySite, Site
-from ..runs.manager import HookManager
-from ..runs.outcomes import check_positions
-from ..runs.taps import BoundHook, HookPoint, build_hook_points
+from ..runs.manager import capture_reference
+from ..runs.taps import BoundHook, HookPoint, Reference, build_hook_points, check_positions
 from .inputs import SweepInputs
 from .reach import bound_hooks_of
 
@@ -88,29 +87,26 @@ class References:
     """
 
     lm: LM
-    captures: dict[tuple[Any, str], dict[AnySite, Captured]] = field(default_factory=dict)
+    captures: dict[Any, dict[AnySite, Captured]] = field(default_factory=dict)
 
     def __call__(
         self, sites: Sequence[AnySite], prompts: tuple[Any, ...]
     ) -> dict[AnySite, Captured]:
-        return {site: self._capture(site, prompts) for site in sites}
-
-    def _capture(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
-        if not isinstance(site, Site):
-            return self._capture_layers(str(site), [site], prompts)[site]
-        captures = self._capture_layers(site.name, site.name, prompts)
-        captured = captures[Site(site.name, site.layer)]
-        if site.head is None:
-            return captured
-        return captured.head(site.head)
+        captured: dict[AnySite, Captured] = {}
+        for site in sites:
+            if not isinstance(site, Site):
+                captured[site] = self._capture_layers(site, prompts)[site]
+                continue
+            values = self._capture_layers(site.name, prompts)[Site(site.name, site.layer)]
+            captured[site] = values if site.head is None else values.head(site.head)
+        return captured
 
     def _capture_layers(
-        self, name: str, sites: str | list[AnySite], prompts: tuple[Any, ...]
+        self, site: str | AnySite, prompts: tuple[Any, ...]
     ) -> dict[AnySite, Captured]:
-        key = prompts, name
+        key = site, prompts
         if key not in self.captures:
-            expanded = self.lm.expand(sites)
-            self.captures[key] = HookManager(self.lm, ()).reference(expanded, prompts)
+            self.captures[key] = capture_reference(self.lm, self.lm.expand(site), prompts)
         return self.captures[key]
 
 
@@ -118,7 +114,7 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
     """Returns every cell of the grid, the last dimension fastest. Checks the hooks against the
     model and the prompts."""
     axes = _check_axes(grid)
-    references = References(lm)
+    reference = References(lm)
     cells: list[Cell] = []
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
@@ -126,7 +122,7 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
         if cell_hooks is None:
             continue
         try:
-            hook_points = bind_hooks(lm, cell_hooks, inputs, references)
+            hook_points = bind_hooks(lm, cell_hooks, inputs, reference)
         except Exception as error:
             error.add_note(f"in the sweep's cell {point_name(point)}")
             raise
@@ -139,12 +135,8 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
 
 
 def _check_axes(grid: Grid) -> dict[str, list[Any]]:
-    if not isinstance(grid, Mapping):
-        raise BadHook(
-            f"the grid is a {type(grid).__name__}: give a dictionary from the name of each "
-            "dimension to its values, such as {'layer': range(lm.n_layers)}"
-        )
-    for name in grid:
+    axes: dict[str, list[Any]] = {}
+    for name, values in grid.items():
         if not isinstance(name, str):
             raise BadHook(
                 f"the grid has a dimension {name!r}: name it with a text, as the function's "
@@ -155,11 +147,8 @@ def _check_axes(grid: Grid) -> dict[str, list[Any]]:
                 f"the grid has a dimension {name!r}, which is a column of the table: give it "
                 "another name"
             )
-    axes = {
-        name: list_values(values, f"the grid's dimension {name!r}") for name, values in grid.items()
-    }
-    for name, values in axes.items():
-        if not values:
+        axes[name] = list_values(values, f"the grid's dimension {name!r}")
+        if not axes[name]:
             raise EmptySelection(f"the grid's dimension {name!r} is empty: give at least one value")
     if not axes:
         raise EmptySelection(
@@ -186,29 +175,32 @@ def list_values(values: Any, name: str) -> list[Any]:
             f"{name} is a {type(values).__name__}: give its values as a list, in the order that "
             "is meant"
         )
-    items = [_as_python(value) for value in values]
+    items: list[Any] = []
     unique = set()
-    for item in items:
-        if not isinstance(item, Hashable) or isinstance(item, Tensor):
-            continue
-        if item in unique:
-            raise BadHook(f"{name} has {item!r} twice: name each value once")
-        unique.add(item)
+    for value in values:
+        item = value.item() if getattr(value, "ndim", None) == 0 else value
+        if isinstance(item, Hashable) and not isinstance(item, Tensor):
+            if item in unique:
+                raise BadHook(f"{name} has {item!r} twice: name each value once")
+            unique.add(item)
+        items.append(item)
     return items
 
 
-def _as_python(value: Any) -> Any:
-    """Returns a scalar of numpy or torch as Python's own, and anything else as it is."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray | Tensor) and value.ndim == 0:
-        return value.item()
-    return value
-
-
 def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | None:
-    """Calls a function of the grid's values at a point. Returns the hooks; None for no cell."""
-    check_takes(hooks, point)
+    """Calls a function of the grid's values at a point. Returns the hooks; None for no cell.
+
+    Raises `BadHook` if it cannot be called with the grid's dimensions by name.
+    """
+    try:
+        inspect.signature(hooks).bind(**point)
+    except ValueError:  # a function written in C has no signature
+        pass
+    except TypeError as error:
+        raise BadHook(
+            "the function that gives the hooks cannot be called with the grid's dimensions "
+            f"{', '.join(point)}: {error}"
+        ) from None
     try:
         result = hooks(**point)
     except Exception as error:
@@ -217,45 +209,27 @@ def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | Non
     return None if result is None else as_hooks(result)
 
 
-def check_takes(hooks: HooksAt, point: Mapping[str, Any]) -> None:
-    """Raises `BadHook` if a function cannot be called with the grid's dimensions by name."""
-    dimensions = ", ".join(point)
-    if not callable(hooks):
-        raise BadHook(
-            f"hooks={describe(hooks)}: give a function of the grid's values, lambda {dimensions}: …"
-        )
-    try:
-        inspect.signature(hooks).bind(**point)
-    except ValueError:  # a function written in C has no signature
-        return
-    except TypeError as error:
-        raise BadHook(
-            "the function that gives the hooks cannot be called with the grid's dimensions "
-            f"{dimensions}: {error}"
-        ) from None
-
-
 def as_hooks(hooks: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     """Returns one hook or several as a tuple."""
-    if isinstance(hooks, Hook):
-        return (hooks,)
-    items = as_items(hooks)
-    for item in (hooks,) if items is None else items:
+    items: list[Any] | None = as_items(hooks)
+    if items is None:
+        items = [hooks]
+    for item in items:
         if not isinstance(item, Hook):
             raise BadHook(
                 f"{describe(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …"
             )
-    return tuple(items or ())
+    return tuple(items)
 
 
 def bind_hooks(
-    lm: LM, hooks: Sequence[Hook], inputs: SweepInputs, references: References
+    lm: LM, hooks: Sequence[Hook], inputs: SweepInputs, reference: Reference
 ) -> list[HookPoint]:
     """Returns where hooks act. Raises if one cannot act on these prompts."""
     for hook in hooks:
         if isinstance(hook, Capture):
             raise BadHook(f"{hook} in a sweep: a sweep keeps metrics only; capture with hk.forward")
-    hook_points = build_hook_points(lm, hooks, references)
+    hook_points = build_hook_points(lm, hooks, reference)
     check_reached(hook_points, inputs)
     return hook_points
 
@@ -265,7 +239,7 @@ def check_reached(hook_points: Sequence[HookPoint], inputs: SweepInputs) -> None
     batch = inputs.full
     width = max(batch.lengths)
     whole = ForwardPass(batch, 0, 0, len(inputs), width, range(width), 0)
-    check_positions(bound_hooks_of(hook_points), batch, whole, None)
+    check_positions(bound_hooks_of(hook_points), whole, None)
 
 
 DRAWS = 10  # of a control, by default
@@ -332,11 +306,16 @@ class Randomised(EditHook):
         site = str(here.site)
         for index, (row, positions) in enumerate(zip(here.rows, here.cells.places, strict=True)):
             for column, position in enumerate(positions):
-                key = repr((self.seed, site, here.cells.text.prompt(row), position))
-                seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-                generator = torch.Generator().manual_seed(seed)
+                tokens = here.cells.text.prompt(row)
+                generator = noise_generator(self.seed, site, tokens, position)
                 noise[index, column] = torch.randn(values.shape[2:], generator=generator)
         return noise.to(values.device)
+
+
+def noise_generator(*key: Any) -> torch.Generator:
+    """Returns a generator that depends only on the key: a seed, the prompt's tokens …"""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def create_controls(
@@ -349,11 +328,6 @@ def create_controls(
     seed: int | None = None,
 ) -> list[Cell]:
     """Returns the controls of the cells: one if a function gives the hooks, else one per draw."""
-    if not callable(control) and control not in ("random", "resample"):
-        raise BadHook(
-            f"control={control!r} is unknown: say 'random', 'resample', or give a function of the "
-            "grid's values"
-        )
     if callable(control) and draws is not None:
         raise BadHook(
             f"draws={draws!r} goes with control='random' or 'resample': a function gives one "
@@ -361,16 +335,15 @@ def create_controls(
         )
     if control != "random" and seed is not None:
         raise BadHook(f"control_seed={seed!r} goes with control='random': nothing else is drawn")
-    references = References(lm)
+    reference = References(lm)
     controls: list[Cell] = []
-    for draw in range(_count_draws(cells, control, draws)):
+    for draw in range(1 if callable(control) else _count_draws(cells, control, draws)):
         for cell in cells:
             hooks = _control_hooks(cell, control, draw, seed or 0)
-            if hooks is None:
-                continue
-            hook_points = bind_hooks(lm, hooks, inputs, references)
-            number = len(cells) + len(controls)
-            controls.append(Cell(number, cell.point, hooks, hook_points, control=True, draw=draw))
+            if hooks is not None:
+                hook_points = bind_hooks(lm, hooks, inputs, reference)
+                number = len(cells) + len(controls)
+                controls.append(Cell(number, cell.point, hooks, hook_points, True, draw))
     return controls
 
 
@@ -379,31 +352,32 @@ def _control_hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[
     if callable(control):
         return hooks_at(control, cell.point)
     if control == "random":
-        return tuple(_randomise(hook, seed * SEED_STRIDE + draw) for hook in cell.hooks)
+        hooks: list[Hook] = []
+        for hook in cell.hooks:
+            assert isinstance(hook, EditHook)
+            hooks.append(Randomised(hook.sites, hook.where, hook, seed * SEED_STRIDE + draw))
+        return tuple(hooks)
     return tuple(_resample(hook, draw) for hook in cell.hooks)
 
 
-def _count_draws(cells: Sequence[Cell], control: Control, draws: int | None) -> int:
-    if callable(control):
-        return 1
-    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
-        raise BadHook(f"draws={draws!r}: give how many times a control is drawn, at least 1")
+def _count_draws(cells: Sequence[Cell], control: str, draws: int | None) -> int:
+    if draws is not None:
+        meaning = "how many times a control is drawn,"
+        check_integer(draws, "draws", least=1, meaning=meaning, error=BadHook)
     if control == "random":
         return draws or DRAWS
-    hooks = chain.from_iterable(cell.hooks for cell in cells)
-    most = min(_count_other_prompts(hook) for hook in hooks)
+    counts: list[int] = []  # of the other prompts of its length that each prompt has
+    for hook in chain.from_iterable(cell.hooks for cell in cells):
+        for source in _sources(hook):
+            lengths = list(map(len, source.prompts))
+            counts += [lengths.count(length) - 1 for length in lengths]
+    most = max(1, min(counts))
     if draws is not None and draws > most:
         raise BadHook(
             f"draws={draws}, and a prompt has {most} other{'s' if most > 1 else ''} of its length "
             "to patch from: ask for no more, or give more prompts"
         )
     return draws or min(DRAWS, most)
-
-
-def _randomise(hook: Hook, seed: int) -> Hook:
-    assert isinstance(hook, EditHook)
-    require_vectors(hook.sites, "control='random' needs vectors, and changes")
-    return Randomised(hook.sites, hook.where, hook, seed)
 
 
 def _sources(hook: Hook) -> tuple[Captured, ...]:
@@ -423,16 +397,6 @@ def _sources(hook: Hook) -> tuple[Captured, ...]:
     return tuple(hook.to.sources)
 
 
-def _count_other_prompts(hook: Hook) -> int:
-    """Returns the fewest other prompts of the same length that a prompt of a patch has, at least
-    1."""
-    counts = []
-    for source in _sources(hook):
-        lengths = list(map(len, source.prompts))
-        counts += [lengths.count(length) - 1 for length in lengths]
-    return max(1, min(counts))
-
-
 def _resample(hook: Hook, draw: int) -> Hook:
     """Returns the same patch with each prompt's values from a later prompt of its source."""
     sources = _sources(hook)
@@ -441,23 +405,16 @@ def _resample(hook: Hook, draw: int) -> Hook:
 
 
 def _shift_prompts(source: Captured, draw: int) -> Captured:
-    indices = _next_of_same_length(list(map(len, source.prompts)), draw)
-    return replace(
-        source,
-        values=source.values[indices],
-        positions=source.positions[indices],  # pyright: ignore[reportOptionalSubscript]
-        prompts=tuple(source.prompts[index] for index in indices),
-    )
-
-
-def _next_of_same_length(lengths: Sequence[int], draw: int) -> list[int]:
-    """Returns for each prompt a later one of the same length, cyclically; the draw says which.
-    If no other prompt has this length, all other prompts count."""
-    count = len(lengths)
-    indices = []
-    for row in range(count):
-        candidates = [(row + step) % count for step in range(1, count)]
-        same_length = [index for index in candidates if lengths[index] == lengths[row]]
+    """Returns a source with each prompt's values from a later one of the same length, cyclically;
+    the draw says which. If no other prompt has this length, all other prompts count."""
+    assert source.positions is not None
+    lengths = list(map(len, source.prompts))
+    indices: list[int] = []
+    for row, length in enumerate(lengths):
+        candidates = [*range(row + 1, len(lengths)), *range(row)]
+        same_length = [index for index in candidates if lengths[index] == length]
         candidates = same_length or candidates
         indices.append(candidates[draw % len(candidates)])
-    return indices
+    prompts = tuple(source.prompts[index] for index in indices)
+    values, positions = source.values[indices], source.positions[indices]
+    return replace(source, values=values, positions=positions, prompts=prompts)

@@ -12,7 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,36 +24,15 @@ from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.overrides import Overrides
 from ..models.padding import logits_of
-from ..models.sites import AnySite, Site
+from ..models.sites import Site
 from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
-from ..runs.taps import BoundHook, HookPoint
+from ..runs.taps import HookPoint
 from .inputs import SweepInputs
-from .reach import (
-    AFTER_ATTENTION,
-    INPUT,
-    Start,
-    bound_hooks_of,
-    is_inside_block,
-    needs_all_positions,
-)
-
-KeysAndValues = Sequence[tuple[Tensor, Tensor] | None]
-"""For each layer its keys and values [row, head, pos, d_head]; None if the layer has none."""
+from .reach import AFTER_ATTENTION, INPUT, block_of_module, bound_hooks_of, needs_all_positions
 
 
-def keys_and_values(cache: Any) -> KeysAndValues:
-    """Returns the contents of a cache of transformers after a forward."""
-    layers: list[tuple[Tensor, Tensor] | None] = []
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layers.append((layer.keys, layer.values))
-        else:
-            layers.append(None)
-    return layers
-
-
-def prefix_cache(contents: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> Any:
-    """Returns a cache of transformers that holds the first `columns` columns of `contents`.
+def prefix_cache(whole: Any, columns: int, rows: Callable[[], Tensor]) -> Any:
+    """Returns a cache of transformers that holds the first `columns` columns of another one.
 
     The cache stores nothing new. Each update of a layer returns the prefix of the rows that are in
     the batch at that moment, `rows()`, followed by the new keys and values. So the batch can grow
@@ -73,14 +53,17 @@ def prefix_cache(contents: KeysAndValues, columns: int, rows: Callable[[], Tenso
             self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
             assert self.keys is not None and self.values is not None
-            keys = _append(self.keys, rows(), key_states)
-            values = _append(self.values, rows(), value_states)
-            return keys, values
+            indices = rows()
+            keys = _append(self.keys, indices, key_states)
+            return keys, _append(self.values, indices, value_states)
 
     cache: Any = DynamicCache()
     cache.layers = []
-    for layer in contents:
-        cache.layers.append(DynamicLayer() if layer is None else PrefixLayer(*layer))
+    for layer in whole.layers:
+        if layer.is_initialized:
+            cache.layers.append(PrefixLayer(layer.keys, layer.values))
+        else:
+            cache.layers.append(DynamicLayer())  # of a layer without keys and values
     return cache
 
 
@@ -102,18 +85,17 @@ INSIDE_NARROWED = frozenset({"mlp_pre", "mlp_post", "router_logits", "experts", 
 
 def can_narrow(lm: LM, hook_points: Sequence[HookPoint]) -> bool:
     """True if no hook needs the other positions of the last block after its attention."""
-    return all(_allows_narrowing(lm, bound) for bound in bound_hooks_of(hook_points))
-
-
-def _allows_narrowing(lm: LM, bound: BoundHook) -> bool:
-    site: AnySite = bound.site
-    if not isinstance(site, Site):
-        return False
-    if site.layer is not None and site.layer < lm.n_layers - 1:
-        return True
-    if site.name in INSIDE_NARROWED:
-        return False
-    return not (site.name in AFTER_ATTENTION and needs_all_positions(bound))
+    for bound in bound_hooks_of(hook_points):
+        site = bound.site
+        if not isinstance(site, Site):
+            return False
+        if site.layer is not None and site.layer < lm.n_layers - 1:
+            continue
+        if site.name in INSIDE_NARROWED:
+            return False
+        if site.name in AFTER_ATTENTION and needs_all_positions(bound):
+            return False
+    return True
 
 
 @contextmanager
@@ -156,44 +138,35 @@ def _compute_last_positions(
     return full
 
 
-@dataclass(frozen=True)
-class CellPrompt:
-    """One prompt of one cell, and where it begins to differ from the unedited prompt."""
+class CellPrompt(NamedTuple):
+    """One prompt of one cell, and the block and position at which it begins to differ from the
+    unedited prompt. The cell prompts of a forward are sorted."""
 
+    block: int
     cell: int
     row: int
-    start: Start
+    pos: int
 
     @property
     def key(self) -> tuple[int, int]:
         """The cell number and the row."""
         return self.cell, self.row
 
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """The key by which cell prompts are sorted for a forward."""
-        return self.start.block, self.cell, self.row
-
 
 @dataclass(frozen=True, eq=False)
 class BaseForward:
     """The results of the unedited prompts, from which later forwards start.
 
-    cache   keys and values of every position; None if they were not stored
+    cache   transformers' cache of every position; None if it was not stored
     states  the inputs of the blocks at which a row may join: the last `width` positions
     logits  the logits that the metrics read
     """
 
     rows: tuple[int, ...]
     columns: int
-    cache: KeysAndValues | None
+    cache: Any
     states: Mapping[int, Tensor]
     logits: Float[Tensor, "row pos vocab"]
-
-    def row_indices(self, cell_prompts: Sequence[CellPrompt]) -> list[int]:
-        """Returns the index in `rows` of each cell prompt's row."""
-        indices = {row: index for index, row in enumerate(self.rows)}
-        return [indices[cell_prompt.row] for cell_prompt in cell_prompts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,10 +195,10 @@ def run_base(
     inputs: SweepInputs,
     rows: Sequence[int],
     hook_points: Sequence[HookPoint],
-    blocks: Sequence[int],
-    width: int,
+    blocks: Sequence[int] = (),
+    width: int = 1,
     *,
-    cache: bool,
+    cache: bool = False,
 ) -> BaseForward:
     """Runs some prompts from the first token to the last, with the same hooks on all of them.
 
@@ -238,17 +211,12 @@ def run_base(
     n_logits = inputs.count_logits(rows, columns)
     cell_rows = _cell_rows(inputs.padded_batch(columns), tuple(rows), 0, 0, columns, n_logits)
     recorder = Recorder(blocks, width)
-    kwargs: dict[str, Any] = {}
-    if cache:
-        kwargs["past_key_values"] = DynamicCache()
     shared_forward = SharedForward(
         inputs.lm, [(cell_rows, hook_points)], recorder=recorder, rows=len(rows), width=columns
     )
-    logits = _run_model(shared_forward, inputs, rows, columns, columns, kwargs, rows)
-    contents = None
-    if cache:
-        contents = keys_and_values(kwargs["past_key_values"])
-    return BaseForward(tuple(rows), columns, contents, recorder.states, logits)
+    stored = DynamicCache() if cache else None
+    logits = _run_model(shared_forward, inputs, rows, columns, columns, stored, rows)
+    return BaseForward(tuple(rows), columns, stored, recorder.states, logits)
 
 
 def run_cell_prompts(
@@ -260,42 +228,36 @@ def run_cell_prompts(
     shortcuts: Shortcuts,
     base_hook_points: Sequence[HookPoint] = (),
 ) -> Float[Tensor, "row pos vocab"]:
-    """Runs cell prompts, sorted by `CellPrompt.order`, over the last `width` columns.
+    """Runs sorted cell prompts over the last `width` columns.
 
     `hook_points` are those of each cell. `base_hook_points` are those among them that act in every
     cell: what they change before the blocks may also reach the blocks beside the residual stream
     (the per-layer inputs of Gemma, for example).
     """
-    past = base.columns - width
-    row_indices = base.row_indices(cell_prompts)
+    lm, past = inputs.lm, base.columns - width
+    batch = inputs.padded_batch(base.columns)  # one for all cells: it caches the hooks' positions
     prompt_rows = [cell_prompt.row for cell_prompt in cell_prompts]
-    grows = shortcuts.grow and cell_prompts[0].start.block > INPUT
-    rows = base.rows if grows else prompt_rows
+    index_of = {row: index for index, row in enumerate(base.rows)}
+    row_indices = [index_of[row] for row in prompt_rows]
     n_logits = inputs.count_logits(prompt_rows, width)
-    lanes = [
-        (cell_rows, hook_points[cell])
-        for cell, cell_rows in _rows_by_cell(inputs, cell_prompts, base.columns, width, n_logits)
-    ]
-    schedule = None
-    if grows:
-        schedule = _join_schedule(base, inputs.lm, cell_prompts, row_indices, width, shortcuts)
-    shared_forward = SharedForward(inputs.lm, lanes, schedule, rows=len(rows), width=width)
-    if grows and base_hook_points:
-        batch = inputs.padded_batch(base.columns)
-        cell_rows = _cell_rows(batch, base.rows, 0, past, width, n_logits)
-        outside = _outside_the_blocks(inputs.lm, base_hook_points)
-        shared_forward.act_before_the_blocks(cell_rows, outside)
-    kwargs: dict[str, Any] = {}
+    lanes = _lanes_of_cells(batch, cell_prompts, hook_points, past, width, n_logits)
+    rows, schedule = prompt_rows, None
+    if cell_prompts[0].block > INPUT:
+        rows = base.rows
+        schedule = _join_schedule(base, lm, cell_prompts, row_indices, width, shortcuts)
+    shared_forward = SharedForward(lm, lanes, schedule, rows=len(rows), width=width)
+    if schedule is not None and base_hook_points:
+        lane = _cell_rows(batch, base.rows, 0, past, width, n_logits)
+        outside = _outside_the_blocks(lm, base_hook_points)
+        shared_forward.act_before_the_blocks(lane, outside)
+    cache = None
     if past:
-        assert base.cache is not None
         indices = torch.tensor(row_indices)
-        kwargs["past_key_values"] = prefix_cache(
-            base.cache, past, lambda: indices[: shared_forward.count]
-        )
+        cache = prefix_cache(base.cache, past, lambda: indices[: shared_forward.count])
     narrows = shortcuts.last and n_logits < width
-    narrows = narrows and all(can_narrow(inputs.lm, points) for _, points in lanes)
-    with narrow_last_block(inputs.lm, n_logits) if narrows else nullcontext():
-        return _run_model(shared_forward, inputs, rows, base.columns, width, kwargs, prompt_rows)
+    narrows = narrows and all(can_narrow(lm, points) for _, points in lanes)
+    with narrow_last_block(lm, n_logits) if narrows else nullcontext():
+        return _run_model(shared_forward, inputs, rows, base.columns, width, cache, prompt_rows)
 
 
 def _run_model(
@@ -304,40 +266,46 @@ def _run_model(
     rows: Sequence[int],
     columns: int,
     width: int,
-    kwargs: dict[str, Any],
+    cache: Any,
     prompt_rows: Sequence[int],
 ) -> Float[Tensor, "row pos vocab"]:
     """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
-    lm = inputs.lm
     n_read = max(inputs.read_counts[row] for row in prompt_rows)
     n_computed = inputs.count_logits(prompt_rows, width)
-    settings = lm.accepted(use_cache=bool(kwargs), return_dict=True, logits_to_keep=n_computed)
-    model_inputs = inputs.model_inputs(rows, columns, width)
-    try:
-        with torch.no_grad(), shared_forward:
-            output = lm.model(**model_inputs, **settings, **kwargs)
-    finally:
-        shared_forward.close()  # again, since Ctrl-C may have come before `__exit__` began
+    settings = inputs.lm.accepted(
+        use_cache=cache is not None, return_dict=True, logits_to_keep=n_computed
+    )
+    if cache is not None:
+        settings["past_key_values"] = cache
+    with torch.no_grad():
+        output = shared_forward.run({**inputs.model_inputs(rows, columns, width), **settings})
     logits = logits_of(output)[:, -n_read:]
     if n_read < n_computed:
         return logits.clone()  # so that the other positions are freed
     return logits
 
 
-def _rows_by_cell(
-    inputs: SweepInputs,
+def _outside_the_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPoint]:
+    return [point for point in hook_points if block_of_module(lm, point.place.path) == INPUT]
+
+
+def _lanes_of_cells(
+    batch: SequenceBatch,
     cell_prompts: Sequence[CellPrompt],
-    columns: int,
+    hook_points: Sequence[Sequence[HookPoint]],
+    past: int,
     width: int,
     n_logits: int,
-) -> Iterator[tuple[int, CellRows]]:
-    """Yields the rows of each cell; those that join at the same block are together."""
-    batch = inputs.padded_batch(columns)  # one for all cells: it caches the positions of the hooks
+) -> list[tuple[CellRows, Sequence[HookPoint]]]:
+    """Returns the rows of each cell and its hook points; rows that join together are together."""
+    lanes: list[tuple[CellRows, Sequence[HookPoint]]] = []
     start = 0
-    for (_, cell), group in groupby(cell_prompts, key=lambda item: (item.start.block, item.cell)):
+    for (_, cell), group in groupby(cell_prompts, key=itemgetter(0, 1)):
         rows = tuple(cell_prompt.row for cell_prompt in group)
-        yield cell, _cell_rows(batch, rows, start, columns - width, width, n_logits)
+        lane = _cell_rows(batch, rows, start, past, width, n_logits)
+        lanes.append((lane, hook_points[cell]))
         start += len(rows)
+    return lanes
 
 
 def _cell_rows(
@@ -349,10 +317,6 @@ def _cell_rows(
     return CellRows(rows, start, start + len(rows), forward_pass)
 
 
-def _outside_the_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPoint]:
-    return [point for point in hook_points if not is_inside_block(lm, point.place.path)]
-
-
 def _join_schedule(
     base: BaseForward,
     lm: LM,
@@ -361,7 +325,7 @@ def _join_schedule(
     width: int,
     shortcuts: Shortcuts,
 ) -> JoinSchedule:
-    blocks = [cell_prompt.start.block for cell_prompt in cell_prompts]
+    blocks = [cell_prompt.block for cell_prompt in cell_prompts]
     counts = [bisect_right(blocks, block) for block in range(lm.n_layers)]
 
     def joining_states(block: int) -> Tensor:

@@ -6,9 +6,9 @@ hk.ablations(lm, prompts, "z", metric, to="mean", over=prompts)                 
 hk.dose(lm, prompts, "resid_post.12", vector, metric, scales=[0, 2, 4])
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
@@ -44,7 +44,8 @@ RowPositions: TypeAlias = list[tuple[Pos, IndicesLike]]
 GridPositions: TypeAlias = Mapping[Any, RowPositions]
 """The positions of a grid, by their value in the dimension `pos`."""
 
-ALL_POSITIONS: RowPositions = [(None, None)]
+AT_ONCE: GridPositions = {None: [(None, None)]}
+"""All positions at once, so that the grid has no dimension of positions."""
 
 
 @check_arguments
@@ -79,22 +80,13 @@ def patching(
     >>> list(table.columns)[:4]
     ['layer', 'pos', 'row', 'logit_diff']
     """
-    if direction not in ("denoise", "noise"):
-        raise BadHook(f"direction={direction!r} is unknown: say 'denoise' or 'noise'")
     names = site_names(sites)
     target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, source, target)
     grid = create_site_grid(lm, names, layers, heads, grid_positions(lengths, names, pos))
     base_hooks = as_hooks(settings.get("under", ()))
     run = forward(lm, source, *base_hooks, capture(grid.sites()), logits=False)
-
-    def hooks(**point: Any) -> Sequence[Hook] | None:
-        selection = grid.at(point)
-        if selection is None:
-            return None
-        site, row_positions = selection
-        return [patch(site, run, pos=pos, rows=rows) for pos, rows in row_positions]
-
+    hooks = grid.hooks(lambda site, pos, rows: patch(site, run, pos=pos, rows=rows))
     return sweep(lm, target, grid.axes, hooks, metrics, target=source, **settings)
 
 
@@ -104,7 +96,7 @@ def site_names(sites: str | Sequence[str]) -> list[str]:
     if not items:
         raise BadHook(f"sites={describe(sites)}: name a site, such as 'z', or several in a list")
     meaning = "the name of a site, such as 'z'"
-    return [check_text(item, "sites", meaning=meaning, error=BadHook) for item in items]
+    return [check_text(item, "sites", meaning) for item in items]
 
 
 def check_pairs(lm: LM, source: Prompts, target: Prompts) -> list[int]:
@@ -150,7 +142,7 @@ def ablations(
             )
         axes = {"layer": range(lm.n_layers) if layers is None else layers}
         return sweep(lm, prompts, axes, lambda layer: skip_block(layer), metrics, **settings)
-    positions = None
+    positions = AT_ONCE
     if pos is not None:
         positions = grid_positions(as_batch(lm, prompts).lengths, [what], pos)
     grid = create_site_grid(lm, [what], layers, heads, positions)
@@ -160,19 +152,15 @@ def ablations(
         axes["unit"] = sorted(set().union(*units_by_layer.values()))
 
     def hooks(**point: Any) -> Sequence[Hook] | None:
-        selection = grid.at(point)
-        if selection is None:
-            return None
-        site, row_positions = selection
-        ablated_units = None
-        if "unit" in point:
+        unit = None
+        if units_by_layer:
+            unit = [point["unit"]]
             if point["unit"] not in units_by_layer[point["layer"]]:
                 return None
-            ablated_units = [point["unit"]]
-        edits = []
-        for pos, rows in row_positions:
-            edits.append(ablate(site, to=to, over=over, pos=pos, rows=rows, units=ablated_units))
-        return edits
+        at_point = grid.hooks(
+            lambda site, pos, rows: ablate(site, to=to, over=over, pos=pos, rows=rows, units=unit)
+        )
+        return at_point(**point)
 
     return sweep(lm, prompts, axes, hooks, metrics, **settings)
 
@@ -220,36 +208,43 @@ class SiteGrid:
     axes       the values of each dimension: site if there are several, layer, head, pos
     layers     the layers of each site; [None] for a site that is not in the blocks
     all_heads  True if the heads are those of each layer, of which some layers may have fewer
-    positions  None if all positions are meant at once
     """
 
     lm: LM
-    names: Sequence[str]
     axes: dict[str, list[Any]]
     layers: dict[str, list[int | None]]
     all_heads: bool
-    positions: GridPositions | None
+    positions: GridPositions
 
     def at(self, point: Mapping[str, Any]) -> tuple[Site, RowPositions] | None:
         """Returns the site and the positions at a point; None if the model has no such site."""
-        name = point.get("site", self.names[0])
+        name = point.get("site", next(iter(self.layers)))
         layer, head = point.get("layer"), point.get("head")
         if layer not in self.layers[name]:
             return None
         if self.all_heads and head is not None and head >= _count_heads(self.lm, name, layer):
             return None
-        site = Site(name, layer, head)
-        if self.positions is None:
-            return site, ALL_POSITIONS
-        return site, self.positions[point["pos"]]
+        return Site(name, layer, head), self.positions[point.get("pos")]
+
+    def hooks(
+        self, edit: Callable[[Site, Pos, IndicesLike], Hook]
+    ) -> Callable[..., list[Hook] | None]:
+        """Returns the function of the grid's values that makes an edit at each of the positions."""
+
+        def at_point(**point: Any) -> list[Hook] | None:
+            selection = self.at(point)
+            if selection is None:
+                return None
+            site, row_positions = selection
+            return [edit(site, pos, rows) for pos, rows in row_positions]
+
+        return at_point
 
     def sites(self) -> list[Site]:
         """Returns all sites of the grid, with all heads."""
         sites = []
-        for name in self.names:
-            for layer in self.axes.get("layer", [None]):
-                if self.lm.layout.find(name, layer):
-                    sites.append(Site(name, layer))
+        for name, layers in self.layers.items():
+            sites += [Site(name, layer) for layer in layers]
         return sites
 
 
@@ -258,41 +253,50 @@ def create_site_grid(
     names: Sequence[str],
     layers: Iterable[int] | None,
     heads: Iterable[int] | None,
-    positions: GridPositions | None,
+    positions: GridPositions,
 ) -> SiteGrid:
     """Returns the grid over sites. Raises if some of them have heads or layers and some do not."""
-    layer_values = None if layers is None else list_values(layers, "layers")
-    head_values = None if heads is None else list_values(heads, "heads")
-    has_heads = _same_for_all(names, [name in SITES_WITH_HEADS for name in names], "heads")
-    no_layers = _same_for_all(names, [name in SITES_WITHOUT_LAYER for name in names], "no layers")
-    if head_values is not None and not has_heads:
-        raise BadHook(f"heads={head_values}: {', '.join(names)} has no heads; leave heads= out")
-    if layer_values is not None and no_layers:
-        raise BadHook(f"layers={layer_values}: {', '.join(names)} has no layers; leave layers= out")
+    has_heads = _same_for_all(names, SITES_WITH_HEADS, "heads")
+    no_layers = _same_for_all(names, SITES_WITHOUT_LAYER, "no layers")
+    head_values = _read_values(heads, "heads", names, exist=has_heads)
+    layer_values = _read_values(layers, "layers", names, exist=not no_layers)
     site_layers = {name: _layers_of_site(lm, name, layer_values) for name in names}
     axes: dict[str, list[Any]] = {}
     if len(names) > 1:
         axes["site"] = list(names)
-    all_layers = set().union(*site_layers.values()) - {None}
-    if all_layers:
-        axes["layer"] = sorted(all_layers)
+    if not no_layers:
+        axes["layer"] = sorted(set().union(*site_layers.values()))
     if head_values is not None:
         axes["head"] = head_values
     elif has_heads:
-        pairs = product(names, axes["layer"])
-        axes["head"] = list(range(max(_count_heads(lm, name, layer) for name, layer in pairs)))
-    if positions is not None:
+        pairs = chain.from_iterable(product([name], site_layers[name]) for name in names)
+        counts = [_count_heads(lm, name, layer) for name, layer in pairs]
+        axes["head"] = list(range(max(counts, default=0)))
+    if positions is not AT_ONCE:
         axes["pos"] = list(positions)
-    return SiteGrid(lm, names, axes, site_layers, head_values is None, positions)
+    return SiteGrid(lm, axes, site_layers, head_values is None, positions)
 
 
-def _same_for_all(names: Sequence[str], has_property: Sequence[bool], word: str) -> bool:
-    """Returns whether all sites have a property. Raises if some have it and some do not."""
-    if len(set(has_property)) > 1:
+def _same_for_all(names: Sequence[str], group: Collection[str], word: str) -> bool:
+    """Returns whether all sites are of a group. Raises if some are and some are not."""
+    are_in_group = {name in group for name in names}
+    if len(are_in_group) > 1:
         raise Unsupported(
             f"of {', '.join(names)} some have {word} and some do not: make a grid of each"
         )
-    return all(has_property)
+    return are_in_group == {True}
+
+
+def _read_values(
+    values: Iterable[int] | None, word: str, names: Sequence[str], *, exist: bool
+) -> list[int] | None:
+    """Returns the values of a dimension; None for all. Raises if the sites have no such thing."""
+    if values is None:
+        return None
+    items = list_values(values, word)
+    if not exist:
+        raise BadHook(f"{word}={items}: {', '.join(names)} has no {word}; leave {word}= out")
+    return items
 
 
 def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int | None]:
@@ -309,32 +313,24 @@ def _count_heads(lm: LM, name: str, layer: int | None) -> int:
     return lm.layout.sizes_of(layer)["kv_head" if name in SITES_WITH_KEY_HEADS else "head"] or 0
 
 
-def grid_positions(
-    lengths: Sequence[int], names: Sequence[str], pos: Positions
-) -> GridPositions | None:
-    """Returns the positions of a grid; None for sites with heads without `pos`."""
+def grid_positions(lengths: Sequence[int], names: Sequence[str], pos: Positions) -> GridPositions:
+    """Returns the positions of a grid; all at once for sites with heads without `pos`."""
     if pos is None:
-        return None if names[0] in SITES_WITH_HEADS else _all_positions(lengths)
+        if names[0] in SITES_WITH_HEADS:
+            return AT_ONCE
+        # every position that all prompts have, counted from the end if lengths differ
+        shortest = min(lengths)
+        pos = range(shortest) if len(set(lengths)) == 1 else range(-shortest, 0)
     positions: dict[Any, RowPositions] = {}
     if isinstance(pos, Mapping):
         for name, value in pos.items():
             positions[name] = _named_position(name, value, len(lengths))
     else:
-        for value in list_values(pos, "pos"):
-            position = read_position(value)
+        for position in map(read_position, list_values(pos, "pos")):
             positions[position] = [(position, None)]
     if not positions:
         raise EmptySelection("the grid's dimension 'pos' is empty: give at least one position")
     return positions
-
-
-def _all_positions(lengths: Sequence[int]) -> GridPositions:
-    """Returns every position that all prompts have, counted from the end if lengths differ."""
-    shortest = min(lengths)
-    positions = range(shortest)
-    if len(set(lengths)) > 1:
-        positions = range(-shortest, 0)
-    return {position: [(position, None)] for position in positions}
 
 
 def _named_position(name: Any, value: Any, count: int) -> RowPositions:

@@ -7,16 +7,14 @@ measured.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import as_integer
-from ..errors import BadHook, OutOfRange, Unsupported
+from ..errors import OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
-from ..models.padding import padded_inputs
+from ..models.padding import padding_scheme
 from ..models.prompts import Prompts, Row, as_batch, pad_id, pad_rows, positions_of_text
 from ..tables.metrics import Loss, Metric
 
@@ -96,15 +94,11 @@ class SweepInputs:
         if set(lengths) == {columns}:
             return {"input_ids": ids[:, -width:]}
         positions = torch.stack([torch.arange(columns) - (columns - length) for length in lengths])
-        return padded_inputs(lm, ids, positions.clamp(min=-1), "left", width)
+        return padding_scheme(lm, "left").inputs(ids, positions.clamp(min=-1), width)
 
 
 def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
     """Returns the inputs of a sweep whose metrics read position `pos` of each prompt."""
-    if as_integer(pos) is None:
-        raise BadHook(
-            f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number"
-        )
     rows = as_batch(lm, prompts).rows
     ends = [_metric_position(number, len(row), pos) for number, row in enumerate(rows)]
     losses: list[Loss] = []
@@ -119,17 +113,15 @@ def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -
             f"loss reads a continuation after the prompt, and {len(losses)} were asked for with "
             f"pos={pos}: ask for one, at pos=-1"
         )
-    continuations = losses[0].tokens(lm, len(rows))
+    continuations = losses[0].prepare(lm, len(rows))
     joined = [[*row, *tokens[:-1]] for row, tokens in zip(rows, continuations, strict=True)]
     run_rows = as_batch(lm, joined).rows
     read_counts = tuple(map(len, continuations))
     return SweepInputs(lm, rows, run_rows, read_counts, has_continuation=True)
 
 
-def _metric_position(row: int, length: int, pos: Any) -> int:
-    position = pos
-    if pos < 0:
-        position = length + pos
+def _metric_position(row: int, length: int, pos: int) -> int:
+    position = length + pos if pos < 0 else pos
     if not 0 <= position < length:
         raise OutOfRange(
             f"the metric looks at position {pos}, and prompt {row} has {length} tokens: "

@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import pandas as pd
 
-from ..arguments import check_folder
 from ..errors import BadFile, BadHook
 from ..files.atomic import (
     add_line,
@@ -30,12 +29,12 @@ from ..files.atomic import (
     write_bytes,
     write_text,
 )
-from ..files.untrusted import check_mapping, parse_json, path_inside, read_json
+from ..files.untrusted import check_folder, check_mapping, parse_json, path_inside, read_json
 from ..hooks import serialization as codec
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
 from ..models.wrappers import active_adapter_names
 from ..runs.run import Run
-from ..tables.metrics import Metric, column_names
+from ..tables.metrics import column_names
 from .cell_metrics import UNEDITED, Values
 from .plan import Plan
 
@@ -108,7 +107,7 @@ def open_journal(
     ranks = plan.lm.ranks
     if ranks is not None and ranks.rank:
         _describe_sweep(plan, settings)  # all ranks take part in reading the weights
-        yield Journal(values=ranks.first(None))  # the values that the first rank has
+        yield Journal(values=ranks.gather_values(None)[0])  # the values that the first rank has
         return
     with lock_folder(path, "is running the sweep"):
         _check_description(path, _describe_sweep(plan, settings))
@@ -116,7 +115,7 @@ def open_journal(
         remove_partial_line(path / CELLS)
         values, tables = _read_cells(path / CELLS, len(column_names(plan.metrics)))
         if ranks is not None:
-            values = ranks.first(values)
+            values = ranks.gather_values(values)[0]
         with open_to_append(path / CELLS) as file:
             yield Journal(path, values, file, tables)
 
@@ -124,13 +123,13 @@ def open_journal(
 def _check_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes the description of a sweep, or raises if the folder has another one."""
     path = path_inside(folder, DESCRIPTION)
-    for name in (CELLS, TABLE):
-        if not path.exists() and os.path.lexists(folder / name):
-            raise BadFile(
-                f"{folder} has a {name} and no {DESCRIPTION}, so it is no sweep's: give a folder "
-                "of its own"
-            )
     if not path.exists():
+        for name in (CELLS, TABLE):
+            if os.path.lexists(folder / name):
+                raise BadFile(
+                    f"{folder} has a {name} and no {DESCRIPTION}, so it is no sweep's: give a "
+                    "folder of its own"
+                )
         write_text(path, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     stored = check_mapping(read_json(path, finite=False), f"{DESCRIPTION} of {folder}")
     differing = []
@@ -190,25 +189,23 @@ def _describe_sweep(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     for cell in plan.cells:
         hooks = [hook.to_json(tensors="digest") for hook in cell.hooks]
         cells.update(json.dumps([ADDRESS.sub("", str(cell)), cell.control, hooks]).encode())
+    metrics: list[dict[str, Any]] = []
+    for metric in plan.metrics:
+        metrics.append({"metric": type(metric).__name__})
+        for parameter in fields(metric):
+            metrics[-1][parameter.name] = _value_as_json(getattr(metric, parameter.name))
     return {
         "name": [model.pop("model"), model.pop("revision")],
         "model": model,
         "prompts": [list(row) for row in plan.inputs.rows],
         "cells": {"count": len(plan.cells), "sha256": cells.hexdigest()},
-        "metrics": [_metric_as_json(metric) for metric in plan.metrics],
+        "metrics": metrics,
         **settings,
     }
 
 
-def _metric_as_json(metric: Metric) -> dict[str, Any]:
-    """Returns a metric as JSON: the source of its function, a digest of its reference."""
-    entry: dict[str, Any] = {"metric": type(metric).__name__}
-    for parameter in fields(metric):
-        entry[parameter.name] = _value_as_json(getattr(metric, parameter.name))
-    return entry
-
-
 def _value_as_json(value: Any) -> Any:
+    """Returns a field of a metric as JSON: the source of a function, a digest of a reference."""
     if isinstance(value, Run):
         logits = codec.tensor_as_json(value.captured_logits().values, "digest")
         return {"tokens": value.tokens.tolist(), "logits": logits}

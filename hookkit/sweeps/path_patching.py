@@ -11,9 +11,9 @@
 Without receivers, the logits receive.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, Unpack
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
 
 import pandas as pd
 
@@ -30,11 +30,10 @@ from ..runs.forward import forward
 from ..runs.run import Run
 from ..runs.taps import build_hook_points
 from ..tables.token_metrics import logit
-from .cells import Cell, as_hooks
+from .cells import as_hooks
 from .execute import PlanRun
 from .grids import (
-    ALL_POSITIONS,
-    GridPositions,
+    AT_ONCE,
     Metrics,
     Positions,
     check_pairs,
@@ -48,10 +47,6 @@ from .sweep import Settings, plan, sweep
 
 # The components that write into the residual stream, in the order within a block.
 COMPONENTS = ("z", "attn_out", "mlp_out")
-
-ReceivedValues: TypeAlias = tuple[Captures | None, int]
-"""What the receivers read in one cell, and the first position at which it may differ from the clean
-run; None if no receiver reads a change."""
 
 
 @check_arguments
@@ -89,58 +84,57 @@ def path_patching(
             "freeze=() holds nothing, so that every path carries the change: that is hk.patching"
         )
     read_sites = list(dict.fromkeys(_check_receiver(site) for site in receiver_sites))
-    frozen: list[Site] = []
-    for name in freeze:
-        frozen += [Site(name, layer) for layer in lm.layout.layers(name) or []]
+    frozen = _all_layers(lm, freeze)
     lengths = check_pairs(lm, corrupted, clean)
     base_hooks = as_hooks(settings.get("under", ()))
     captured_sites = list(dict.fromkeys([*frozen, *read_sites]))
     clean_run = forward(lm, clean, *base_hooks, capture(captured_sites), logits=False)
     corrupted_run = forward(lm, corrupted, *base_hooks, capture(lm.sites(senders)), logits=False)
-    positions = None
-    if pos is not None:
-        positions = grid_positions(lengths, [senders], pos)
+    positions = AT_ONCE if pos is None else grid_positions(lengths, [senders], pos)
     grid = create_site_grid(lm, [senders], layers, heads, positions)
-    hook_positions = positions or {None: ALL_POSITIONS}
-    sender_hooks = _SenderHooks(senders, frozen, clean_run, corrupted_run, hook_positions).at
+    corrupt = grid.hooks(lambda site, pos, rows: patch(site, corrupted_run, pos=pos, rows=rows))
+
+    def sender_hooks(layer: int, **point: Any) -> list[Hook] | None:
+        sender = as_hooks(corrupt(layer=layer, **point) or ())
+        later = [site for site in frozen if _is_later(site, senders, layer)]
+        frozen_hooks = [patch(later, clean_run)] if later else []
+        return [*frozen_hooks, *sender] if sender else None
+
     if not receiver_sites:
         return sweep(lm, clean, grid.axes, sender_hooks, metrics, target=corrupted, **settings)
     memory = settings.get("memory")
     first_plan = plan(lm, clean, grid.axes, sender_hooks, logit(0), under=base_hooks, memory=memory)
     received = _read_receivers(first_plan, clean_run, read_sites)
 
-    def receiver_hooks(**point: Any) -> list[Hook]:
-        source, first = received[tuple(point.values())]
-        if source is None:
-            return []
-        return [
-            patch(receiver_sites, source, pos=slice(first, length), rows=rows)
-            for length, rows in _rows_by_length(lengths, first)
-        ]
+    def receiver_hooks(**point: Any) -> list[Hook] | None:
+        key = tuple(point.values())
+        if key not in received:
+            return None
+        return _receiver_patches(receiver_sites, *received[key], lengths)
 
     return sweep(lm, clean, grid.axes, receiver_hooks, metrics, target=corrupted, **settings)
 
 
-@dataclass(frozen=True, eq=False)
-class _SenderHooks:
-    """The hooks of the first run: the sender is corrupted, and later components are frozen."""
+def _receiver_patches(
+    receivers: Sites, source: Captures, first: int, lengths: Sequence[int]
+) -> list[Hook]:
+    """Returns the patches of what the receivers read, from the first position on, for the rows of
+    each length."""
+    rows_by_length: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        if length > first:
+            rows_by_length.setdefault(length, []).append(row)
+    hooks: list[Hook] = []
+    for length, rows in sorted(rows_by_length.items()):
+        hooks.append(patch(receivers, source, pos=slice(first, length), rows=rows))
+    return hooks
 
-    sender: str
-    frozen: Sequence[Site]
-    clean_run: Run
-    corrupted_run: Run
-    positions: GridPositions
 
-    def at(self, layer: int, head: int | None = None, pos: Any = None) -> list[Hook]:
-        """Returns the hooks of one cell."""
-        hooks: list[Hook] = []
-        later = [site for site in self.frozen if _is_later(site, self.sender, layer)]
-        if later:
-            hooks.append(patch(later, self.clean_run))
-        sender = Site(self.sender, layer, head)
-        for position, rows in self.positions[pos]:
-            hooks.append(patch(sender, self.corrupted_run, pos=position, rows=rows))
-        return hooks
+def _all_layers(lm: LM, names: Sequence[str]) -> list[Site]:
+    sites: list[Site] = []
+    for name in names:
+        sites += [Site(name, layer) for layer in lm.layout.layers(name) or []]
+    return sites
 
 
 def _check_components(*names: str) -> None:
@@ -150,15 +144,6 @@ def _check_components(*names: str) -> None:
                 f"{name!r} adds nothing to the residual stream by itself: name some of "
                 f"{', '.join(COMPONENTS)}"
             )
-
-
-def _rows_by_length(lengths: Sequence[int], minimum: int) -> list[tuple[int, list[int]]]:
-    """Returns the rows of each length that is larger than `minimum`, in ascending order."""
-    rows: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        if length > minimum:
-            rows.setdefault(length, []).append(row)
-    return sorted(rows.items())
 
 
 def _check_receiver(site: AnySite) -> Site:
@@ -182,32 +167,29 @@ def _is_later(site: Site, sender: str, layer: int) -> bool:
 
 def _read_receivers(
     first_plan: Plan, clean_run: Run, read_sites: Sequence[Site]
-) -> Mapping[tuple[Any, ...], ReceivedValues]:
-    """Runs the first plan. Returns what the receivers read in each cell."""
+) -> dict[tuple[Any, ...], tuple[Captures, int]]:
+    """Runs the first plan. Returns what the receivers read in each cell, and the first position at
+    which it may differ from the clean run: the end of the prompts if no receiver reads a change."""
     for cell in first_plan.cells:
         captures = build_hook_points(first_plan.lm, [capture(read_sites)], no_reference)
         cell.hook_points = [*cell.hook_points, *captures]
-    PlanRun(first_plan, Journal(), lambda count: None, first_plan.budget).run()
-    return {
-        tuple(cell.point.values()): _received_values(cell, clean_run) for cell in first_plan.cells
-    }
-
-
-def _received_values(cell: Cell, clean_run: Run) -> ReceivedValues:
-    """Returns the values that the captures of a cell have, and their first position."""
-    slots: list[LazyCapture] = []
-    first_positions: list[int] = []
-    for bound in cell.bound_hooks:
-        if bound.change is not None:
-            continue
-        values = _replace_values(clean_run.captured(bound.site), bound.pieces)
-        slots.append(LazyCapture(bound.site, None, None, values))
-        for chunk in bound.pieces:
-            assert chunk.cells is not None
-            first_positions += [positions[0] for positions in chunk.cells.places]
-    if not first_positions:
-        return None, 0
-    return Captures(tuple(slots)), min(first_positions)
+    PlanRun(first_plan, Journal()).run()
+    received: dict[tuple[Any, ...], tuple[Captures, int]] = {}
+    for cell in first_plan.cells:
+        slots: list[LazyCapture] = []
+        first_positions: list[int] = []
+        for bound in cell.bound_hooks:
+            if bound.change is not None:
+                continue
+            values = _replace_values(clean_run.captured(bound.site), bound.pieces)
+            slots.append(LazyCapture(bound.site, None, None, values))
+            for chunk in bound.pieces:
+                assert chunk.cells is not None
+                first_positions += [positions[0] for positions in chunk.cells.places]
+        end = max(map(len, first_plan.inputs.rows))
+        first = min(first_positions, default=end)
+        received[tuple(cell.point.values())] = Captures(tuple(slots)), first
+    return received
 
 
 def _replace_values(clean: Captured, chunks: Sequence[CapturedChunk]) -> Captured:

@@ -18,13 +18,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import TypeAlias
 
-from ..hooks.ablation import Ablate, FromRun
+from ..hooks.ablation import Ablate
 from ..hooks.base import EditHook
 from ..hooks.captured_values import Captured
 from ..hooks.edits import Edit
+from ..hooks.sources import FromRun
 from ..models.lm import LM
-from ..models.positions import At, PositionRange, Where, resolve_positions
+from ..models.positions import At, Where, resolve_positions
 from ..models.prompts import positions_of_text
 from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site
 from ..runs.taps import BoundHook, HookPoint
@@ -37,49 +39,44 @@ AFTER_ATTENTION = {"scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in"}
 AFTER_ATTENTION |= {"router_logits", "experts", "expert_weights", "mlp_pre", "mlp_post", "mlp_out"}
 AFTER_ATTENTION |= {"resid_post", "final_norm", "lm_head", "logits"}
 
-
-@dataclass(frozen=True, order=True)
-class Start:
-    """The block and the position at which a row of a cell begins to differ."""
-
-    block: int
-    pos: int
+Start: TypeAlias = tuple[int, int]
+"""The block and the position at which a row of a cell begins to differ."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FirstEffect:
     """Finds where edits begin to change a row of the inputs.
 
-    sources_match  True if the sources of patches were compared with the model's own values
-    base           hooks that act in every row, edited or not
+    `base` are the hooks that act in every row, edited or not. `sources_match` in its methods is
+    True if the sources of patches were compared with the model's own values.
     """
 
-    lm: LM
     inputs: SweepInputs
-    sources_match: bool = True
-    base: tuple[BoundHook, ...] = ()
+    base: list[BoundHook]
 
     @cached_property
     def _mixing(self) -> list[BoundHook]:
         """Base hooks that may carry a change from a position to an earlier one."""
         return [bound for bound in self.base if needs_all_positions(bound)]
 
-    def first_start(self, bound_hooks: Iterable[BoundHook], row: int) -> Start | None:
+    def first_start(
+        self, bound_hooks: Iterable[BoundHook], row: int, *, sources_match: bool
+    ) -> Start | None:
         """Returns where a row begins to differ under these hooks; None if it cannot matter."""
-        starts = []
+        blocks, positions = [], []
         for bound in bound_hooks:
-            start = None
-            if bound.change is not None:
-                start = self.start_of(bound, row)
+            if bound.change is None:
+                continue
+            start = self.start_of(bound, row, sources_match=sources_match)
             if start is not None:
-                starts.append(start)
-        if not starts:
+                blocks.append(start[0])
+                positions.append(start[1])
+        if not blocks:
             return None
-        positions = [start.pos for start in starts]
         positions += [self._first_position(bound, row) for bound in self._mixing]
-        return Start(min(start.block for start in starts), min(positions))
+        return min(blocks), min(positions)
 
-    def start_of(self, bound: BoundHook, row: int) -> Start | None:
+    def start_of(self, bound: BoundHook, row: int, *, sources_match: bool) -> Start | None:
         """Returns where one hook begins to change a row, as far as the metric can see."""
         positions = self.inputs.full.selected_positions(bound.where)[row]
         if positions is None:
@@ -89,12 +86,13 @@ class FirstEffect:
         stays_in_place = not needs_all_positions(bound) and not self._is_mixed_later(bound)
         if self.is_after_last_attention(bound.site) and stays_in_place:
             first = length - self.inputs.read_counts[row]
-        if self.sources_match:
-            first = max(first, self._shared_prefix(bound, row))
-        position = _first_at_least(positions, first)
-        if position is None or position >= length:
+        source = patch_source(bound) if sources_match else None
+        if source is not None and self._has_same_positions(bound.where, source, row):
+            first = max(first, self.common_prefix(source, row))
+        index = bisect_left(positions, first)
+        if index == len(positions) or positions[index] >= length:
             return None
-        return Start(self.block_of(bound.site), position)
+        return self.block_of(bound.site), positions[index]
 
     def _is_mixed_later(self, bound: BoundHook) -> bool:
         """True if a base hook after a hook of the last block may carry its change elsewhere."""
@@ -105,72 +103,55 @@ class FirstEffect:
     def block_of(self, site: AnySite) -> int:
         """Returns the block of a site: the last one for sites after all blocks, `INPUT` for the
         embedding and for modules outside the blocks."""
-        last = self.lm.n_layers - 1
-        if isinstance(site, Site):
-            if site.name in ("embed", "pos_embed"):
-                return INPUT
-            return last if site.layer is None else site.layer
-        for layer in range(last + 1):
-            if _is_inside(site.path, self.lm.family.block.format(layer=layer)):
-                return layer
-        return INPUT
+        lm = self.inputs.lm
+        if isinstance(site, ModuleSite):
+            return block_of_module(lm, site.path)
+        if site.name in ("embed", "pos_embed"):
+            return INPUT
+        return lm.n_layers - 1 if site.layer is None else site.layer
 
     def is_after_last_attention(self, site: AnySite) -> bool:
         """True if no later attention reads a site."""
         if not isinstance(site, Site) or site.name not in AFTER_ATTENTION:
             return False
-        return site.layer is None or site.layer == self.lm.n_layers - 1
-
-    def _shared_prefix(self, bound: BoundHook, row: int) -> int:
-        """Returns the first position at which a patch may change a value; 0 for other hooks."""
-        source = patch_source(bound)
-        if source is None:
-            return 0
-        source_ids = source.prompts[source.row(row)]
-        if not self._has_same_positions(bound.where, row, source_ids):
-            return 0
-        return self.common_prefix(source, row)
+        return site.layer is None or site.layer == self.inputs.lm.n_layers - 1
 
     def common_prefix(self, source: Captured, row: int) -> int:
         """Returns the first position at which a source's prompt differs from a prompt of the
         sweep, or at which a base hook acts."""
         if source.positions is None:
             return 0
-        key = id(source.prompts), source.row(row), row
+        ids, source_ids = self.inputs.rows[row], source.prompts[source.row(row)]
+        key = id(source_ids), row
         if key not in self._common_prefixes:
-            length = self._compare_with(source.prompts[source.row(row)], row)
-            self._common_prefixes[key] = source, length
+            limits = [len(ids), len(source_ids)]
+            limits += [self._first_position(bound, row) for bound in self.base]
+            for position, pair in enumerate(zip(ids, source_ids, strict=False)):
+                if pair[0] != pair[1]:
+                    limits.append(position)
+                    break
+            self._common_prefixes[key] = source_ids, min(limits)
         return self._common_prefixes[key][1]
 
     @cached_property
-    def _common_prefixes(self) -> dict[tuple[int, int, int], tuple[Captured, int]]:
-        """Cache of `common_prefix`, owned by this object. It keeps the source alive, because its
-        id is part of the key."""
+    def _common_prefixes(self) -> dict[tuple[int, int], tuple[tuple[int, ...], int]]:
+        """Cache of `common_prefix`, owned by this object. It keeps the source's tokens alive,
+        because their id is part of the key."""
         return {}
 
-    def _compare_with(self, source_ids: tuple[int, ...], row: int) -> int:
-        ids = self.inputs.rows[row]
-        length = min(len(source_ids), len(ids))
-        for position in range(length):
-            if source_ids[position] != ids[position]:
-                length = position
-                break
-        return min([length, *(self._first_position(bound, row) for bound in self.base)])
-
-    def _has_same_positions(self, where: Where, row: int, source_ids: tuple[int, ...]) -> bool:
+    def _has_same_positions(self, where: Where, source: Captured, row: int) -> bool:
         """True if a hook's positions are the same in the source's prompt and in a row."""
+        source_ids = source.prompts[source.row(row)]
         if len(source_ids) == len(self.inputs.rows[row]) and not isinstance(where.pos, At):
             return True
         positions = resolve_positions(
-            where, len(source_ids), lambda at: positions_of_text(self.lm, source_ids, at)
+            where, len(source_ids), lambda at: positions_of_text(self.inputs.lm, source_ids, at)
         )
         return positions == self.inputs.full.selected_positions(where)[row]
 
     def _first_position(self, bound: BoundHook, row: int) -> int:
         positions = self.inputs.full.selected_positions(bound.where)[row]
-        if not positions:
-            return len(self.inputs.rows[row])
-        return positions[0]
+        return positions[0] if positions else len(self.inputs.rows[row])
 
 
 def bound_hooks_of(hook_points: Iterable[HookPoint]) -> list[BoundHook]:
@@ -178,14 +159,12 @@ def bound_hooks_of(hook_points: Iterable[HookPoint]) -> list[BoundHook]:
     return list(chain.from_iterable(hook_point.actions for hook_point in hook_points))
 
 
-def is_inside_block(lm: LM, path: str) -> bool:
-    """True for a block of the model and for a module in one."""
-    blocks = (lm.family.block.format(layer=layer) for layer in range(lm.n_layers))
-    return any(_is_inside(path, block) for block in blocks)
-
-
-def _is_inside(path: str, block: str) -> bool:
-    return f"{path}.".startswith(f"{block}.")
+def block_of_module(lm: LM, path: str) -> int:
+    """Returns the block that a module is or is in; `INPUT` for a module outside the blocks."""
+    for layer in range(lm.n_layers):
+        if f"{path}.".startswith(f"{lm.family.block.format(layer=layer)}."):
+            return layer
+    return INPUT
 
 
 def needs_all_positions(bound: BoundHook) -> bool:
@@ -215,9 +194,3 @@ def patch_source(bound: BoundHook) -> Captured | None:
     if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
         return None
     return next(source for source in hook.to.sources if source.site == bound.site)
-
-
-def _first_at_least(positions: PositionRange, minimum: int) -> int | None:
-    """Returns the first of the positions that is at least `minimum`."""
-    index = bisect_left(positions, minimum)
-    return positions[index] if index < len(positions) else None

@@ -4,33 +4,27 @@ The trial runs a small sweep with each shortcut and compares it with one plain f
 that gives other logits, or that fails, is not used, and the reason is stored.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..hooks.base import Hook
 from ..hooks.edits import steer
 from ..models.lm import LM
-from ..models.overrides import Overrides
 from ..models.sites import ModuleSite, Site
 from ..runs.forward import forward
-from ..runs.manager import HookManager
-from ..runs.partial import Path
-from ..runs.taps import build_hook_points
-from .forwards import (
-    CellPrompt,
-    Shortcuts,
-    keys_and_values,
-    prefix_cache,
-    run_base,
-    run_cell_prompts,
-)
+from ..runs.manager import HookBlock
+from ..runs.partial import Path, SharedForward
+from ..runs.taps import HIDDEN_STATES_KEYWORDS, build_hook_points
+from .forwards import CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
 from .inputs import SweepInputs
-from .reach import Start
+from .reach import INPUT
 
 LENGTHS = (5, 3, 4)  # of the trial's prompts, in tokens
 POSITIONS = (-1, -2)  # at which the trial edits
@@ -43,57 +37,61 @@ def shortcuts(lm: LM) -> Shortcuts:
     """Returns what this model allows, with its current settings."""
     attention = getattr(lm.config, "_attn_implementation", None)
     key = "shortcuts", attention, lm.root.training, _dtype(lm)
-    if key not in lm.trial_results:
-        lm.trial_results[key] = _try_shortcuts(lm)
-    return lm.trial_results[key]
+    return _once(lm, key, lambda: _try_shortcuts(lm))
 
 
 def reads_ahead(lm: LM) -> bool:
     """True if the logits at a position depend on a later token; then no position can be skipped."""
-    key = "reads_ahead", lm.root.training
-    if key not in lm.trial_results:
+
+    def trial() -> bool:
         ids = list(_trial_inputs(lm).rows[0])
         changed_ids = [*ids[:-1], (ids[-1] + 1) % lm.n_tokens]
         first, repeated, changed = forward(lm, [ids, ids, changed_ids]).logits[:, :-1].float()
         limit = LIMITS.get(_dtype(lm), 2e-5) * float(first.abs().max())
         # With dropout the same row gives different logits, and nothing can be concluded.
         is_stable = float((first - repeated).abs().max()) <= limit
-        lm.trial_results[key] = is_stable and float((first - changed).abs().max()) > limit
-    return lm.trial_results[key]
+        return is_stable and float((first - changed).abs().max()) > limit
+
+    return _once(lm, ("reads_ahead", lm.root.training), trial)
 
 
 def has_rows(lm: LM, site: ModuleSite) -> bool:
     """True if the tensor of a module site is [batch, pos, ...] for every batch size."""
-    key = "has_rows", site
-    if key not in lm.trial_results:
-        lm.trial_results[key] = all(
-            _trial_shape(lm, site, count)[:2] == (count, max(LENGTHS)) for count in (2, 3)
-        )
-    return lm.trial_results[key]
+
+    def trial() -> bool:
+        shapes = [_trial_shape(lm, site, count) for count in (2, 3)]
+        return [shape[:2] for shape in shapes] == [(2, max(LENGTHS)), (3, max(LENGTHS))]
+
+    return _once(lm, ("has_rows", site), trial)
 
 
 def is_called(lm: LM, site: ModuleSite) -> bool:
     """True if a forward calls the module. Fused code bypasses some modules, and evaluation skips
     some."""
     key = "is_called", site.path, lm.root.training
+    return _once(lm, key, lambda: bool(_record_module(lm, site, len(LENGTHS)).kinds))
+
+
+def _once(lm: LM, key: Any, trial: Callable[[], Any]) -> Any:
+    """Returns the result of a trial, which is made once for each model."""
     if key not in lm.trial_results:
-        recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
-        _run_trial(recorder, lm, _trial_inputs(lm), range(len(LENGTHS)))
-        lm.trial_results[key] = 0 in recorder.kinds
+        lm.trial_results[key] = trial()
     return lm.trial_results[key]
+
+
+def _record_module(lm: LM, site: ModuleSite, count: int) -> "_ShapeRecorder":
+    recorder = _ShapeRecorder([lm.submodule(site.path)])
+    _run_trial(recorder, _trial_inputs(lm), range(count))
+    return recorder
 
 
 def _trial_shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
     """Returns the shape of a module site's tensor with `count` rows; () if there is no tensor, or
     if the module does not run."""
-    recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
-    _run_trial(recorder, lm, _trial_inputs(lm), range(count))
+    recorder = _record_module(lm, site, count)
     if site.side == "output":
         return recorder.outputs.get((0, site.item), ())
-    names: list[int | str] = [site.item]
-    if site.item == 0:
-        names += ["hidden_states", "input", "x"]
-    for name in names:
+    for name in (site.item, *(HIDDEN_STATES_KEYWORDS if site.item == 0 else ())):
         if (0, (name,)) in recorder.inputs:
             return recorder.inputs[0, (name,)]
     return ()
@@ -104,26 +102,26 @@ def _try_shortcuts(lm: LM) -> Shortcuts:
         return no_shortcuts("the model's blocks are not known")
     inputs = _trial_inputs(lm)
     try:
-        factors, kinds = _inspect_blocks(lm, inputs)
-        expected = _expected_logits(lm, inputs)
+        factors, kinds = _inspect_blocks(inputs)
+        expected = _expected_logits(inputs)
     except Exception as error:  # noqa: BLE001  whatever fails, cells can still run one by one
         return no_shortcuts(_describe_error(error))
     allowed = Shortcuts(True, True, False, True, {}, factors, kinds)
     why: dict[str, str] = {}
     for grow, last in product((True, False), repeat=2):
         allowed = replace(allowed, grow=grow, last=last)
-        reason = _difference(lm, inputs, allowed, expected)
+        reason = _difference(inputs, allowed, expected)
         if not reason:
             break
         why["last" if last else "grow"] = reason
     else:
         return no_shortcuts(why["grow"])
-    why = {name: reason for name, reason in why.items() if not getattr(allowed, name)}
     with_prefix = replace(allowed, prefix=True)
-    reason = _difference(lm, inputs, with_prefix, expected)
-    if reason:
-        return replace(allowed, why={**why, "prefix": reason})
-    return replace(with_prefix, why=why)
+    why["prefix"] = _difference(inputs, with_prefix, expected)
+    if not why["prefix"]:
+        allowed = with_prefix
+    why = {name: reason for name, reason in why.items() if not getattr(allowed, name)}
+    return replace(allowed, why=why)
 
 
 def _dtype(lm: LM) -> Any:
@@ -150,43 +148,41 @@ def _trial_inputs(lm: LM) -> SweepInputs:
     return SweepInputs(lm, tuple(rows), tuple(rows), (1,) * len(rows))
 
 
-def _trial_cells(lm: LM) -> list[tuple[int, int]]:
-    """Returns the blocks and positions at which the trial edits."""
+def _trial_edits(lm: LM) -> list[tuple[int, int, Callable[..., Hook]]]:
+    """Returns the blocks and positions at which the trial edits, with the edits of some rows."""
     layers = lm.layout.layers("resid_pre") or []
-    edited = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    return list(product(edited, POSITIONS))
+    edits = []
+    for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+        site = Site("resid_pre", layer)
+        for pos in POSITIONS:
+            generator = torch.Generator().manual_seed(layer - pos)
+            vector = torch.randn(lm.shape(site), generator=generator)
+            edits.append((layer, pos, partial(steer, site, vector, pos=pos)))
+    return edits
 
 
-def _trial_edit(lm: LM, layer: int, pos: int, rows: Any = None) -> Any:
-    site = Site("resid_pre", layer)
-    vector = torch.randn(lm.shape(site), generator=torch.Generator().manual_seed(layer - pos))
-    return steer(site, vector, pos=pos, rows=rows)
-
-
-def _expected_logits(lm: LM, inputs: SweepInputs) -> Tensor:
+def _expected_logits(inputs: SweepInputs) -> Tensor:
     """Returns the last logits of each cell and prompt [cell row, vocab], from a plain forward."""
     count = len(inputs)
     prompts, edits = [], []
-    for number, (layer, pos) in enumerate(_trial_cells(lm)):
+    for number, (_, _, edit) in enumerate(_trial_edits(inputs.lm)):
         prompts += [list(row) for row in inputs.rows]
-        rows = list(range(number * count, (number + 1) * count))
-        edits.append(_trial_edit(lm, layer, pos, rows=rows))
-    return forward(lm, prompts, *edits, logits="last").logits[:, -1]
+        edits.append(edit(rows=list(range(number * count, (number + 1) * count))))
+    return forward(inputs.lm, prompts, *edits, logits="last").logits[:, -1]
 
 
-def _difference(lm: LM, inputs: SweepInputs, allowed: Shortcuts, expected: Tensor) -> str:
+def _difference(inputs: SweepInputs, allowed: Shortcuts, expected: Tensor) -> str:
     """Returns why these shortcuts do not work for this model; an empty string if they do."""
-    count = len(inputs)
+    lm, count = inputs.lm, len(inputs)
     width = -min(POSITIONS) if allowed.prefix else max(LENGTHS)
-    cells = _trial_cells(lm)
-    hook_points, cell_prompts = [], []
-    for number, (layer, pos) in enumerate(cells):
-        hook_points.append(build_hook_points(lm, [_trial_edit(lm, layer, pos)], no_reference))
+    layers, hook_points, cell_prompts = [], [], []
+    for number, (layer, pos, edit) in enumerate(_trial_edits(lm)):
+        layers.append(layer)
+        hook_points.append(build_hook_points(lm, [edit()], no_reference))
+        block = layer if allowed.grow else INPUT
         for row in range(count):
-            start = Start(layer, inputs.lengths[row] + pos)
-            cell_prompts.append(CellPrompt(number, row, start))
-    cell_prompts.sort(key=lambda cell_prompt: cell_prompt.order)
-    layers = [layer for layer, _ in cells]
+            cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + pos))
+    cell_prompts.sort()
     try:
         base = run_base(inputs, range(count), [], layers, width, cache=allowed.prefix)
         logits = run_cell_prompts(base, inputs, cell_prompts, hook_points, width, allowed)[:, -1]
@@ -207,45 +203,37 @@ def no_reference(sites: Any, prompts: Any) -> Any:
     raise AssertionError("these hooks need no reference values")
 
 
-def _output_items(output: Any) -> Iterable[tuple[int | str, Any]]:
-    """Returns the values of a module's output, each with its key or index."""
-    if isinstance(output, dict):
-        return output.items()
-    if isinstance(output, tuple | list):
-        return enumerate(output)
-    return [(0, output)]
-
-
-class _ShapeRecorder(HookManager):
-    """Records the shapes of the inputs and outputs of some numbered modules, and owns them.
+class _ShapeRecorder:
+    """Records the shapes of the inputs and outputs of some modules, by their number, and owns them.
 
     kinds  0 for a module that returns a tensor, or the length of its tuple
     """
 
-    def __init__(self, lm: LM, modules: dict[int, nn.Module]) -> None:
-        super().__init__(lm, ())
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
         self.inputs: dict[tuple[int, Path], tuple[int, ...]] = {}
         self.outputs: dict[tuple[int, int | str], tuple[int, ...]] = {}
         self.kinds: dict[int, int] = {}
 
-    def _register(self, lent: Overrides) -> None:
-        super()._register(lent)
-        for number, module in self.modules.items():
-            lent.around(module, "forward", self._recording_forward(number))
+    def wrap_modules(self, block: HookBlock) -> None:
+        """Wraps the forwards of the modules for the time of a block."""
+        for number, module in enumerate(self.modules):
+            block.overrides.around(module, "forward", partial(self._record_forward, number))
 
-    def _recording_forward(self, number: int) -> Any:
-        def recording_forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-            self._record_inputs(number, args, ())
-            self._record_inputs(number, kwargs, ())
-            output = inner(*args, **kwargs)
-            for item, value in _output_items(output):
-                if isinstance(value, Tensor):
-                    self.outputs[number, item] = tuple(value.shape)
-            self.kinds[number] = len(output) if isinstance(output, tuple) else 0
-            return output
-
-        return recording_forward
+    def _record_forward(self, number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self._record_inputs(number, args, ())
+        self._record_inputs(number, kwargs, ())
+        output = inner(*args, **kwargs)
+        items: Any = [(0, output)]
+        if isinstance(output, dict):
+            items = output.items()
+        elif isinstance(output, tuple | list):
+            items = enumerate(output)
+        for item, value in items:
+            if isinstance(value, Tensor):
+                self.outputs[number, item] = tuple(value.shape)
+        self.kinds[number] = len(output) if isinstance(output, tuple) else 0
+        return output
 
     def _record_inputs(self, number: int, value: Any, path: Path) -> None:
         if isinstance(value, Tensor):
@@ -258,81 +246,60 @@ class _ShapeRecorder(HookManager):
                 self._record_inputs(number, item, (*path, name))
 
 
-def _inspect_blocks(lm: LM, inputs: SweepInputs) -> tuple[dict[tuple[int, Path], int], list[int]]:
+def _inspect_blocks(inputs: SweepInputs) -> tuple[dict[tuple[int, Path], int], list[int]]:
     """Returns which inputs of the blocks have rows, and what the blocks return.
 
     The blocks are inspected with batches of two and of three rows, with and without a cache.
     """
-    of_two, kinds = _lengths_of_axis_0(lm, inputs, 2)
-    of_three, _ = _lengths_of_axis_0(lm, inputs, 3)
+    lm = inputs.lm
+    block_names = [lm.family.block.format(layer=layer) for layer in range(lm.n_layers)]
+    blocks = [lm.submodule(name) for name in block_names]
+    lengths: dict[tuple[int, Path], dict[int, set[int]]] = {}  # of axis 0, by path and row count
+    kinds: dict[int, int] = {}
+    for count in (2, 3):
+        plain, cached = _ShapeRecorder(blocks), _ShapeRecorder(blocks)
+        _run_trial(plain, inputs, range(count))
+        with suppress(Exception):  # a model that takes no cache runs without one
+            _run_trial(cached, inputs, range(count), cached=True)
+        kinds = plain.kinds
+        for path, shape in (*plain.inputs.items(), *cached.inputs.items()):
+            by_count = lengths.setdefault(path, {})
+            by_count.setdefault(count, set()).add(shape[0] if shape else 0)
     factors = {}
-    for path in of_two.keys() & of_three.keys():
-        factor = _row_factor(of_two[path], of_three[path])
+    for path, by_count in lengths.items():
+        factor = _row_factor(*by_count.values()) if len(by_count) == 2 else None
         if factor is not None:
             factors[path] = factor
-    return factors, kinds
-
-
-def _lengths_of_axis_0(
-    lm: LM, inputs: SweepInputs, count: int
-) -> tuple[dict[tuple[int, Path], set[int]], list[int]]:
-    """Returns the lengths of axis 0 of all inputs of the blocks, with `count` rows, and what the
-    blocks return."""
-    blocks = {}
-    for layer in range(lm.n_layers):
-        blocks[layer] = lm.submodule(lm.family.block.format(layer=layer))
-    plain, cached = _ShapeRecorder(lm, blocks), _ShapeRecorder(lm, blocks)
-    _run_trial(plain, lm, inputs, range(count))
-    with suppress(Exception):  # a model that takes no cache runs without one
-        _run_trial(cached, lm, inputs, range(count), cached=True)
-    lengths: dict[tuple[int, Path], set[int]] = {}
-    for recorder in (plain, cached):
-        for path, shape in recorder.inputs.items():
-            lengths.setdefault(path, set()).add(shape[0] if shape else 0)
-    return lengths, [plain.kinds[layer] for layer in blocks]
+    return factors, [kinds[number] for number in range(len(blocks))]
 
 
 def _row_factor(of_two: set[int], of_three: set[int]) -> int | None:
     """Returns how many entries of axis 0 a row has, from the lengths of axis 0 with two rows and
     with three; 0 if it has no rows, None if it varies."""
     of_two, of_three = of_two - {1}, of_three - {1}  # 1 is one entry for all rows
-    if not of_two and not of_three:
+    if of_two == of_three and len(of_two) <= 1:
         return 0
     if len(of_two) != 1 or len(of_three) != 1:
         return None
-    two, three = of_two.pop(), of_three.pop()
-    if two == three:
-        return 0
-    if two % 2 == 0 and two // 2 * 3 == three:
-        return two // 2
-    return None
+    factor, remainder = divmod(of_two.pop(), 2)
+    return factor if not remainder and of_three == {3 * factor} else None
 
 
 def _run_trial(
-    recorder: _ShapeRecorder,
-    lm: LM,
-    inputs: SweepInputs,
-    rows: Sequence[int],
-    *,
-    cached: bool = False,
+    recorder: _ShapeRecorder, inputs: SweepInputs, rows: Sequence[int], *, cached: bool = False
 ) -> None:
     """Runs some rows of the trial; with `cached` only the last two positions, after a cache."""
     from transformers import DynamicCache
 
-    columns = inputs.count_columns(rows)
-    kwargs: dict[str, Any] = {}
-    width = columns
+    lm, columns = inputs.lm, inputs.count_columns(rows)
     settings = lm.accepted(use_cache=cached, return_dict=True)
-    if cached:
-        cache = DynamicCache()
-        with torch.no_grad():
-            lm.model(
-                **inputs.model_inputs(rows, columns, columns), **settings, past_key_values=cache
-            )
-        width = 2
-        contents = keys_and_values(cache)
-        indices = torch.arange(len(rows))
-        kwargs["past_key_values"] = prefix_cache(contents, columns - width, lambda: indices)
-    model_inputs = inputs.model_inputs(rows, columns, width)
-    with torch.no_grad(), recorder:
-        lm.model(**model_inputs, **settings, **kwargs)
+    model_inputs = inputs.model_inputs(rows, columns, columns)
+    width = columns
+    with torch.no_grad():
+        if cached:
+            width, whole, indices = 2, DynamicCache(), torch.arange(len(rows))
+            lm.model(**model_inputs, **settings, past_key_values=whole)
+            settings["past_key_values"] = prefix_cache(whole, columns - width, lambda: indices)
+            model_inputs = inputs.model_inputs(rows, columns, width)
+        shared_forward = SharedForward(lm, [], rows=len(rows), width=width)
+        shared_forward.run({**model_inputs, **settings}, recorder.wrap_modules)

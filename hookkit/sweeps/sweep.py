@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -28,7 +29,7 @@ from ..runs.manager import find_user_hooks
 from ..runs.run import Run
 from ..runs.taps import BoundHook, HookPoint
 from ..tables.metrics import MetricLike, as_metrics, column_names
-from .cell_metrics import UNEDITED, target_values, verify_cells
+from .cell_metrics import UNEDITED, metric_columns, target_values, verify_cells
 from .cells import (
     RESERVED,
     Cell,
@@ -46,7 +47,13 @@ from .forwards import Shortcuts
 from .inputs import SweepInputs, read_inputs
 from .journal import Journal, open_journal
 from .plan import Plan, memory_budget
-from .reach import bound_hooks_of, is_inside_block, needs_all_positions, weights_later_keys
+from .reach import (
+    INPUT,
+    block_of_module,
+    bound_hooks_of,
+    needs_all_positions,
+    weights_later_keys,
+)
 from .shortcuts import has_rows, no_shortcuts, reads_ahead, shortcuts
 
 
@@ -109,13 +116,9 @@ def plan(
     _check_names(
         cells[0], column_names(metric_values), ["draw"] if isinstance(control, str) else []
     )
-    if reads_ahead(lm):
-        raise Unsupported(
-            "this model reads ahead: what it says at a position depends on later tokens; use "
-            "hk.forward"
-        )
     allowed = _allowed_shortcuts(lm)
-    _mark_cells_alone(lm, cells, "" if allowed.batch else allowed.why["batch"])
+    for cell in cells:
+        cell.alone = _reason_alone(lm, cell) if allowed.batch else allowed.why["batch"]
     budget = memory_budget(lm, memory)
     return Plan(lm, tuple(cells), inputs, metric_values, base_hook_points, allowed, budget)
 
@@ -138,15 +141,13 @@ def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
     """True if a hook receives a position after the metric's, or lets a query attend to it."""
     if not inputs.cropped or not needs_all_positions(bound):
         return False
-    rows = zip(
-        inputs.full.selected_positions(bound.where), inputs.run_rows, inputs.rows, strict=True
-    )
-    for positions, run_row, row in rows:
-        if positions is None:
+    selected_positions = inputs.full.selected_positions(bound.where)
+    for positions, length, row in zip(selected_positions, inputs.lengths, inputs.rows, strict=True):
+        if positions is None or length == len(row):
             continue
-        if weights_later_keys(bound) and len(run_row) < len(row):
+        if weights_later_keys(bound):
             return True
-        if any(position in positions for position in range(len(run_row), len(row))):
+        if any(position in positions for position in range(length, len(row))):
             return True
     return False
 
@@ -154,12 +155,11 @@ def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
 def _needs_all_logits(lm: LM, bound: BoundHook) -> bool:
     """True if a hook may use the logits of other positions than the metric's."""
     if isinstance(bound.site, ModuleSite):
-        return not is_inside_block(lm, bound.site.path)
+        return block_of_module(lm, bound.site.path) == INPUT
     return bound.head and needs_all_positions(bound)
 
 
 def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Sequence[str]) -> None:
-    """Raises if two columns of the table would have the same name."""
     for name in control_columns:
         if name in cell.point:
             raise BadHook(
@@ -180,6 +180,11 @@ def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Seque
 
 def _allowed_shortcuts(lm: LM) -> Shortcuts:
     """Returns what the model allows: nothing if it has hooks of the user's, which see batches."""
+    if reads_ahead(lm):
+        raise Unsupported(
+            "this model reads ahead: what it says at a position depends on later tokens; use "
+            "hk.forward"
+        )
     modules = find_user_hooks(lm.model)
     if not modules:
         return shortcuts(lm)
@@ -189,16 +194,13 @@ def _allowed_shortcuts(lm: LM) -> Shortcuts:
     )
 
 
-def _mark_cells_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
-    """Sets `Cell.alone` of the cells that cannot share a forward."""
-    for cell in cells:
-        cell.alone = reason
-        if reason:
-            continue
-        for bound in cell.bound_hooks:
-            site = bound.site
-            if isinstance(site, ModuleSite) and not has_rows(lm, site):
-                cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
+def _reason_alone(lm: LM, cell: Cell) -> str:
+    """Returns why a cell cannot share a forward; an empty string if it can."""
+    for bound in cell.bound_hooks:
+        site = bound.site
+        if isinstance(site, ModuleSite) and not has_rows(lm, site):
+            return f"{site} has no axes batch and pos, so that rows cannot be told apart"
+    return ""
 
 
 @check_arguments
@@ -312,7 +314,7 @@ def _run_plan(
     total = len(sweep_plan.cells) * len(sweep_plan.inputs)
     disable = None if progress is None else not progress
     with tqdm(total=total, initial=journal.done, unit="cell", disable=disable) as bar:
-        plan_run = PlanRun(sweep_plan, journal, bar.update, sweep_plan.budget, engine)
+        plan_run = PlanRun(sweep_plan, journal, bar.update, engine)
         try:
             plan_run.run()
         except KeyboardInterrupt:
@@ -335,33 +337,26 @@ def _table(
     *,
     drawn: bool,
 ) -> pd.DataFrame:
-    metric_names = column_names(sweep_plan.metrics)
     control_columns = ["control"] if any(cell.control for cell in sweep_plan.cells) else []
     if drawn:
         control_columns.append("draw")
     records: list[dict[str, Any]] = []
+    numbers: list[list[list[float]]] = []  # of each record: the values, before, in the target
     for cell in sweep_plan.cells:
+        controls = {name: getattr(cell, name) for name in control_columns}
         for row in range(len(sweep_plan.inputs)):
-            if (cell.number, row) not in journal.values:
-                continue
-            record: dict[str, Any] = {**cell.point, "row": row}
-            record |= {name: getattr(cell, name) for name in control_columns}
-            values = journal.values[cell.number, row]
-            before = journal.values[UNEDITED, row]
-            for index, name in enumerate(metric_names):
-                delta = values[index] - before[index]
-                record[name] = values[index]
-                record[f"{name}_before"] = before[index]
-                record[f"{name}_delta"] = delta
-                if targets is not None:
-                    distance = targets[row][index] - before[index]
-                    record[f"{name}_target"] = targets[row][index]
-                    record[f"{name}_effect"] = delta / distance if distance else float("nan")
-            records.append(record)
+            if (cell.number, row) in journal.values:
+                records.append({**cell.point, "row": row, **controls})
+                before = journal.values[UNEDITED, row]
+                target = before if targets is None else targets[row]
+                numbers.append([journal.values[cell.number, row], before, [*target]])
     names = [*sweep_plan.cells[0].point, "row", *control_columns]
-    suffixes = ["", "_before", "_delta"]
-    if targets is not None:
-        suffixes += ["_target", "_effect"]
-    for name in metric_names:
-        names += [name + suffix for suffix in suffixes]
-    return pd.DataFrame(records, columns=names)
+    table = pd.DataFrame(records, columns=names)
+    by_metric = np.array(numbers, dtype=float).reshape(-1, 3, len(sweep_plan.metrics))
+    for index, name in enumerate(column_names(sweep_plan.metrics)):
+        values, before, target = by_metric[:, :, index].T
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            delta = values - before
+        target = None if targets is None else target
+        table = table.assign(**metric_columns(name, values, before, delta, target))
+    return table

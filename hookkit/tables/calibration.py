@@ -43,25 +43,15 @@ def calibration(
         )
     check_integer(bins, "bins", least=1, meaning="how many bins,")
     edges = np.linspace(0, 1, bins + 1)
-    numbers = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
-    counts = np.bincount(numbers, minlength=bins)
-    divisors = np.where(counts > 0, counts, np.nan)
-    mean = np.bincount(numbers, weights=confidences, minlength=bins) / divisors
-    accuracy = np.bincount(numbers, weights=answers.astype(float), minlength=bins) / divisors
-    gap = mean - accuracy
-    error = np.nan_to_num(np.abs(gap)) * counts / len(confidences)
-    table = pd.DataFrame(
-        {
-            "bin": range(bins),
-            "low": edges[:-1],
-            "high": edges[1:],
-            "count": counts,
-            "confidence": mean,
-            "accuracy": accuracy,
-            "gap": gap,
-            "error": error,
-        }
-    )
+    bin_of = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
+    groups: Any = pd.DataFrame({"confidence": confidences, "accuracy": answers}).groupby(bin_of)
+    table = groups.mean().reindex(range(bins)).reset_index(names="bin")
+    counts = groups.size().reindex(range(bins), fill_value=0)
+    table = table.assign(low=edges[:-1], high=edges[1:], count=counts)
+    gap = table["confidence"] - table["accuracy"]
+    error = gap.abs().fillna(0.0) * counts / len(confidences)
+    columns = ["bin", "low", "high", "count", "confidence", "accuracy"]
+    table = pd.DataFrame(table[columns]).assign(gap=gap, error=error)
     table.attrs["ece"] = round(float(error.sum()), 12)  # without the error of rounding
     return table
 
@@ -100,12 +90,14 @@ def roc(score: Iterable[float], right: Iterable[Any]) -> pd.DataFrame:
 
 def _pairs(numbers: Iterable[float], right: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns both as arrays, after checking that they belong together."""
-    number_items = _items(numbers, "the numbers")
-    answer_items = _items(right, "right")
-    values = np.asarray([_real(item) for item in number_items], dtype=float)
-    if len(values) != len(answer_items):
+    number_items, answers = _items(numbers, "the numbers"), _items(right, "right")
+    for item in number_items:
+        if as_number(item) is None:
+            raise BadHook(f"{describe(item)} is no number: give a real number for each answer")
+    values = np.array(list(map(as_number, number_items)), dtype=float)
+    if len(values) != len(answers):
         raise BadHook(
-            f"there are {len(values)} numbers and {len(answer_items)} answers: "
+            f"there are {len(values)} numbers and {len(answers)} answers: "
             "give one of each for every answer"
         )
     if not len(values):
@@ -113,13 +105,12 @@ def _pairs(numbers: Iterable[float], right: Iterable[Any]) -> tuple[np.ndarray, 
     if np.isnan(values).any():
         first = int(np.isnan(values).argmax())
         raise OutOfRange(f"number {first} is NaN: leave out what was not measured")
-    answers = np.asarray(answer_items)
-    for answer in answers.tolist():
+    for answer in np.asarray(answers).tolist():
         if answer not in (0, 1):
             raise BadHook(
                 f"right says for each answer whether it was: True or False, and one is {answer!r}"
             )
-    return values, answers.astype(bool)
+    return values, np.asarray(answers).astype(bool)
 
 
 def _items(values: Any, name: str) -> list[Any]:
@@ -129,10 +120,3 @@ def _items(values: Any, name: str) -> list[Any]:
             f"{name}: {describe(values)} is one value: give a list with one for each answer"
         )
     return items
-
-
-def _real(item: Any) -> float:
-    number = as_number(item)
-    if number is None:
-        raise BadHook(f"{describe(item)} is no number: give a real number for each answer")
-    return number

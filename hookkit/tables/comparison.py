@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, Literal
 
 import pandas as pd
@@ -17,24 +18,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import check_arguments, check_tokens
+from ..arguments import check_arguments
 from ..display import first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
 from ..hooks.conditions import Phrase
-from ..hooks.logits import Force
+from ..hooks.logits import Force, named_tokens
 from ..models.lm import LM
 from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import Site, Sites
-from ..models.tokens import Token
+from ..models.tokens import Token, check_tokens
 from ..runs.generate import generate, generate_with_tracer
 from ..runs.random_state import Draws
 from ..runs.run import Run
 from ..runs.trace import Trace, Tracer
 from .distributions import Distribution
-from .rank_tables import Pair, named_tokens, shift_table, summary_table, watched_ids
+from .rank_tables import Pair, shift_table, summary_table, watched_ids
 
 LOGITS = Sites((Site("logits"),))
 
@@ -66,24 +67,20 @@ class Comparison:
     def texts(self) -> pd.DataFrame:
         """Columns: row, baseline, edited (the generated texts), parts_at (the first step at which
         the tokens differ; empty if they are the same)."""
-        table_rows = []
+        parts_at = []
         for row in range(self.count):
-            table_rows.append(
-                {
-                    "row": row,
-                    "baseline": self.run.generated[row + self.count],
-                    "edited": self.run.generated[row],
-                    "parts_at": self._first_difference(row),
-                }
-            )
-        return pd.DataFrame(table_rows).astype({"parts_at": "Int64"})
-
-    def _first_difference(self, row: int) -> int | None:
-        edited, baseline = self.tokens(row, "edited"), self.tokens(row, "baseline")
-        for step, (one, other) in enumerate(zip(edited, baseline, strict=False)):
-            if one != other:
-                return step
-        return None if edited == baseline else min(len(edited), len(baseline))
+            tokens = self.tokens(row, "baseline"), self.tokens(row, "edited")
+            parts_at.append(first_difference(*tokens))
+        generated = self.run.generated
+        table = pd.DataFrame(
+            {
+                "row": range(self.count),
+                "baseline": generated[self.count :],
+                "edited": generated[: self.count],
+                "parts_at": parts_at,
+            }
+        )
+        return table.astype({"parts_at": "Int64"})
 
     @cached_property
     def shifts(self) -> pd.DataFrame:
@@ -120,20 +117,23 @@ class Comparison:
         pairs = []
         for row, text in enumerate(texts):
             for step in range(len(text)):
-                before = self._distribution(logits, row + self.count, step)
-                after = self._distribution(logits, row, step)
-                pairs.append((before, after))
+                pos = self.run.prompt_lengths[row] - 1 + step
+                location = {"row": row, "pos": pos, "step": step}
+                after, before = logits[row :: self.count, step].float().cpu()
+                pair = [Distribution(self.run.lm, location, side) for side in (before, after)]
+                pairs.append((pair[0], pair[1]))
         return pairs
-
-    def _distribution(
-        self, logits: Float[Tensor, "row step vocab"], row: int, step: int
-    ) -> Distribution:
-        pos = self.run.prompt_lengths[row] - 1 + step
-        location = {"row": row % self.count, "pos": pos, "step": step}
-        return Distribution(self.run.lm, location, logits[row, step].float().cpu())
 
     def _repr_html_(self) -> str:
         return render_html(f"Comparison along the {self.along} text", rows=first_rows(self.texts))
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Returns the index of the first token that differs; None if the sequences are equal."""
+    for index, (one, other) in enumerate(zip_longest(first, second)):
+        if one != other:
+            return index
+    return None
 
 
 def _force_tokens(tokens: list[int], row: int) -> Force:
@@ -239,10 +239,7 @@ def _for_both_halves(lm: LM, arguments: Mapping[str, Any], count: int) -> dict[s
 
 
 class _Halves:
-    """Logits processors, or stopping criteria, for the two halves of a batch.
-
-    It owns a copy of them for the unedited half, so that their state is that of one half.
-    """
+    """Logits processors or stopping criteria for both halves of a batch. Each has its own copy."""
 
     def __init__(self, functions: Sequence[Any], name: str, count: int) -> None:
         from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -260,15 +257,16 @@ class _Halves:
             ) from error
 
     def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
-        edited_scores, baseline_scores = scores, scores
-        if isinstance(scores, Tensor):
-            edited_scores, baseline_scores = scores[: self.count], scores[self.count :]
-        elif scores is not None:  # a stopping criterion is given the scores of each step so far
-            edited_scores = tuple([step[: self.count] for step in scores])
-            baseline_scores = tuple([step[self.count :] for step in scores])
-        edited = self.edited(input_ids[: self.count], edited_scores)
-        baseline = self.baseline(input_ids[self.count :], baseline_scores)
-        return torch.cat([edited, baseline])
+        results = []
+        halves = slice(None, self.count), slice(self.count, None)
+        for functions, half in zip((self.edited, self.baseline), halves, strict=True):
+            half_scores = scores
+            if isinstance(scores, Tensor):
+                half_scores = scores[half]
+            elif scores is not None:  # a stopping criterion is given the scores of each step so far
+                half_scores = tuple([step[half] for step in scores])
+            results.append(functions(input_ids[half], half_scores))
+        return torch.cat(results)
 
 
 @check_arguments

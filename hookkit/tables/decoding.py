@@ -8,7 +8,8 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pandas as pd
 
@@ -16,10 +17,10 @@ from ..arguments import check_arguments
 from ..errors import NotCaptured, OutOfRange
 from ..hooks.base import Hook
 from ..hooks.logits import Ban, Force, Restrict
+from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, read_indices, resolve_rows
-from ..models.tokens import ranks_for_table
 from ..runs.run import Run
-from ..runs.trace import STAGES, Decision, GenerationRecord, Stage
+from ..runs.trace import STAGES, Decision, GenerationRecord
 from .rank_tables import reasons_of
 
 
@@ -36,63 +37,68 @@ def decoding(run: Run, *, top: int | None = None, rows: IndicesLike = None) -> p
     Raises `NotCaptured` if the run was made without trace=, and `OutOfRange` if `top` is larger
     than what was recorded.
     """
-    record = _record_of(run)
+    record = _record_of(run, rows)
     recorded = record.asked.top
     count = recorded if top is None else top
     if not 1 <= count <= recorded:
         raise OutOfRange(
             f"top={top!r}: {recorded} tokens of each stage are on record, so give 1 to {recorded}"
         )
+    return candidates_table(record, count)
+
+
+def candidates_table(record: GenerationRecord, count: int) -> pd.DataFrame:
+    """Returns the table of `decoding` for a record, with `count` tokens of each stage."""
     table_rows: list[dict[str, object]] = []
-    for decision in _decisions_of(run, record, rows):
-        table_rows += candidate_rows(record, decision, count)
+    for decision in record.decisions:
+        for name in STAGES:
+            table_rows += _candidates(record, decision, name, count)
     return pd.DataFrame(table_rows)
 
 
-def candidate_rows(
-    record: GenerationRecord, decision: Decision, count: int
+def _candidates(
+    record: GenerationRecord, decision: Decision, name: str, count: int
 ) -> Iterator[dict[str, object]]:
-    """Returns the rows of `decoding` for one step of one row, with `count` tokens of each stage."""
-    row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
-    for name in STAGES:
-        stage = decision.record.stages[name]
-        why = reasons_of(
-            {
-                "top": stage.top[row, :count].tolist(),
-                "watched": record.watched,
-                "named": record.named,
-                "drawn": (decision.token,),
-            }
-        )
-        numbers = {token: _numbers(stage, row, ids.index(token)) for token in why}
-        for token in sorted(why, key=lambda token: _sort_key(token, numbers[token])):
-            yield {
-                "row": decision.row,
-                "step": decision.step,
-                "pos": decision.pos,
-                "stage": name,
-                "token": repr(record.lm.string(token)),
-                "token_id": token,
-                **numbers[token],
-                "drawn": token == decision.token,
-                "why": why[token],
-            }
+    """Returns the rows of `decoding` for one stage of one step of one row."""
+    why = reasons_of(
+        {
+            "top": decision.record.stages[name].top[decision.model_row, :count].tolist(),
+            "watched": record.watched,
+            "named": record.named,
+            "drawn": (decision.token,),
+        }
+    )
+    numbers = {token: _numbers(decision, name, token) for token in why}
+    ranks = {token: numbers[token]["rank"] for token in why}  # tokens without one are the last
+    for token in sorted(why, key=lambda token: (math.isnan(ranks[token]), ranks[token], token)):
+        yield {
+            "row": decision.row,
+            "step": decision.step,
+            "pos": decision.pos,
+            "stage": name,
+            "token": repr(record.lm.string(token)),
+            "token_id": token,
+            **numbers[token],
+            "drawn": token == decision.token,
+            "why": why[token],
+        }
 
 
-def _sort_key(token: int, numbers: Mapping[str, float]) -> tuple[float, int]:
-    """Sorts by rank, tokens without one last, and by id."""
-    rank = numbers["rank"]
-    return math.inf if math.isnan(rank) else rank, token
-
-
-def _numbers(stage: Stage, row: int, column: int) -> dict[str, float]:
-    logprob = stage.logprobs[row, column]
+def _numbers(decision: Decision, name: str, token: int) -> dict[str, float]:
+    """Returns the numbers of a token at a stage."""
+    stage, index = decision.record.stages[name], (decision.model_row, _column(decision, token))
+    logprob = stage.logprobs[index]
     return {
-        "logit": stage.logits[row, column].item(),
+        "logit": stage.logits[index].item(),
         "logprob": logprob.item(),
         "prob": logprob.exp().item(),
-        "rank": ranks_for_table(stage.ranks[row, column]).item(),
+        "rank": ranks_for_table(stage.ranks[index]).item(),
     }
+
+
+def _column(decision: Decision, token: int) -> int:
+    """Returns the column of a token in the numbers of a step."""
+    return decision.record.ids[decision.model_row].tolist().index(token)
 
 
 @check_arguments
@@ -106,75 +112,83 @@ def decisions(run: Run, *, rows: IndicesLike = None) -> pd.DataFrame:
 
     Raises `NotCaptured` if the run was made without trace=.
     """
-    record = _record_of(run)
-    return pd.DataFrame(
-        [decision_row(record, decision) for decision in _decisions_of(run, record, rows)]
-    )
+    return decisions_table(_record_of(run, rows))
 
 
-def decision_row(record: GenerationRecord, decision: Decision) -> dict[str, object]:
-    """Returns one row of `decisions`."""
-    row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
+def decisions_table(record: GenerationRecord) -> pd.DataFrame:
+    """Returns the table of `decisions` for a record."""
+    return pd.DataFrame([_decision_row(record, decision) for decision in record.decisions])
+
+
+def _record_of(run: Run, rows: IndicesLike) -> GenerationRecord:
+    """Returns the record of a generation, with the decisions of the selected rows."""
+    if run.recorded is None:
+        raise NotCaptured(
+            "this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())"
+        )
+    selected = set(resolve_rows(read_indices(rows, "row", negative=False), len(run.lengths)))
+    decisions = [decision for decision in run.recorded.decisions if decision.row in selected]
+    return replace(run.recorded, decisions=tuple(decisions))
+
+
+def _decision_row(record: GenerationRecord, decision: Decision) -> dict[str, object]:
+    lm, row, stages = record.lm, decision.model_row, decision.record.stages
     columns: dict[str, object] = {
         "row": decision.row,
         "step": decision.step,
         "pos": decision.pos,
-        "token": repr(record.lm.string(decision.token)),
+        "token": repr(lm.string(decision.token)),
         "token_id": decision.token,
-        "why": explain_choice(record, decision),
+        "why": _reason(record, decision),
     }
-    stages = {name: decision.record.stages[name] for name in STAGES}
-    column = ids.index(decision.token)
-    numbers = {name: _numbers(stage, row, column) for name, stage in stages.items()}
-    for quantity in ("logit", "prob", "rank"):
+    numbers = {name: _numbers(decision, name, decision.token) for name in STAGES}
+    for name in STAGES:
+        for quantity in ("entropy", "varentropy", "margin"):
+            numbers[name][quantity] = getattr(stages[name], quantity)[row].item()
+        numbers[name]["perplexity"] = stages[name].entropy[row].exp().item()
+    for quantity in ("logit", "prob", "rank", "entropy", "varentropy", "margin", "perplexity"):
         for name in STAGES:
             columns[f"{quantity}_{name}"] = numbers[name][quantity]
-    for quantity in ("entropy", "varentropy", "margin"):
-        for name in STAGES:
-            columns[f"{quantity}_{name}"] = getattr(stages[name], quantity)[row].item()
-    for name in STAGES:
-        columns[f"perplexity_{name}"] = stages[name].entropy[row].exp().item()
     columns["candidates"] = int(stages["processed"].candidates[row])
     columns["top1_model"] = None
-    if not math.isnan(stages["model"].entropy[row].item()):
-        columns["top1_model"] = repr(record.lm.string(int(stages["model"].top[row, 0])))
+    if not math.isnan(numbers["model"]["entropy"]):
+        columns["top1_model"] = repr(lm.string(int(stages["model"].top[row, 0])))
     return columns
 
 
-def explain_choice(record: GenerationRecord, decision: Decision) -> str:
+def _reason(record: GenerationRecord, decision: Decision) -> str:
     """Returns the sentence that says why a token was chosen."""
-    row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
-    column = ids.index(decision.token)
-    if bool(decision.record.stages["edited"].logprobs[row].isnan().any()):
+    row, column = decision.model_row, _column(decision, decision.token)
+    stages = decision.record.stages
+    if bool(stages["edited"].logprobs[row].isnan().any()):
         return "no reason: the logits are NaN or infinite, so that no token has a probability"
-    ranks = {name: int(decision.record.stages[name].ranks[row, column]) for name in STAGES}
-    moves = list(_moves(decision, column))
+    ranks = [int(stages[name].ranks[row, column]) for name in STAGES]
+    moves = list(_moves(decision, column, ranks[0]))
     force = _force_of(record, decision, moves)
     certain = force is not None and (force.decides or force.margin == math.inf)
     drawn = record.generation.mode != "greedy_search" and not certain
-    if force is not None and ranks["edited"] == 1 and not drawn:
-        reason = f"forced by {force}: rank {ranks['model']} for the model"
-        return "; ".join([reason, *_removed_first(record, decision)])
-    parts = [_choice(record, decision, column, ranks["processed"])]
-    parts += _removed_first(record, decision)
-    return "; ".join([*parts, *_rank_changes(record, ranks, moves)])
+    removed = _removed_first(record, decision)
+    if force is not None and ranks[1] == 1 and not drawn:
+        return "; ".join([f"forced by {force}: rank {ranks[0]} for the model", *removed])
+    changes = _rank_changes(record, ranks, moves)
+    return "; ".join([_choice(record, decision, column, ranks[2]), *removed, *changes])
 
 
 def _rank_changes(
-    record: GenerationRecord, ranks: Mapping[str, int], moves: list[tuple[Hook, int, int]]
+    record: GenerationRecord, ranks: list[int], moves: list[tuple[Hook, int, int]]
 ) -> Iterator[str]:
     """Returns how hooks and logits processors changed the token's rank."""
+    model, edited, processed = ranks
     movers = []
     for hook, before, after in moves:
         if before != after and not isinstance(hook, Ban | Restrict):
             movers.append(str(hook))
-    if movers and ranks["model"] != ranks["edited"]:
-        hooks = " and ".join(movers)
-        yield f"{hooks} moved it from rank {ranks['model']} to {ranks['edited']}"
-    elif ranks["model"] != 1 and record.generation.mode == "sample":
-        yield f"rank {ranks['model']} for the model"
-    if ranks["processed"] != ranks["edited"]:
-        yield f"the logits processors moved it from rank {ranks['edited']} to {ranks['processed']}"
+    if movers and model != edited:
+        yield f"{' and '.join(movers)} moved it from rank {model} to {edited}"
+    elif model != 1 and record.generation.mode == "sample":
+        yield f"rank {model} for the model"
+    if processed != edited:
+        yield f"the logits processors moved it from rank {edited} to {processed}"
 
 
 def _choice(record: GenerationRecord, decision: Decision, column: int, rank: int) -> str:
@@ -194,10 +208,9 @@ def _choice(record: GenerationRecord, decision: Decision, column: int, rank: int
     return f"greedy: first of {count}"
 
 
-def _moves(decision: Decision, column: int) -> Iterator[tuple[Hook, int, int]]:
+def _moves(decision: Decision, column: int, rank: int) -> Iterator[tuple[Hook, int, int]]:
     """Returns the hooks that changed the logits, with the token's rank before and after each."""
     row = decision.model_row
-    rank = int(decision.record.stages["model"].ranks[row, column])
     for change in decision.record.changes:
         if change.rows[row]:
             new_rank = int(change.ranks[row, column])
@@ -217,9 +230,8 @@ def _force_of(
 
 def _removed_first(record: GenerationRecord, decision: Decision) -> list[str]:
     """Returns a sentence if a hook removed the model's own first token, else an empty list."""
-    row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
-    first = int(decision.record.stages["model"].top[row, 0])
-    edited_logit = decision.record.stages["edited"].logits[row, ids.index(first)]
+    first = int(decision.record.stages["model"].top[decision.model_row, 0])
+    edited_logit = _numbers(decision, "edited", first)["logit"]
     if edited_logit != -math.inf or first == decision.token:
         return []
     token = repr(record.lm.string(first))
@@ -230,16 +242,3 @@ def _removed_first(record: GenerationRecord, decision: Decision) -> list[str]:
         if isinstance(hook, Restrict) and first not in hook.named(record.lm):
             sentences.append(f"{hook} left out {token}, first for the model")
     return sentences
-
-
-def _record_of(run: Run) -> GenerationRecord:
-    if run.recorded is None:
-        raise NotCaptured(
-            "this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())"
-        )
-    return run.recorded
-
-
-def _decisions_of(run: Run, record: GenerationRecord, rows: IndicesLike) -> list[Decision]:
-    selected = set(resolve_rows(read_indices(rows, "row", negative=False), len(run.lengths)))
-    return [decision for decision in record.decisions if decision.row in selected]

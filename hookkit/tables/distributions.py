@@ -1,11 +1,7 @@
-"""Next-token distributions, and the numbers of a distribution that all tables share.
-
-The functions are batched: they take logits or log-probabilities with the vocabulary on the last
-axis. `Distribution` holds the logits of one position, and `distributions` reads them from a run.
+"""Next-token distributions of a run: the logits of one position, and the numbers that tables show.
 
 Log-probabilities are a float32 log-softmax over every row of the model's vocabulary, as in
-decoding. Sums over the vocabulary are taken in float64. Rows of the vocabulary that are no token
-are never ranked and never shown.
+decoding. Sums over the vocabulary are taken in float64.
 
 `scenario` names how a choice between next tokens looks. The first name that fits is used:
 
@@ -22,7 +18,7 @@ The thresholds are round numbers that sort positions for a reader. A study shoul
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -30,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange
-from ..hooks.captured_values import Captured
+from ..models import next_token
 from ..models.lm import LM
 from ..models.positions import (
     IndicesLike,
@@ -42,11 +38,9 @@ from ..models.positions import (
     resolve_rows,
 )
 from ..models.prompts import positions_of_text
-from ..models.tokens import NO_RANK
 from ..runs.run import Run
 
 LogitVector: TypeAlias = Float[Tensor, " vocab"]
-Batch: TypeAlias = Float[Tensor, "*batch vocab"]
 
 VERY_CONFIDENT = 0.9  # probability of the first token
 HALF_AS_GOOD = 0.5  # probability of the second token, as a fraction of the first's
@@ -58,69 +52,9 @@ UNKNOWN = "unknown"  # the scenario of logits that are NaN
 SCENARIOS = ("very confident", "two good options", "one clear winner", "uncertain")
 
 
-def exact_logprobs(logits: Batch) -> Batch:
-    """Returns the log-probabilities in float64, for sums over the vocabulary."""
-    return logits.double().log_softmax(dim=-1)
-
-
-def token_logits(logits: Batch, n_tokens: int) -> Float[Tensor, "*batch token"]:
-    """Returns the logits of the vocabulary's rows that are tokens; all if `n_tokens` is 0."""
-    return logits[..., : n_tokens or None]
-
-
 def token_texts(lm: LM, ids: Iterable[int]) -> list[str]:
     """Returns tokens as tables show them: Python strings in quotes."""
     return [repr(lm.string(token)) for token in ids]
-
-
-def top_tokens(logits: Batch, n_tokens: int, count: int | None) -> Int[Tensor, "*batch count"]:
-    """Returns the `count` most likely tokens, most likely first; all tokens for None.
-
-    Of tokens with equal logits the lower id comes first, as in greedy decoding.
-    """
-    order = torch.sort(token_logits(logits, n_tokens), dim=-1, descending=True, stable=True)
-    return order.indices[..., :count]
-
-
-def expectation(
-    logprobs: Batch, values: Batch, *, dtype: torch.dtype | None = None
-) -> Float[Tensor, "*batch"]:
-    """Returns the mean of values under each distribution, summed in `dtype`.
-
-    A value whose probability is 0 does not count, even if it is infinite. A probability that is
-    NaN makes the mean NaN.
-    """
-    probs = logprobs.exp()
-    products = probs * values
-    mean = products.sum(-1, dtype=dtype)
-    if mean.isfinite().all():
-        return mean
-    return torch.where(probs == 0, 0.0, products).sum(-1, dtype=dtype)
-
-
-def entropy_of(logprobs: Batch) -> Float[Tensor, "*batch"]:
-    """Returns -Σ p log p, in nats."""
-    return 0.0 - expectation(logprobs, logprobs)  # 0.0 for a certain token, not -0.0
-
-
-def kl_divergence(
-    p: Batch, q: Batch, *, dtype: torch.dtype | None = None
-) -> Float[Tensor, "*batch"]:
-    """Returns KL(p ‖ q) in nats, from log-probabilities; rounding may leave it below 0."""
-    return expectation(p, p - q, dtype=dtype)
-
-
-def divergences(before: Batch, after: Batch) -> dict[str, Float[Tensor, "*batch"]]:
-    """Returns kl, kl_reverse, js and tv of the distributions with these log-probabilities."""
-    middle = torch.logaddexp(before, after) - math.log(2)
-    values = {
-        "kl": kl_divergence(before, after),
-        "kl_reverse": kl_divergence(after, before),
-        "js": (kl_divergence(before, middle) + kl_divergence(after, middle)) / 2,
-        "tv": (before.exp() - after.exp()).abs().sum(-1) / 2,
-    }
-    # rounding can leave -1e-17; clamp keeps NaN
-    return {name: value.clamp(min=0.0) for name, value in values.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +80,12 @@ class Distribution:
     @cached_property
     def exact(self) -> LogitVector:
         """The log-probabilities in float64."""
-        return exact_logprobs(self.logits)
+        return next_token.exact_logprobs(self.logits)
 
     @property
     def real(self) -> LogitVector:
         """The logits of the rows of the vocabulary that are tokens."""
-        return token_logits(self.logits, self.lm.n_tokens)
+        return next_token.token_logits(self.logits, self.lm.n_tokens)
 
     @cached_property
     def _ascending(self) -> LogitVector:
@@ -162,7 +96,7 @@ class Distribution:
         logits = self.logits[ids].contiguous()
         not_larger = torch.searchsorted(self._ascending, logits, right=True)
         larger = len(self.real) - not_larger  # NaN counts as larger
-        return (larger + 1).masked_fill(logits.isnan(), NO_RANK)
+        return (larger + 1).masked_fill(logits.isnan(), next_token.NO_RANK)
 
     @property
     def unknown(self) -> bool:
@@ -171,26 +105,44 @@ class Distribution:
 
     def top(self, count: int | None) -> list[int]:
         """Returns the most likely tokens. See `top_tokens`."""
-        return top_tokens(self.logits, self.lm.n_tokens, count).tolist()
+        return self._by_rank[:count].tolist()
+
+    @cached_property
+    def _by_rank(self) -> Int[Tensor, " token"]:
+        return next_token.top_tokens(self.logits, self.lm.n_tokens, None)
+
+    def top_names(self, count: int) -> list[str | None]:
+        """Returns the most likely tokens; None if logits are NaN, so that no token is the first."""
+        return [None] * count if self.unknown else [*token_texts(self.lm, self.top(count))]
+
+    def names(self, ids: Int[Tensor, " n"]) -> dict[str, object]:
+        """Returns the columns of a table that say where the distribution is, and name tokens."""
+        tokens = ids.tolist()
+        return {**self.location, "token": token_texts(self.lm, tokens), "token_id": tokens}
+
+    def numbers(self, ids: Int[Tensor, " n"], suffix: str = "") -> dict[str, object]:
+        """Returns the columns logit, logprob, prob and rank of these tokens."""
+        return {
+            f"logit{suffix}": self.logits[ids].double().tolist(),
+            f"logprob{suffix}": self.logprobs[ids].double().tolist(),
+            f"prob{suffix}": self.probs[ids].double().tolist(),
+            f"rank{suffix}": next_token.ranks_for_table(self.ranks(ids)).tolist(),
+        }
 
     @cached_property
     def entropy(self) -> float:
         """-Σ p log p, in nats."""
-        return float(entropy_of(self.exact))
+        return float(next_token.entropy_of(self.exact))
 
     @cached_property
     def varentropy(self) -> float:
-        """The variance of -log p under p, in nats²; 0 if all candidates are equally likely."""
-        return float(expectation(self.exact, (self.exact + self.entropy) ** 2))
+        """The variance of -log p under p, in nats²."""
+        return float(next_token.varentropy_of(self.exact))
 
     @cached_property
     def margin(self) -> float:
-        """The largest logit minus the second; infinite if every other token is banned.
-
-        NaN if logits are NaN.
-        """
-        first, second = self.real.topk(2).values.tolist()
-        return first - second if second != -math.inf else math.inf
+        """The largest logit minus the second; NaN if logits are NaN."""
+        return float(next_token.margin_of(self.logits.double(), self.lm.n_tokens))
 
 
 def distributions(
@@ -210,37 +162,25 @@ def distributions(
     if where.pos is not None and where.step is not None:
         raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: give one of them")
     request = f"step={step!r}" if step is not None else f"pos={pos!r}"
+    assert captured.positions is not None
     for row in resolve_rows(where.rows, len(captured.rows)):
-        prompt_length = len(captured.prompts[row])
-        for column, position in _columns_of(run.lm, captured, row, where, request):
+        prompt = captured.prompts[row]
+        cover = partial(positions_of_text, run.lm, prompt)
+        selected = resolve_positions(where, len(prompt), cover)
+        available = [position for position in captured.positions[row].tolist() if position >= 0]
+        positions = [position for position in available if position in selected]
+        is_range = isinstance(selected, range)  # a range may reach beyond the text
+        if not positions or not (is_range or set(selected) <= set(available)):
+            raise OutOfRange(
+                f"{request} was asked for in row {row}, where this run has logits at positions "
+                f"{available[0]} to {available[-1]} (its prompt has {len(prompt)} tokens)"
+            )
+        for position in positions:
             location = {"row": row, "pos": position}
             if where.step is not None:
-                location["step"] = position - prompt_length + 1
-            logits = captured.values[row, column].detach().float().cpu()
-            yield Distribution(run.lm, location, logits)
-
-
-def _columns_of(
-    lm: LM, captured: Captured, row: int, where: Where, request: str
-) -> list[tuple[int, int]]:
-    """Returns the column and the position of each selected position of a row."""
-    assert captured.positions is not None
-    prompt = captured.prompts[row]
-    selected = resolve_positions(
-        where, len(prompt), lambda text: positions_of_text(lm, prompt, text)
-    )
-    positions = captured.positions[row].tolist()
-    available = [position for position in positions if position >= 0]
-    missing = False
-    if not isinstance(selected, range):  # a range may reach beyond the text
-        missing = not set(selected) <= set(available)
-    columns = [(positions.index(pos), pos) for pos in available if pos in selected]
-    if missing or not columns:
-        raise OutOfRange(
-            f"{request} was asked for in row {row}, where this run has logits at positions "
-            f"{available[0]} to {available[-1]} (its prompt has {len(prompt)} tokens)"
-        )
-    return columns
+                location["step"] = position - len(prompt) + 1
+            logits = captured.values[row, captured.column(row, position)]
+            yield Distribution(run.lm, location, logits.detach().float().cpu())
 
 
 def scenario(first: float, second: float) -> str:

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import fdtri, ndtr, ndtri, stdtrit
 
 MIN_FOR_BOOTSTRAP = 30  # with fewer values a mean has a t interval
 MIN_FOR_INTERVAL = 10  # with fewer values a figure shows the values and no interval
@@ -67,12 +68,14 @@ def ratios(over: Values, under: Values, confidence: float, resamples: int, seed:
     ratio = np.divide(over_mean, under_mean, out=nothing.copy(), where=under_mean != 0)
     if count < 2:
         return Estimates(ratio, nothing, nothing, nothing, NONE)
-    error = _linear_influence(over, under, ratio).std(axis=1, ddof=1) / np.sqrt(count)
+    # the standard deviation of each pair's linear influence on the ratio
+    error = (
+        (over - ratio[:, None] * under).std(axis=1, ddof=1) / np.abs(under_mean) / np.sqrt(count)
+    )
     low, high = _fieller(over, under, confidence)
     if count < MIN_FOR_BOOTSTRAP:
         return Estimates(ratio, error, low, high, FIELLER)
     bounded = np.isfinite(low)
-    low, high = nothing.copy(), nothing.copy()
     if bounded.any():
         low[bounded], high[bounded] = _bootstrap(
             over[bounded], under[bounded], confidence, resamples, seed
@@ -82,8 +85,6 @@ def ratios(over: Values, under: Values, confidence: float, resamples: int, seed:
 
 def shares(hits: Int[np.ndarray, " cell"], count: int, confidence: float) -> Estimates:
     """Returns the shares of `count` yes-or-no answers, with Wilson's interval (1927)."""
-    from scipy.special import ndtri
-
     share = hits / count
     error = np.sqrt(share * (1 - share) / count)
     z = ndtri(0.5 + confidence / 2)
@@ -103,8 +104,6 @@ class Variation:
     prompts: float
     samples: float
     residual: float
-    n_prompts: int
-    n_samples: int
 
 
 def variation(values: Float[np.ndarray, "prompt sample"]) -> Variation:
@@ -116,8 +115,6 @@ def variation(values: Float[np.ndarray, "prompt sample"]) -> Variation:
         prompts=k * float(((rows - mean) ** 2).sum()) / max(n - 1, 1),
         samples=n * float(((columns - mean) ** 2).sum()) / max(k - 1, 1),
         residual=float((residuals**2).sum()) / max((n - 1) * (k - 1), 1),
-        n_prompts=n,
-        n_samples=k,
     )
 
 
@@ -131,8 +128,7 @@ def two_way(
     1946). Returns None if samples differ by no more than chance: then the prompts' means have all
     the information.
     """
-    squares = variation(values)
-    n, k = squares.n_prompts, squares.n_samples
+    squares, (n, k) = variation(values), values.shape
     if n < 2 or k < 2 or squares.samples <= squares.residual:
         return None
     terms = [
@@ -169,7 +165,8 @@ def beyond_random(
     variance, degrees = between**2 * share, float(vectors - 1)
     if count > 1:
         measured, expected = float(gains.var(ddof=1)), residual**2 * share
-        limit = _f_quantile(count - 1, (count - 1) * (vectors - 1))
+        # what the ratio of two estimates of one variance exceeds in 5 of 100 cases
+        limit = float(fdtri(count - 1, (count - 1) * (vectors - 1), 0.95))
         if expected == 0 or measured / expected > limit:
             excess = (measured - expected) / count
             spread = variance**2 / degrees + excess**2 / (count - 1)
@@ -179,23 +176,12 @@ def beyond_random(
     return float(np.sqrt(variance)), float(_t_quantile(degrees, confidence) * np.sqrt(variance))
 
 
-def _f_quantile(numerator: int, denominator: int) -> float:
-    """Returns what the ratio of two estimates of one variance exceeds in 5 of 100 cases."""
-    from scipy.special import fdtri
-
-    return float(fdtri(numerator, denominator, 0.95))
-
-
 def _t_quantile(degrees: float, confidence: float) -> float:
-    from scipy.special import stdtrit
-
     return float(stdtrit(degrees, 0.5 + confidence / 2))
 
 
 def _tails(values: Values, confidence: float) -> tuple[Numbers, Numbers]:
     """Returns how many standard errors a t interval reaches below and above each mean."""
-    from scipy.special import stdtrit
-
     count = values.shape[1]
     upper = np.full(len(values), 0.5)  # the share of the upper tail in 1 - confidence
     if count > 2:
@@ -211,14 +197,6 @@ def _tails(values: Values, confidence: float) -> tuple[Numbers, Numbers]:
     below = stdtrit(count - 1, 1 - outside * (1 - upper))
     above = stdtrit(count - 1, 1 - outside * upper)
     return below, above
-
-
-def _linear_influence(over: Values, under: Values, ratio: Numbers) -> Values:
-    """Returns how much each pair moves the ratio of the means, times the number of pairs."""
-    under_mean = under.mean(axis=1, keepdims=True)
-    nothing = np.full(over.shape, np.nan)
-    difference = over - ratio[:, None] * under
-    return np.divide(difference, under_mean, out=nothing, where=under_mean != 0)
 
 
 def _fieller(over: Values, under: Values, confidence: float) -> tuple[Numbers, Numbers]:
@@ -247,14 +225,13 @@ def _bootstrap(
     """
     weights = _weights(over.shape[1], resamples, seed)
     step = max(1, NUMBERS_AT_ONCE // resamples)
-    lows, highs = [], []
+    parts = []
     for start in range(0, len(over), step):
         cells = slice(start, start + step)
         under_part = None if under is None else under[cells]
-        low, high = _bca_limits(over[cells], under_part, weights, confidence)
-        lows.append(low)
-        highs.append(high)
-    return np.concatenate(lows), np.concatenate(highs)
+        parts.append(_bca_limits(over[cells], under_part, weights, confidence))
+    low, high = np.concatenate(parts, axis=1)
+    return low, high
 
 
 @lru_cache(maxsize=8)
@@ -271,8 +248,6 @@ def _bca_limits(
     weights: Float[np.ndarray, "resample value"],
     confidence: float,
 ) -> tuple[Numbers, Numbers]:
-    from scipy.special import ndtr, ndtri, stdtrit
-
     count, resamples = over.shape[1], len(weights)
     estimate, drawn = over.mean(axis=1), over @ weights.T
     left_out = (count * estimate[:, None] - over) / (count - 1)  # the means without one value
@@ -302,9 +277,9 @@ def _bca_limits(
 
 def _interpolate(ordered: Float[np.ndarray, "cell draw"], shares: Numbers) -> Numbers:
     """Returns the number at each row's share of the way through it, by linear interpolation."""
-    index = np.nan_to_num(shares) * (ordered.shape[1] - 1)
+    last = ordered.shape[1] - 1
+    index = np.nan_to_num(shares)[:, None] * last
     first = np.floor(index).astype(int)
-    second = np.minimum(first + 1, ordered.shape[1] - 1)
-    rows = np.arange(len(ordered))
-    low, high = ordered[rows, first], ordered[rows, second]
-    return low + (index - first) * (high - low)
+    low = np.take_along_axis(ordered, first, axis=1)
+    high = np.take_along_axis(ordered, np.minimum(first + 1, last), axis=1)
+    return (low + (index - first) * (high - low))[:, 0]

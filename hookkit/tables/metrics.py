@@ -8,6 +8,7 @@ the loss of a continuation (`loss`) are in this file. The metrics of tokens are 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -20,14 +21,14 @@ from ..arguments import (
     check_arguments,
     check_integer,
     check_keywords,
-    check_prompts,
     describe,
 )
 from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
 from ..models.lm import LM
-from ..models.prompts import shorten
+from ..models.next_token import entropy_of, exact_logprobs, kl_divergence, token_logits, values_at
+from ..models.prompts import check_prompts, shorten
 from ..runs.run import Run
-from .distributions import distributions, exact_logprobs, kl_divergence, token_logits
+from .distributions import distributions
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,13 @@ class Metric:
 
         Raises if a token is not in the vocabulary, or if a prompt has no token.
         """
+        return partial(self.measure, lm, self.prepare(lm, count))
+
+    def prepare(self, lm: LM, count: int) -> Any:
+        """Returns what `measure` needs beside the logits of these prompts, such as token ids."""
+
+    def measure(self, lm: LM, prepared: Any, inputs: Said) -> Float[Tensor, " row"]:
+        """Returns the metric of each row."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
     def __call__(self, run: Run, *, pos: int = -1) -> Float[Tensor, " row"]:
@@ -94,10 +102,7 @@ class FunctionMetric(Metric):
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return getattr(self.fn, "__name__", "metric").replace("<lambda>", "metric")
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        return self._measure
-
-    def _measure(self, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
         numbers = self.fn(inputs.logits.clone())  # the function may write into its argument
         if isinstance(numbers, Tensor) and numbers.shape == (len(inputs.rows),):
             return numbers.float()
@@ -154,8 +159,8 @@ class Entropy(Metric):
 
     name: ClassVar[str] = "entropy"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        return lambda inputs: torch.special.entr(inputs.logits.softmax(-1)).sum(-1)
+    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
+        return entropy_of(inputs.logits.log_softmax(-1))
 
 
 @check_arguments
@@ -177,35 +182,28 @@ class KL(Metric):
     def __repr__(self) -> str:
         return "KL()" if self.reference is None else f"KL({self.reference})"
 
-    def bound(self, lm: LM, count: int) -> Measure:
+    def prepare(self, lm: LM, count: int) -> Float[Tensor, "row vocab"] | None:
         if self.reference is None:
-            return self._from_unedited
+            return None
         reference = logits_at(self.reference, self.pos)
         if len(reference) not in (1, count):
             raise BadPrompt(
                 f"kl has a reference of {len(reference)} rows, and there are {count} prompts: "
                 "give as many, or one"
             )
+        return reference.expand(count, -1)
 
-        def measure(inputs: Said) -> Tensor:
-            rows = list(inputs.rows) if len(reference) > 1 else [0] * len(inputs.rows)
-            return _kl_of_logits(reference[rows].to(inputs.logits.device), inputs.logits)
-
-        return measure
-
-    def _from_unedited(self, inputs: Said) -> Tensor:
-        if inputs.before is None:
+    def measure(self, lm: LM, prepared: Tensor | None, inputs: Said) -> Tensor:
+        before = inputs.before
+        if prepared is not None:
+            before = prepared[list(inputs.rows)].to(inputs.logits.device)
+        if before is None:
             raise Unsupported(
                 "kl() without a reference compares a sweep's cells with no edit: "
                 "give kl(reference_run)"
             )
-        return _kl_of_logits(inputs.before, inputs.logits)
-
-
-def _kl_of_logits(
-    before: Float[Tensor, "row vocab"], after: Float[Tensor, "row vocab"]
-) -> Float[Tensor, " row"]:
-    return kl_divergence(exact_logprobs(before), exact_logprobs(after)).clamp(min=0).float()
+        divergence = kl_divergence(exact_logprobs(before), exact_logprobs(inputs.logits))
+        return divergence.clamp(min=0).float()
 
 
 @check_arguments
@@ -230,19 +228,16 @@ class Top1Changed(Metric):
     name: ClassVar[str] = "top1_changed"
     compares: ClassVar[bool] = True
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        def measure(inputs: Said) -> Tensor:
-            if inputs.before is None:
-                raise Unsupported(
-                    "top1_changed compares a sweep's cells with no edit, and a run has none to "
-                    "compare with"
-                )
-            before = token_logits(inputs.before, lm.n_tokens).argmax(-1)
-            after = token_logits(inputs.logits, lm.n_tokens).argmax(-1)
-            unknown = inputs.logits.isnan().any(-1) | inputs.before.isnan().any(-1)
-            return (after != before).float().masked_fill(unknown, torch.nan)
-
-        return measure
+    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
+        if inputs.before is None:
+            raise Unsupported(
+                "top1_changed compares a sweep's cells with no edit, and a run has none to "
+                "compare with"
+            )
+        before = token_logits(inputs.before, lm.n_tokens).argmax(-1)
+        after = token_logits(inputs.logits, lm.n_tokens).argmax(-1)
+        unknown = inputs.logits.isnan().any(-1) | inputs.before.isnan().any(-1)
+        return (after != before).float().masked_fill(unknown, torch.nan)
 
 
 @check_arguments
@@ -264,17 +259,17 @@ class Loss(Metric):
 
     def __post_init__(self) -> None:
         continuation: Any = self.continuation
-        if isinstance(continuation, list):
-            if not continuation:
-                raise EmptySelection(
-                    "loss was given an empty list of continuations: a list has one for each prompt"
-                )
-            entries = [_read_continuation(entry) for entry in continuation]
-            object.__setattr__(self, "continuation", entries)
+        if not isinstance(continuation, list):
+            continuation = _read_continuation(continuation)
+        elif continuation:
+            continuation = list(map(_read_continuation, continuation))
         else:
-            object.__setattr__(self, "continuation", _read_continuation(continuation))
+            raise EmptySelection(
+                "loss was given an empty list of continuations: a list has one for each prompt"
+            )
+        object.__setattr__(self, "continuation", continuation)
 
-    def tokens(self, lm: LM, count: int) -> list[tuple[int, ...]]:
+    def prepare(self, lm: LM, count: int) -> list[tuple[int, ...]]:
         """Returns the tokens of each prompt's continuation."""
         continuation = self.continuation
         entries = continuation if isinstance(continuation, list) else [continuation] * count
@@ -285,22 +280,17 @@ class Loss(Metric):
             )
         return [_tokens_of(lm, entry) for entry in entries]
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        tokens = self.tokens(lm, count)
-
-        def measure(inputs: Said) -> Tensor:
-            if inputs.after is None:
-                raise Unsupported(
-                    "loss reads a continuation, which a sweep feeds to the model; a run has none: "
-                    "see surprisal"
-                )
-            losses = []
-            for row, logits in zip(inputs.rows, inputs.after, strict=True):
-                ids = torch.tensor(tokens[row], device=logits.device)
-                losses.append(-logits.log_softmax(-1).gather(1, ids[:, None]).mean())
-            return torch.stack(losses)
-
-        return measure
+    def measure(self, lm: LM, prepared: list[tuple[int, ...]], inputs: Said) -> Tensor:
+        if inputs.after is None:
+            raise Unsupported(
+                "loss reads a continuation, which a sweep feeds to the model; a run has none: "
+                "see surprisal"
+            )
+        losses = []
+        for row, logits in zip(inputs.rows, inputs.after, strict=True):
+            ids = torch.tensor(prepared[row])
+            losses.append(-values_at(logits.log_softmax(-1), ids).mean())
+        return torch.stack(losses)
 
 
 def _read_continuation(continuation: object) -> str | tuple[int, ...]:
@@ -323,17 +313,14 @@ def _read_continuation(continuation: object) -> str | tuple[int, ...]:
 
 
 def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
-    ids: Sequence[int]
-    if not isinstance(continuation, str):
-        ids = continuation
-    elif lm.tokenizer is None:
-        raise BadPrompt(
-            f"{shorten(continuation)!r} is text, and this model came without a tokenizer: "
-            "give token ids"
-        )
-    else:
-        ids = lm.continuation(continuation)
-    return tuple([lm.token(token_id) for token_id in ids])
+    ids: Sequence[int] | str = continuation
+    if isinstance(ids, str):
+        if lm.tokenizer is None:
+            raise BadPrompt(
+                f"{shorten(ids)!r} is text, and this model came without a tokenizer: give token ids"
+            )
+        ids = lm.continuation(ids)
+    return tuple(map(lm.token, ids))
 
 
 @check_keywords

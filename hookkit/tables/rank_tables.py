@@ -1,5 +1,7 @@
 """Tables of ranks, shifts and uncertainty: from runs to pandas DataFrames, one row per observation.
 
+`warped` shows the effect of temperature, top-k and top-p on a distribution.
+
 Every table has `row` (the prompt in the batch) and `pos` (the position of the logits: the token
 there is the last one read, and the logits predict the next one). Tokens are shown as Python strings
 in quotes, so that a leading space is seen; filter by `token_id`. Probabilities are 0 to 1,
@@ -13,21 +15,21 @@ then named as the most likely one.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from ..arguments import check_arguments, check_integer, check_tokens
-from ..errors import OutOfRange
-from ..hooks.logits import LogitEdit
+from ..arguments import as_items, check_arguments, check_integer, check_number
+from ..errors import BadHook, OutOfRange
+from ..hooks.logits import named_tokens
 from ..models.lm import LM, Token
+from ..models.next_token import NO_RANK, divergences
 from ..models.positions import IndicesLike, PosLike
-from ..models.tokens import NO_RANK, ranks_for_table
+from ..models.tokens import check_tokens
 from ..runs.run import Run
-from .distributions import Distribution, distributions, divergences, scenario, token_texts
+from .distributions import Distribution, distributions, scenario, token_texts
 
 Pair: TypeAlias = tuple[Distribution, Distribution]
 
@@ -61,7 +63,7 @@ def ranks(
     parts = []
     for distribution in distributions(run, pos=pos, step=step, rows=rows):
         ids = torch.tensor(list(dict.fromkeys([*distribution.top(top), *watched])))
-        parts.append(pd.DataFrame(_token_columns(distribution, ids) | _numbers(distribution, ids)))
+        parts.append(pd.DataFrame(distribution.names(ids) | distribution.numbers(ids)))
     table = pd.concat(parts, ignore_index=True)
     return table.sort_values(["row", "pos", "rank", "token_id"], ignore_index=True)
 
@@ -69,25 +71,6 @@ def ranks(
 def _default_pos(pos: PosLike, step: IndicesLike) -> PosLike:
     """Returns the prompt's last position if neither a position nor a step is selected."""
     return -1 if pos is None and step is None else pos
-
-
-def _token_columns(distribution: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
-    tokens = token_texts(distribution.lm, ids.tolist())
-    return {**distribution.location, "token": tokens, "token_id": ids.tolist()}
-
-
-def _numbers(
-    distribution: Distribution, ids: Int[Tensor, " n"], suffix: str = ""
-) -> dict[str, object]:
-    def column(values: Float[Tensor, " vocab"]) -> list[float]:
-        return values[ids].double().tolist()
-
-    return {
-        f"logit{suffix}": column(distribution.logits),
-        f"logprob{suffix}": column(distribution.logprobs),
-        f"prob{suffix}": column(distribution.probs),
-        f"rank{suffix}": ranks_for_table(distribution.ranks(ids)).tolist(),
-    }
 
 
 @check_arguments
@@ -115,8 +98,9 @@ def rank_shift(
     """
     pos = _default_pos(pos, step)
     pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
-    edited = _edited_tokens(before, after)
-    return shift_table(pairs, top, movers, watched_ids(after.lm, watch), edited)
+    edited = [*named_tokens(before.lm, before.hooks), *named_tokens(after.lm, after.hooks)]
+    watched = watched_ids(after.lm, watch)
+    return shift_table(pairs, top, movers, watched, list(dict.fromkeys(edited)))
 
 
 def shift_table(
@@ -126,6 +110,7 @@ def shift_table(
     _check_top(top)
     check_integer(movers, "movers", least=0, meaning="how many tokens that moved most to show,")
     parts = []
+    reasons: list[str] = []
     for before, after in pairs:
         why = reasons_of(
             {
@@ -137,10 +122,11 @@ def shift_table(
             }
         )
         ids = torch.tensor(list(why))
-        columns = _token_columns(after, ids)
-        columns |= _numbers(before, ids, "_before") | _numbers(after, ids, "_after")
-        parts.append(_with_deltas(pd.DataFrame(columns)).assign(why=list(why.values())))
-    table = pd.concat(parts, ignore_index=True)
+        columns = before.numbers(ids, "_before") | after.numbers(ids, "_after")
+        parts.append(pd.DataFrame(after.names(ids) | columns))
+        reasons += why.values()
+    table = add_deltas(pd.concat(parts, ignore_index=True), ("logit", "logprob", "prob", "rank"))
+    table = table.assign(shift=-table["rank_delta"], why=reasons)
     return table.sort_values(["row", "pos", "rank_after", "token_id"], ignore_index=True)
 
 
@@ -153,15 +139,18 @@ def reasons_of(tokens_by_reason: Mapping[str, Iterable[int]]) -> dict[int, str]:
     return {token: ", ".join(names) for token, names in reasons.items()}
 
 
-def _with_deltas(table: pd.DataFrame) -> pd.DataFrame:
-    order = [name for name in ("row", "pos", "step", "token", "token_id") if name in table]
-    for name in ("logit", "logprob", "prob", "rank"):
+def add_deltas(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Returns the table with NAME_before, NAME_after, NAME_delta of each name as its last columns.
+
+    A delta is after minus before. It is 0 where both are the same infinite number.
+    """
+    for name in names:
         before, after = table[f"{name}_before"], table[f"{name}_after"]
-        # -inf minus -inf is no change
-        table[f"{name}_delta"] = (after - before).where(after != before, 0)
-        order += [f"{name}_before", f"{name}_after", f"{name}_delta"]
-    table["shift"] = -table["rank_delta"]
-    return pd.DataFrame(table[[*order, "shift"]])
+        deltas = (after - before).where(after != before, 0)
+        table = table.drop(columns=[f"{name}_before", f"{name}_after"]).assign(
+            **{f"{name}_before": before, f"{name}_after": after, f"{name}_delta": deltas}
+        )
+    return table
 
 
 def _pairs(
@@ -200,23 +189,6 @@ def _movers(before: Distribution, after: Distribution, count: int) -> list[int]:
     return movers
 
 
-def _edited_tokens(*runs: Run) -> list[int]:
-    """Returns the tokens that the runs' logit edits name, each once."""
-    tokens: list[int] = []
-    for run in runs:
-        tokens += named_tokens(run.lm, run.hooks)
-    return list(dict.fromkeys(tokens))
-
-
-def named_tokens(lm: LM, hooks: Sequence[object]) -> list[int]:
-    """Returns the tokens that the logit edits among these hooks name, each once."""
-    tokens: list[int] = []
-    for hook in hooks:
-        if isinstance(hook, LogitEdit):
-            tokens += hook.named(lm)
-    return list(dict.fromkeys(tokens))
-
-
 @check_arguments
 def shift_summary(
     before: Run,
@@ -246,29 +218,19 @@ def summary_table(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
 
 
 def _summary_row(before: Distribution, after: Distribution, top: int) -> dict[str, object]:
-    unknown = before.unknown or after.unknown
-    first_before, first_after = before.top(1)[0], after.top(1)[0]
-    apart = divergences(before.exact, after.exact)
-    common = set(before.top(top)) & set(after.top(top))
-    return {
-        **after.location,
-        **{name: float(value) for name, value in apart.items()},
-        "entropy_before": before.entropy,
-        "entropy_after": after.entropy,
-        "entropy_delta": after.entropy - before.entropy,
-        "margin_before": before.margin,
-        "margin_after": after.margin,
-        "margin_delta": after.margin - before.margin,
-        "top1_before": _first_token(before, first_before),
-        "top1_after": _first_token(after, first_after),
-        "top1_changed": None if unknown else first_before != first_after,
-        "kept": None if unknown else len(common),
-    }
-
-
-def _first_token(distribution: Distribution, token: int) -> str | None:
-    """Returns a most likely token; None if logits are NaN, so that no token is the first."""
-    return None if distribution.unknown else repr(distribution.lm.string(token))
+    distances = divergences(before.exact, after.exact)
+    columns: dict[str, object] = {**after.location}
+    columns |= {name: float(value) for name, value in distances.items()}
+    for name in ("entropy", "margin"):
+        number_before, number_after = getattr(before, name), getattr(after, name)
+        columns[f"{name}_before"], columns[f"{name}_after"] = number_before, number_after
+        columns[f"{name}_delta"] = number_after - number_before
+    (columns["top1_before"],), (columns["top1_after"],) = before.top_names(1), after.top_names(1)
+    columns["top1_changed"] = columns["kept"] = None
+    if not (before.unknown or after.unknown):
+        columns["top1_changed"] = before.top(1) != after.top(1)
+        columns["kept"] = len(set(before.top(top)) & set(after.top(top)))
+    return columns
 
 
 @check_arguments
@@ -288,7 +250,7 @@ def uncertainty(
     table_rows = []
     for distribution in distributions(run, pos=pos, step=step, rows=rows):
         row, position = distribution.location["row"], distribution.location["pos"]
-        token = repr(run.lm.string(int(run.tokens[row, position])))
+        (token,) = token_texts(run.lm, [int(run.tokens[row, position])])
         table_rows.append({**distribution.location, "read": token, **_uncertainty(distribution)})
     return pd.DataFrame(table_rows)
 
@@ -298,21 +260,103 @@ def _uncertainty(distribution: Distribution) -> dict[str, object]:
     nucleus = math.nan
     if not distribution.unknown:
         nucleus = int((probs.cumsum(0) < 0.9 - 1e-9).sum()) + 1
-    first, second = distribution.top(2)
-    first_prob, second_prob = float(distribution.probs[first]), float(distribution.probs[second])
+    first_prob, second_prob = distribution.probs[distribution.top(2)].tolist()
+    first, second = distribution.top_names(2)
     return {
         "entropy": distribution.entropy,
         "varentropy": distribution.varentropy,
         "perplexity": math.exp(distribution.entropy),
         "margin": distribution.margin,
         "prob_margin": float(probs[0] - probs[1]),
-        "top1": _first_token(distribution, first),
+        "top1": first,
         "top1_prob": first_prob,
         "nucleus_90": nucleus,
-        "top2": _first_token(distribution, second),
+        "top2": second,
         "top2_prob": second_prob,
         "scenario": scenario(first_prob, second_prob),
     }
+
+
+@check_arguments
+def warped(
+    run: Run,
+    *,
+    pos: PosLike = -1,
+    rows: IndicesLike = None,
+    temperature: float | Sequence[float] = (),
+    top_k: int | Sequence[int] = (),
+    top_p: float | Sequence[float] = (),
+    top: int = 5,
+) -> pd.DataFrame:
+    """The distribution of the model, and the one that sampling draws from with each setting alone.
+
+    Columns: row, pos, setting ("as it is", "temperature=0.5", …), token, token_id, prob, rank, kept
+    (False if the setting took the token out), and of the whole distribution tokens_kept, entropy
+    (nats) and perplexity (e^entropy). Every setting shows the same tokens: the first `top` of the
+    distribution as it is. `pos` is the prompt's last position by default.
+
+    Temperature divides all logits and changes no rank. Top-k keeps the k most likely tokens. Top-p
+    (nucleus sampling) keeps the fewest tokens that together have the probability p. The probability
+    of the other tokens is shared among those that are kept.
+
+    The settings are the warpers that `generate` samples with (temperature: Ackley et al. 1985;
+    top_k: Fan et al. 2018; top_p: Holtzman et al. 2020). Raises `BadHook` for values that they
+    cannot take, or if no setting is given.
+
+    >>> warped(run, temperature=0.5, top_k=1, top=1)[["setting", "prob", "tokens_kept"]].round(3)
+               setting   prob  tokens_kept
+    0         as it is  0.152        49152
+    1  temperature=0.5  0.405        49152
+    2          top_k=1  1.000            1
+    """
+    warpers = list(_warpers(temperature, top_k, top_p))
+    if not warpers:
+        raise BadHook(
+            "no setting was given: say temperature=(0.5, 1, 2), top_k=(5, 50) or top_p=(0.5, 0.9)"
+        )
+    check_integer(top, "top", least=1, meaning="how many tokens to show,")
+    parts = []
+    for distribution in distributions(run, pos=pos, rows=rows):
+        ids = torch.tensor(distribution.top(top))
+        for setting, warper in [("as it is", None), *warpers]:
+            result = distribution
+            if warper is not None:  # these three do not read the token ids
+                result = replace(distribution, logits=warper(None, distribution.logits[None])[0])
+            numbers = result.numbers(ids)
+            columns = {
+                **result.location,
+                "setting": setting,
+                **result.names(ids),
+                "prob": numbers["prob"],
+                "rank": numbers["rank"],
+                "kept": (result.logits[ids] > -math.inf).tolist(),
+                "tokens_kept": int((result.real > -math.inf).sum()),
+                "entropy": result.entropy,
+                "perplexity": math.exp(result.entropy),
+            }
+            parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _warpers(temperature: Any, top_k: Any, top_p: Any) -> Iterator[tuple[str, Any]]:
+    """Returns the name of each setting and the warper that transformers has for it."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    for item in _items(temperature):
+        meaning = "a temperature (greedy is top_k=1),"
+        value = check_number(item, "temperature", above=0.0, meaning=meaning)
+        yield f"temperature={value:g}", TemperatureLogitsWarper(float(value))
+    for item in _items(top_k):
+        value = check_integer(item, "top_k", least=1, meaning="how many tokens,", error=BadHook)
+        yield f"top_k={value}", TopKLogitsWarper(value)
+    for item in _items(top_p):
+        value = check_number(item, "top_p", above=0.0, most=1.0, meaning="a probability")
+        yield f"top_p={value:g}", TopPLogitsWarper(float(value))
+
+
+def _items(values: Any) -> list[Any]:
+    items = as_items(values)
+    return [values] if items is None else items
 
 
 def watched_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:

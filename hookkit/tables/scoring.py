@@ -8,27 +8,25 @@ models. Without overlap, the first tokens of each window would be predicted from
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
 from typing import Any
 
 import pandas as pd
 import torch
 
-from ..arguments import check_arguments, check_integer, check_prompts
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt
-from ..hooks.ablation import FromPrompt, FromRun, Reference
 from ..hooks.base import Constant, Hook
 from ..hooks.capture import Capture
+from ..hooks.sources import FromPrompt, FromRun, Reference
 from ..models.lm import LM
 from ..models.positions import Span
-from ..models.prompts import Prompts, Row, as_rows
+from ..models.prompts import Prompts, Row, as_rows, batches_by_length, check_prompts
 from ..models.sites import Site
 from ..runs.forward import forward
 from .surprisal import check_top, surprisal_table, token_numbers
 
-MOST = (
-    1024  # default number of tokens in a window: 200 MB of logits for 49,152 tokens of vocabulary
-)
+# default number of tokens in a window: 200 MB of logits for 49,152 tokens of vocabulary
+MOST = 1024
 ALL_POSITIONS = (None, Span(None, None), Span(0, None))
 
 
@@ -90,23 +88,30 @@ def score(
     texts_in_windows = {window.text for window in windows}
     for hook in hooks:
         _check_hook(lm, hook, several_windows=len(texts_in_windows) < len(windows))
-    parts: list[tuple[Window, pd.DataFrame]] = []
-    for batch in _batches(windows, batch_tokens, one_length=lm.config is None):
-        parts += _score_batch(lm, batch, hooks, top)
-    return surprisal_table(lm, _join_windows(parts))
+    parts = []
+    lengths = [len(window.ids) for window in windows]
+    for batch in batches_by_length(lengths, batch_tokens, one_length=lm.config is None):
+        parts += _score_batch(lm, [windows[index] for index in batch], hooks, top)
+    if not parts:
+        return surprisal_table(lm, [])  # raises
+    numbers = pd.concat(parts).sort_values(["row", "pos"])
+    by_text = []
+    groups: Any = numbers.groupby("row")
+    for text, part in groups:
+        by_text.append((text, part["pos"].tolist(), part.reset_index(drop=True)))
+    return surprisal_table(lm, by_text)
 
 
 def _score_batch(
     lm: LM, batch: Sequence[Window], hooks: Sequence[Hook], top: int
-) -> list[tuple[Window, pd.DataFrame]]:
+) -> Iterator[pd.DataFrame]:
     """Returns the numbers of the scored tokens of each window, computed in one forward."""
     run = forward(lm, [window.ids for window in batch], *hooks)
-    parts = []
     for logits, window in zip(run.logits, batch, strict=True):
         columns = torch.arange(window.first - 1, len(window.ids) - 1)
         ids = torch.tensor(window.ids[window.first :])
-        parts.append((window, token_numbers(lm, logits, columns, ids, top)))
-    return parts
+        numbers = token_numbers(lm, logits, columns, ids, top)
+        yield numbers.assign(row=window.text, pos=window.pos + numbers.index)
 
 
 def _rows(lm: LM, texts: Prompts, after: Prompts | None) -> tuple[list[Row], list[int]]:
@@ -114,7 +119,11 @@ def _rows(lm: LM, texts: Prompts, after: Prompts | None) -> tuple[list[Row], lis
     if after is None:
         rows = as_rows(lm, texts)
         return rows, [1] * len(rows)
-    rows, prompts = as_rows(lm, _without_special_tokens(lm, texts)), as_rows(lm, after)
+    contents: list[Any] = []  # texts as token ids, without the special tokens that begin a prompt
+    for text in check_prompts(texts):
+        is_text = isinstance(text, str) and bool(text) and lm.tokenizer is not None
+        contents.append(lm.continuation(str(text)) if is_text else text)
+    rows, prompts = as_rows(lm, contents), as_rows(lm, after)
     if len(prompts) not in (1, len(rows)):
         raise BadPrompt(
             f"there are {len(rows)} texts and {len(prompts)} prompts in after=: give one for each, "
@@ -124,17 +133,6 @@ def _rows(lm: LM, texts: Prompts, after: Prompts | None) -> tuple[list[Row], lis
         prompts = prompts * len(rows)
     joined = [(*prompt, *row) for prompt, row in zip(prompts, rows, strict=True)]
     return joined, list(map(len, prompts))
-
-
-def _without_special_tokens(lm: LM, texts: Prompts) -> Prompts:
-    """Returns texts as token ids, without the special tokens that begin a prompt."""
-    rows: list[Any] = []
-    for text in check_prompts(texts):
-        if isinstance(text, str) and text and lm.tokenizer is not None:
-            rows.append(lm.continuation(text))
-        else:
-            rows.append(text)
-    return rows
 
 
 def _window_sizes(lm: LM, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -170,37 +168,6 @@ def _windows(
         start += step
 
 
-def _batches(windows: Sequence[Window], tokens: int, *, one_length: bool) -> list[list[Window]]:
-    """Returns the windows in batches of at most `tokens` tokens with padding, the longest first.
-
-    With `one_length`, all windows of a batch have the same length.
-    """
-    batches: list[list[Window]] = []
-    width = 0  # of the last batch
-    for window in sorted(windows, key=lambda window: -len(window.ids)):
-        fits = bool(batches) and width * (len(batches[-1]) + 1) <= tokens
-        if fits and (not one_length or width == len(window.ids)):
-            batches[-1].append(window)
-        else:
-            batches.append([window])
-            width = len(window.ids)
-    return batches
-
-
-def _join_windows(
-    parts: Sequence[tuple[Window, pd.DataFrame]],
-) -> Iterator[tuple[int, list[int], pd.DataFrame]]:
-    """Returns each text with its scored positions and the numbers of the tokens there, in order."""
-    ordered = sorted(parts, key=lambda part: (part[0].text, part[0].pos))
-    for text, group in groupby(ordered, key=lambda part: part[0].text):
-        positions: list[int] = []
-        tables = []
-        for window, numbers in group:
-            positions += range(window.pos, window.pos + len(numbers))
-            tables.append(numbers)
-        yield text, positions, pd.concat(tables, ignore_index=True)
-
-
 def _check_hook(lm: LM, hook: Hook, *, several_windows: bool) -> None:
     """Raises `BadHook` if a hook would not act as its arguments say, or if its effect is unseen."""
     if not isinstance(hook, Hook):
@@ -217,12 +184,12 @@ def _check_hook(lm: LM, hook: Hook, *, several_windows: bool) -> None:
             f"{hook} acts on what follows the last token, which is not scored: "
             "say pos=slice(None) for all tokens"
         )
-    values = [getattr(hook, field.name) for field in fields(hook)]
-    if any(_is_per_position(lm, hook, value, several_windows) for value in values):
-        raise BadHook(
-            f"{hook} puts in values for each row or position, and score makes batches of its own: "
-            f"{instead}"
-        )
+    for field in fields(hook):
+        if _is_per_position(lm, hook, getattr(hook, field.name), several_windows):
+            raise BadHook(
+                f"{hook} puts in values for each row or position, and score makes batches of its "
+                f"own: {instead}"
+            )
     named = (where.pos, getattr(hook, "key", None))
     if several_windows and any(pos not in ALL_POSITIONS for pos in named):
         raise BadHook(

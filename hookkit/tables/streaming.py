@@ -11,6 +11,7 @@ the loop early, by `break` or Ctrl-C, ends the generation and removes its hooks.
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -22,13 +23,14 @@ from ..errors import Unsupported
 from ..hooks.base import Hook
 from ..models.lm import LM
 from ..models.prompts import Prompts, as_batch
+from ..runs.forward import Logits
 from ..runs.generate import generate_with_tracer
 from ..runs.random_state import Draws
-from ..runs.run import Logits, Run
+from ..runs.run import Run
 from ..runs.trace import GenerationRecord, Trace, Tracer
 from ..runs.trace import trace as every_step
 from ..runs.worker_thread import ThreadedGenerator
-from .decoding import candidate_rows, decision_row
+from .decoding import candidates_table, decisions_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +44,12 @@ class StreamStep:
     @property
     def decisions(self) -> pd.DataFrame:
         """The step's rows of `hk.decisions`."""
-        return pd.DataFrame(
-            [decision_row(self.record, decision) for decision in self.record.decisions]
-        )
+        return decisions_table(self.record)
 
     @property
     def candidates(self) -> pd.DataFrame:
         """The step's rows of `hk.decoding`."""
-        table_rows: list[dict[str, object]] = []
-        for decision in self.record.decisions:
-            table_rows += candidate_rows(self.record, decision, self.record.asked.top)
-        return pd.DataFrame(table_rows)
+        return candidates_table(self.record, self.record.asked.top)
 
 
 class Stream:
@@ -71,14 +68,16 @@ class Stream:
         seed: int | None,
         arguments: dict[str, Any],
     ) -> None:
-        self._lm, self._hooks, self._arguments = lm, hooks, arguments
-        self._logits: Logits = logits
-        self._rows = as_batch(lm, prompts, side="left").rows
-        self._tracer = Tracer(lm, trace, hooks, listener=self._on_step)
-        self._generated: list[list[int]] = [[] for _ in self._rows]
-        self._ended = [False] * len(self._rows)
+        rows = as_batch(lm, prompts, side="left").rows
+        self._lm = lm
+        self._prompt_lengths = list(map(len, rows))
+        self._tokens = list(map(list, rows))  # of each row so far
+        self._ended = [False] * len(rows)
+        self._draws, self._tracer = Draws(lm, seed), Tracer(lm, trace, hooks, self._on_step)
+        self._call = partial(
+            generate_with_tracer, lm, rows, hooks, logits, self._draws, self._tracer, arguments
+        )
         self._turns: ThreadedGenerator[StreamStep] | None = None
-        self._draws = Draws(lm, seed)
         self._run: Run | None = None
 
     @property
@@ -106,10 +105,7 @@ class Stream:
         raise Unsupported("a stream cannot be copied: make another with the same arguments")
 
     def _generate(self) -> None:
-        self._run = generate_with_tracer(
-            self._lm, self._rows, self._hooks, self._logits, self._draws, self._tracer,
-            self._arguments,
-        )  # fmt: skip
+        self._run = self._call()
 
     def _on_step(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
         """Hands the newest step to the loop, and waits until the loop asks for the next one."""
@@ -122,12 +118,10 @@ class Stream:
         new_tokens, ends = tokens.tolist(), done.tolist()
         active = [row for row, ended in enumerate(self._ended) if not ended]
         for row in active:
-            self._generated[row].append(new_tokens[row])
+            self._tokens[row].append(new_tokens[row])
             self._ended[row] = ends[row]
-        texts = []
-        for prompt, generated in zip(self._rows, self._generated, strict=True):
-            texts.append(self._lm.text([*prompt, *generated]))
-        lengths = {row: len(self._rows[row]) for row in active}
+        texts = list(map(self._lm.text, self._tokens))
+        lengths = {row: self._prompt_lengths[row] for row in active}
         record = self._tracer.now({row: new_tokens[row] for row in active}, lengths)
         assert self._turns is not None
         with self._draws.put_aside():

@@ -21,10 +21,11 @@ from torch import Tensor
 from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, EmptySelection, OutOfRange
 from ..models.lm import LM
+from ..models.next_token import rank_among, ranks_for_table, token_logits, top_tokens, values_at
 from ..models.positions import IndicesLike, read_indices, resolve_rows
-from ..models.tokens import rank_among, ranks_for_table
 from ..runs.run import Run
-from .distributions import token_logits, token_texts, top_tokens
+from .distributions import token_texts
+from .rank_tables import add_deltas
 
 NUMBERS_AT_ONCE = 2**22  # logits in one piece of work: 16 MiB of float32
 TOKEN_COLUMNS = ["row", "pos", "token", "token_id"]
@@ -95,34 +96,30 @@ def _numbers_of_piece(
     lm: LM, logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], top: int
 ) -> pd.DataFrame:
     logits = logits.detach().float()
-    index = ids.to(logits.device)[:, None]
     logprobs = logits.log_softmax(-1)
-    ranks = rank_among(token_logits(logits, lm.n_tokens), logits.gather(1, index)[:, 0])
+    ranks = rank_among(token_logits(logits, lm.n_tokens), values_at(logits, ids))
     table = pd.DataFrame(
         {
             "token_id": ids.tolist(),
-            "logprob": logprobs.gather(1, index)[:, 0].double().tolist(),
+            "logprob": values_at(logprobs, ids).double().tolist(),
             "rank": ranks_for_table(ranks).tolist(),
         }
     )
     if top:
         best = top_tokens(logits, lm.n_tokens, top)
         probs = logprobs.gather(1, best).exp()
-        pairs = zip(best.tolist(), probs.tolist(), strict=True)
-        table["alternatives"] = [_alternatives(lm, *pair) for pair in pairs]
+        alternatives = []
+        for tokens, token_probs in zip(best.tolist(), probs.tolist(), strict=True):
+            pairs = zip(tokens, token_probs, strict=True)
+            alternatives.append(
+                ", ".join(f"{lm.string(token)!r} {prob:.2g}" for token, prob in pairs)
+            )
+        table["alternatives"] = alternatives
     return table
 
 
-def _alternatives(lm: LM, ids: list[int], probs: list[float]) -> str:
-    pairs = zip(ids, probs, strict=True)
-    return ", ".join([f"{lm.string(token)!r} {prob:.2g}" for token, prob in pairs])
-
-
 def surprisal_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd.DataFrame:
-    """Returns the table of `surprisal` from (row, positions, `token_numbers` there).
-
-    Rows without a position are left out.
-    """
+    """Returns the table of `surprisal` from (row, positions, `token_numbers` there)."""
     tables = [
         _table_of_row(lm, row, positions, part) for row, positions, part in parts if positions
     ]
@@ -190,9 +187,7 @@ def surprisal_shift(
     table = pd.DataFrame(before[TOKEN_COLUMNS]).copy()
     for name in COMPARED:
         table[f"{name}_before"], table[f"{name}_after"] = before[name], after[name]
-        # infinity minus infinity is no change
-        delta = (after[name] - before[name]).where(after[name] != before[name], 0)
-        table[f"{name}_delta"] = delta
+    table = add_deltas(table, COMPARED)
     table["worse"] = table["loss_delta"] > 0
     unknown = pd.Series(table["loss_delta"]).isna()
     if bool(unknown.any()):

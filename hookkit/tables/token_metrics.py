@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import as_integer, as_items, check_keywords, check_token, check_tokens, describe
+from ..arguments import as_items, check_keywords, describe
 from ..errors import BadHook, BadPrompt, EmptySelection
+from ..hooks.base import as_tuple, set_field
+from ..models.batch_positions import pad_rows
 from ..models.lm import LM, Token
-from ..models.tokens import rank_among, ranks_for_table
-from .distributions import token_logits
-from .metrics import Measure, Metric, Said
+from ..models.next_token import rank_among, ranks_for_table, token_logits
+from ..models.tokens import check_token, check_tokens
+from .metrics import Metric, Said
 
 Answers: TypeAlias = Token | tuple[Token, ...] | list[Token] | list[Token | tuple[Token, ...]]
 
@@ -45,36 +47,29 @@ class Ids:
 def read_answers(answers: object, name: str) -> Answers:
     """Returns answers as a metric stores them: a token, a tuple of tokens that all count, or a list
     with an entry for each prompt."""
-    if isinstance(answers, str) or as_integer(answers) is not None:
-        return check_token(answers, name)
-    if isinstance(answers, tuple):
-        return _read_several(answers, name)
     if isinstance(answers, Set):
         raise BadHook(
             f"{name}={describe(answers)} has no order: give a tuple of tokens that count, or a "
             "list of them"
         )
-    items = as_items(answers)
+    items = None if isinstance(answers, tuple) else as_items(answers)
     if items is None:
-        return check_token(answers, name)  # raises
+        return _read_entry(answers, name)
     if not items:
         raise EmptySelection(f"{name}=[] has no token: a list has an entry for each prompt")
-    return [_read_entry(item, name, number) for number, item in enumerate(items)]
+    for number, item in enumerate(items):
+        if not isinstance(item, str | tuple) and as_items(item) is not None:
+            raise BadHook(
+                f"{name} has {describe(item)} for prompt {number}, which is no token: write "
+                "several that count as a tuple"
+            )
+    return [_read_entry(item, name) for item in items]
 
 
-def _read_entry(item: object, name: str, number: int) -> Token | tuple[Token, ...]:
-    """Returns the token, or the tuple of tokens, of one prompt."""
-    if isinstance(item, tuple):
-        return _read_several(item, name)
-    if not isinstance(item, str) and as_items(item) is not None:
-        raise BadHook(
-            f"{name} has {describe(item)} for prompt {number}, which is no token: write several "
-            "that count as a tuple"
-        )
-    return check_token(item, name)
-
-
-def _read_several(answers: tuple[object, ...], name: str) -> tuple[Token, ...]:
+def _read_entry(answers: object, name: str) -> Token | tuple[Token, ...]:
+    """Returns a token, or a tuple of tokens that all count."""
+    if not isinstance(answers, tuple):
+        return check_token(answers, name)
     if not answers:
         raise BadHook("a metric was given an empty tuple of tokens: name at least one")
     return check_tokens(answers, name)
@@ -85,25 +80,6 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
 
     Raises if an answer is not one token, or if a prompt has none.
     """
-    rows = []
-    for entry in _entries(answers, count):
-        tokens = entry if isinstance(entry, tuple) else (entry,)
-        ids = [lm.token(token) for token in tokens]
-        rows.append(ids)
-    for ids in rows:
-        if len(set(ids)) < len(ids):
-            raise BadHook(
-                f"a metric names token {max(ids, key=ids.count)} twice for one prompt: "
-                "name each once"
-            )
-    lengths = torch.tensor(list(map(len, rows)))
-    width = int(lengths.max())
-    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
-    return Ids(padded, torch.arange(width) < lengths[:, None])
-
-
-def _entries(answers: Answers, count: int) -> Sequence[Token | tuple[Token, ...]]:
-    """Returns the answers of each prompt."""
     if isinstance(answers, tuple) and len(answers) == count > 1:
         raise BadHook(
             f"a metric has a tuple of {count} tokens for {count} prompts, which could mean one "
@@ -117,7 +93,16 @@ def _entries(answers: Answers, count: int) -> Sequence[Token | tuple[Token, ...]
             f"a metric has tokens for {len(entries)} prompts, and there are {count}: a list has "
             "one entry for each prompt, and a tuple holds several tokens of one"
         )
-    return entries
+    rows = []
+    for entry in entries:
+        ids = list(map(lm.token, as_tuple(entry)))
+        if len(set(ids)) < len(ids):
+            raise BadHook(
+                f"a metric names token {max(ids, key=ids.count)} twice for one prompt: "
+                "name each once"
+            )
+        rows.append(ids)
+    return Ids(pad_rows(rows, 0), pad_rows(rows, -1) >= 0)
 
 
 @dataclass(frozen=True)
@@ -130,12 +115,15 @@ class LogitDiff(Metric):
     name: ClassVar[str] = "logit_diff"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "right", read_answers(self.right, "right"))
-        object.__setattr__(self, "wrong", read_answers(self.wrong, "wrong"))
+        set_field(self, "right", read_answers(self.right, "right"))
+        set_field(self, "wrong", read_answers(self.wrong, "wrong"))
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        right, wrong = ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
-        return lambda inputs: right.mean(inputs) - wrong.mean(inputs)
+    def prepare(self, lm: LM, count: int) -> tuple[Ids, Ids]:
+        return ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
+
+    def measure(self, lm: LM, prepared: tuple[Ids, Ids], inputs: Said) -> Tensor:
+        right, wrong = prepared
+        return right.mean(inputs) - wrong.mean(inputs)
 
 
 @check_keywords
@@ -158,7 +146,10 @@ class TokenMetric(Metric):
     token: Answers
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token", read_answers(self.token, "token"))
+        set_field(self, "token", read_answers(self.token, "token"))
+
+    def prepare(self, lm: LM, count: int) -> Ids:
+        return ids_of(lm, self.token, count)
 
 
 class Logit(TokenMetric):
@@ -166,8 +157,8 @@ class Logit(TokenMetric):
 
     name: ClassVar[str] = "logit"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        return ids_of(lm, self.token, count).mean
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        return prepared.mean(inputs)
 
 
 @check_keywords
@@ -181,14 +172,8 @@ class Logprob(TokenMetric):
 
     name: ClassVar[str] = "logprob"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        ids = ids_of(lm, self.token, count)
-
-        def measure(inputs: Said) -> Tensor:
-            logprobs = ids.of(inputs.logits.log_softmax(-1), inputs.rows, -math.inf)
-            return logprobs.logsumexp(-1)
-
-        return measure
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        return prepared.of(inputs.logits.log_softmax(-1), inputs.rows, -math.inf).logsumexp(-1)
 
 
 @check_keywords
@@ -202,9 +187,8 @@ class Prob(TokenMetric):
 
     name: ClassVar[str] = "prob"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        ids = ids_of(lm, self.token, count)
-        return lambda inputs: ids.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        return prepared.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
 
 
 @check_keywords
@@ -218,15 +202,10 @@ class Rank(TokenMetric):
 
     name: ClassVar[str] = "rank"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        ids = ids_of(lm, self.token, count)
-
-        def measure(inputs: Said) -> Tensor:
-            largest = ids.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
-            ranks = rank_among(token_logits(inputs.logits, lm.n_tokens), largest)
-            return ranks_for_table(ranks).float()
-
-        return measure
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        largest = prepared.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
+        ranks = rank_among(token_logits(inputs.logits, lm.n_tokens), largest)
+        return ranks_for_table(ranks).float()
 
 
 @check_keywords

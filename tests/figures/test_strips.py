@@ -197,7 +197,7 @@ def test_other_tables_are_refused(table, single):
 
 def test_strips_need_neither_torch_nor_a_display_nor_pyplot():
     code = (
-        "import sys, hookkit.figures.decoding as s, hookkit.figures.decoding as l, pandas as pd, io; "
+        "import sys, hookkit.figures.strips as s, hookkit.figures.decoding as l, pandas as pd, io; "
         "t = pd.DataFrame({'row': 0, 'step': [0, 1], 'stage': 'model', 'token': [\"'a'\"] * 2, 'token_id': 0, "
         "'logit': 1.0, 'logprob': -0.5, 'prob': 0.6, 'rank': 1, 'drawn': True, 'why': 'top, watched'}); "
         "[f.savefig(io.BytesIO()) for f in (s.decision_strip(t, stage='model'), l.rank_lines(t))]; "

@@ -23,7 +23,7 @@ from hookkit.files.atomic import (
     write_new,
     write_tensors,
 )
-from hookkit.reports.page import Part
+from hookkit.reports.parts import Part
 
 TABLE = pd.DataFrame({"x": [1.0]})
 
@@ -233,6 +233,7 @@ def test_a_record_in_the_middle_of_which_the_program_is_killed_is_made_again(tmp
         "t.csv",
         "k.safetensors",
         "report.html",
+        "README.md",
     }
 
 

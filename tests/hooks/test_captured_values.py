@@ -5,7 +5,7 @@ import torch
 from conftest import PROMPTS
 
 import hookkit as hk
-from hookkit.errors import NotCaptured
+from hookkit.errors import BadHook, NotCaptured
 from hookkit.hooks.captured_values import merge_captures
 
 
@@ -65,3 +65,13 @@ def test_captures_of_several_batches_become_one(llama):
     assert torch.equal(both.values, together.values)
     assert torch.equal(both.positions, together.positions)
     assert both.rows == together.rows and both.prompts == together.prompts
+
+
+@pytest.mark.parametrize("to", ["mean", "resample"])
+def test_a_tensor_without_rows_has_no_reference(to):
+    experts = hk.module("model.layers.0.mlp.experts")  # [token, d] over all rows
+    lm = hk.tiny("mixtral")
+    prompts = [[1, 2, 3], [4, 5]]
+    for over in (prompts, prompts[:1], hk.forward(lm, prompts, hk.capture(experts))):
+        with pytest.raises(BadHook, match="no rows and positions of its own"):
+            hk.forward(lm, prompts, hk.ablate(experts, to=to, over=over))

@@ -133,6 +133,7 @@ def test_every_verb_but_that_of_a_function_can_be_written():
         ("force:", BadHook, "names an empty token: write force: coffee"),
         ("ban: tea,", BadHook, "names an empty token"),
         ("boost: tea", BadHook, "'boost: tea' is no amount for ' tea': write boost: tea=2.5"),
+        ("boost: tea=1, tea=2", BadHook, "boosts ' tea' twice"),
         ("boost: tea=much", BadHook, "is no amount for ' tea=much'"),
         ("swap: tea", BadHook, "names 1 tokens, and two change places"),
         ("set_rank: tea=1.5", OutOfRange, "rank=1.5: ranks are whole numbers"),

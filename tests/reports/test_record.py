@@ -27,11 +27,18 @@ def record(folder, lm, fail=False):
 def test_a_record_writes_page_tables_pictures_tensors_and_how(tmp_path, llama):
     record(tmp_path / "oat_milk", llama)
     names = sorted(path.name for path in (tmp_path / "oat_milk").iterdir())
-    assert names == ["about.json", "bump.png", "report.html", "shift.csv", "z.safetensors"]
+    assert names == [
+        "README.md",
+        "about.json",
+        "bump.png",
+        "report.html",
+        "shift.csv",
+        "z.safetensors",
+    ]
     about = json.loads((tmp_path / "oat_milk" / "about.json").read_text())
     assert about["title"] == "Oat milk"
     assert about["ended"] == "finished"
-    assert about["files"] == ["shift.csv", "bump.png", "z.safetensors", "report.html"]
+    assert about["files"] == ["shift.csv", "bump.png", "z.safetensors", "report.html", "README.md"]
     assert {
         "versions",
         "weights_sha256",
@@ -81,6 +88,7 @@ def test_names_that_stand_twice_or_leave_the_folder_are_refused(tmp_path, llama)
             with pytest.raises(BadHook, match=words):
                 again()
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "README.md",
         "a.csv",
         "about.json",
         "report.html",
@@ -118,7 +126,7 @@ def test_a_second_run_says_what_moved_and_keeps_the_first(tmp_path, llama, capfd
     assert pd.read_csv(last / "numbers.csv")["x"].tolist() == [1.0, 2.0]
     assert json.loads((last / "about.json").read_text())["answer"] == "It is 1.0."
     assert {path.name for path in last.iterdir()} == {
-        ".gitignore", "about.json", "kept.safetensors", "numbers.csv", "report.html",
+        ".gitignore", "README.md", "about.json", "kept.safetensors", "numbers.csv", "report.html",
     }  # fmt: skip
     made(tmp_path, llama, value=1.5)
     assert "against the run before: 1 tables are the same" in capfd.readouterr().err

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import hookkit as hk
 from hookkit.errors import BadHook
 from hookkit.figures.style import INK
-from hookkit.reports.page import Part
+from hookkit.reports.parts import Part
 
 NASTY = "<script>alert(1)</script>"
 
@@ -53,6 +53,7 @@ def test_a_report_is_one_page_with_its_tables_and_pictures_beside_it(tmp_path):
     ).write(tmp_path / "a" / "b")
     assert page.name == "report.html"
     assert sorted(path.name for path in page.parent.iterdir()) == [
+        "README.md",
         "figure_1.png",
         "named.png",
         "report.html",

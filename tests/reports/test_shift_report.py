@@ -17,10 +17,10 @@ from conftest import tokenizer
 import hookkit as hk
 from hookkit.errors import BadArgument, BadHook, OutOfRange
 from hookkit.figures.shift import mean_changes
+from hookkit.reports.comparison import token_literal
 from hookkit.reports.shift import before_after as resuming
 from hookkit.reports.shift.before_after import add_deltas
 from hookkit.reports.shift.inside import most_moved
-from hookkit.reports.shift.named_edits import token_literal
 from hookkit.reports.shift.shift_page import ShiftTables
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
@@ -161,7 +161,7 @@ def test_decades_are_powers_of_ten_between_the_ranks(llama):
 def test_the_page_shows_of_each_prompt_and_edit_its_own_rows():
     rows = [(0, "a", 1), (0, "b", 2), (1, "a", 3), (1, "b", 4)]
     tables = {"watched": pd.DataFrame(rows, columns=["row", "edit", "number"])}
-    found = ShiftTables(None, (), [], [], tables, {}, {})  # pyright: ignore[reportArgumentType]
+    found = ShiftTables(None, (), (), [], [], [], 1, False, 1, 1, tables)  # pyright: ignore[reportArgumentType]
     assert found.of("watched", 1, "a")["number"].tolist() == [3]
     assert found.of("watched", 0)["number"].tolist() == [1, 2]
     assert list(found.of("watched", 0)) == ["edit", "number"] and list(
@@ -626,3 +626,8 @@ def test_the_first_sentence_says_whether_a_token_moved_and_whether_another_is_fi
     assert said(nothing, second).endswith(f"first is still {one}.")
     assert f"the token {two} goes from rank {rank} (" in said(forced, second)
     assert said(forced, second).endswith(f"first is {two}, and was {one}.")
+
+
+def test_an_edit_is_not_named_as_the_run_without_it(llama):
+    with pytest.raises(BadHook, match="an edit is named 'baseline'"):
+        hk.shift_report(llama, [[5, 6, 7]], {"baseline": hk.ablate("z.1")})

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import hookkit as hk
 from hookkit.errors import HookkitError, OutOfRange, Unsupported
-from hookkit.runs.kv_cache import cache_of
+from hookkit.runs.tracking import cache_of
 
 SITE = "resid_post.1"
 ROW, OTHER = [5, 9, 13, 17, 21], [11, 12, 14, 15, 16]

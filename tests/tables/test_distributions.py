@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.tables.distributions import Distribution, distributions, divergences
+from hookkit.models.next_token import divergences
+from hookkit.tables.distributions import Distribution, distributions
 
 
 def said(lm: hk.LM, probs: list[float]) -> Distribution:

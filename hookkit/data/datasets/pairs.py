@@ -13,24 +13,15 @@ from zlib import crc32
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ...arguments import (
-    as_integer,
-    as_items,
-    check_arguments,
-    check_fields,
-    check_prompt,
-    check_seed,
-    check_token,
-    describe,
-)
+from ...arguments import as_integer, as_items, check_arguments, check_fields, check_seed, describe
 from ...display import count_of, render_html
 from ...errors import BadPrompt, EmptySelection, OutOfRange
 from ...models.lm import LM, Token
-from ...models.prompts import Prompts, Row, as_batch, shorten
-from ...models.tokens import rank_among, ranks_for_table
+from ...models.next_token import rank_among, ranks_for_table, token_logits
+from ...models.prompts import Prompts, Row, as_batch, check_prompt, shorten
+from ...models.tokens import check_token
 from ...runs.forward import forward
 from ...tables.token_metrics import LogitDiff, logit_diff
 
@@ -102,12 +93,8 @@ class Pairs:
             raise EmptySelection(
                 f"[{which}] selects none of the {len(self)} pairs: choose at least one"
             )
-        fields: dict[str, Any] = {}
-        for name in FIELDS:
-            fields[name] = _take(getattr(self, name), rows)
-        labels: dict[str, tuple[int, ...]] = {}
-        for name, positions in self.labels.items():
-            labels[name] = tuple(_take(positions, rows))
+        fields = {name: _take(getattr(self, name), rows) for name in FIELDS}
+        labels = {name: tuple(_take(values, rows)) for name, values in self.labels.items()}
         checksums = tuple(_take(self.checksums, rows)) if self.checksums else ()
         return replace(self, **fields, labels=labels, checksums=checksums)
 
@@ -116,7 +103,7 @@ class Pairs:
         if isinstance(which, slice):
             return list(all_rows[which])
         items = [which] if as_integer(which) is not None else as_items(which)
-        numbers = [as_integer(item) for item in items or ()]
+        numbers = list(map(as_integer, items or ()))
         if items is None or None in numbers:
             raise OutOfRange(
                 "pairs are chosen by a whole number, a slice or a list of numbers, "
@@ -223,8 +210,8 @@ class Pairs:
 
     def _answer_ids(self, lm: LM) -> tuple[list[int], list[int]]:
         """Returns the ids of the answers and of the wrong ones, and checks the pairs' tokens."""
-        answers = [lm.token(token) for token in self.answers]
-        wrong = [lm.token(token) for token in self.wrong]
+        answers = list(map(lm.token, self.answers))
+        wrong = list(map(lm.token, self.wrong))
         clean_rows = as_batch(lm, _as_prompts(self.clean)).rows
         corrupted_rows = as_batch(lm, _as_prompts(self.corrupted)).rows
         for number, (clean, corrupted) in enumerate(zip(clean_rows, corrupted_rows, strict=True)):
@@ -249,7 +236,6 @@ def _take(values: Sequence[Any], rows: list[int]) -> list[Any]:
 
 
 def _check_field(name: str, value: Any) -> list[Any]:
-    """Returns the prompts or the tokens of a field as a list."""
     items = as_items(value)
     if isinstance(value, str):
         raise BadPrompt(f"{name}={describe(value)} is one text: give one for each pair, in a list")
@@ -269,22 +255,21 @@ def _measure(
     lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list[int]
 ) -> dict[str, list[Any]]:
     """Returns the columns of `check` for the clean or the corrupted prompts."""
-    chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
-    logits = torch.cat([_last_logits(lm, chunk) for chunk in chunks])
+    parts: list[Tensor] = []
+    for start in range(0, len(prompts), CHUNK):
+        run = forward(lm, _as_prompts(prompts[start : start + CHUNK]), logits="last")
+        parts.append(run.logits[:, -1].float().cpu())
+    logits = torch.cat(parts)  # [row, vocab]
     rows = torch.arange(len(prompts))
     answer_logits, wrong_logits = logits[rows, answers], logits[rows, wrong]
-    vocabulary = logits[:, : lm.n_tokens or None]  # without padding of the vocabulary
     return {
         "logit_answer": answer_logits.tolist(),
         "logit_wrong": wrong_logits.tolist(),
         "logit_diff": (answer_logits - wrong_logits).tolist(),
-        "rank": ranks_for_table(rank_among(vocabulary, answer_logits)).tolist(),
+        "rank": ranks_for_table(
+            rank_among(token_logits(logits, lm.n_tokens), answer_logits)
+        ).tolist(),
     }
-
-
-def _last_logits(lm: LM, prompts: Sequence[Prompt]) -> Float[Tensor, "row vocab"]:
-    """Returns the logits after each prompt's last token, in float32 on the CPU."""
-    return forward(lm, _as_prompts(prompts), logits="last").logits[:, -1].float().cpu()
 
 
 def _as_prompts(prompts: Sequence[Prompt]) -> Prompts:

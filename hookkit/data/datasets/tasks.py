@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import chain
 from random import Random
-from typing import TypeAlias
 
 from ...arguments import check_arguments, check_integer
 from ...errors import BadPrompt, EmptySelection, did_you_mean
@@ -20,17 +19,16 @@ from ...models.positions import at
 from .pairs import Pairs
 from .templates import (
     Draw,
-    PairSampler,
+    DrawPair,
     TokenAfter,
-    check_size_and_seed,
+    check_draws,
     is_one_token,
     next_token,
     one_token_words,
     require_tokenizer,
+    sample_pairs,
     tokenize,
 )
-
-Fact: TypeAlias = tuple[str, str]  # subject and city
 
 # ---- factual recall
 
@@ -99,10 +97,9 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     Pairs(capitals, 50 pairs, seed 0: 'On a map of Peru, the capital is the city of' → ' Lima',
     not ' Vienna')
     """
-    check_size_and_seed(n, seed)
-    require_tokenizer(lm, "capitals")
-    draw = partial(_draw_fact, _usable_facts(lm, CAPITALS, "capitals"), OF_CAPITALS)
-    return PairSampler("capitals", lm, draw, seed).sample(n, same_length=same_length)
+    check_draws(n, seed)
+    draw = _fact_draw(lm, "capitals", CAPITALS, "capitals", OF_CAPITALS)
+    return sample_pairs("capitals", lm, draw, n, seed=seed, same_length=same_length)
 
 
 @check_arguments
@@ -120,32 +117,33 @@ def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     >>> datasets.landmarks(lm, 50)
     Pairs(landmarks, 50 pairs, seed 0: 'The Acropolis is in the city of' → ' Athens', not ' Berlin')
     """
-    check_size_and_seed(n, seed)
-    require_tokenizer(lm, "landmarks")
-    draw = partial(_draw_fact, _usable_facts(lm, LANDMARKS, "cities"), OF_LANDMARKS)
-    return PairSampler("landmarks", lm, draw, seed).sample(n, same_length=same_length)
+    check_draws(n, seed)
+    draw = _fact_draw(lm, "landmarks", LANDMARKS, "cities", OF_LANDMARKS)
+    return sample_pairs("landmarks", lm, draw, n, seed=seed, same_length=same_length)
 
 
-def _usable_facts(lm: LM, facts: str, what: str) -> list[Fact]:
-    """Returns the facts whose city is one token."""
+def _fact_draw(lm: LM, name: str, facts: str, what: str, templates: Sequence[str]) -> DrawPair:
+    """Returns a function that draws two facts whose cities are one token each."""
+    require_tokenizer(lm, name)
     pairs = [tuple(fact.strip().rsplit(" ", 1)) for fact in facts.split(";")]
     cities = list(dict.fromkeys(city for _, city in pairs))
-    usable = one_token_words(lm, cities, what)
-    return [(subject, city) for subject, city in pairs if city in usable]
+    one_token_cities = one_token_words(lm, cities, what)
+    usable = [(subject, city) for subject, city in pairs if city in one_token_cities]
 
+    def draw(source: Random) -> Draw | None:
+        template = source.choice(templates)
+        (subject, city), (other_subject, other_city) = source.sample(usable, 2)
+        if city == other_city:
+            return None
+        return Draw(
+            clean=_fill_in(template, subject),
+            corrupted=_fill_in(template, other_subject),
+            answer=f" {city}",
+            wrong=f" {other_city}",
+            labels={"subject": at(subject.removeprefix("the "), which=0)},
+        )
 
-def _draw_fact(facts: Sequence[Fact], templates: Sequence[str], source: Random) -> Draw | None:
-    template = source.choice(templates)
-    (subject, city), (other_subject, other_city) = source.sample(facts, 2)
-    if city == other_city:
-        return None
-    return Draw(
-        clean=_fill_in(template, subject),
-        corrupted=_fill_in(template, other_subject),
-        answer=f" {city}",
-        wrong=f" {other_city}",
-        labels={"subject": at(subject.removeprefix("the "), which=0)},
-    )
+    return draw
 
 
 def _fill_in(template: str, subject: str) -> str:
@@ -217,14 +215,14 @@ def indirect_object(
     >>> pairs.answers[0], pairs.wrong[0]
     (' Eve', ' Laura')
     """
-    check_size_and_seed(n, seed)
+    check_draws(n, seed)
     require_tokenizer(lm, "indirect_object")
     if corrupt not in CORRUPT:
         raise EmptySelection(
             f"corrupt={corrupt!r} is unknown{did_you_mean(corrupt, CORRUPT)} Say 'swap' or 'abc'"
         )
     draw = partial(_draw_sentence, one_token_words(lm, NAMES.split(), "names"), corrupt)
-    return PairSampler("indirect_object", lm, draw, seed).sample(n, same_length=same_length)
+    return sample_pairs("indirect_object", lm, draw, n, seed=seed, same_length=same_length)
 
 
 def _draw_sentence(names: list[str], corrupt: str, source: Random) -> Draw | None:
@@ -283,8 +281,27 @@ def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
             f"induction with length={length} makes prompts of {prompt_length} tokens, and the "
             f"model's context is {lm.context}: give a smaller length"
         )
-    draw = partial(_draw_repeat, lm, prefix, length, _answer_namer(lm))
-    return PairSampler("induction", lm, draw, seed).sample(n)
+    name_answer = _answer_namer(lm)
+
+    def draw(source: Random) -> Draw | None:
+        names: dict[int, Token] = {}
+        for token_id in source.sample(range(lm.n_tokens), min(lm.n_tokens, 4 * length + 4)):
+            name = name_answer(token_id)
+            if name is not None:
+                names[token_id] = name
+        if len(names) <= length:
+            return None
+        *repeated, answer, wrong = list(names)[: length + 1]
+        answer_position = len(prefix) + length - 1
+        return Draw(
+            clean=(*prefix, *repeated, answer, *repeated),
+            corrupted=(*prefix, *repeated, wrong, *repeated),
+            answer=names[answer],
+            wrong=names[wrong],
+            labels={"A1": answer_position - 1, "B1": answer_position},
+        )
+
+    return sample_pairs("induction", lm, draw, n, seed=seed)
 
 
 def _added_prefix(lm: LM) -> tuple[int, ...]:
@@ -314,33 +331,6 @@ def _answer_namer(lm: LM) -> Callable[[int], Token | None]:
         return text
 
     return name_answer
-
-
-def _draw_repeat(
-    lm: LM,
-    prefix: tuple[int, ...],
-    length: int,
-    name_answer: Callable[[int], Token | None],
-    source: Random,
-) -> Draw | None:
-    ids: list[int] = []
-    names: list[Token] = []
-    for token_id in source.sample(range(lm.n_tokens), min(lm.n_tokens, 4 * length + 4)):
-        name = name_answer(token_id)
-        if name is not None:
-            ids.append(token_id)
-            names.append(name)
-    if len(ids) <= length:
-        return None
-    repeated, answer, wrong = ids[: length - 1], ids[length - 1], ids[length]
-    answer_position = len(prefix) + length - 1
-    return Draw(
-        clean=(*prefix, *repeated, answer, *repeated),
-        corrupted=(*prefix, *repeated, wrong, *repeated),
-        answer=names[length - 1],
-        wrong=names[length],
-        labels={"A1": answer_position - 1, "B1": answer_position},
-    )
 
 
 # ---- successors
@@ -380,33 +370,32 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     Pairs(successor, 50 pairs, seed 0: 'They come in this order: one, two, three, four,' → ' five',
     not ' seven')
     """
-    check_size_and_seed(n, seed)
+    check_draws(n, seed)
     require_tokenizer(lm, "successor")
     all_series = {name: words.split() for name, words in {**ROUND, **STRAIGHT}.items()}
     words = list(chain.from_iterable(all_series.values()))
     usable_words = set(one_token_words(lm, words, "days, months, letters, numbers and ordinals"))
     usable = {name: words for name, words in all_series.items() if usable_words.issuperset(words)}
-    draw = partial(_draw_series, usable)
-    return PairSampler("successor", lm, draw, seed).sample(n, same_length=same_length)
 
+    def draw(source: Random) -> Draw | None:
+        if not usable:
+            return None
+        name = source.choice([*usable])
+        template, separator = source.choice(SERIES_TEMPLATES)
+        series = usable[name]
+        n_starts = len(series) if name in ROUND else len(series) - ITEMS
+        clean_start, corrupted_start = source.sample(range(n_starts), 2)
+        *clean, answer = _successive_items(series, clean_start)
+        *corrupted, wrong = _successive_items(series, corrupted_start)
+        return Draw(
+            clean=template.format(items=separator.join(clean)),
+            corrupted=template.format(items=separator.join(corrupted)),
+            answer=f" {answer}",
+            wrong=f" {wrong}",
+            labels={f"item {n}": at(f" {word}", which=-1) for n, word in enumerate(clean, start=1)},
+        )
 
-def _draw_series(usable: dict[str, list[str]], source: Random) -> Draw | None:
-    if not usable:
-        return None
-    name = source.choice([*usable])
-    template, separator = source.choice(SERIES_TEMPLATES)
-    series = usable[name]
-    n_starts = len(series) if name in ROUND else len(series) - ITEMS
-    clean_start, corrupted_start = source.sample(range(n_starts), 2)
-    *clean, answer = _successive_items(series, clean_start)
-    *corrupted, wrong = _successive_items(series, corrupted_start)
-    return Draw(
-        clean=template.format(items=separator.join(clean)),
-        corrupted=template.format(items=separator.join(corrupted)),
-        answer=f" {answer}",
-        wrong=f" {wrong}",
-        labels={f"item {n}": at(f" {word}", which=-1) for n, word in enumerate(clean, start=1)},
-    )
+    return sample_pairs("successor", lm, draw, n, seed=seed, same_length=same_length)
 
 
 def _successive_items(series: list[str], start: int) -> list[str]:
@@ -449,22 +438,23 @@ def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) ->
     >>> pairs.answers[0], pairs.wrong[0]
     ('7', '3')
     """
-    check_size_and_seed(n, seed)
+    check_draws(n, seed)
     require_tokenizer(lm, "greater_than")
-    draw = partial(_draw_year, lm)
-    return PairSampler("greater_than", lm, draw, seed).sample(n, same_length=same_length)
 
+    def draw(source: Random) -> Draw | None:
+        noun = source.choice(NOUNS.split())
+        century = source.choice(CENTURIES)
+        unit = source.randrange(10)
+        decades = sorted(source.sample(range(10), 4))
+        corrupted_year, wrong_year, clean_year, later_year = [
+            f"{decade}{unit}" for decade in decades
+        ]
+        clean = TEMPLATE.format(noun=noun, century=century, year=clean_year)
+        corrupted = TEMPLATE.format(noun=noun, century=century, year=corrupted_year)
+        answer = next_token(lm, clean, later_year)
+        wrong = next_token(lm, clean, wrong_year)
+        if answer is None or wrong is None:
+            return None
+        return Draw(clean, corrupted, answer, wrong, {"decade": at(f"{century}{clean_year[0]}")})
 
-def _draw_year(lm: LM, source: Random) -> Draw | None:
-    noun = source.choice(NOUNS.split())
-    century = source.choice(CENTURIES)
-    unit = source.randrange(10)
-    decades = sorted(source.sample(range(10), 4))
-    corrupted_year, wrong_year, clean_year, later_year = [f"{decade}{unit}" for decade in decades]
-    clean = TEMPLATE.format(noun=noun, century=century, year=clean_year)
-    corrupted = TEMPLATE.format(noun=noun, century=century, year=corrupted_year)
-    answer = next_token(lm, clean, later_year)
-    wrong = next_token(lm, clean, wrong_year)
-    if answer is None or wrong is None:
-        return None
-    return Draw(clean, corrupted, answer, wrong, {"decade": at(f"{century}{clean_year[0]}")})
+    return sample_pairs("greater_than", lm, draw, n, seed=seed, same_length=same_length)

@@ -44,6 +44,9 @@ class Draw:
     labels: Mapping[str, Label] = field(default_factory=dict)
 
 
+DrawPair: TypeAlias = Callable[[Random], Draw | None]  # None for a pair that is unusable
+
+
 @dataclass(frozen=True)
 class TokenizedDraw:
     """A draw that is usable with the tokenizer. `length` is the number of tokens of a prompt."""
@@ -54,64 +57,73 @@ class TokenizedDraw:
     checksum: int
 
 
-@dataclass(frozen=True)
-class PairSampler:
-    """Samples pairs of a dataset. `draw` returns a random pair, or None if it is unusable."""
+def check_draws(n: int, seed: int) -> None:
+    """Raises an error for a number of pairs or a seed that cannot be."""
+    check_integer(n, "n", least=1, meaning="how many pairs to make,")
+    check_seed(seed)
 
-    name: str
-    lm: LM
-    draw: Callable[[Random], Draw | None]
-    seed: int
 
-    def sample(self, n: int, *, same_length: bool = False) -> Pairs:
-        """Returns `n` different pairs. A larger n gives the same first pairs.
+def sample_pairs(
+    name: str,
+    lm: LM,
+    draw: DrawPair,
+    n: int,
+    *,
+    seed: int,
+    same_length: bool = False,
+) -> Pairs:
+    """Returns `n` different pairs of a dataset. A larger n gives the same first pairs.
 
-        Raises `TooFew` if there are fewer than n.
-        """
-        check_size_and_seed(n, self.seed)
-        length = self._commonest_length() if same_length else None
-        samples = list(islice(self._distinct(length), n))
-        if len(samples) < n:
-            of_length = f" of {length} tokens, the commonest length" if same_length else ""
-            advice = f"ask for at most {len(samples)}"
-            if not samples:
-                advice = "ask for another dataset, or give another model"
-            raise TooFew(
-                f"{self.name}: n={n} was asked for, and {len(samples)} pairs{of_length} were found "
-                f"with this tokenizer: {advice}"
-            )
-        draws = [sample.draw for sample in samples]
-        labels: dict[str, tuple[int, ...]] = {}
-        for name in samples[0].labels:
-            labels[name] = tuple(sample.labels[name] for sample in samples)
-        return Pairs(
-            name=self.name,
-            clean=[draw.clean for draw in draws],
-            corrupted=[draw.corrupted for draw in draws],
-            answers=[draw.answer for draw in draws],
-            wrong=[draw.wrong for draw in draws],
-            labels=labels,
-            seed=self.seed,
-            checksums=tuple(sample.checksum for sample in samples),
+    `draw` returns a random pair, or None if it is unusable. Raises `TooFew` if there are fewer
+    than n.
+    """
+    check_draws(n, seed)
+    samples, of_length = _distinct_samples(lm, draw, seed), ""
+    if same_length:
+        pilot = islice(_distinct_samples(lm, draw, seed), PILOT_PAIRS)
+        counts = Counter(sample.length for sample in pilot)
+        length = max(counts, key=lambda length: (counts[length], -length), default=None)
+        of_length = f" of {length} tokens, the commonest length"
+        samples = _distinct_samples(lm, draw, seed, length)
+    pairs = list(islice(samples, n))
+    if len(pairs) < n:
+        advice = "ask for another dataset, or give another model"
+        if pairs:
+            advice = f"ask for at most {len(pairs)}"
+        raise TooFew(
+            f"{name}: n={n} was asked for, and {len(pairs)} pairs{of_length} were found "
+            f"with this tokenizer: {advice}"
         )
+    labels: dict[str, tuple[int, ...]] = {}
+    for label in pairs[0].labels:
+        labels[label] = tuple(pair.labels[label] for pair in pairs)
+    return Pairs(
+        name,
+        clean=[pair.draw.clean for pair in pairs],
+        corrupted=[pair.draw.corrupted for pair in pairs],
+        answers=[pair.draw.answer for pair in pairs],
+        wrong=[pair.draw.wrong for pair in pairs],
+        labels=labels,
+        seed=seed,
+        checksums=tuple(pair.checksum for pair in pairs),
+    )
 
-    def _commonest_length(self) -> int | None:
-        """Returns the commonest length of the first pairs, the shortest of several."""
-        counts = Counter(sample.length for sample in islice(self._distinct(None), PILOT_PAIRS))
-        return max(counts, key=lambda length: (counts[length], -length), default=None)
 
-    def _distinct(self, length: int | None) -> Iterator[TokenizedDraw]:
-        source, previous, idle = Random(self.seed), set(), 0
-        while idle < MAX_IDLE_DRAWS:
-            idle += 1
-            draw = self.draw(source)
-            if draw is None or (draw.clean, draw.corrupted) in previous:
-                continue
-            previous.add((draw.clean, draw.corrupted))
-            sample = _tokenize_draw(self.lm, draw)
-            if sample is not None and length in (None, sample.length):
-                idle = 0
-                yield sample
+def _distinct_samples(
+    lm: LM, draw_pair: DrawPair, seed: int, length: int | None = None
+) -> Iterator[TokenizedDraw]:
+    """Yields different pairs of a seed, with `length` those of so many tokens."""
+    source, previous, idle = Random(seed), set(), 0
+    while idle < MAX_IDLE_DRAWS:
+        idle += 1
+        draw = draw_pair(source)
+        if draw is None or (draw.clean, draw.corrupted) in previous:
+            continue
+        previous.add((draw.clean, draw.corrupted))
+        sample = _tokenize_draw(lm, draw)
+        if sample is not None and length in (None, sample.length):
+            idle = 0
+            yield sample
 
 
 def _tokenize_draw(lm: LM, draw: Draw) -> TokenizedDraw | None:
@@ -188,9 +200,3 @@ def require_tokenizer(lm: LM, name: str) -> None:
             "give hk.LM(model, tokenizer), or take hk.datasets.induction, which is made of "
             "token ids"
         )
-
-
-def check_size_and_seed(n: int, seed: int) -> None:
-    """Raises `OutOfRange` for an invalid number of pairs or an invalid seed."""
-    check_integer(n, "n", least=1, meaning="how many pairs to make,")
-    check_seed(seed)

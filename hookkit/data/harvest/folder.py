@@ -15,12 +15,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ...errors import BadFile, DamagedHarvest, HarvestChanged, HookkitError
 from ...files.atomic import (
@@ -30,7 +26,6 @@ from ...files.atomic import (
     remove_leftovers,
     remove_partial_line,
     write_bytes,
-    write_tensors,
 )
 from ...files.untrusted import (
     check_mapping,
@@ -43,16 +38,14 @@ from ...files.untrusted import (
 from ...models.lm import LM
 from ...models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
 from ...models.sites import parse_site
-from .texts import Window
+from .texts import COLUMNS, TOKENS
 
 SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
 FORMAT = 1
-COLUMNS = ("text", "piece", "pos", "token", "read")
-TOKENS = ("ids", "starts")
 SHARD_NAME = re.compile(r"[0-9]{5,}\.safetensors")
 REQUIRED_SETTINGS = ("format", "model", "sites", "pos", "context", "long")
 DTYPES = (
-    "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool",
+    "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "tokenizers")  # whose versions decide the values
 
@@ -77,13 +70,10 @@ class Shard:
 
     def __post_init__(self) -> None:
         numbers = (self.rows, self.tokens, self.left_out, self.text, self.piece, self.bytes)
-        hashes = (self.stream, self.sha256)
-        _check_entry(numbers, hashes)
+        _check_entry(numbers, (self.stream, self.sha256))
         if not isinstance(self.file, str) or not SHARD_NAME.fullmatch(self.file):
-            example = SHARD.format(0)
-            raise ValueError(
-                f"{str(self.file)[:80]!r} is not the name of a shard, such as {example}"
-            )
+            name = str(self.file)[:80]
+            raise ValueError(f"{name!r} is not the name of a shard, such as {SHARD.format(0)}")
 
     def exists(self, folder: Path) -> bool:
         """True if the file exists and has the recorded size."""
@@ -112,8 +102,7 @@ class End:
 
 
 def _check_entry(numbers: tuple[Any, ...], hashes: tuple[Any, ...]) -> None:
-    is_valid = all(map(is_count, numbers)) and all(isinstance(text, str) for text in hashes)
-    if not is_valid:
+    if not all(map(is_count, numbers)) or not all(isinstance(text, str) for text in hashes):
         raise ValueError("a number or a hash is invalid")
 
 
@@ -123,15 +112,15 @@ def _check_entry(numbers: tuple[Any, ...], hashes: tuple[Any, ...]) -> None:
 def describe_model(lm: LM) -> dict[str, Any]:
     """Returns what has to be equal for equal values: the model, its tokenizer and the packages."""
     about = about_model(lm)
-    model = {"name": about["model"]}
-    for name in ("class", "family", "dtype", "device", "attention", "adapters"):
-        model[name] = about[name]
-    model["config_sha256"] = config_hash(lm)
-    model["weights_sha256"] = weights_hash(lm)
-    model["tokenizer_sha256"] = tokenizer_hash(lm)
-    for package in PACKAGES:
-        model[package] = about["versions"].get(package)
-    return model
+    names = ("class", "family", "dtype", "device", "attention", "adapters")
+    return {
+        "name": about["model"],
+        **{name: about[name] for name in names},
+        "config_sha256": config_hash(lm),
+        "weights_sha256": weights_hash(lm),
+        "tokenizer_sha256": tokenizer_hash(lm),
+        **{package: about["versions"].get(package) for package in PACKAGES},
+    }
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -163,7 +152,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_site(file: str, site: str, kind: Any) -> None:
-    """Raises `DamagedHarvest` for an invalid site, shape or dtype."""
     try:
         parse_site(site)
     except HookkitError as error:
@@ -191,7 +179,6 @@ def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises `HarvestChanged` with all settings that differ."""
     old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
     if old.get("sites") != new.get("sites"):
         old_values["sites"] = ", ".join(old["sites"])
@@ -199,22 +186,15 @@ def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     words: list[str] = []
     for name in {**old_values, **new_values}:
         before, after = old_values.get(name), new_values.get(name)
-        if before != after and not _may_differ(name, before):
+        # the path of the model decides nothing, and "error" raised for none of the texts so far
+        may_differ = name == "model.name" or (name in ("long", "unfit") and before == "error")
+        if before != after and not may_differ:
             words.append(f"{name} {_shorten(before)} there and {_shorten(after)} now")
     if words:
         raise HarvestChanged(
             f"{folder.name!r} has a harvest of other settings: {'; '.join(words)}. "
             "Give the same ones to go on, or another folder"
         )
-
-
-def _may_differ(name: str, before: Any) -> bool:
-    """True for settings without effect on the complete shards.
-
-    The model can have another path, and "error" can be replaced, because it raised for none of the
-    texts.
-    """
-    return name == "model.name" or (name in ("long", "unfit") and before == "error")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -277,7 +257,6 @@ def _shard_paths(folder: Path) -> Iterator[Path]:
 
 
 def _is_shard(path: Path) -> bool:
-    """True for a file that has the columns of a shard."""
     if path.is_symlink():
         return False
     try:
@@ -285,34 +264,3 @@ def _is_shard(path: Path) -> bool:
             return {*COLUMNS, *TOKENS} <= set(file.keys())
     except BadFile:
         return False
-
-
-def token_columns(windows: list[Window]) -> dict[str, Tensor]:
-    """Returns the columns of a shard, and the tokens of all its sequences."""
-    columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
-    ids: list[int] = []
-    lengths = [0]
-    for window in windows:
-        for sequence in window.sequences:
-            count = len(sequence.positions)
-            columns["text"] += [sequence.text] * count
-            columns["piece"] += [sequence.piece] * count
-            columns["pos"] += sequence.positions
-            columns["token"] += [sequence.ids[position] for position in sequence.positions]
-            columns["read"] += [len(lengths) - 1] * count
-            ids += sequence.ids
-            lengths.append(len(sequence.ids))
-    tensors: dict[str, Tensor] = {}
-    for name, column in columns.items():
-        dtype = torch.int64 if name == "text" else torch.int32
-        tensors[name] = torch.tensor(column, dtype=dtype)
-    tensors["ids"] = torch.tensor(ids, dtype=torch.int32)
-    tensors["starts"] = torch.tensor(list(accumulate(lengths)), dtype=torch.int64)
-    return tensors
-
-
-def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor], **about: Any) -> Shard:
-    """Writes the file of a shard, and returns its line of the index."""
-    file = SHARD.format(number)
-    size, sha256 = write_tensors(folder / file, tensors, tidy=False)
-    return Shard(file=file, bytes=size, sha256=sha256, **about)

@@ -24,16 +24,16 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from ...arguments import check_arguments, check_folder
+from ...arguments import check_arguments
 from ...display import count_of, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ...files.atomic import sha256
-from ...files.untrusted import read_tensors
+from ...files.untrusted import check_folder, read_tensors
 from ...models.positions import At, PosLike, Where, read_position
 from ...models.sites import AnySite, Site, Sites, SitesLike, as_sites, parse_site
-from .folder import COLUMNS, TOKENS, End, Shard, read_index, read_settings
+from .folder import End, Shard, read_index, read_settings
 from .statistics import Statistics, StatisticsSum
-from .texts import positions_of_row
+from .texts import COLUMN_DTYPES, COLUMNS, TOKENS, positions_of_row
 
 RowsLike: TypeAlias = int | slice | Sequence[int] | Tensor
 
@@ -76,11 +76,6 @@ class Shards:
     def __len__(self) -> int:
         return len(self.all)
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """Returns the number of a row's shard, and the number of the row in it."""
-        shard = bisect_right(self.starts, row) - 1
-        return shard, row - self.starts[shard]
-
     def tensors(self, shard: int) -> dict[str, Tensor]:
         """Returns the tensors of a shard. Changes to them are never written to the disk."""
         if shard not in self._open:
@@ -107,21 +102,19 @@ class Shards:
 
 
 def _check_columns(tensors: Mapping[str, Tensor], shard: Shard) -> None:
-    """Raises `DamagedHarvest` if the tensors of a shard do not have the recorded rows."""
     missing = [name for name in (*COLUMNS, *TOKENS) if name not in tensors]
     wrong: list[str] = []
     for name, tensor in tensors.items():
-        has_rows = tensor.ndim > 0 and len(tensor) == shard.rows
-        if name not in TOKENS and not has_rows:
+        if name not in TOKENS and tensor.shape[:1] != (shard.rows,):
             wrong.append(name)
-    words = ""
+    problem = ""
     if missing:
-        words = f"has no {', '.join(missing)}"
+        problem = f"has no {', '.join(missing)}"
     elif wrong:
-        words = f"does not have {shard.rows} rows of {', '.join(wrong)}"
-    if words:
+        problem = f"does not have {shard.rows} rows of {', '.join(wrong)}"
+    if problem:
         raise DamagedHarvest(
-            f"{shard.file} {words}: it was changed; call verify(), which says what to do"
+            f"{shard.file} {problem}: it was changed; call verify(), which says what to do"
         )
     if not _has_valid_sequences(tensors):
         raise DamagedHarvest(
@@ -136,7 +129,7 @@ def _has_valid_sequences(tensors: Mapping[str, Tensor]) -> bool:
     if int(starts[0]) != 0 or int(starts[-1]) != len(tensors["ids"]):
         return False
     is_sequence = (read >= 0) & (read < len(starts) - 1)
-    return bool((starts.diff() >= 0).all()) and bool(is_sequence.all())
+    return bool((starts.diff() >= 0).all() & is_sequence.all())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -171,17 +164,14 @@ class Column:
             start, stop, _ = rows.indices(len(self))
             return self._slice(start, stop)
         numbers = resolve_rows(rows, len(self))
-        if numbers.ndim == 0:
-            shard, row = self.shards.locate(int(numbers))
-            return self._values(shard)[row].clone()
-        result = torch.empty((len(numbers), *self.sizes), dtype=self.dtype)
-        ordered, order = numbers.sort()  # the disk is read from front to back
+        result = torch.empty((numbers.numel(), *self.sizes), dtype=self.dtype)
+        ordered, order = numbers.flatten().sort()  # the disk is read from front to back
         bounds = torch.searchsorted(ordered, torch.tensor(self.shards.starts)).tolist()
         for shard, (first, last) in enumerate(pairwise(bounds)):
             if first < last:
                 rows_in_shard = ordered[first:last] - self.shards.starts[shard]
                 result[order[first:last]] = self._values(shard)[rows_in_shard]
-        return result
+        return result.reshape(*numbers.shape, *self.sizes)
 
     def _slice(self, start: int, stop: int) -> Tensor:
         parts: list[Tensor] = []
@@ -305,25 +295,18 @@ class Harvest:
     @property
     def left_out(self) -> int:
         """The number of texts without a row."""
-        count = sum(shard.left_out for shard in self.shards.all)
-        if self.end is not None:
-            count += self.end.left_out
-        return count
+        after_last_shard = 0 if self.end is None else self.end.left_out
+        return sum(shard.left_out for shard in self.shards.all) + after_last_shard
 
     def __len__(self) -> int:
         return self.shards.starts[-1]
 
     def _ipython_key_completions_(self) -> list[str]:
-        return [str(site) for site in self.sites]
+        return list(map(str, self.sites))
 
     def _repr_html_(self) -> str:
-        facts = {
-            "rows": len(self),
-            "texts": self.texts,
-            "finished": self.finished,
-            "sites": self.sites,
-        }
-        return render_html("Harvest", facts)
+        facts = {"rows": len(self), "texts": self.texts, "finished": self.finished}
+        return render_html("Harvest", {**facts, "sites": self.sites})
 
     def __repr__(self) -> str:
         texts = count_of(self.texts, "text")
@@ -334,8 +317,7 @@ class Harvest:
     def __getitem__(self, name: str | AnySite) -> Column:
         """Returns all rows of a site, of one head of it, or of a token column."""
         if name in TOKEN_COLUMNS:
-            dtype = torch.int64 if name == "text" else torch.int32
-            return Column(self.shards, str(name), (), dtype)
+            return Column(self.shards, str(name), (), COLUMN_DTYPES[str(name)])
         site = parse_site(name) if isinstance(name, str) else name
         if site in self.sites:
             sizes, dtype = self._sizes_and_dtype(site)
@@ -359,9 +341,10 @@ class Harvest:
 
     def tokens(self, row: int) -> tuple[int, ...]:
         """Returns all token ids that the model read with the token of a row: its text or piece."""
-        shard, row_in_shard = self.shards.locate(int(resolve_rows(row, len(self))))
+        number = int(resolve_rows(row, len(self)))
+        shard = bisect_right(self.shards.starts, number) - 1
         tensors = self.shards.tensors(shard)
-        sequence = int(tensors["read"][row_in_shard])
+        sequence = int(tensors["read"][number - self.shards.starts[shard]])
         start, stop = tensors["starts"][sequence : sequence + 2].tolist()
         return tuple(tensors["ids"][start:stop].tolist())
 
@@ -433,9 +416,8 @@ class Harvest:
             rows = start + rows_at_positions(self.shards.tensors(shard), where)
             for first in range(0, len(rows), CHUNK):
                 chunk = rows[first : first + CHUNK]
-                tokens = torch.stack([self[name][chunk].long() for name in TOKEN_COLUMNS], dim=1)
-                values = {site: column[chunk] for site, column in columns.items()}
-                total.add(values, chunk, tokens)
+                tokens = {name: self[name][chunk] for name in TOKEN_COLUMNS}
+                total.add({site: column[chunk] for site, column in columns.items()}, chunk, tokens)
             self.shards.close_before(self.shards.starts[shard + 1])
         if not total.of_site:
             raise EmptySelection(f"none of the {len(self)} rows is at pos={pos!r}: give others")
@@ -463,7 +445,7 @@ class Harvest:
 
 
 def _site_names(sites: Sequence[str | AnySite] | str) -> list[str]:
-    return [sites] if isinstance(sites, str) else [str(site) for site in sites]
+    return [sites] if isinstance(sites, str) else list(map(str, sites))
 
 
 def _table_of_numbers(name: str, column: Column, rows: Tensor) -> pd.DataFrame:
@@ -471,9 +453,8 @@ def _table_of_numbers(name: str, column: Column, rows: Tensor) -> pd.DataFrame:
     values = column[rows]
     if values.dtype == torch.bfloat16:
         values = values.float()
-    names: list[str] = []
-    for index in itertools.product(*map(range, column.sizes)):
-        names.append(f"{name}[{', '.join(map(str, index))}]")
+    indices = itertools.product(*map(range, column.sizes))
+    names = [f"{name}[{', '.join(map(str, index))}]" for index in indices]
     return pd.DataFrame(values.flatten(1).numpy(), columns=names)
 
 

@@ -19,32 +19,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...arguments import as_integer, as_items, check_arguments, check_file, check_integer
+from ...arguments import as_integer, as_items, check_arguments, check_integer
 from ...display import count_of, first_rows, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, Unsupported
 from ...files.tensors import save_tensors
-from ...files.untrusted import check_mapping, is_count, parse_json, read_tensors
+from ...files.untrusted import check_file, check_mapping, is_count, parse_json, read_tensors
 from ...models.lm import LM
-from ...models.positions import PosLike, Where, read_position
+from ...models.positions import PosLike
 from ...models.provenance import about_model
 from ...models.sites import AnySite, Site, Sites, SitesLike, parse_site
-from .stored_values import Progress, compute_values, probe_sites, row_numbers
-from .texts import (
-    LOOK_AHEAD,
-    Long,
-    Rules,
-    TextReader,
-    TextsLike,
-    TokenSequence,
-    Unfit,
-    batches,
-    count_texts,
-    read_window,
-    resolve_context,
-)
+from .stored_values import Progress, compute_values, probe_sites
+from .texts import COLUMNS, Long, TextReader, TextsLike, Unfit, read_rules, token_columns
 
-TOKEN_COLUMNS = ("text", "piece", "pos", "token_id")
-LARGEST_INT = torch.iinfo(torch.int64).max
+TOKEN_COLUMNS = ("text", "piece", "pos", "token_id")  # of `SiteStatistics.top`
+REQUIRED = ("mean", "spread", "norm_mean", "norm_spread", "norm_min", "norm_max")
 
 
 # ---- moments and norms
@@ -67,11 +55,6 @@ class Moments:
     def variance(self) -> Float[Tensor, "..."]:
         """The mean of squared deviations (divided by the count)."""
         return self.spread / self.count
-
-    def head(self, head: int) -> "Moments":
-        """Returns the moments of one head, where the first axis is heads."""
-        products = None if self.products is None else self.products[head]
-        return Moments(self.count, self.mean[head], self.spread[head], products)
 
 
 def to_float64(values: Tensor) -> Float[Tensor, "..."]:
@@ -107,117 +90,20 @@ def merge_moments(first: Moments | None, second: Moments) -> Moments:
     return Moments(count, mean, spread, products)
 
 
+# ---- statistics of sites
+
+# Of the largest values of each unit, the largest first: the values, rows, and `TOKEN_COLUMNS`.
+TOP = ("top_values", "top_rows", "top_places")
+
+
 @dataclass(frozen=True, eq=False)
 class Norms:
     """The lengths of a site's vectors along its last axis: one number, or one for each head."""
 
-    moments: Moments
+    mean: Float[Tensor, "..."]
+    std: Float[Tensor, "..."]
     min: Float[Tensor, "..."]
     max: Float[Tensor, "..."]
-
-    @property
-    def mean(self) -> Float[Tensor, "..."]:
-        """The mean of the lengths."""
-        return self.moments.mean
-
-    @property
-    def std(self) -> Float[Tensor, "..."]:
-        """The standard deviation of the lengths."""
-        return self.moments.variance.sqrt()
-
-    def head(self, head: int) -> "Norms":
-        """Returns the norms of one head."""
-        return Norms(self.moments.head(head), self.min[head], self.max[head])
-
-
-def compute_norms(values: Float[Tensor, "row ..."]) -> Norms:
-    """Returns the norms of float64 rows."""
-    lengths = values.norm(dim=-1)
-    return Norms(compute_moments(lengths), lengths.amin(0), lengths.amax(0))
-
-
-def merge_norms(first: Norms | None, second: Norms) -> Norms:
-    """Returns the norms of two sets of rows together."""
-    if first is None:
-        return second
-    low, high = torch.minimum(first.min, second.min), torch.maximum(first.max, second.max)
-    return Norms(merge_moments(first.moments, second.moments), low, high)
-
-
-# ---- largest values
-
-
-@dataclass(frozen=True, eq=False)
-class Strongest:
-    """The largest values of each unit, the largest first, with their row numbers and tokens.
-
-    The last axis of `tokens` has text, piece, position and token id.
-    """
-
-    values: Float[Tensor, "top ..."]
-    rows: Int[Tensor, "top ..."]
-    tokens: Int[Tensor, "top ... 4"]
-
-    def head(self, head: int) -> "Strongest":
-        """Returns the values of one head, where the axis after `top` is heads."""
-        return Strongest(self.values[:, head], self.rows[:, head], self.tokens[:, head])
-
-
-def find_strongest(
-    values: Float[Tensor, "row ..."],
-    rows: Int[Tensor, " row"],
-    tokens: Int[Tensor, "row 4"],
-    top: int,
-) -> Strongest:
-    """Returns the `top` largest values of some rows, or all if there are fewer rows."""
-    flat = values.flatten(1)
-    numbers = rows.to(flat.device)[:, None].expand_as(flat)
-    index = _largest(flat, numbers, min(top, len(flat)))
-    shape = (len(index), *values.shape[1:])
-    return Strongest(
-        flat.gather(0, index).reshape(shape),
-        numbers.gather(0, index).reshape(shape),
-        tokens.to(flat.device)[index].reshape(*shape, len(TOKEN_COLUMNS)),
-    )
-
-
-def merge_strongest(first: Strongest, second: Strongest, top: int) -> Strongest:
-    """Returns the `top` largest values of two sets of rows together."""
-    values = torch.cat([first.values, second.values])
-    rows = torch.cat([first.rows, second.rows])
-    tokens = torch.cat([first.tokens, second.tokens]).flatten(1, -2)
-    index = _largest(values.flatten(1), rows.flatten(1), min(top, len(values)))
-    shape = (len(index), *values.shape[1:])
-    columns = len(TOKEN_COLUMNS)
-    token_index = index[..., None].expand(-1, -1, columns)
-    return Strongest(
-        values.flatten(1).gather(0, index).reshape(shape),
-        rows.flatten(1).gather(0, index).reshape(shape),
-        tokens.gather(0, token_index).reshape(*shape, columns),
-    )
-
-
-def _largest(
-    values: Float[Tensor, "row unit"], numbers: Int[Tensor, "row unit"], top: int
-) -> Int[Tensor, "top unit"]:
-    """Returns the indices of each column's largest values, in descending order of values.
-
-    Of equal values those with the smallest numbers are taken, in ascending order of numbers.
-    """
-    least = values.topk(top, dim=0).values[-1]
-    is_tied = values == least
-    n_tied = top - (values > least).sum(0)  # how many of the tied values are taken
-    earliest = numbers.masked_fill(~is_tied, LARGEST_INT)
-    cutoff = earliest.topk(top, dim=0, largest=False).values.gather(0, n_tied[None] - 1)
-    is_taken = (values > least) | (earliest <= cutoff) & is_tied
-    index = is_taken.T.nonzero()[:, 1].reshape(values.shape[1], top).T
-    by_number = numbers.gather(0, index).argsort(dim=0)
-    index = index.gather(0, by_number)
-    by_value = values.gather(0, index).argsort(dim=0, descending=True, stable=True)
-    return index.gather(0, by_value)
-
-
-# ---- statistics of sites
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -231,35 +117,35 @@ class SiteStatistics:
     """
 
     site: AnySite
-    moments: Moments
-    norm: Norms
-    strongest: Strongest | None = None
-
-    @property
-    def count(self) -> int:
-        """The number of tokens."""
-        return self.moments.count
+    count: int
+    tensors: Mapping[str, Tensor]  # by their names in the file
 
     @property
     def mean(self) -> Float[Tensor, "..."]:
-        return self.moments.mean
+        return self.tensors["mean"]
 
     @property
     def variance(self) -> Float[Tensor, "..."]:
-        return self.moments.variance
+        return self.tensors["spread"] / self.count
 
     @property
     def std(self) -> Float[Tensor, "..."]:
         return self.variance.sqrt()
 
     @property
+    def norm(self) -> Norms:
+        std = (self.tensors["norm_spread"] / self.count).sqrt()
+        low, high = self.tensors["norm_min"], self.tensors["norm_max"]
+        return Norms(self.tensors["norm_mean"], std, low, high)
+
+    @property
     def covariance(self) -> Float[Tensor, "... n n"]:
         """The covariance. Raises `NotCaptured` if it was not computed."""
-        if self.moments.products is None:
+        if "products" not in self.tensors:
             raise NotCaptured(
                 f"no covariance of {self.site} was taken: ask for it with covariance=True"
             )
-        return self.moments.products / self.count
+        return self.tensors["products"] / self.count
 
     def top(self, unit: int | tuple[int, ...], lm: LM | None = None) -> pd.DataFrame:
         """Returns the tokens at which a unit is largest, the largest first.
@@ -267,30 +153,27 @@ class SiteStatistics:
         A unit of a site with heads is (head, number). Columns: text, piece, pos, token_id, value;
         and token, its text, if a model is given.
         """
-        if self.strongest is None:
+        if "top_values" not in self.tensors:
             raise NotCaptured(
                 f"the strongest tokens of {self.site} were not kept: ask for them with top=10"
             )
         index = (slice(None), *self._unit_index(unit))
-        table = pd.DataFrame(self.strongest.tokens[index].tolist(), columns=list(TOKEN_COLUMNS))
+        tokens = self.tensors["top_places"][index].tolist()
+        table = pd.DataFrame(tokens, columns=list(TOKEN_COLUMNS))
         if lm is not None:
-            table.insert(4, "token", [lm.string(token_id) for token_id in table["token_id"]])
-        return table.assign(value=self.strongest.values[index].tolist())
+            table.insert(4, "token", table["token_id"].map(lm.string))
+        return table.assign(value=self.tensors["top_values"][index].tolist())
 
     def _unit_index(self, unit: int | tuple[int, ...]) -> tuple[int, ...]:
-        meaning = "the number of a unit; with heads, (head, number);"
-        index: list[int] = []
         number = as_integer(unit)
-        if number is not None:
-            index.append(number)
-        else:
+        index = [] if number is None else [number]
+        if number is None:
+            meaning = "the number of a unit; with heads, (head, number);"
             for item in as_items(unit) or (unit,):
                 index.append(check_integer(item, "unit", least=0, meaning=meaning))
         sizes = list(self.mean.shape)
-        is_unit = len(index) == len(sizes)
-        if is_unit:
-            is_unit = all(0 <= number < size for number, size in zip(index, sizes, strict=True))
-        if not is_unit:
+        limits = zip(index, sizes, strict=False)
+        if len(index) != len(sizes) or any(not 0 <= number < size for number, size in limits):
             raise OutOfRange(
                 f"unit {unit} of {self.site} was asked for, and its units are counted {sizes} "
                 "from 0"
@@ -302,9 +185,10 @@ class SiteStatistics:
         heads = self.mean.shape[0] if self.mean.ndim > 1 else 0
         if not isinstance(self.site, Site) or self.site.head is not None or head >= heads:
             raise NotCaptured(f"head {head} of {self.site} was asked for, which has {heads} heads")
-        strongest = None if self.strongest is None else self.strongest.head(head)
-        site = Site(self.site.name, self.site.layer, head)
-        return SiteStatistics(site, self.moments.head(head), self.norm.head(head), strongest)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            tensors[name] = tensor[:, head] if name in TOP else tensor[head]
+        return SiteStatistics(Site(self.site.name, self.site.layer, head), self.count, tensors)
 
     def __repr__(self) -> str:
         return f"SiteStatistics({self.site}, {list(self.mean.shape)}, {self.count} tokens)"
@@ -350,23 +234,27 @@ class Statistics:
         """
         rows: list[dict[str, Any]] = []
         for site, statistics in self.of_site.items():
-            if statistics.mean.ndim == 1:
-                rows.append(_table_row(site, None, statistics))
-                continue
-            for head in range(statistics.mean.shape[0]):
-                rows.append(_table_row(site, head, statistics.head(head)))
+            parts: dict[int | None, SiteStatistics] = {None: statistics}
+            if statistics.mean.ndim > 1:
+                parts = {head: statistics.head(head) for head in range(len(statistics.mean))}
+            for head, part in parts.items():
+                row = {"site": str(site), "head": head, "count": part.count}
+                for name in ("mean", "std", "min", "max"):
+                    row[f"norm_{name}"] = getattr(part.norm, name).item()
+                rows.append(row | {"mean_norm": part.mean.norm(dim=-1).item()})
         return pd.DataFrame(rows)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a safetensors file for `load_statistics`, and returns its path."""
         tensors: dict[str, Tensor] = {}
         for site, statistics in self.of_site.items():
-            for name, tensor in _to_tensors(statistics).items():
+            tensors[f"{site}/count"] = torch.tensor(statistics.count)
+            for name, tensor in statistics.tensors.items():
                 tensors[f"{site}/{name}"] = tensor
         return save_tensors(tensors, path, about={"statistics": json.dumps(dict(self.about))})
 
     def _ipython_key_completions_(self) -> list[str]:
-        return [str(site) for site in self.sites]
+        return list(map(str, self.sites))
 
     def _repr_html_(self) -> str:
         rows = first_rows(self.table(), "site", "head", "count", "norm_mean", "norm_std")
@@ -375,57 +263,6 @@ class Statistics:
     def __repr__(self) -> str:
         count, texts = next(iter(self.of_site.values())).count, self.about["texts"]
         return f"Statistics({count} tokens of {count_of(texts, 'text')}; {self.sites})"
-
-
-def _table_row(site: AnySite, head: int | None, statistics: SiteStatistics) -> dict[str, Any]:
-    norm = statistics.norm
-    return {
-        "site": str(site),
-        "head": head,
-        "count": statistics.count,
-        "norm_mean": norm.mean.item(),
-        "norm_std": norm.std.item(),
-        "norm_min": norm.min.item(),
-        "norm_max": norm.max.item(),
-        "mean_norm": statistics.mean.norm(dim=-1).item(),
-    }
-
-
-# ---- files of statistics
-
-
-def _to_tensors(statistics: SiteStatistics) -> dict[str, Tensor]:
-    lengths = statistics.norm.moments
-    tensors = {
-        "count": torch.tensor(statistics.count),
-        "mean": statistics.mean,
-        "spread": statistics.moments.spread,
-        "norm_mean": lengths.mean,
-        "norm_spread": lengths.spread,
-        "norm_min": statistics.norm.min,
-        "norm_max": statistics.norm.max,
-    }
-    if statistics.moments.products is not None:
-        tensors["products"] = statistics.moments.products
-    if statistics.strongest is not None:
-        tensors["top_values"] = statistics.strongest.values
-        tensors["top_rows"] = statistics.strongest.rows
-        tensors["top_places"] = statistics.strongest.tokens
-    return tensors
-
-
-def _from_tensors(site: AnySite, tensors: Mapping[str, Tensor]) -> SiteStatistics:
-    count = int(tensors["count"])
-    mean, spread, norm_mean = tensors["mean"], tensors["spread"], tensors["norm_mean"]
-    if mean.shape != spread.shape or norm_mean.shape != mean.shape[:-1]:
-        raise ValueError("the tensors do not fit one another")
-    lengths = Moments(count, norm_mean, tensors["norm_spread"])
-    norm = Norms(lengths, tensors["norm_min"], tensors["norm_max"])
-    strongest = None
-    if "top_values" in tensors:
-        strongest = Strongest(tensors["top_values"], tensors["top_rows"], tensors["top_places"])
-    site_moments = Moments(count, mean, spread, tensors.get("products"))
-    return SiteStatistics(site, site_moments, norm, strongest)
 
 
 @check_arguments
@@ -452,15 +289,27 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     has_sites = isinstance(sites, list) and set(map(str, sites)) == set(tensors_of_site)
     if not has_sites or not is_count(about.get("texts")):
         raise DamagedHarvest(f"{name} has other sites than it says: it was changed; make it again")
-    of_site: dict[AnySite, SiteStatistics] = {}
     try:
-        for site in sites:
-            of_site[parse_site(site)] = _from_tensors(parse_site(site), tensors_of_site[site])
-        return Statistics(of_site, about)
+        of_site = {
+            parse_site(site): _site_statistics(site, tensors_of_site[site]) for site in sites
+        }
     except (KeyError, ValueError, RuntimeError) as error:
         raise DamagedHarvest(
             f"{name} lacks tensors of its statistics: it was changed; make it again"
         ) from error
+    return Statistics(of_site, about)
+
+
+def _site_statistics(site: str, tensors: dict[str, Tensor]) -> SiteStatistics:
+    """Returns the statistics that a file has of a site. Raises `KeyError` for a missing tensor."""
+    count = int(tensors.pop("count"))
+    for name in REQUIRED:
+        shape = tensors["mean"].shape
+        if name.startswith("norm_"):
+            shape = shape[:-1]
+        if tensors[name].shape != shape:
+            raise ValueError("the tensors do not fit one another")
+    return SiteStatistics(parse_site(site), count, tensors)
 
 
 # ---- computing statistics
@@ -479,50 +328,101 @@ class StatisticsSum:
         check_integer(self.top, "top", least=0, meaning=meaning, error=BadHook)
 
     def add(
-        self,
-        values_of_site: Mapping[AnySite, Tensor],
-        rows: Int[Tensor, " row"],
-        tokens: Int[Tensor, "row 4"],
+        self, values_of_site: Mapping[AnySite, Tensor], rows: Tensor, columns: Mapping[str, Tensor]
     ) -> None:
-        """Adds some rows: the values at each site, the rows' numbers, and the token of each."""
+        """Adds some rows: the values at each site, the rows' numbers, and their token columns."""
+        tokens = torch.stack([columns[name].long() for name in COLUMNS[:4]], dim=1)
         for site, values in values_of_site.items():
             _check_values(site, values, tokens)
-            batch = self._statistics_of_batch(site, values, rows, tokens)
-            before = self.of_site.get(site)
-            self.of_site[site] = batch if before is None else self._merge(before, batch)
+            statistics = self._statistics_of_batch(site, values, rows, tokens)
+            if site in self.of_site:
+                statistics = self._merge(self.of_site[site], statistics)
+            self.of_site[site] = statistics
 
     def _statistics_of_batch(
         self, site: AnySite, values: Tensor, rows: Tensor, tokens: Tensor
     ) -> SiteStatistics:
         numbers = to_float64(values)
-        strongest = None
+        lengths = numbers.norm(dim=-1)
+        tensors = {
+            **_as_tensors(compute_moments(numbers, covariance=self.covariance)),
+            **_as_tensors(compute_moments(lengths), "norm_"),
+            "norm_min": lengths.amin(0),
+            "norm_max": lengths.amax(0),
+        }
         if self.top:
-            strongest = find_strongest(values.to(numbers.device), rows, tokens, self.top)
-        batch_moments = compute_moments(numbers, covariance=self.covariance)
-        return SiteStatistics(site, batch_moments, compute_norms(numbers), strongest)
+            values, axes = values.to(numbers.device), [1] * (values.ndim - 1)
+            rows, tokens = rows.to(values.device), tokens.to(values.device)
+            rows_of_values = rows.reshape(-1, *axes).expand_as(values)
+            tokens_of_values = tokens.reshape(-1, *axes, 4).expand(*values.shape, 4)
+            tensors |= largest_values(values, rows_of_values, tokens_of_values, self.top)
+        return SiteStatistics(site, len(values), tensors)
 
     def _merge(self, first: SiteStatistics, second: SiteStatistics) -> SiteStatistics:
-        strongest = None
-        if first.strongest is not None and second.strongest is not None:
-            strongest = merge_strongest(first.strongest, second.strongest, self.top)
-        return SiteStatistics(
-            first.site,
-            merge_moments(first.moments, second.moments),
-            merge_norms(first.norm, second.norm),
-            strongest,
-        )
+        before, after = first.tensors, second.tensors
+        moments = merge_moments(_moments(first), _moments(second))
+        lengths = merge_moments(_moments(first, "norm_"), _moments(second, "norm_"))
+        tensors = {
+            **_as_tensors(moments),
+            **_as_tensors(lengths, "norm_"),
+            "norm_min": torch.minimum(before["norm_min"], after["norm_min"]),
+            "norm_max": torch.maximum(before["norm_max"], after["norm_max"]),
+        }
+        if self.top:
+            values, rows, tokens = (torch.cat([before[name], after[name]]) for name in TOP)
+            tensors |= largest_values(values, rows, tokens, self.top)
+        return SiteStatistics(first.site, moments.count, tensors)
 
     def statistics(self, about: Mapping[str, Any]) -> Statistics:
         """Returns the statistics on the CPU."""
         of_site: dict[AnySite, SiteStatistics] = {}
         for site, statistics in self.of_site.items():
-            tensors = {name: tensor.cpu() for name, tensor in _to_tensors(statistics).items()}
-            of_site[site] = _from_tensors(site, tensors)
-        return Statistics(of_site, {**about, "sites": [str(site) for site in of_site]})
+            tensors = {name: tensor.cpu() for name, tensor in statistics.tensors.items()}
+            of_site[site] = SiteStatistics(site, statistics.count, tensors)
+        return Statistics(of_site, {**about, "sites": list(map(str, of_site))})
+
+
+def _as_tensors(moments: Moments, prefix: str = "") -> dict[str, Tensor]:
+    tensors = {f"{prefix}mean": moments.mean, f"{prefix}spread": moments.spread}
+    if moments.products is not None:
+        tensors[f"{prefix}products"] = moments.products
+    return tensors
+
+
+def _moments(statistics: SiteStatistics, prefix: str = "") -> Moments:
+    tensors = statistics.tensors
+    mean, spread = tensors[f"{prefix}mean"], tensors[f"{prefix}spread"]
+    return Moments(statistics.count, mean, spread, tensors.get(f"{prefix}products"))
+
+
+def largest_values(
+    values: Float[Tensor, "row ..."],
+    rows: Int[Tensor, "row ..."],
+    tokens: Int[Tensor, "row ... 4"],
+    top: int,
+) -> dict[str, Tensor]:
+    """Returns the `top` largest values of each unit with their rows and tokens, the largest first.
+
+    Of equal values those of the earliest rows are taken, the earliest first.
+    """
+    top = min(top, len(values))
+    flat, numbers = values.flatten(1), rows.flatten(1)
+    least = flat.topk(top, dim=0).values[-1]
+    is_tied = flat == least
+    n_tied = top - (flat > least).sum(0)  # how many of the tied values are taken
+    earliest = numbers.masked_fill(~is_tied, torch.iinfo(torch.int64).max)
+    cutoff = earliest.topk(top, dim=0, largest=False).values.gather(0, n_tied[None] - 1)
+    is_taken = (flat > least) | (earliest <= cutoff) & is_tied
+    index = is_taken.T.nonzero()[:, 1].reshape(flat.shape[1], top).T
+    index = index.gather(0, numbers.gather(0, index).argsort(dim=0))
+    by_value = flat.gather(0, index).argsort(dim=0, descending=True, stable=True)
+    index = index.gather(0, by_value).reshape(top, *values.shape[1:])
+    token_index = index[..., None].expand(*index.shape, 4)
+    largest = (values.gather(0, index), rows.gather(0, index), tokens.gather(0, token_index))
+    return dict(zip(TOP, largest, strict=True))
 
 
 def _check_values(site: AnySite, values: Tensor, tokens: Tensor) -> None:
-    """Raises an error for values that have no useful mean."""
     if not values.dtype.is_floating_point:
         raise BadHook(f"{site} holds ids or indices, whose mean has no meaning: leave it out")
     if values.ndim not in (2, 3):
@@ -570,22 +470,16 @@ def statistics(
     >>> print(ablate("z.9.3", to=found))
     ablate(z.9.3, to=means)
     """
-    rules = Rules(Where(read_position(pos)), resolve_context(lm, context), long, unfit)
+    rules = read_rules(lm, pos, context, long, unfit, batch_tokens)
     expanded = Sites(tuple(probe_sites(lm, sites, "a statistic")))
-    if batch_tokens < 1:
-        raise BadHook(f"batch_tokens={batch_tokens!r}: give 1 or more")
     reader, total = TextReader(lm, texts, rules), StatisticsSum(covariance, top)
-    max_tokens = LOOK_AHEAD * batch_tokens
     rows = left_out = 0
-    with Progress(count_texts(texts) if progress else None, progress) as bar:
-        while window := read_window(reader, max_rows=float("inf"), max_tokens=max_tokens):
-            starts = window.starts
-            for batch in batches(window, batch_tokens, one_length=lm.config is None):
-                sequences = [window.sequences[index] for index in batch]
-                numbers = row_numbers(sequences, [rows + starts[index] for index in batch])
-                values = compute_values(lm, sequences, expanded, rules.where)
-                total.add(values, numbers, _tokens_of_rows(sequences))
-                bar.add(window, batch)
+    with Progress(reader, progress) as bar:
+        while window := reader.read_window():
+            for batch in window.batches(rules):
+                values = compute_values(lm, batch.sequences, expanded, rules.where)
+                total.add(values, rows + batch.rows, token_columns(batch.sequences))
+                bar.add(batch)
             bar.advance_to(window.sequences[-1].text)
             rows += window.rows
             left_out += window.left_out
@@ -604,13 +498,3 @@ def statistics(
             "stream": reader.digest,
         }
     )
-
-
-def _tokens_of_rows(sequences: list[TokenSequence]) -> Int[Tensor, "row 4"]:
-    """Returns the text, piece, position and token id of each row."""
-    rows: list[tuple[int, ...]] = []
-    for sequence in sequences:
-        for position in sequence.positions:
-            token_id = sequence.ids[position]
-            rows.append((sequence.text, sequence.piece, position, token_id))
-    return torch.tensor(rows)

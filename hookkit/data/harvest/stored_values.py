@@ -1,17 +1,16 @@
 """The values that a harvest stores: computed by a forward of a batch, a row for each kept position.
 
-`probe_sites` finds out which shape and dtype a site has at one position. `Batch` and
-`ValueComputation` are what the engines run, in this process or in others. `Progress` shows how many
-texts are done.
+`probe_sites` finds out which shape and dtype a site has at one position. `ValueComputation` is what
+the engines run, in this process or in others. `Progress` shows how many texts are done.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,10 +21,9 @@ from ...models.positions import Where
 from ...models.prompts import pad_id
 from ...models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, SitesLike
 from ...runs.forward import forward
-from .texts import TokenSequence, Window
+from .texts import Batch, TextReader, TokenSequence
 
 PROBE_SHAPE = 2, 3  # rows and tokens of the forward that shows the shapes of sites
-MAX_NAMED = 8  # texts that an error names
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,9 @@ class ValueKind:
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def as_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 def probe_sites(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, ValueKind]:
@@ -94,14 +95,6 @@ def compute_values(
     return result
 
 
-def row_numbers(sequences: Sequence[TokenSequence], starts: Sequence[int]) -> Int[Tensor, " row"]:
-    """Returns the numbers of the values' rows. `starts` has each sequence's first number."""
-    numbers: list[Tensor] = []
-    for sequence, start in zip(sequences, starts, strict=True):
-        numbers.append(torch.arange(start, start + len(sequence.positions)))
-    return torch.cat(numbers)
-
-
 def to_stored_dtype(site: AnySite, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns values on the CPU in the dtype of the shards.
 
@@ -118,21 +111,6 @@ def to_stored_dtype(site: AnySite, values: Tensor, dtype: torch.dtype) -> Tensor
                 f"{largest:g}: use 'bfloat16' or 'float32'"
             )
     return stored
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Sequences of one forward. A batch is never cut: it decides the last digits of values."""
-
-    sequences: tuple[TokenSequence, ...]
-
-    def __str__(self) -> str:
-        texts = sorted({sequence.text for sequence in self.sequences})
-        plural = "" if len(texts) == 1 else "s"
-        names = ", ".join(map(str, texts[:MAX_NAMED]))
-        remaining = len(texts) - MAX_NAMED
-        end = f" and {remaining} more" if remaining > 0 else ""
-        return f"the batch of text{plural} {names}{end}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,18 +131,17 @@ class ValueComputation:
 
 
 class Progress:
-    """A progress bar in the terminal. `total` is the number of texts if it is known."""
+    """A progress bar in the terminal, over the texts of a reader."""
 
-    def __init__(self, total: int | None, is_visible: bool) -> None:
+    def __init__(self, reader: TextReader, is_visible: bool) -> None:
+        total = reader.count if is_visible else None
         self._bar = tqdm(total=total, unit=" texts", disable=not is_visible, leave=True)
         self._start_time, self._tokens = time.perf_counter(), 0
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def skip_to(self, text: int) -> None:
@@ -172,13 +149,12 @@ class Progress:
         self._bar.initial = self._bar.n = text + 1
         self._start_time = time.perf_counter()
 
-    def add(self, window: Window, batch: list[int]) -> None:
-        """Counts a batch of a window."""
-        sequences = [window.sequences[index] for index in batch]
-        self._tokens += sum(len(sequence.ids) for sequence in sequences)
+    def add(self, batch: Batch) -> None:
+        """Counts a batch."""
+        self._tokens += sum(len(sequence.ids) for sequence in batch.sequences)
         speed = self._tokens / (time.perf_counter() - self._start_time)
         self._bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-        self._bar.update(sum(sequence.piece == 0 for sequence in sequences))
+        self._bar.update(sum(sequence.piece == 0 for sequence in batch.sequences))
 
     def advance_to(self, text: int) -> None:
         """Counts all texts up to this one as done, also those that were left out."""

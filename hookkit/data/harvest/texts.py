@@ -1,55 +1,103 @@
 """Texts of a corpus as token sequences for the model, read once, in order and in constant memory.
 
 A `TextReader` turns the texts of a list, an iterable or a file into `TokenSequence`s: a text or a
-piece of one, with the positions that are kept. `read_window` takes the next sequences, and
-`batches` groups those of a window by length, so that there is little padding. Which sequences share
-a batch decides the last digits of the values: it follows from the texts and the settings alone.
+piece of one, with the positions that are kept. It reads windows of them, and `Window.batches`
+groups a window by length, so that there is little padding. Which sequences share a batch decides
+the last digits of the values: it follows from the texts and the settings alone.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ...arguments import check_prompt, check_prompts, describe, is_token_row, refuse_non_prompts
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ...arguments import describe
 from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import parse_json
 from ...models.lm import LM
-from ...models.positions import GENERATED, At, PositionRange, Where, resolve_positions
-from ...models.prompts import Row, positions_of_text, shorten
+from ...models.positions import (
+    GENERATED,
+    At,
+    PositionRange,
+    PosLike,
+    Where,
+    read_position,
+    resolve_positions,
+)
+from ...models.prompts import (
+    Row,
+    batches_by_length,
+    check_prompt,
+    check_prompts,
+    is_token_row,
+    positions_of_text,
+    refuse_non_prompts,
+    shorten,
+)
 
 TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 Long: TypeAlias = Literal["error", "truncate", "split"]
 Unfit: TypeAlias = Literal["error", "skip"]
 
+COLUMNS = ("text", "piece", "pos", "token", "read")  # of each row
+TOKENS = ("ids", "starts")  # of each sequence
+COLUMN_DTYPES: Mapping[str, torch.dtype] = {
+    **dict.fromkeys((*COLUMNS, *TOKENS), torch.int32),
+    "text": torch.int64,
+    "starts": torch.int64,
+}
 LOOK_AHEAD = 16  # batches in a window
+MAX_NAMED = 8  # texts that an error names
 NO_TEXT = object()  # marks the end of the texts
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which positions are kept, and what happens to texts that are too long or unfit."""
+    """Which positions are kept, what happens to texts that are too long or unfit, and batches.
+
+    `one_length` is for models that take no mask: all sequences of a batch are then equally long.
+    """
 
     where: Where
     context: int | None
     long: Long
     unfit: Unfit
+    batch_tokens: int
+    one_length: bool
 
-    def __post_init__(self) -> None:
-        if self.where.pos is GENERATED:
-            raise BadHook(
-                "pos=hk.GENERATED: a harvest reads texts and generates none; "
-                "give their tokens as the texts"
-            )
-        if self.context is not None and self.context < 2:
-            raise BadHook(
-                f"context={self.context!r}: give how many tokens a row may have, at least 2"
-            )
+
+def read_rules(
+    lm: LM, pos: PosLike, context: int | None, long: Long, unfit: Unfit, batch_tokens: int
+) -> Rules:
+    """Returns the rules of these arguments. The context is the model's own limit by default."""
+    if context is None:
+        context = lm.context
+    elif lm.context is not None and context > lm.context:
+        raise BadHook(
+            f"context={context} was asked for, and the model's is {lm.context}: give that or less"
+        )
+    where = Where(read_position(pos))
+    if where.pos is GENERATED:
+        raise BadHook(
+            "pos=hk.GENERATED: a harvest reads texts and generates none; "
+            "give their tokens as the texts"
+        )
+    if context is not None and context < 2:
+        raise BadHook(f"context={context!r}: give how many tokens a row may have, at least 2")
+    if batch_tokens < 1:
+        raise BadHook(f"batch_tokens={batch_tokens!r}: give 1 or more")
+    return Rules(where, context, long, unfit, batch_tokens, one_length=lm.config is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +117,63 @@ class TokenSequence:
     stream: str
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences of one forward. A batch is never cut: it decides the last digits of values.
+
+    `starts` has the number of each sequence's first row in its window.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def rows(self) -> Int[Tensor, " row"]:
+        """The numbers of the rows in their window, a row for each kept position."""
+        numbers: list[Tensor] = []
+        for sequence, start in zip(self.sequences, self.starts, strict=True):
+            numbers.append(torch.arange(start, start + len(sequence.positions)))
+        return torch.cat(numbers)
+
+    def __str__(self) -> str:
+        texts = sorted({sequence.text for sequence in self.sequences})
+        plural = "" if len(texts) == 1 else "s"
+        names = ", ".join(map(str, texts[:MAX_NAMED]))
+        remaining = len(texts) - MAX_NAMED
+        end = f" and {remaining} more" if remaining > 0 else ""
+        return f"the batch of text{plural} {names}{end}"
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Successive sequences, whose values are stored together in the order of the texts."""
+
+    sequences: tuple[TokenSequence, ...]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of values: one for each kept position."""
+        return sum(len(sequence.positions) for sequence in self.sequences)
+
+    @property
+    def left_out(self) -> int:
+        return sum(sequence.left_out for sequence in self.sequences)
+
+    def batches(self, rules: Rules) -> list[Batch]:
+        """Returns the sequences in batches, the longest first.
+
+        A batch has at most `batch_tokens` tokens with padding; a longer sequence has a batch of its
+        own.
+        """
+        lengths = [len(sequence.ids) for sequence in self.sequences]
+        starts = [0, *accumulate(len(sequence.positions) for sequence in self.sequences)]
+        batches: list[Batch] = []
+        for indices in batches_by_length(lengths, rules.batch_tokens, one_length=rules.one_length):
+            sequences = tuple(self.sequences[index] for index in indices)
+            batches.append(Batch(sequences, tuple(starts[index] for index in indices)))
+        return batches
+
+
 class TextReader:
     """Reads texts once, from the first to the last, and keeps count of them.
 
@@ -80,13 +185,32 @@ class TextReader:
     def __init__(self, lm: LM, texts: TextsLike, rules: Rules) -> None:
         self.lm, self.rules = lm, rules
         self.text, self.left_out = -1, 0
-        self._texts = iterate_texts(texts)
+        self._source = open_texts(texts)
+        self._texts = iter(self._source)
         self._hash = hashlib.sha256()
         self._pending: deque[TokenSequence] = deque()
 
     @property
     def digest(self) -> str:
         return self._hash.hexdigest()
+
+    @property
+    def count(self) -> int | None:
+        """The number of all texts, or None if it is unknown before they are read."""
+        return len(self._source) if isinstance(self._source, Sized) else None
+
+    def read_window(self, max_rows: float = math.inf) -> Window | None:
+        """Reads sequences for a few batches, up to `max_rows`. Returns None after the last text."""
+        sequences: list[TokenSequence] = []
+        tokens = rows = 0
+        while tokens < LOOK_AHEAD * self.rules.batch_tokens and rows < max_rows:
+            sequence = self.read()
+            if sequence is None:
+                break
+            sequences.append(sequence)
+            tokens += len(sequence.ids)
+            rows += len(sequence.positions)
+        return Window(tuple(sequences)) if sequences else None
 
     def read(self) -> TokenSequence | None:
         """Returns the next sequence, or None after the last text."""
@@ -146,7 +270,10 @@ class TextReader:
         ids = _tokenize(self.lm, content, self.text)
         try:
             rows = _fit_to_context(self.lm, ids, self.rules, self.text)
-            positions = [self._positions(row) for row in rows]
+            positions: list[PositionRange] = []
+            for row in rows:
+                find = partial(positions_of_text, self.lm, row)
+                positions.append(positions_of_row(row, self.rules.where, find))
         except (BadPrompt, BadHook, OutOfRange) as error:
             if self.rules.unfit == "skip":
                 return []
@@ -157,89 +284,79 @@ class TextReader:
                 f"{message}. unfit='skip' leaves out every text that cannot be harvested"
             ) from None
         sequences: list[TokenSequence] = []
-        for piece, row in enumerate(rows):
-            if positions[piece]:
+        for piece, (row, row_positions) in enumerate(zip(rows, positions, strict=True)):
+            if row_positions:
                 left_out = 0 if sequences else self.left_out
                 sequences.append(
-                    TokenSequence(self.text, piece, row, positions[piece], left_out, self.digest)
+                    TokenSequence(self.text, piece, row, row_positions, left_out, self.digest)
                 )
         return sequences
-
-    def _positions(self, row: Row) -> PositionRange:
-        return positions_of_row(
-            row, self.rules.where, lambda at: positions_of_text(self.lm, row, at)
-        )
 
 
 # ---- sources of texts
 
 
-def iterate_texts(texts: TextsLike) -> Iterator[Any]:
-    """Returns an iterator over the lines of a file or the items of an iterable."""
+@dataclass(frozen=True)
+class TextFile:
+    """The texts of a file: its lines, or in a .jsonl file the JSON of each."""
+
+    path: Path
+
+    def __len__(self) -> int:
+        with self.path.open("rb") as file:
+            return sum(1 for _ in file)
+
+    def __iter__(self) -> Iterator[Any]:
+        is_json = self.path.suffix == ".jsonl"
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                data = line.removesuffix(b"\n").removesuffix(b"\r")
+                try:
+                    text = parse_json(data, "it", finite=False) if is_json else data.decode("utf-8")
+                except (ValueError, BadFile) as error:
+                    kind = "JSON" if is_json else "text in UTF-8"
+                    raise BadPrompt(
+                        f"text {number}: line {number + 1} of {self.path.name} is no {kind}: "
+                        f"{error}"
+                    ) from error
+                yield text
+
+
+def open_texts(texts: TextsLike) -> Iterable[Any]:
+    """Returns the texts of a file or the items of an iterable."""
     if isinstance(texts, str | os.PathLike):
-        return _iterate_lines(text_file(texts))
+        try:
+            is_file = Path(texts).is_file()
+        except (OSError, ValueError):  # the text is far too long for a name
+            is_file = False
+        if not is_file:
+            raise BadPrompt(
+                f"{shorten(str(texts))!r} is no file of texts: give the path of one with a text a "
+                "line (.txt, .jsonl), or for one text the list [text]"
+            )
+        return TextFile(Path(texts))
     if isinstance(texts, Mapping) and "input_ids" in texts:
-        return iter(check_prompts(texts))
+        return check_prompts(texts)
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise BadPrompt(
             f"texts={describe(texts)}: give a list or another iterable of texts or of "
             "rows of token ids, or the path of a file with a text a line (.txt, .jsonl)"
         )
     refuse_non_prompts(texts, rows=True)
-    if is_token_row(texts):
-        return iter(check_prompts(texts))
-    return iter(texts)
-
-
-def text_file(texts: str | os.PathLike[str]) -> Path:
-    """Returns the path of a file of texts. Raises `BadPrompt` if there is no such file."""
-    try:
-        is_file = Path(texts).is_file()
-    except (OSError, ValueError):  # the text is far too long for a name
-        is_file = False
-    if not is_file:
-        raise BadPrompt(
-            f"{shorten(str(texts))!r} is no file of texts: give the path of one with a text a "
-            "line (.txt, .jsonl), or for one text the list [text]"
-        )
-    return Path(texts)
-
-
-def count_texts(texts: TextsLike) -> int | None:
-    """Returns the number of texts, or None if it is unknown before they are read."""
-    if isinstance(texts, str | os.PathLike):
-        with text_file(texts).open("rb") as file:
-            return sum(1 for _ in file)
-    if is_token_row(texts) or (isinstance(texts, Mapping) and "input_ids" in texts):
-        return len(check_prompts(texts))
-    return len(texts) if hasattr(texts, "__len__") else None  # pyright: ignore[reportArgumentType]
-
-
-def _iterate_lines(path: Path) -> Iterator[Any]:
-    is_json = path.suffix == ".jsonl"
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            data = line.removesuffix(b"\n").removesuffix(b"\r")
-            try:
-                text = parse_json(data, "it", finite=False) if is_json else data.decode("utf-8")
-            except (ValueError, BadFile) as error:
-                kind = "JSON" if is_json else "text in UTF-8"
-                raise BadPrompt(
-                    f"text {number}: line {number + 1} of {path.name} is no {kind}: {error}"
-                ) from error
-            yield text
+    return check_prompts(texts) if is_token_row(texts) else texts
 
 
 def text_or_ids(item: Any, number: int) -> str | Row:
     """Returns the text or the token ids of an item of the texts, which may be a mapping."""
-    if isinstance(item, Mapping) and "text" not in item and "input_ids" not in item:
-        names = ", ".join(map(repr, item)) or "nothing"
-        raise BadPrompt(
-            f"text {number} has {names}, and neither 'text' nor 'input_ids': "
-            "give the column that is meant, as (row['content'] for row in texts)"
-        )
-    if isinstance(item, Mapping) and "text" in item:
-        item = item["text"]
+    if isinstance(item, Mapping):
+        if "text" in item:
+            item = item["text"]
+        elif "input_ids" not in item:
+            names = ", ".join(map(repr, item)) or "nothing"
+            raise BadPrompt(
+                f"text {number} has {names}, and neither 'text' nor 'input_ids': "
+                "give the column that is meant, as (row['content'] for row in texts)"
+            )
     try:
         return check_prompt(item, number)
     except BadPrompt as error:
@@ -253,7 +370,15 @@ def text_or_ids(item: Any, number: int) -> str | Row:
 
 
 def _tokenize(lm: LM, content: str | Row, number: int) -> Row:
-    ids = _encode(lm, content, number) if isinstance(content, str) else content
+    if not isinstance(content, str):
+        ids = content
+    elif lm.tokenizer is None:
+        raise BadPrompt(
+            f"text {number} is text, and this model came without a tokenizer: "
+            "give rows of token ids"
+        )
+    else:  # no warning about long texts
+        ids = tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()
     vocab = lm.sizes["vocab"]
     if vocab is not None:
         outside = [token_id for token_id in ids if not 0 <= token_id < vocab]
@@ -264,17 +389,6 @@ def _tokenize(lm: LM, content: str | Row, number: int) -> Row:
                 "texts its own tokens"
             )
     return ids
-
-
-def _encode(lm: LM, text: str, number: int) -> Row:
-    if lm.tokenizer is None:
-        raise BadPrompt(
-            f"text {number} is text, and this model came without a tokenizer: "
-            "give rows of token ids"
-        )
-    if not text:
-        return ()
-    return tuple(lm.tokenizer.encode(text, verbose=False))  # no warning about long texts
 
 
 def _fit_to_context(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:
@@ -316,80 +430,20 @@ def positions_of_row(ids: Sequence[int], where: Where, find: Callable[[At], Row]
     return positions
 
 
-def resolve_context(lm: LM, context: int | None) -> int | None:
-    """Returns the largest number of tokens of a sequence: `context`, or the model's own limit."""
-    if context is None:
-        return lm.context
-    if lm.context is not None and context > lm.context:
-        raise BadHook(
-            f"context={context} was asked for, and the model's is {lm.context}: give that or less"
-        )
-    return context
-
-
-# ---- windows and batches
-
-
-@dataclass(frozen=True)
-class Window:
-    """Successive sequences. `starts[i]` is the number of rows before those of sequence i."""
-
-    sequences: tuple[TokenSequence, ...]
-
-    @property
-    def starts(self) -> list[int]:
-        lengths = [len(sequence.positions) for sequence in self.sequences]
-        return [0, *accumulate(lengths)][:-1]
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of values: one for each kept position."""
-        return sum(len(sequence.positions) for sequence in self.sequences)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(sequence.ids) for sequence in self.sequences)
-
-    @property
-    def left_out(self) -> int:
-        return sum(sequence.left_out for sequence in self.sequences)
-
-
-def read_window(reader: TextReader, *, max_rows: float, max_tokens: int) -> Window | None:
-    """Reads sequences up to this many rows or tokens. Returns None after the last text."""
-    sequences: list[TokenSequence] = []
-    tokens = rows = 0
-    while tokens < max_tokens and rows < max_rows:
-        sequence = reader.read()
-        if sequence is None:
-            break
-        sequences.append(sequence)
-        tokens += len(sequence.ids)
-        rows += len(sequence.positions)
-    return Window(tuple(sequences)) if sequences else None
-
-
-def batches(window: Window, max_tokens: int, *, one_length: bool = False) -> list[list[int]]:
-    """Returns batches of indices into the window's sequences, the longest sequences first.
-
-    A batch has at most `max_tokens` tokens with padding; a longer sequence has a batch of its own.
-    With `one_length`, for models that take no mask, all sequences of a batch are equally long.
-    """
-    lengths = [len(sequence.ids) for sequence in window.sequences]
-    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    result: list[list[int]] = []
-    for index in longest_first:
-        if result and _fits(result[-1], index, lengths, max_tokens, one_length):
-            result[-1].append(index)
-        else:
-            result.append([index])
-    return result
-
-
-def _fits(
-    batch: list[int], index: int, lengths: list[int], max_tokens: int, one_length: bool
-) -> bool:
-    width = lengths[batch[0]]
-    if one_length and width != lengths[index]:
-        return False
-    return width * (len(batch) + 1) <= max_tokens
+def token_columns(sequences: Iterable[TokenSequence]) -> dict[str, Tensor]:
+    """Returns the columns of the sequences' rows, and all their tokens: `COLUMNS` and `TOKENS`."""
+    columns: dict[str, list[int]] = {name: [] for name in COLUMN_DTYPES}
+    columns["starts"].append(0)
+    for number, sequence in enumerate(sequences):
+        count = len(sequence.positions)
+        columns["text"] += [sequence.text] * count
+        columns["piece"] += [sequence.piece] * count
+        columns["pos"] += sequence.positions
+        columns["token"] += [sequence.ids[position] for position in sequence.positions]
+        columns["read"] += [number] * count
+        columns["ids"] += sequence.ids
+        columns["starts"].append(len(columns["ids"]))
+    tensors: dict[str, Tensor] = {}
+    for name, column in columns.items():
+        tensors[name] = torch.tensor(column, dtype=COLUMN_DTYPES[name])
+    return tensors

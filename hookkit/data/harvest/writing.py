@@ -5,28 +5,30 @@ equal, byte for byte, to those of a harvest without interruption.
 """
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...arguments import check_arguments, check_folder
+from ...arguments import check_arguments
 from ...errors import BadHook, EmptySelection, HarvestChanged
-from ...files.atomic import lock_folder
+from ...files.atomic import lock_folder, write_tensors
+from ...files.untrusted import check_folder
 from ...models.lm import LM
-from ...models.positions import PosLike, Where, read_position
+from ...models.positions import PosLike
 from ...models.sites import AnySite, SitesLike
-from ...runs.engines.actors import run_steps
+from ...runs.engines.actors import Step, Steps, run_steps
 from ...runs.engines.ray import EngineLike, Ray, read_engine
-from ...runs.engines.work import Step, Steps
 from .folder import (
     FORMAT,
+    SHARD,
     End,
     Shard,
     append_to_index,
@@ -34,24 +36,10 @@ from .folder import (
     finish_index,
     prepare_folder,
     read_index,
-    token_columns,
-    write_shard,
 )
 from .harvest import Harvest, open_harvest
-from .stored_values import Batch, Progress, ValueComputation, ValueKind, probe_sites, row_numbers
-from .texts import (
-    LOOK_AHEAD,
-    Long,
-    Rules,
-    TextReader,
-    TextsLike,
-    Unfit,
-    Window,
-    batches,
-    count_texts,
-    read_window,
-    resolve_context,
-)
+from .stored_values import Progress, ValueComputation, ValueKind, probe_sites
+from .texts import Batch, Long, TextReader, TextsLike, Unfit, Window, read_rules, token_columns
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -101,20 +89,18 @@ def harvest(
     (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
     ray = read_engine(engine, lm)
-    context = resolve_context(lm, context)
-    rules = Rules(Where(read_position(pos)), context, long, unfit)
+    rules = read_rules(lm, pos, context, long, unfit, batch_tokens)
     kinds = _stored_kinds(probe_sites(lm, sites, "a harvest"), dtype)
     if shard_size is None:
         shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
-    for name, value in (("batch_tokens", batch_tokens), ("shard_size", shard_size)):
-        if value < 1:
-            raise BadHook(f"{name}={value!r}: give 1 or more")
+    if shard_size < 1:
+        raise BadHook(f"shard_size={shard_size!r}: give 1 or more")
     settings = {
         "format": FORMAT,
         "model": describe_model(lm),
-        "sites": _kinds_as_json(kinds),
+        "sites": {str(site): kind.as_json() for site, kind in kinds.items()},
         "pos": repr(rules.where.pos),
-        "context": context,
+        "context": rules.context,
         "long": long,
         "unfit": unfit,
         "batch_tokens": batch_tokens,
@@ -123,12 +109,12 @@ def harvest(
     path, reader = check_folder(folder), TextReader(lm, texts, rules)
     progress = progress and lm.is_writer
     lock = lock_folder(path, "is writing the harvest") if lm.is_writer else nullcontext()
-    with lock, Progress(count_texts(texts) if progress else None, progress) as bar:
+    with lock, Progress(reader, progress) as bar:
         if lm.is_writer:
             prepare_folder(path, settings)
-        HarvestWriter(lm, kinds, path, reader, batch_tokens, shard_size, bar).run(ray)
+        HarvestWriter(lm, kinds, path, reader, shard_size, bar).run(ray)
     if lm.ranks is not None:
-        lm.ranks.together()
+        lm.ranks.gather_values(None)  # waits for every rank
     return open_harvest(path)
 
 
@@ -148,132 +134,98 @@ def _stored_kinds(
     return result
 
 
-def _kinds_as_json(kinds: dict[AnySite, ValueKind]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for site, kind in kinds.items():
-        dtype = str(kind.dtype).removeprefix("torch.")
-        result[str(site)] = {"shape": list(kind.shape), "dtype": dtype}
-    return result
-
-
-@dataclass(eq=False)
-class ShardQueue:
-    """Writes shards in a thread: at most one is written while the next one is computed.
-
-    Owned by `HarvestWriter.run`.
-    """
-
-    thread: ThreadPoolExecutor
-    has_shards: bool = False
-    _last: Future[None] | None = None
-
-    def submit(self, write: Callable[[], None]) -> None:
-        self.wait()
-        self._last, self.has_shards = self.thread.submit(write), True
-
-    def wait(self) -> None:
-        """Waits until the last shard is written. Raises the error of the thread if it failed."""
-        if self._last is not None:
-            self._last.result()
-
-
 @dataclass(eq=False)
 class HarvestWriter:
     """Computes and writes the shards of a harvest, one after another.
 
-    Every shard has the next windows of texts. `harvest` owns the writer.
+    Every shard has the next windows of texts. A thread writes a shard while the next one is
+    computed. `harvest` owns the writer.
     """
 
     lm: LM
     kinds: dict[AnySite, ValueKind]
     folder: Path
     reader: TextReader
-    batch_tokens: int
     shard_size: int
     progress: Progress
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _last_write: Future[None] | None = None
 
     def run(self, engine: Ray | None) -> None:
         """Makes the missing shards and finishes the index."""
         shards, end, exists = self._read_progress()
         work = ValueComputation(self.lm, self.kinds, self.reader.rules.where)
-        with ThreadPoolExecutor(1) as thread:  # leaving the block waits until a shard is written
-            queue = ShardQueue(thread)
-            run_steps(engine, self.lm, work, self._steps(shards, exists, end, queue))
-            queue.wait()
-        self._finish(bool(shards) or queue.has_shards, end)
+        with self._thread:  # leaving the block waits until a shard is written
+            run_steps(engine, self.lm, work, self._steps(shards, exists, end))
+            self._wait()
+        self._finish(bool(shards) or self._last_write is not None, end)
 
     def _read_progress(self) -> tuple[list[Shard], End | None, list[bool]]:
         """Returns the index and whether each shard exists, as the writing process sees them."""
         shards, end = read_index(self.folder) if self.lm.is_writer else ([], None)
         result = shards, end, [shard.exists(self.folder) for shard in shards]
-        return result if self.lm.ranks is None else self.lm.ranks.first(result)
+        return result if self.lm.ranks is None else self.lm.ranks.gather_values(result)[0]
 
-    def _steps(
-        self, shards: list[Shard], exists: list[bool], end: End | None, queue: ShardQueue
-    ) -> Steps:
-        """Yields the steps of one shard after another, and skips the shards that exist."""
+    def _steps(self, shards: list[Shard], exists: list[bool], end: End | None) -> Steps:
         for number, shard in enumerate(shards):
             if exists[number]:
                 self.reader.skip(shard.text, shard.piece, shard.stream)
                 yield Step(None, lambda _, text=shard.text: self.progress.skip_to(text))
                 continue
-            is_complete = yield from self._shard(number, shard, queue)
+            is_complete = yield from self._shard(number, shard)
             if not is_complete:
                 raise HarvestChanged(
                     f"the folder has a harvest of {shard.text + 1} texts or more, and only "
                     f"{self.reader.text + 1} were given: give the same texts to go on, or another "
                     "folder"
                 )
-        if end is not None:
-            return
         number = len(shards)
-        while (yield from self._shard(number, None, queue)):
+        while end is None and (yield from self._shard(number, None)):
             number += 1
 
-    def _shard(
-        self, number: int, expected: Shard | None, queue: ShardQueue
-    ) -> Generator[Step, None, bool]:
+    def _shard(self, number: int, expected: Shard | None) -> Generator[Step, None, bool]:
         """Yields the steps of a shard. Returns False, without a shard, after the last text."""
         windows: list[Window] = []
         values: list[dict[AnySite, Tensor]] = []
         rows = 0
         while rows < self.shard_size:
-            max_tokens = LOOK_AHEAD * self.batch_tokens
-            max_rows = self.shard_size - rows
-            window = read_window(self.reader, max_rows=max_rows, max_tokens=max_tokens)
+            window = self.reader.read_window(self.shard_size - rows)
             if window is None:
                 break
             windows.append(window)
-            values.append(self._empty_values(window))
-            yield from self._window(window, values[-1])
+            values.append({})
+            for site, kind in self.kinds.items():
+                values[-1][site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
+            for batch in window.batches(self.reader.rules):
+                yield Step(batch, partial(self._store, values[-1], batch))
+            yield Step(
+                None, lambda _, text=window.sequences[-1].text: self.progress.advance_to(text)
+            )
             rows += window.rows
         if not windows:
             return False
-        write = partial(self._write, number, expected, windows, values)
-        yield Step(None, lambda _: queue.submit(write))
+        yield Step(None, lambda _: self._submit(number, expected, windows, values))
         return True
 
-    def _empty_values(self, window: Window) -> dict[AnySite, Tensor]:
-        values: dict[AnySite, Tensor] = {}
-        for site, kind in self.kinds.items():
-            values[site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
-        return values
+    def _store(
+        self,
+        values_of_site: dict[AnySite, Tensor],
+        batch: Batch,
+        batch_values: dict[AnySite, Tensor],
+    ) -> None:
+        rows = batch.rows
+        for site, values in batch_values.items():
+            values_of_site[site][rows] = values
+        self.progress.add(batch)
 
-    def _window(self, window: Window, values_of_site: dict[AnySite, Tensor]) -> Steps:
-        """Yields the steps that fill in the values of a window, in the order of the texts."""
-        starts = window.starts
+    def _submit(self, *shard: Any) -> None:
+        self._wait()
+        self._last_write = self._thread.submit(self._write, *shard)
 
-        def store(batch_values: dict[AnySite, Tensor], batch: list[int]) -> None:
-            sequences = [window.sequences[index] for index in batch]
-            rows = row_numbers(sequences, [starts[index] for index in batch])
-            for site, values in batch_values.items():
-                values_of_site[site][rows] = values
-            self.progress.add(window, batch)
-
-        for batch in batches(window, self.batch_tokens, one_length=self.lm.config is None):
-            sequences = tuple(window.sequences[index] for index in batch)
-            yield Step(Batch(sequences), partial(store, batch=batch))
-        yield Step(None, lambda _: self.progress.advance_to(window.sequences[-1].text))
+    def _wait(self) -> None:
+        """Waits until the last shard is written. Raises the error of the thread if it failed."""
+        if self._last_write is not None:
+            self._last_write.result()
 
     def _write(
         self,
@@ -285,20 +237,22 @@ class HarvestWriter:
         """Writes a shard, and adds it to the index or compares it with its line there."""
         if not self.lm.is_writer:
             return
-        tensors = token_columns(windows)
+        sequences = list(chain.from_iterable(window.sequences for window in windows))
+        tensors = token_columns(sequences)
         for site in self.kinds:
             tensors[str(site)] = torch.cat([window_values.pop(site) for window_values in values])
-        last = windows[-1].sequences[-1]
-        shard = write_shard(
-            self.folder,
-            number,
-            tensors,
-            rows=sum(window.rows for window in windows),
-            tokens=sum(window.tokens for window in windows),
+        file, last = SHARD.format(number), sequences[-1]
+        size, sha256 = write_tensors(self.folder / file, tensors, tidy=False)
+        shard = Shard(
+            file,
+            rows=len(tensors["text"]),
+            tokens=len(tensors["ids"]),
             left_out=sum(window.left_out for window in windows),
             text=last.text,
             piece=last.piece,
             stream=last.stream,
+            bytes=size,
+            sha256=sha256,
         )
         if expected is None:
             append_to_index(self.folder, shard)

@@ -1,26 +1,29 @@
 """Finds the sites of attention by value: which projections give what attention multiplies."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..attention import compute_scores_and_pattern
 from ..families.schema import ModuleLocation
 from ..families.shared import NOT_ROTARY, OWN_ATTENTION
-from .dry_run import FunctionCall, ModuleCall, Recording
-from .matching import Match, equal_values, find_heads, is_flat, scale_factor
+from .dry_run import ROWS, WIDTH, FunctionCall, ModuleCall, by_token
+from .matching import Match, equal_values, find_heads, scale_factor
 
 HEADED = ("q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z")
 UNPROVED = "hookkit could not prove where it is: "
 
+FoundSites: TypeAlias = dict[str, ModuleLocation | str]
+"""By site: its location, or the reason why it has none."""
+
 
 @dataclass
 class Attention:
-    """The attention of one block: its call, the tensors in it, and where its sites are.
+    """The attention of one block: its call, and the tensors in it.
 
-    Query, key and value are [batch, head, pos, d_head].
+    Query, key and value are [batch, head, pos, d_head]. `weighted_values` [batch, pos, (head
+    d_head)] is the pattern times the values.
     """
 
     call: ModuleCall
@@ -28,124 +31,132 @@ class Attention:
     query: Tensor
     key: Tensor
     value: Tensor
-    scores: Tensor | None
-    pattern: Tensor | None
+    weighted_values: Tensor | None
+    has_scores: bool  # interception reaches its softmax, by head
     sizes: dict[str, int | None] = field(default_factory=dict)
-    locations: dict[str, ModuleLocation] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    output_projection: ModuleCall | None = None
-    has_head_axis: bool = True  # scores and pattern are [batch, head, query, key] in the model
     repeats_keys: bool = False  # attention receives keys and values repeated for each query head
     rotates: bool = True  # q_rot and k_rot differ from q and k
 
+    @property
+    def projections(self) -> list[ModuleCall]:
+        return [call for call in self.call.inner if call.is_linear and call.runs_once]
 
-def find_attention(recording: Recording, block: ModuleCall) -> Attention | str:
-    """Returns the attention of a block with its locations, or the reason why there is none."""
-    attentions = _interface_attentions(recording, block) or _own_attentions(recording, block)
+
+def find_attention(block: ModuleCall) -> Attention | str:
+    """Returns the attention of a block, or the reason why there is none."""
+    attentions = _interface_attentions(block) or _own_attentions(block)
     if not attentions:
         return "no attention (a softmax of queries by keys) was seen in this block"
     if len(attentions) > 1:
         return f"this block has {len(attentions)} attentions, and one is meant"
-    (attention,) = attentions
-    if not recording.runs_once(attention.call):
+    if not attentions[0].call.runs_once:
         return (
             "the module of this block's attention runs in several blocks, so that its calls cannot "
             "be told apart"
         )
+    return attentions[0]
+
+
+def locate_attention_sites(attention: Attention, attention_error: str) -> FoundSites:
+    """Returns the sites of an attention. `attention_error` is why it was not intercepted."""
     _measure_heads(attention)
-    _locate_projections(recording, attention)
-    _locate_rotated(attention)
-    _locate_input(recording, attention)
-    _locate_z(recording, attention)
-    _locate_scores(recording, attention)
-    return attention
+    sites = _locate_projections(attention)
+    sites |= locate_rotated_sites(attention)
+    sites["attn_in"] = _locate_input(attention)
+    sites["z"] = _locate_z(attention)
+    for name in ("scores", "pattern"):
+        sites[name] = ModuleLocation(attention.call.path, "inside", name)
+        if not attention.has_scores:
+            reason = "the softmax of this attention was not seen, or not by head"
+            sites[name] = UNPROVED + (attention_error or reason)
+    return sites
 
 
-def _interface_attentions(recording: Recording, block: ModuleCall) -> list[Attention]:
+def _interface_attentions(block: ModuleCall) -> list[Attention]:
     """Returns the attentions that call transformers' AttentionInterface."""
     attentions = []
-    for call in recording.calls_within(block):
+    for call in block.inner:
         tensors = call.attention_tensors
-        if "query" in tensors:
-            query, key, value = tensors["query"], tensors["key"], tensors["value"]
-            scores, pattern = tensors.get("scores"), tensors.get("pattern")
-            attentions.append(Attention(call, "interface", query, key, value, scores, pattern))
+        if "query" not in tensors:
+            continue
+        query, key, value = tensors["query"], tensors["key"], tensors["value"]
+        weighted_values = None
+        if "pattern" in tensors:
+            values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+            weighted_values = _join_heads(tensors["pattern"].double() @ values.double())
+        attention = Attention(
+            call, "interface", query, key, value, weighted_values, has_scores="scores" in tensors
+        )
+        attentions.append(attention)
     return attentions
 
 
-def _own_attentions(recording: Recording, block: ModuleCall) -> list[Attention]:
+def _join_heads(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).flatten(2)
+
+
+def _own_attentions(block: ModuleCall) -> list[Attention]:
     """Returns the attentions that a family computes in its own code."""
     attentions = []
-    for call in (block, *recording.calls_within(block)):
-        for function_call in call.function_calls:
-            if not _is_attention(function_call, recording):
-                continue
-            owner = _enclosing_with_projections(recording, call)
-            if owner is None or block not in owner.enclosing:
-                continue
-            if function_call.kind == "fused":
-                attention = _from_fused(owner, function_call)
-            else:
-                attention = _from_softmax(recording, owner, function_call)
-            if attention is not None:
-                attentions.append(attention)
+    for function_call in block.function_calls:
+        if not _is_attention(function_call):
+            continue
+        owner = _enclosing_with_projections(function_call.owner)
+        if owner is None or block not in owner.enclosing:
+            continue
+        if function_call.kind == "fused":
+            attention = _from_fused(owner, function_call)
+        else:
+            attention = _from_softmax(owner, function_call)
+        if attention is not None:
+            attentions.append(attention)
     return attentions
 
 
-def _is_attention(function_call: FunctionCall, recording: Recording) -> bool:
+def _is_attention(function_call: FunctionCall) -> bool:
     """True for a softmax over keys, or torch's fused attention."""
     if function_call.kind == "fused":
-        return len(function_call.inputs) >= 3
+        return len(function_call.inputs) >= 3 and function_call.inputs[0].ndim == 4
     shape = function_call.output.shape
-    if function_call.kind != "softmax" or shape[-2:] != (recording.width, recording.width):
+    if function_call.kind != "softmax" or shape[-2:] != (WIDTH, WIDTH):
         return False
     if len(shape) == 4:
-        return shape[0] == recording.rows
-    return len(shape) == 3 and shape[0] > recording.rows
+        return shape[0] == ROWS
+    return len(shape) == 3 and shape[0] > ROWS
 
 
-def _enclosing_with_projections(recording: Recording, call: ModuleCall) -> ModuleCall | None:
+def _enclosing_with_projections(call: ModuleCall) -> ModuleCall | None:
     """Returns the innermost call around a call, or itself, that contains a linear map."""
     for candidate in (call, *reversed(call.enclosing)):
-        if any(inner.is_linear for inner in recording.calls_within(candidate)):
+        if any(inner.is_linear for inner in candidate.inner):
             return candidate
     return None
 
 
-def _from_fused(owner: ModuleCall, fused: FunctionCall) -> Attention | None:
-    query, key, value, *further = fused.inputs
-    if query.ndim != 4:
-        return None
-    wide_key, wide_value = key, value
-    shared = query.shape[1] // key.shape[1]
-    if shared > 1:
-        wide_key = key.repeat_interleave(shared, dim=1)
-        wide_value = value.repeat_interleave(shared, dim=1)
-    settings = {name: setting for name, setting in fused.keywords.items() if name != "enable_gqa"}
-    tensors = compute_scores_and_pattern(query, wide_key, wide_value, *further, **settings)
-    return Attention(owner, "own", query, key, value, tensors["scores"], tensors["pattern"])
+def _from_fused(owner: ModuleCall, fused: FunctionCall) -> Attention:
+    query, key, value = fused.inputs[:3]
+    is_grouped = key.shape[1] not in (1, query.shape[1])  # interception does not support this
+    has_scores = not is_grouped and _comes_first(owner, fused)
+    return Attention(owner, "own", query, key, value, _join_heads(fused.output), has_scores)
 
 
-def _from_softmax(
-    recording: Recording, owner: ModuleCall, softmax: FunctionCall
-) -> Attention | None:
+def _from_softmax(owner: ModuleCall, softmax: FunctionCall) -> Attention | None:
     """Reads query, key and value from the two matrix products around a softmax."""
-    rows, width = recording.rows, recording.width
+    index = owner.function_calls.index(softmax)
     score_product = value_product = None
-    for product in recording.function_calls_within(owner):
-        if product.kind != "product" or len(product.inputs) < 2:
-            continue
-        if product.start < softmax.start and product.output.shape[-2:] == (width, width):
+    for product in owner.function_calls[:index]:
+        if _is_product(product) and product.output.shape[-2:] == (WIDTH, WIDTH):
             score_product = product  # the last one counts
-        weights = product.inputs[-2]
-        follows = value_product is None and product.start > softmax.start
-        if follows and equal_values(weights, softmax.output.to(weights.dtype)):
-            value_product = product
+    for product in reversed(owner.function_calls[index:]):
+        if _is_product(product):
+            weights = product.inputs[-2]
+            if equal_values(weights, softmax.output.to(weights.dtype)):
+                value_product = product
     if score_product is None or value_product is None:
         return None
 
     def with_head_axis(tensor: Tensor) -> Tensor:
-        return tensor.reshape(rows, -1, *tensor.shape[-2:])
+        return tensor.reshape(ROWS, -1, *tensor.shape[-2:])
 
     return Attention(
         owner,
@@ -153,10 +164,19 @@ def _from_softmax(
         query=with_head_axis(score_product.inputs[-2]),
         key=with_head_axis(score_product.inputs[-1].transpose(-1, -2)),
         value=with_head_axis(value_product.inputs[-1]),
-        scores=with_head_axis(softmax.inputs[0]),
-        pattern=with_head_axis(softmax.output),
-        has_head_axis=softmax.output.ndim == 4,
+        weighted_values=_join_heads(with_head_axis(value_product.output)),
+        has_scores=softmax.output.ndim == 4 and _comes_first(owner, softmax),
     )
+
+
+def _is_product(function_call: FunctionCall) -> bool:
+    return function_call.kind == "product" and len(function_call.inputs) >= 2
+
+
+def _comes_first(owner: ModuleCall, function_call: FunctionCall) -> bool:
+    """True for the first softmax of a module, which is the one that interception reaches."""
+    softmaxes = [call for call in owner.function_calls if call.kind in ("softmax", "fused")]
+    return softmaxes[0] is function_call
 
 
 def _measure_heads(attention: Attention) -> None:
@@ -166,7 +186,7 @@ def _measure_heads(attention: Attention) -> None:
     if key_heads != kv_heads:
         attention.repeats_keys = True
         attention.key = attention.key[:, :: key_heads // kv_heads]
-        attention.value = attention.value[:, :: attention.value.shape[1] // kv_heads]
+        attention.value = attention.value[:, :: key_heads // kv_heads]
     d_qk, d_v = attention.query.shape[-1], attention.value.shape[-1]
     attention.sizes = {
         "head": heads,
@@ -180,107 +200,92 @@ def _measure_heads(attention: Attention) -> None:
 
 
 def _count_distinct_heads(key: Tensor, value: Tensor) -> int:
-    """Returns the number of heads [batch, head, …] that differ."""
-    heads = key.shape[1]
-    for count in range(1, heads):
-        repeats = heads // count
-        if heads % count == 0 and _repeats(key, repeats) and _repeats(value, repeats):
-            return count
-    return heads
+    """Returns the number of heads [batch, head, …] that are no copy of the head before them."""
+    count = key.shape[1]
+    for head in range(1, key.shape[1]):
+        if all(torch.equal(tensor[:, head], tensor[:, head - 1]) for tensor in (key, value)):
+            count -= 1
+    return count
 
 
-def _repeats(tensor: Tensor, repeats: int) -> bool:
-    """True if each head is followed by copies of itself, `repeats` in all."""
-    groups = tensor.unflatten(1, (-1, repeats))
-    return torch.equal(groups, groups[:, :, :1].expand_as(groups))
-
-
-def _locate_projections(recording: Recording, attention: Attention) -> None:
+def _locate_projections(attention: Attention) -> FoundSites:
     """Locates q, k and v. Sets `rotates` if q or k are transformed before they are multiplied."""
-    tensors = {"q": attention.query, "k": attention.key, "v": attention.value}
+    sites: FoundSites = {}
     transformed = {"q": True, "k": True}
-    for name, tensor in tensors.items():
-        projection = _find_projection(
-            recording, attention, tensor.transpose(1, 2), rotates=name != "v"
-        )
+    for name, tensor in (("q", attention.query), ("k", attention.key), ("v", attention.value)):
+        projection = _find_projection(attention, tensor.transpose(1, 2), rotates=name != "v")
         if projection is None:
             class_name = type(attention.call.module).__name__
-            attention.missing[name] = (
-                f"{UNPROVED}no projection in {class_name} gives what attention multiplies"
-            )
+            sites[name] = f"{UNPROVED}no projection in {class_name} gives what attention multiplies"
             continue
         call, heads = projection
         transformed[name] = heads.transformed
-        if recording.by_token(call.output) is not None:
-            attention.locations[name] = ModuleLocation(
-                call.path, cut=heads.cut, part=heads.part, flat=is_flat(call.output)
-            )
+        if call.output_by_token is not None:
+            sites[name] = call.location(cut=heads.cut, part=heads.part)
         elif name == "v" and attention.style == "interface" and not heads.transformed:
-            attention.locations[name] = ModuleLocation(attention.call.path, "inside", "value")
+            sites[name] = ModuleLocation(attention.call.path, "inside", "value")
         else:
-            attention.missing[name] = (
+            sites[name] = (
                 f"the output of its projection {call.name!r}, where it stands, "
                 "is not [batch, pos, …]"
             )
     attention.rotates = transformed["q"] or transformed["k"]
+    return sites
 
 
-def _locate_rotated(attention: Attention) -> None:
-    names: tuple[tuple[Literal["q_rot", "k_rot"], str], ...] = (
-        ("q_rot", "query"),
-        ("k_rot", "key"),
-    )
-    for name, item in names:
-        if not attention.rotates:
-            attention.missing[name] = NOT_ROTARY[name]
-        elif attention.style == "own":
-            attention.missing[name] = OWN_ATTENTION[name]
-        elif name == "k_rot" and attention.repeats_keys:
-            attention.missing[name] = (
-                UNPROVED + "keys are repeated for each query's head before attention is given them"
-            )
-        else:
-            attention.locations[name] = ModuleLocation(attention.call.path, "inside", item)
+def locate_rotated_sites(attention: Attention) -> FoundSites:
+    """Returns q_rot and k_rot."""
+    if not attention.rotates:
+        return {**NOT_ROTARY}
+    if attention.style == "own":
+        return {**OWN_ATTENTION}
+    path = attention.call.path
+    sites: FoundSites = {
+        "q_rot": ModuleLocation(path, "inside", "query"),
+        "k_rot": ModuleLocation(path, "inside", "key"),
+    }
+    if attention.repeats_keys:
+        sites["k_rot"] = (
+            UNPROVED + "keys are repeated for each query's head before attention is given them"
+        )
+    return sites
 
 
 def _find_projection(
-    recording: Recording, attention: Attention, target: Tensor, *, rotates: bool
+    attention: Attention, target: Tensor, *, rotates: bool
 ) -> tuple[ModuleCall, Match] | None:
-    """Returns the projection that heads [batch, pos, head, d_head] come from, and where in it."""
-    for call in _projections(recording, attention):
-        output = _projection_output(recording, call.output)
-        if output is None:
-            continue
-        heads = find_heads(output, target, attention.sizes, rotates)
-        if heads is not None:
-            return call, heads
-    return _find_projection_before_norm(recording, attention, target, rotates=rotates)
+    """Returns the projection that heads [batch, pos, head, d_head] come from, and where in it.
 
-
-def _find_projection_before_norm(
-    recording: Recording, attention: Attention, target: Tensor, *, rotates: bool
-) -> tuple[ModuleCall, Match] | None:
-    for call in recording.calls_within(attention.call):
-        if call.is_linear or recording.calls_within(call):
-            continue
-        before, after = _as_heads(call.input, target), _as_heads(call.output, target)
-        if before is None or after is None or equal_values(before, target):
-            continue
-        compared = slice(0, 1) if rotates else slice(None)
-        if scale_factor(after[:, compared], target[:, compared]) is None:
-            continue
-        projection = _find_projection(recording, attention, before, rotates=rotates)
-        if projection is not None:
-            linear, heads = projection
-            return linear, Match(heads.cut, heads.part, transformed=True)
+    A norm may act between the projection and the heads.
+    """
+    for heads in _heads_before_norms(attention, target, rotates):
+        for call in attention.projections:
+            output = call.output
+            if output is not None and output.ndim == 4 and output.shape[1] == 1:  # a single head
+                output = output[:, 0]
+            match = find_heads(by_token(output), heads, attention.sizes, rotates)
+            if match is not None:
+                is_transformed = match.transformed or heads is not target
+                return call, replace(match, transformed=is_transformed)
     return None
 
 
-def _projection_output(recording: Recording, tensor: Tensor | None) -> Tensor | None:
-    """Returns a projection's output as [batch, pos, …], also for one head [batch, 1, pos, …]."""
-    if tensor is not None and tensor.ndim == 4 and tensor.shape[1] == 1:
-        tensor = tensor[:, 0]
-    return recording.by_token(tensor)
+def _heads_before_norms(attention: Attention, target: Tensor, rotates: bool) -> list[Tensor]:
+    """Returns the heads, then what they were before each module (such as a norm) that acts on them.
+
+    A rotation may follow these modules.
+    """
+    compared = slice(0, 1) if rotates else slice(None)
+    stages = [target]
+    for call in reversed(attention.call.inner):
+        before, after = _as_heads(call.input, target), _as_heads(call.output, target)
+        if call.is_linear or before is None or after is None or equal_values(before, after):
+            continue
+        for heads in stages:
+            if scale_factor(after[:, compared], heads[:, compared]) is not None:
+                stages.append(before)
+                break
+    return stages
 
 
 def _as_heads(tensor: Tensor | None, target: Tensor) -> Tensor | None:
@@ -293,80 +298,31 @@ def _as_heads(tensor: Tensor | None, target: Tensor) -> Tensor | None:
     return tensor.reshape(target.shape)
 
 
-def _projections(recording: Recording, attention: Attention) -> list[ModuleCall]:
-    calls = recording.calls_within(attention.call)
-    return [call for call in calls if call.is_linear and recording.runs_once(call)]
+def _locate_input(attention: Attention) -> ModuleLocation | str:
+    value = attention.call.input_by_token
+    for projection in attention.projections:
+        if equal_values(projection.input, value):
+            return attention.call.location("input")
+    return UNPROVED + "no projection of attention reads what the module is given first"
 
 
-def _locate_input(recording: Recording, attention: Attention) -> None:
-    call = attention.call
-    value = recording.by_token(call.input)
-    projections = _projections(recording, attention)
-    if value is None or not any(equal_values(linear.input, value) for linear in projections):
-        attention.missing["attn_in"] = (
-            UNPROVED + "no projection of attention reads what the module is given first"
-        )
-        return
-    attention.locations["attn_in"] = ModuleLocation(call.path, "input", flat=is_flat(call.input))
-
-
-def _locate_z(recording: Recording, attention: Attention) -> None:
+def _locate_z(attention: Attention) -> ModuleLocation | str:
     """Locates z at the input of the last projection, if it reads the heads' weighted values."""
-    projections = _projections(recording, attention)
-    if projections:
-        last = attention.output_projection = projections[-1]
-        weighted = recording.by_token(last.input)
-        if weighted is not None and _are_weighted_values(attention, weighted):
-            same_width = attention.sizes["d_qk"] == attention.sizes["d_v"]
-            head_width = "d_head" if same_width else "d_v"
-            attention.locations["z"] = ModuleLocation(
-                last.path, "input", cut=f"head {head_width}", flat=is_flat(last.input)
-            )
-            return
-    attention.missing["z"] = (
-        UNPROVED + "the last projection of attention does not read the heads' outputs in order"
-    )
+    for last in attention.projections[-1:]:
+        if _are_weighted_values(attention, last.input_by_token):
+            return last.location("input", cut="head d_head")
+    return UNPROVED + "the last projection of attention does not read the heads' outputs in order"
 
 
-def _are_weighted_values(attention: Attention, tensor: Tensor) -> bool:
+def _are_weighted_values(attention: Attention, tensor: Tensor | None) -> bool:
     """True if a tensor [batch, pos, …] is pattern times value by head.
 
     It may be gated or normed afterwards, which does not change the signs.
     """
-    heads, d_head = attention.query.shape[1], attention.value.shape[-1]
-    if tensor.shape[-1] != heads * d_head or attention.pattern is None:
+    expected = attention.weighted_values
+    if tensor is None or expected is None or tensor.shape != expected.shape:
         return False
-    repeats = heads // attention.value.shape[1]
-    value = attention.value.repeat_interleave(repeats, dim=1).double()
-    expected = (attention.pattern.double() @ value).transpose(1, 2).flatten(2)
     if scale_factor(tensor, expected) is not None:
         return True
-    equal_signs = expected.sign() == tensor.double().sign()
+    equal_signs = expected.sign() == tensor.sign()
     return float(equal_signs.double().mean()) > 0.98
-
-
-def _locate_scores(recording: Recording, attention: Attention) -> None:
-    """Locates scores and pattern, if interception would reach this attention's softmax."""
-    reachable = attention.has_head_axis and _softmax_comes_first(recording, attention)
-    for name, tensor in (("scores", attention.scores), ("pattern", attention.pattern)):
-        if tensor is not None and reachable:
-            attention.locations[name] = ModuleLocation(attention.call.path, "inside", name)
-        else:
-            reason = "the softmax of this attention was not seen, or not by head"
-            attention.missing[name] = UNPROVED + (recording.attention_error or reason)
-
-
-def _softmax_comes_first(recording: Recording, attention: Attention) -> bool:
-    """True if the attention's softmax is the first one in its module."""
-    if attention.style == "interface":
-        return True
-    for function_call in recording.function_calls_within(attention.call):
-        if function_call.kind == "fused":
-            query, key = function_call.inputs[:2]
-            return key.shape[1] in (
-                1,
-                query.shape[1],
-            )  # interception does not support grouped heads
-        if function_call.kind == "softmax":
-            return equal_values(function_call.output, attention.pattern)
-    return False

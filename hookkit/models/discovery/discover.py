@@ -7,25 +7,32 @@ that says why there are no sites.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families.schema import Family, ModuleLocation, SizeCorrections
+from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES
-from ..layout import Layout, family_of, non_decoder_family
+from ..layout import Layout
 from ..sites import AXES, SITES_WITHOUT_LAYER
-from .attention_sites import HEADED, UNPROVED, find_attention
-from .dry_run import ModuleCall, Recording, dry_run
+from .attention_sites import (
+    HEADED,
+    UNPROVED,
+    FoundSites,
+    find_attention,
+    locate_attention_sites,
+    locate_rotated_sites,
+)
+from .dry_run import ROWS, WIDTH, ModuleCall, Recording, dry_run
 from .matching import equal_values, is_sum, scale_factor
 from .mlp_sites import locate_mlp_sites
 from .residual_sites import Block, locate_residual_sites
 
 LAYER_SITES = tuple(name for name in AXES if name not in SITES_WITHOUT_LAYER)
+MODULES = "name its modules with hk.module(path)"
 NOT_SEEN = UNPROVED + "nothing like it was seen"
-ROWS, WIDTH = 2, 7  # of the token ids of the dry run
 
 Findings = Mapping[int, Block | str]
 """By the number of a block: what was found in it, or the reason why nothing was."""
@@ -37,31 +44,51 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     `head` is the path of the output embedding, or None. Encoders, encoder-decoders and models
     without a head get the sites that they have, and the reason why others are missing.
     """
-    without_decoder = non_decoder_family(model, config, head)
-    if without_decoder is not None:
-        return without_decoder
-    family = family_of(config, head)
-    is_in_table = getattr(config, "model_type", None) in FAMILIES
-    if head is None or is_in_table or not _is_causal(model):
-        return family
+    kind, model_type = type(model).__name__, getattr(config, "model_type", None)
+    is_causal_lm = kind.endswith("ForCausalLM")
+    if getattr(config, "is_encoder_decoder", False):
+        reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
+        return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
+    if head is None:
+        reason = "the model has no unembedding head"
+        if model_type is not None and not is_causal_lm:
+            reason += f": it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
+        else:
+            reason += f" (a ...ForCausalLM has one); {MODULES}"
+        return Family("module", {}, dict.fromkeys(AXES, reason))
+    row = FAMILIES.get(str(model_type))
+    if row is not None:
+        return replace(row if isinstance(row, Family) else row(config), name=model_type)
+    if not is_causal_lm and getattr(config, "is_decoder", None) is False:
+        reason = (
+            f"{kind} is an encoder, and named sites beside head and logits are those of decoders; "
+            f"{MODULES}"
+        )
+    else:
+        family = _try_discovery(model, config)
+        if isinstance(family, Family):
+            return family
+        reason = family
+    locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
+    return Family(model_type or "unknown", locations, dict.fromkeys(AXES, reason))
+
+
+def _try_discovery(model: nn.Module, config: Any) -> Family | str:
+    """Returns the family of a causal language model, or the reason why discovery has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind, model_type = type(model).__name__, getattr(config, "model_type", None)
+    is_named_so = "CausalLM" in kind or "LMHead" in kind
+    if not is_named_so and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
     try:
         return discover_family(model, config)
-    except Exception as error:  # noqa: BLE001  a model may raise anything; the reasons below say it
+    except Exception as error:  # noqa: BLE001  a model may raise anything; the reason says it
         message = " ".join(str(error).split())[:200] or type(error).__name__
-        reason = (
+        return (
             "no row of hookkit's table has this model type, and a dry run of it ended with: "
             f"{message}; use hk.module(path)"
         )
-        return replace(family, missing=dict.fromkeys(family.missing, reason))
-
-
-def _is_causal(model: nn.Module) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = type(model).__name__
-    if "CausalLM" in name or "LMHead" in name:
-        return True
-    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def discover_family(model: nn.Module, config: Any) -> Family:
@@ -73,35 +100,31 @@ def discover_family(model: nn.Module, config: Any) -> Family:
     """
     blocks, path = _find_blocks(model, config)
     kinds = _block_kinds(blocks)
-    repeated = [path.format(layer=number) for number, kind in enumerate(kinds) if kind != number]
-    recording = dry_run(
-        model,
-        _modules_to_record(model, repeated),
-        [model.get_submodule(repeated_path) for repeated_path in repeated],
-        _token_ids(model, config),
-    )
+    repeated = {path.format(layer=number) for number, kind in enumerate(kinds) if kind != number}
+    recording = dry_run(model, repeated, _token_ids(model, config))
     findings: dict[int, Block | str] = {}
     for number in sorted(set(kinds)):
         findings[number] = _study_block(recording, path.format(layer=number))
     studied = [block for block in findings.values() if isinstance(block, Block)]
+    styles = {block.attention.style for block in studied if block.attention}
     _add_rotated_sites(studied)
-    _remove_mixed_styles(studied)
-    locations, missing = _merge_blocks(model, findings, kinds, path)
-    whole_model = _locate_whole_model_sites(model, config, recording, path)
-    locations |= whole_model.locations
-    missing |= whole_model.missing
+    if len(styles) == 2:
+        _remove_sites_inside_attention(studied)
+    locations, missing = _merge_blocks(findings, kinds, path)
+    for name, site in _locate_whole_model_sites(model, config, recording, path).items():
+        if isinstance(site, str):
+            missing[name] = site
+        else:
+            locations[name] = site
     exceptions: dict[str, str] = {}
     for block in studied:
         exceptions |= block.exceptions
-    for name in AXES:
-        if name not in locations:
-            missing.setdefault(name, NOT_SEEN)
     family = Family(
         getattr(config, "model_type", None) or "unknown",
         locations,
         missing,
         block=path,
-        attention="own" if _attention_styles(studied) == {"own"} else "interface",
+        attention="own" if styles == {"own"} else "interface",
         exceptions=exceptions,
         found=True,
     )
@@ -128,34 +151,22 @@ def _find_blocks(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
 
 def _block_kinds(blocks: nn.ModuleList) -> list[int]:
     """Returns for each block the number of the first one with equal modules, sizes and settings."""
-    first_numbers: dict[Any, int] = {}
-    return [
-        first_numbers.setdefault(_signature(block), number) for number, block in enumerate(blocks)
-    ]
+    signatures = [_signature(block) for block in blocks]
+    return [signatures.index(signature) for signature in signatures]
 
 
-def _signature(block: nn.Module) -> Any:
-    modules = []
+def _signature(block: nn.Module) -> str:
+    parts = []
     for path, module in block.named_modules():
         weights = module.named_parameters(recurse=False)
-        shapes = tuple((name, tuple(weight.shape)) for name, weight in weights)
+        shapes = {name: tuple(weight.shape) for name, weight in weights}
         settings = []
         for name, value in sorted(vars(module).items()):
             is_setting = isinstance(value, bool | int | float | str)
             if is_setting and "layer" not in name and name != "training":
                 settings.append((name, value))
-        modules.append((path, type(module), shapes, tuple(settings)))
-    return tuple(modules)
-
-
-def _modules_to_record(model: nn.Module, repeated: list[str]) -> dict[str, nn.Module]:
-    """Returns all modules by path, except those in blocks whose kind is recorded already."""
-    prefixes = tuple(f"{path}." for path in repeated)
-    modules = {}
-    for path, module in model.named_modules():
-        if path and not f"{path}.".startswith(prefixes):
-            modules[path] = module
-    return modules
+        parts.append((path, type(module), shapes, settings))
+    return repr(parts)
 
 
 def _token_ids(model: Any, config: Any) -> Tensor:
@@ -183,57 +194,34 @@ def _study_block(recording: Recording, path: str) -> Block | str:
     if len(calls) != 1:
         return f"{UNPROVED}the block {path!r} ran {len(calls)} times in one forward"
     (call,) = calls
-    pre, post = recording.by_token(call.input), recording.by_token(call.output)
-    reason = UNPROVED + "the block does not read and give the stream as [batch, pos, d_model]"
-    if pre is None or post is None or pre.shape != post.shape:
-        return reason
-    if call.input is None or call.input.ndim != 3:
-        return reason
-    attention = find_attention(recording, call)
+    pre, post = call.input_by_token, call.output_by_token
+    if pre is None or post is None or pre is not call.input or pre.shape != post.shape:
+        return UNPROVED + "the block does not read and give the stream as [batch, pos, d_model]"
+    block = Block(call, pre, post)
+    attention = find_attention(call)
     if isinstance(attention, str):
-        block = Block(recording, call, None, pre, post)
-        block.missing |= dict.fromkeys(("attn_in", *HEADED), attention)
+        block.sites |= dict.fromkeys(("attn_in", *HEADED), attention)
     else:
-        block = Block(recording, call, attention, pre, post)
-        block.locations |= attention.locations
-        block.missing |= attention.missing
-    block.locations["resid_pre"] = ModuleLocation(path, "input")
-    block.locations["resid_post"] = ModuleLocation(path)
+        block.attention = attention
+        block.sites |= locate_attention_sites(attention, recording.attention_error)
+    block.sites["resid_pre"] = ModuleLocation(path, "input")
+    block.sites["resid_post"] = ModuleLocation(path)
     locate_residual_sites(block)
     locate_mlp_sites(block)
-    _check_output_projection(block)
     return block
-
-
-def _check_output_projection(block: Block) -> None:
-    """Removes z if the output projection gives no attn_out."""
-    if block.attention is None or "z" not in block.locations or "attn_out" in block.locations:
-        return
-    projection = block.attention.output_projection
-    if projection is not None and block.recording.by_token(projection.output) is None:
-        block.locations.pop("z")
-        block.missing["z"] = (
-            UNPROVED + "attention's last projection does not give what attention adds"
-        )
 
 
 # ---- from the studied blocks to all blocks
 
 
-def _attention_styles(blocks: list[Block]) -> set[str]:
-    return {block.attention.style for block in blocks if block.attention}
-
-
-def _remove_mixed_styles(blocks: list[Block]) -> None:
-    """Removes the sites inside attention if not all blocks compute it in the same style."""
-    if len(_attention_styles(blocks)) < 2:
-        return
+def _remove_sites_inside_attention(blocks: list[Block]) -> None:
+    """Removes these sites, because not all blocks compute attention in the same style."""
     reason = UNPROVED + "some blocks compute attention in their own code, and others do not"
     for block in blocks:
         for name in HEADED:
-            if name in block.locations and block.locations[name].side == "inside":
-                block.locations.pop(name)
-                block.missing[name] = reason
+            site = block.sites[name]
+            if isinstance(site, ModuleLocation) and site.side == "inside":
+                block.sites[name] = reason
 
 
 def _add_rotated_sites(blocks: list[Block]) -> None:
@@ -243,14 +231,12 @@ def _add_rotated_sites(blocks: list[Block]) -> None:
         return
     for block, attention in attentions:
         if not attention.rotates and attention.style == "interface":
-            path = attention.call.path
-            block.locations["q_rot"] = ModuleLocation(path, "inside", "query")
-            if not attention.repeats_keys:
-                block.locations["k_rot"] = ModuleLocation(path, "inside", "key")
+            attention.rotates = True
+            block.sites |= locate_rotated_sites(attention)
 
 
 def _merge_blocks(
-    root: nn.Module, findings: Findings, kinds: list[int], path: str
+    findings: Findings, kinds: list[int], path: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the locations of each site over all blocks, and why a kind of block has none.
 
@@ -259,169 +245,61 @@ def _merge_blocks(
     locations: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name in LAYER_SITES:
-        by_kind: dict[int, ModuleLocation | None] = {}
-        distinct: dict[ModuleLocation, None] = {}
+        alternatives: dict[ModuleLocation, list[int]] = {}
         reasons: dict[str, None] = {}
-        for number, block in findings.items():
-            location = _relative_location(block, name, path.format(layer=number))
-            by_kind[number] = location
-            if location is not None:
-                distinct[location] = None
-            else:
-                reasons[_reason(block, name)] = None
-        if distinct:
-            alternatives = tuple(distinct)
-            by_layer = [by_kind[kind] for kind in kinds]
-            if not _first_match_is_right(root, alternatives, by_layer, path):
-                alternatives = tuple(
-                    _restrict_to_layers(location, by_layer) for location in alternatives
-                )
-            locations[name] = alternatives[0] if len(alternatives) == 1 else alternatives
+        for layer, kind in enumerate(kinds):
+            block = findings[kind]
+            site = block.sites.get(name, NOT_SEEN) if isinstance(block, Block) else block
+            if isinstance(site, str):
+                reasons[site] = None
+                continue
+            relative = site.path.removeprefix(path.format(layer=kind)).removeprefix(".")
+            alternatives.setdefault(replace(site, path=f".{relative}"), []).append(layer)
         if reasons:
             missing[name] = "; or ".join(reasons)
+        if len(alternatives) == 1 and not reasons:
+            (locations[name],) = alternatives
+        elif alternatives:
+            locations[name] = tuple(
+                replace(location, layers=tuple(layers)) for location, layers in alternatives.items()
+            )
     return locations, missing
-
-
-def _reason(block: Block | str, name: str) -> str:
-    return block if isinstance(block, str) else block.missing.get(name, NOT_SEEN)
-
-
-def _relative_location(block: Block | str, name: str, path: str) -> ModuleLocation | None:
-    """Returns the location of a site with a path relative to its block, or None."""
-    if isinstance(block, str) or name not in block.locations:
-        return None
-    location = block.locations[name]
-    return replace(location, path="." + location.path.removeprefix(path).removeprefix("."))
-
-
-def _first_match_is_right(
-    root: nn.Module,
-    locations: tuple[ModuleLocation, ...],
-    by_layer: list[ModuleLocation | None],
-    path: str,
-) -> bool:
-    """True if each block's location is the first one whose module the block has."""
-    for layer, expected in enumerate(by_layer):
-        block = root.get_submodule(path.format(layer=layer))
-        paths = {name for name, _ in block.named_modules()}
-        matches = [location for location in locations if location.path.removeprefix(".") in paths]
-        first = matches[0] if matches else None
-        if first != expected:
-            return False
-    return True
-
-
-def _restrict_to_layers(
-    location: ModuleLocation, by_layer: list[ModuleLocation | None]
-) -> ModuleLocation:
-    layers = tuple(layer for layer, other in enumerate(by_layer) if other == location)
-    return replace(location, layers=layers)
 
 
 # ---- the sites that a model has once
 
 
-@dataclass(eq=False)
-class _WholeModelSites:
-    """The locations of embed, pos_embed, final_norm, lm_head and logits, or why they are missing.
-
-    One discovery owns it and fills it.
-    """
-
-    recording: Recording
-    outside: list[ModuleCall]  # the calls outside the blocks, without the token embedding
-    locations: dict[str, ModuleLocation] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-
-    def locate_embed(self, embed: ModuleCall | None, stream: Tensor | None) -> None:
-        output = embed.output if embed else None
-        if embed is None or output is None or stream is None or output.shape != stream.shape:
-            self.missing["embed"] = UNPROVED + (
-                "the token embedding does not run once, with as many numbers for each token as the "
-                "stream has"
-            )
-            return
-        self.locations["embed"] = ModuleLocation(embed.path)
-
-    def locate_pos_embed(
-        self, embed: ModuleCall | None, first_block: ModuleCall | None, stream: Tensor | None
-    ) -> None:
-        """Locates pos_embed: what is added to the token embedding before the first block."""
-        token = self.recording.by_token(embed.output) if embed else None
-        if first_block is None or stream is None or token is None or stream.shape != token.shape:
-            self.missing["pos_embed"] = (
-                UNPROVED + "the first block does not read the token embedding and something more"
-            )
-            return
-        if scale_factor(token, stream) is not None:
-            self.missing["pos_embed"] = (
-                "nothing is added to the token's embedding: positions act inside the blocks"
-            )
-            return
-        for call in self.outside:
-            output = call.output
-            if call.start > first_block.start or output is None or output.ndim != 3:
-                continue
-            if output.shape[1:] != token.shape[1:] or not self.recording.runs_once(call):
-                continue
-            if is_sum([token, output.expand_as(token)], stream):
-                self.locations["pos_embed"] = ModuleLocation(call.path)
-                return
-        self.missing["pos_embed"] = UNPROVED + (
-            "no module's output, added to the token's embedding, is what the first block reads"
-        )
-
-    def locate_final_norm(self, config: Any, head: ModuleCall) -> None:
-        """Locates final_norm: the module whose output, perhaps divided, the head reads."""
-        for call in self.outside:
-            if call.end < head.start and self.recording.runs_once(call):
-                location = _final_norm_location(config, call, head)
-                if location is not None:
-                    self.locations["final_norm"] = location
-                    return
-        subject = "no module outside the blocks"
-        for call in self.outside:
-            if call.start < head.start and equal_values(call.output, head.input):
-                subject = f"{call.path!r}, which runs more than once,"
-                break
-        self.missing["final_norm"] = f"{UNPROVED}{subject} gives what the head reads"
-
-
-def _final_norm_location(config: Any, call: ModuleCall, head: ModuleCall) -> ModuleLocation | None:
-    """Returns the location of a module whose output the head reads, or None."""
-    if head.input is None or call.output is None or call.output.shape != head.input.shape:
-        return None
-    if equal_values(call.output, head.input):
-        return ModuleLocation(call.path)
-    factor = scale_factor(call.output, head.input)
-    if factor is None:
-        return None
-    name = _setting_with_value(config, 1 / factor)
-    return None if name is None else ModuleLocation(call.path, over=name)
-
-
 def _locate_whole_model_sites(
     model: Any, config: Any, recording: Recording, path: str
-) -> _WholeModelSites:
+) -> FoundSites:
+    """Locates embed, pos_embed, final_norm, lm_head and logits."""
     embed = recording.only_call(model.get_input_embeddings())
     head = recording.only_call(model.get_output_embeddings())
     first_block = next(iter(recording.calls_at(path.format(layer=0))), None)
-    stream = recording.by_token(first_block.input) if first_block else None
-    sites = _WholeModelSites(recording, _calls_outside_blocks(recording, path, embed))
-    sites.locations["logits"] = ModuleLocation("", item="logits")
-    sites.locate_embed(embed, stream)
-    sites.locate_pos_embed(embed, first_block, stream)
-    if head is None:
-        reason = UNPROVED + "the head does not run once in a forward"
-        sites.missing["lm_head"] = sites.missing["final_norm"] = reason
+    stream = first_block.input_by_token if first_block else None
+    outside = _calls_outside_blocks(recording, path, embed)
+    no_head = UNPROVED + "the head does not run once in a forward"
+    sites: FoundSites = {
+        "embed": UNPROVED
+        + "the token embedding does not run once, with as many numbers for each token as the "
+        "stream has",
+        "pos_embed": UNPROVED
+        + "the first block does not read the token embedding and something more",
+        "final_norm": no_head,
+        "lm_head": no_head,
+        "logits": ModuleLocation("", item="logits"),
+    }
+    if head is not None:
+        sites["lm_head"] = ModuleLocation(head.path)
+        sites["final_norm"] = _locate_final_norm(config, outside, head, stream)
+    token = embed.output_by_token if embed else None
+    if embed is None or first_block is None or stream is None or token is None:
         return sites
-    sites.locations["lm_head"] = ModuleLocation(head.path)
-    if stream is not None and head.input is not None and head.input.shape[-1] == stream.shape[-1]:
-        sites.locate_final_norm(config, head)
-    else:
-        sites.missing["final_norm"] = (
-            UNPROVED + "the head does not read as many numbers of each token as the stream has"
-        )
+    if token.shape == stream.shape:
+        if token is embed.output:
+            sites["embed"] = ModuleLocation(embed.path)
+        earlier = [call for call in outside if call.start < first_block.start]
+        sites["pos_embed"] = _locate_pos_embed(earlier, token, stream)
     return sites
 
 
@@ -430,30 +308,66 @@ def _calls_outside_blocks(
 ) -> list[ModuleCall]:
     """Returns the calls that are not in a block and contain none, without the token embedding."""
     excluded: set[ModuleCall | None] = {embed}
+    prefix = path.removesuffix("{layer}")
     for call in recording.calls:
         chain = (*call.enclosing, call)
-        if any(_is_block(other.path, path) for other in chain):
+        if any(other.path.startswith(prefix) for other in chain):
             excluded.update(chain)
     return [call for call in recording.calls if call not in excluded]
 
 
-def _is_block(path: str, block_path: str) -> bool:
-    prefix = block_path.removesuffix("{layer}")
-    return path.startswith(prefix) and path.removeprefix(prefix).isdecimal()
-
-
-def _setting_with_value(config: Any, number: float) -> str | None:
-    """Returns the name of a configuration's setting with this value, or None."""
-    for name in dir(config):
-        if name.startswith("_"):
+def _locate_pos_embed(
+    calls: list[ModuleCall], token: Tensor, stream: Tensor
+) -> ModuleLocation | str:
+    """Locates what is added to the token embedding before the first block."""
+    if scale_factor(token, stream) is not None:
+        return "nothing is added to the token's embedding: positions act inside the blocks"
+    for call in calls:
+        output = call.output
+        if output is None or output.ndim != 3 or not call.runs_once:
             continue
+        is_like_token = output.shape[1:] == token.shape[1:]
+        if is_like_token and is_sum([token, output.expand_as(token)], stream):
+            return ModuleLocation(call.path)
+    return UNPROVED + (
+        "no module's output, added to the token's embedding, is what the first block reads"
+    )
+
+
+def _locate_final_norm(
+    config: Any, calls: list[ModuleCall], head: ModuleCall, stream: Tensor | None
+) -> ModuleLocation | str:
+    """Locates the module whose output, perhaps divided by a setting, the head reads."""
+    head_input = head.input
+    if stream is None or head_input is None or head_input.shape[-1] != stream.shape[-1]:
+        return UNPROVED + "the head does not read as many numbers of each token as the stream has"
+    subject = "no module outside the blocks"
+    for call in calls:
+        output = call.output
+        if call.end > head.start or output is None or output.shape != head_input.shape:
+            continue
+        divisor = _find_divisor(config, output, head_input)
+        if divisor is not None:
+            if call.runs_once:
+                return ModuleLocation(call.path, over=divisor)
+            subject = f"{call.path!r}, which runs more than once,"
+    return f"{UNPROVED}{subject} gives what the head reads"
+
+
+def _find_divisor(config: Any, output: Tensor, quotient: Tensor) -> str | None:
+    """Returns the setting by which the output is divided; "" for none; None if it is not so."""
+    if equal_values(output, quotient):
+        return ""
+    factor = scale_factor(quotient, output)
+    if factor is None:
+        return None
+    for name in dir(config):
         static_value = inspect.getattr_static(config, name, None)
-        if not isinstance(static_value, property | float | int):
+        if name.startswith("_") or not isinstance(static_value, property | float | int):
             continue
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, float | int):
-            continue
-        if abs(value - number) <= 1e-4 * abs(number):
+        is_number = isinstance(value, float | int) and not isinstance(value, bool)
+        if is_number and abs(value - factor) <= 1e-4 * abs(factor):
             return name
     return None
 
@@ -466,6 +380,7 @@ def _corrected_sizes(
 ) -> SizeCorrections:
     """Returns a function that gives the sizes of a block in which its configuration is wrong."""
     layout = Layout(model, config, family)
+    general: dict[str, int | None] = {}
     by_kind: dict[int, dict[str, int | None]] = {}
     for number, block in findings.items():
         by_kind[number] = {}
@@ -474,9 +389,7 @@ def _corrected_sizes(
             for name, size in _measured_sizes(block).items():
                 if configured.get(name) != size:
                     by_kind[number][name] = size
-    general: dict[str, int | None] = {}
-    for corrections in by_kind.values():
-        general = {**corrections, **general}
+                    general.setdefault(name, size)
 
     def sizes(config: Any, layer: int | None) -> dict[str, int | None]:
         return general if layer is None else by_kind[kinds[layer]]
@@ -487,10 +400,12 @@ def _corrected_sizes(
 def _measured_sizes(block: Block) -> dict[str, int | None]:
     sizes: dict[str, int | None] = {"d_model": block.pre.shape[-1]}
     if block.attention:
-        for name in ("head", "kv_head", "d_head", "d_qk", "d_v"):
+        for name in HEAD_SIZES:
             sizes[name] = block.attention.sizes[name]
     for site, axis, item in (("router_logits", "expert", 0), ("experts", "choice", 2)):
-        if site in block.locations:
-            router = block.recording.calls_at(block.locations[site].path)[0]
-            sizes[axis] = router.outputs[item].shape[-1]
+        location = block.sites[site]
+        if isinstance(location, ModuleLocation):
+            for call in block.call.inner:
+                if call.path == location.path:
+                    sizes[axis] = call.outputs[item].shape[-1]
     return sizes

@@ -27,11 +27,6 @@ def equal_values(first: Tensor | None, second: Tensor | None) -> bool:
     return torch.equal(first.reshape(-1), second.reshape(-1))
 
 
-def is_flat(tensor: Tensor | None) -> bool:
-    """True if rows and positions are one axis of a tensor."""
-    return tensor is not None and tensor.ndim == 2
-
-
 def sum_error(terms: list[Tensor], total: Tensor) -> float:
     """Returns how far the sum is from the total at most, relative to the size of its terms."""
     added, size = terms[0], terms[0].abs()
@@ -73,13 +68,15 @@ class Match:
 
 
 def find_heads(
-    output: Tensor, target: Tensor, sizes: dict[str, int | None], rotates: bool
+    output: Tensor | None, target: Tensor, sizes: dict[str, int | None], rotates: bool
 ) -> Match | None:
     """Returns where in an output [batch, pos, …] the heads [batch, pos, head, d_head] are.
 
     With `rotates` only the first position is compared, where a rotation is the identity (but may
     reorder the numbers of a head).
     """
+    if output is None:
+        return None
     for layout in _possible_layouts(output.shape[-1], target.shape[2], target.shape[3], sizes):
         for part in range(layout.count("|") + 1):
             heads = _read_part(output, layout, part, sizes)
@@ -115,8 +112,8 @@ def _possible_layouts(
     width: int, heads: int, d_head: int, sizes: dict[str, int | None]
 ) -> list[str]:
     """Returns the layouts that a projection with these heads may have, the likeliest first."""
-    same_width = sizes["d_qk"] == sizes["d_v"]
-    q, v = ("d_head", "d_head") if same_width else ("d_qk", "d_v")
+    q = "d_head" if sizes["d_qk"] == sizes["d_head"] else "d_qk"
+    v = "d_head"
     head_width = q if d_head == sizes["d_qk"] else v
     head_count = "head" if heads == sizes["head"] else "kv_head"
     layouts = [
@@ -129,12 +126,12 @@ def _possible_layouts(
         f"kv_head {q} | kv_head {v}",
         f"kv_head: {q} | {v}",
     ]
-    extra_of_head = width // heads - d_head
-    if extra_of_head > 0 and width % heads == 0:
-        layouts.append(f"{head_count}: {head_width} | {extra_of_head}")
-        layouts.append(f"{head_count}: {extra_of_head} | {head_width}")
-    extra = width - heads * d_head
+    extra, extra_of_head = width - heads * d_head, width // heads - d_head
     if extra > 0:
-        layouts.append(f"{head_count} {head_width} | {extra}")
-        layouts.append(f"{extra} | {head_count} {head_width}")
+        layouts += [
+            f"{head_count}: {head_width} | {extra_of_head}",
+            f"{head_count}: {extra_of_head} | {head_width}",
+            f"{head_count} {head_width} | {extra}",
+            f"{extra} | {head_count} {head_width}",
+        ]
     return layouts

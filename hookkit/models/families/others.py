@@ -1,6 +1,7 @@
 """Families with other module trees: GPT-2 and its descendants, and models without attention."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .schema import Family, ModuleLocation
@@ -51,26 +52,18 @@ def gpt_bigcode(config: Any) -> Family:
     cut, sizes = BY_HEAD, {"kv_head": config.num_attention_heads}
     if config.multi_query:
         cut, sizes = FUSED, {"kv_head": 1}
-    return Family(
-        "gpt_bigcode",
-        {**GPT2_SITES, **fused_qkv(".attn.c_attn", cut)},
-        GPT2.missing,
-        block=GPT2.block,
-        sizes=lambda config, layer: sizes,
-    )
+    sites = {**GPT2_SITES, **fused_qkv(".attn.c_attn", cut)}
+    return replace(GPT2, places=sites, sizes=lambda config, layer: sizes)
 
 
-GPT_NEO = Family(
-    "gpt_neo",
-    {
+GPT_NEO = replace(
+    GPT2,
+    places={
         **GPT2_SITES,
         **attention_sites(".attn.attention", "out_proj"),
         **separate_qkv(".attn.attention"),
     },
-    GPT2.missing,
-    block=GPT2.block,
     attention="own",
-    sizes=multi_head_sizes,
 )
 
 GPTJ_SITES: Mapping[str, ModuleLocation] = {
@@ -82,23 +75,16 @@ GPTJ_SITES: Mapping[str, ModuleLocation] = {
     "final_norm": output_of("transformer.ln_f"),
     **HEAD,
 }
-GPTJ = Family(
-    "gptj",
-    GPTJ_SITES,
-    {**ROTARY, **PARALLEL_BLOCK, **OWN_ATTENTION, **NO_ROUTER},
-    block="transformer.h.{layer}",
+GPTJ = replace(
+    GPT2,
+    places=GPTJ_SITES,
+    missing={**ROTARY, **PARALLEL_BLOCK, **OWN_ATTENTION, **NO_ROUTER},
     attention="own",
-    sizes=multi_head_sizes,
 )
 FOUR_SLICES = "4: quarter d_head | quarter d_head | quarter d_head"
-CODEGEN = Family(
-    "codegen",
-    # The projection has four slices, for four devices: the queries, values and keys of their heads.
-    {**GPTJ_SITES, **fused_qkv(".attn.qkv_proj", FOUR_SLICES, order="qvk")},
-    GPTJ.missing,
-    block=GPTJ.block,
-    attention="own",
-    sizes=multi_head_sizes,
+# The projection has four slices, for four devices: the queries, values and keys of their heads.
+CODEGEN = replace(
+    GPTJ, places={**GPTJ_SITES, **fused_qkv(".attn.qkv_proj", FOUR_SLICES, order="qvk")}
 )
 
 
@@ -191,15 +177,7 @@ def bloom(config: Any) -> Family:
         sites.pop("resid_mid")
         missing["resid_mid"] = AFTER_NORM
         exceptions = dict.fromkeys(("sum", "one stream attn_out"), AFTER_NORM)
-    return Family(
-        "bloom",
-        sites,
-        missing,
-        block="transformer.h.{layer}",
-        attention="own",
-        sizes=multi_head_sizes,
-        exceptions=exceptions,
-    )
+    return replace(GPT2, places=sites, missing=missing, attention="own", exceptions=exceptions)
 
 
 def falcon(config: Any) -> Family:
@@ -231,11 +209,10 @@ def falcon(config: Any) -> Family:
         missing |= PARALLEL_BLOCK
     else:
         sites["resid_mid"] = input_of(".post_attention_layernorm", shared=True)
-    return Family(
-        "falcon",
-        sites,
-        missing,
-        block="transformer.h.{layer}",
+    return replace(
+        GPT2,
+        places=sites,
+        missing=missing,
         attention="own",
         sizes=lambda config, layer: {"kv_head": kv_heads},
     )

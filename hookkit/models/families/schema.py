@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+HEAD_SIZES = ("head", "kv_head", "d_head", "d_qk", "d_v")
+
 Side: TypeAlias = Literal["input", "output", "inside"]
 
 
@@ -74,7 +76,7 @@ class AxisSplit:
 
 
 def split_axis(location: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
-    """Returns the numbers of a location's `split_axis` with these sizes."""
+    """Returns the numbers of a location's `cut` with these sizes."""
     group, _, text = location.cut.rpartition(":")
     parts = [_numbers(words, sizes) for words in text.split("|")]
     lengths = [math.prod(part) for part in parts]

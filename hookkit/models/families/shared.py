@@ -75,11 +75,6 @@ def mlp_sites(path: str, pre: str, post: str) -> dict[str, ModuleLocation]:
     }
 
 
-GATED = mlp_sites(".mlp", "gate_proj", "down_proj")
-GATED_TOGETHER = GATED | {"mlp_pre": output_of(".mlp.gate_up_proj", cut="d_mlp | d_mlp")}
-PLAIN = mlp_sites(".mlp", "up_proj", "down_proj")
-
-
 def router_sites(router: str = ".mlp.gate") -> dict[str, ModuleLocation]:
     """Returns the sites of a router. A block with a plain MLP does not have these modules."""
     return {

@@ -1,6 +1,5 @@
 """`hk.diff`: two models, or two states of one, on the same prompts, as tables and as a page."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -11,18 +10,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...arguments import check_arguments, check_integer, check_number, check_tokens
-from ...display import first_rows, render_html
+from ...arguments import check_arguments, check_integer, check_number
+from ...display import count_of, first_rows, render_html
 from ...errors import BadHook, OutOfRange, Unsupported
 from ...figures.diff import stream_map, through_layers, token_bars
+from ...hooks.logits import named_tokens
 from ...models.lm import LM, Token
 from ...models.positions import PosLike, Where, read_position
 from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, Site, SitesLike, parse_site
-from ..page import Content, Folded, Part, Report, add_files, report
-from ..shift.named_edits import Hooks, as_edit_hooks, tokens_named_by
-from ..shift.shift_page import SHIFT_COLUMNS
+from ...tables.rank_tables import watched_ids
+from .. import comparison
+from ..page import Report
+from ..parts import Content, Part
+from ..shift.named_edits import Hooks, as_edit_hooks
 from .model_runs import DiffRequest, PairedRuns
 from .pairing import (
     CKA_SITES,
@@ -95,7 +97,7 @@ class Difference:
         """
         if self.parting.empty:
             raise Unsupported(
-                f"where the two part first cannot be said: {self._why_left_out(FIRST_PARTING)}. "
+                f"where the two part first cannot be said: {self._no_order}. "
                 "sites has what they share"
             )
         parting_sites = set(self.parting["site"])
@@ -104,8 +106,10 @@ class Difference:
                 return parse_site(site)
         return None
 
-    def _why_left_out(self, what: str) -> str:
-        return str(self.left_out.set_index("what").loc[what, "why"])
+    @property
+    def _no_order(self) -> str:
+        """Why the first site where the two part is not defined."""
+        return str(self.left_out.set_index("what").loc[FIRST_PARTING, "why"])
 
     @property
     def prompts(self) -> pd.DataFrame:
@@ -119,20 +123,33 @@ class Difference:
         table = groups.agg(tokens=("pos", "size"), kl=("kl", "mean"), kl_max=("kl", "max"))
         table["kl_max_pos"] = self.tokens.loc[groups["kl"].idxmax(), "pos"].to_numpy()
         table["top1_changed"] = groups["top1_changed"].sum()
-        for name in ("loss_before", "loss_after", "loss_delta"):
-            table[name] = groups[name].mean()
-        table = table.reset_index()
+        losses: Any = groups[["loss_before", "loss_after", "loss_delta"]].mean()
+        table = table.join(losses)
         if not self.parting.empty:
-            sites = dict(zip(self.parting["row"], self.parting["site"], strict=True))
-            table["parts_at"] = [sites[row] for row in table["row"]]
-        return table
+            table["parts_at"] = self.parting.set_index("row")["site"]
+        return table.reset_index()
 
     def page(self, *, title: str = "", question: str = "", drawn: int = 1) -> Report:
         """One page of the comparison; the first `drawn` prompts have figures.
 
         `write` writes its tables as CSV, JSON, Markdown and LaTeX beside it.
         """
-        return _build_page(self, title=title, question=question, drawn=drawn)
+        prompts = self.prompts
+        parts = [*_write_prompts(self, prompts)]
+        parts += [*_write_parting(self), *_write_sites(self)]
+        for row in range(min(int(self.about["shown"]), len(prompts))):
+            parts += _write_prompt(self, row, drawn=row < drawn)
+        if not self.left_out.empty:
+            parts.append("# What was not compared")
+            parts.append(Part(self.left_out, "left_out_shown", "", file="left_out"))
+        parts += _write_settings(self.about)
+        before, after = self.names
+        title = title or f"{before} and {after}"
+        about = {"title": title, "question": question, "answer": _write_answer(self)}
+        about |= self.about
+        footer = f"Before is {before}, after is {after}; deltas are after minus before."
+        tables = {name: getattr(self, name) for name in CAPTIONS}
+        return comparison.compose_page(parts, tables, CAPTIONS, about, footer)
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the page and all tables to a folder. Returns the page's path."""
@@ -154,34 +171,12 @@ class Difference:
         )
 
 
-def _build_page(difference: Difference, *, title: str, question: str, drawn: int) -> Report:
-    prompts = difference.prompts
-    answer = _write_answer(difference)
-    parts: list[Content] = [question] if question else []
-    parts += [answer, *_write_prompts(difference, prompts)]
-    parts += [*_write_parting(difference), *_write_sites(difference)]
-    for row in range(min(int(difference.about["shown"]), len(prompts))):
-        parts += _write_prompt(difference, row, drawn=row < drawn)
-    if not difference.left_out.empty:
-        parts.append("# What was not compared")
-        parts.append(Part(difference.left_out, "left_out_shown", "", file="left_out"))
-    parts += _write_settings(difference.about)
-    before, after = difference.names
-    footer = f"Before is {before}, after is {after}; deltas are after minus before."
-    title = title or f"{before} and {after}"
-    page = report(title, *parts, footer=footer)
-    tables = {name: getattr(difference, name) for name in CAPTIONS if name != "prompts"}
-    about = {"title": title, "question": question, "answer": answer, **difference.about}
-    return add_files(page, {"prompts": prompts, **tables}, CAPTIONS, about)
-
-
 def _write_answer(difference: Difference) -> str:
     tokens = difference.tokens
-    n_prompts = len(set(tokens["row"]))
-    plural = "s" if n_prompts > 1 else ""
     furthest = tokens.loc[tokens["kl"].idxmax()]
+    prompts = count_of(len(set(tokens["row"])), "prompt")
     text = (
-        f"After {len(tokens):,} tokens of {n_prompts} prompt{plural} the two are "
+        f"After {len(tokens):,} tokens of {prompts} the two are "
         f"{tokens['kl'].mean():.3g} nats apart (KL, mean), at most {furthest['kl']:.3g}, after "
         f"{furthest['read']} in prompt {furthest['row']}. Another token comes first after "
         f"{sum(tokens['top1_changed'])} of them ({tokens['top1_changed'].mean():.1%})."
@@ -213,7 +208,7 @@ def _write_parting(difference: Difference) -> Iterable[Content]:
     yield "# Where they part"
     parting, tolerance = difference.parting, difference.tolerance
     if parting.empty:
-        yield f"That cannot be said of these two: {difference._why_left_out(FIRST_PARTING)}."
+        yield f"That cannot be said of these two: {difference._no_order}."
         return
     first = str(difference.first or "")
     if not first:
@@ -263,7 +258,7 @@ def _write_prompt(difference: Difference, row: int, *, drawn: bool) -> Iterable[
     yield Part(table, f"said_{row}", "Entropy and loss in nats.", file="tokens")
     if not shifts.empty:
         caption = "The first tokens of each, the largest movers, and why each is here."
-        table = pd.DataFrame(shifts[["pos", *SHIFT_COLUMNS]])
+        table = pd.DataFrame(shifts[["pos", *comparison.SHIFT_COLUMNS]])
         yield Part(table, f"shifts_{row}", caption, file="shifts")
     if drawn:
         figure = stream_map(stream, title="The stream behind each layer")
@@ -277,27 +272,20 @@ def _select_row(table: pd.DataFrame, row: int) -> pd.DataFrame:
 
 
 def _write_settings(about: Mapping[str, Any]) -> Iterable[Content]:
-    yield "# How to make it again"
-    packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    yield (
-        f"Before: {_describe_model(about['before'])}.\nAfter: {_describe_model(about['after'])}.\n"
-        f"{packages}.\nabout.json has all of it."
-    )
+    models = f"Before: {_describe_side(about['before'])}.\nAfter: {_describe_side(about['after'])}"
+    hooks = {}
     for when in ("before", "after"):
-        hooks = about[when]["hooks"]
-        if hooks:
-            text = json.dumps(hooks, indent=1, ensure_ascii=False)
-            yield Folded(f"Hooks {when}, as JSON", text)
+        if about[when]["hooks"]:
+            hooks[f"Hooks {when}"] = comparison.indented_json(about[when]["hooks"])
+    return comparison.write_settings(models, about, hooks)
 
 
-def _describe_model(about: Mapping[str, Any]) -> str:
-    dtypes = ", ".join(about["dtype"])
-    text = f"{about['model']} ({about['class']}, {dtypes}, {about['device']})"
+def _describe_side(about: Mapping[str, Any]) -> str:
+    text = comparison.describe_model(about)
     if about["adapters"]:
         text += f" with adapters {', '.join(about['adapters'])}"
-    n_hooks = len(about["hooks"])
-    if n_hooks:
-        text += f" with {n_hooks} hook{'s' if n_hooks > 1 else ''}"
+    if about["hooks"]:
+        text += f" with {count_of(len(about['hooks']), 'hook')}"
     if about["within"]:
         text += f" within {about['within']}"
     return text
@@ -374,11 +362,8 @@ def diff(
     rows = rows_of(before, after, prompts)
     reader = reader_of(before, after)
     shared = shared_sites(before, after, sites)
-    watched = tuple(reader.token(token) for token in check_tokens(watch, "watch"))
-    named = [
-        *tokens_named_by(side_before.hooks, before),
-        *tokens_named_by(side_after.hooks, after),
-    ]
+    watched = tuple(watched_ids(reader, watch))
+    named = [*named_tokens(before, side_before.hooks), *named_tokens(after, side_after.hooks)]
     cka_sites = _select_cka_sites(cka, shared, before, all_sites=sites is not None)
     request = DiffRequest(
         Where(read_position(pos)), Where(read_position(rank_pos)), top, watched,
@@ -450,7 +435,7 @@ def _build_about(runs: PairedRuns) -> dict[str, Any]:
 def _about_side(side: Side) -> dict[str, Any]:
     about = dict(about_model(side.lm))
     about.pop("versions", None)
-    about["hooks"] = [json.loads(hook.to_json(tensors="digest")) for hook in side.hooks]
+    about["hooks"] = list(map(comparison.hook_as_json, side.hooks))
     about["within"] = ""
     if side.around is not nullcontext:
         about["within"] = getattr(side.around, "__qualname__", type(side.around).__name__)

@@ -3,6 +3,10 @@
 Both models read the same batches, so that no difference comes from the padding. Sites are read in
 groups whose values (of one batch) and sums fit into the allowed memory; the prompts are read once
 more for each further group. Only sums are kept of a site's values.
+
+The tokens that are compared are DataFrames. Columns: batch_row, row (its prompt), pos, token_id,
+read (the token as a Python literal), following (the id of the next token of the prompt, -1 for the
+last).
 """
 
 from collections.abc import Sequence
@@ -16,51 +20,28 @@ from torch import Tensor
 
 from ...data.harvest.texts import positions_of_row
 from ...errors import EmptySelection
+from ...models import next_token
 from ...models.lm import LM
 from ...models.positions import Where
-from ...models.prompts import Row, positions_of_text
+from ...models.prompts import Row, batches_by_length, positions_of_text
 from ...models.sites import AnySite, Site, Sites
 from ...runs.run import Run
-from ...tables.distributions import Distribution, divergences, entropy_of
-from ...tables.rank_tables import shift_table
-from ..shift.named_edits import token_literal
+from ...tables.distributions import Distribution
+from ...tables.rank_tables import add_deltas
+from ..comparison import literal_shifts, token_literals
+from . import similarity
 from .pairing import NAME, SharedSites, Side
-from .similarity import (
-    COLUMNS,
-    RunningCKA,
-    SiteSimilarity,
-    TokenDistances,
-    cka_bytes,
-    layer_of,
-    token_distances,
-)
 
 LOGITS = Site("logits")
 LOGITS_AT_ONCE = 2**22  # logits in one piece of work: 32 MiB of float64
 MOVERS = 3  # tokens that moved most, in the table of shifts
+TOKEN_COLUMNS = ["batch_row", "row", "pos", "token_id", "following"]
 PARTING_COLUMNS = ["row", "site", "layer", "pos", "read", "difference"]
 STREAM_COLUMNS = ["row", "pos", "read", "layer", "difference", "cosine"]
 Logits = Float[Tensor, "token vocab"]
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Tokens of some prompts, as lists of equal length.
-
-    Each token has its prompt's number, its position, its id, and the id of the token that follows
-    in the prompt, -1 for the last.
-    """
-
-    row: list[int]
-    pos: list[int]
-    ids: list[int]
-    following: list[int]
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-
-def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataFrame:
+def distances(lm: LM, before: Logits, after: Logits, tokens: pd.DataFrame) -> pd.DataFrame:
     """How far apart two models' distributions are after each token.
 
     Columns: row, pos, read (the token at pos, the last one read); kl (KL(before‖after), nats),
@@ -69,58 +50,33 @@ def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataF
     prompt; empty after its last).
     """
     step = max(1, LOGITS_AT_ONCE // before.shape[-1])
-    following = torch.tensor(tokens.following)
+    following = torch.tensor(tokens["following"].tolist())
     parts = []
     for start in range(0, len(tokens), step):
         piece = slice(start, start + step)
         parts.append(_compare_logits(lm, before[piece], after[piece], following[piece]))
-    table = pd.concat(parts, ignore_index=True)
-    table.insert(0, "row", tokens.row)
-    table.insert(1, "pos", tokens.pos)
-    table.insert(2, "read", [token_literal(lm, token) for token in tokens.ids])
-    return table
+    numbers = pd.concat(parts, ignore_index=True)
+    return pd.concat([tokens[["row", "pos", "read"]], numbers], axis="columns")
 
 
 def _compare_logits(
     lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]
 ) -> pd.DataFrame:
-    p, q = _log_softmax(before), _log_softmax(after)
-    distances = divergences(p, q)
-    entropy_before, entropy_after = entropy_of(p), entropy_of(q)
-    columns = {
-        "kl": distances["kl"],
-        "kl_reverse": distances["kl_reverse"],
-        "js": distances["js"],
-        "entropy_before": entropy_before,
-        "entropy_after": entropy_after,
-        "entropy_delta": entropy_after - entropy_before,
-    }
+    columns: dict[str, Any] = {}
+    logprobs = {}
+    for when, logits in (("before", before), ("after", after)):
+        logprobs[when] = next_token.exact_logprobs(logits.detach().cpu())
+        columns[f"entropy_{when}"] = next_token.entropy_of(logprobs[when])
+        columns[f"top1_{when}"] = next_token.token_logits(logits, lm.n_tokens).argmax(-1)
+        losses = 0.0 - next_token.values_at(logprobs[when], following.clamp(min=0))
+        columns[f"loss_{when}"] = losses.masked_fill(following < 0, float("nan"))
+    apart = next_token.divergences(logprobs["before"], logprobs["after"])
+    columns |= {name: apart[name] for name in ("kl", "kl_reverse", "js")}
     table = pd.DataFrame({name: values.tolist() for name, values in columns.items()})
-    top_before, top_after = _top_tokens(lm, before), _top_tokens(lm, after)
-    table["top1_before"] = [token_literal(lm, token) for token in top_before]
-    table["top1_after"] = [token_literal(lm, token) for token in top_after]
-    table["top1_changed"] = [one != other for one, other in zip(top_before, top_after, strict=True)]
-    table["loss_before"] = _losses(p, following)
-    table["loss_after"] = _losses(q, following)
-    loss_before, loss_after = table["loss_before"], table["loss_after"]
-    is_changed = (loss_after != loss_before) | loss_after.isna()
-    table["loss_delta"] = (loss_after - loss_before).where(is_changed, 0.0)
-    return table
-
-
-def _log_softmax(logits: Logits) -> Logits:
-    """In float64, on the CPU."""
-    return logits.detach().cpu().double().log_softmax(-1)
-
-
-def _top_tokens(lm: LM, logits: Logits) -> list[int]:
-    return logits[:, : lm.n_tokens or None].argmax(-1).tolist()
-
-
-def _losses(logprobs: Logits, following: Int[Tensor, " token"]) -> list[float]:
-    """The loss of each following token, NaN where none follows."""
-    losses = 0.0 - logprobs.gather(1, following.clamp(min=0)[:, None])[:, 0]
-    return losses.masked_fill(following < 0, float("nan")).tolist()
+    changed = table["top1_before"] != table["top1_after"]
+    firsts = {name: token_literals(lm, table.pop(name)) for name in ("top1_before", "top1_after")}
+    table = add_deltas(table, ["entropy"]).assign(**firsts, top1_changed=changed)
+    return add_deltas(table, ["loss"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,68 +105,56 @@ class PairedRuns:
     rows: tuple[Row, ...]
     shared: SharedSites
     request: DiffRequest
-    similarities: dict[AnySite, SiteSimilarity] = field(default_factory=dict)
+    similarities: dict[AnySite, similarity.SiteSimilarity] = field(default_factory=dict)
     partings: dict[int, dict[str, Any]] = field(default_factory=dict)  # by prompt
     token_tables: list[pd.DataFrame] = field(default_factory=list)
     shift_tables: list[pd.DataFrame] = field(default_factory=list)
     stream_tables: list[pd.DataFrame] = field(default_factory=list)
-    logit_distances: list[tuple[Tokens, TokenDistances]] = field(default_factory=list)
+    logit_distances: list[tuple[pd.DataFrame, similarity.TokenDistances]] = field(
+        default_factory=list
+    )
 
     def read(self) -> None:
         """Run all forwards."""
-        request = self.request
-        if not self.count:
-            raise EmptySelection(
-                f"pos={request.where.pos!r} means no token of these prompts: choose others"
-            )
         batches = self.batches()
-        for number, sites in enumerate(self.groups(batches)):
+        tokens = [self._tokens(batch, self.request.where) for batch in batches]
+        count = sum(map(len, tokens))
+        if not count:
+            raise EmptySelection(
+                f"pos={self.request.where.pos!r} means no token of these prompts: choose others"
+            )
+        self.similarities[LOGITS] = similarity.SiteSimilarity(LOGITS, None)
+        for number, sites in enumerate(self.groups(batches, count)):
             for site in sites:
                 cka = None
-                if site in request.cka:
-                    cka = RunningCKA(self.count, self.shared.widths(site))
-                self.similarities[site] = SiteSimilarity(site, cka)
-            for batch in batches:
-                self._read_batch(batch, sites, logits=number == 0)
+                if site in self.request.cka:
+                    cka = similarity.RunningCKA(count, self.shared.widths(site))
+                self.similarities[site] = similarity.SiteSimilarity(site, cka)
+            for batch, batch_tokens in zip(batches, tokens, strict=True):
+                self._read_batch(batch, batch_tokens, sites, logits=number == 0)
         # The logits are last in the order of computation.
-        for tokens, token_differences in self.logit_distances:
-            self._note_partings(LOGITS, tokens, token_differences.difference)
-
-    @property
-    def count(self) -> int:
-        """The number of tokens that are compared."""
-        rows = range(len(self.rows))
-        return sum(len(self._positions(row, self.request.where)) for row in rows)
+        for batch_tokens, token_differences in self.logit_distances:
+            self._note_partings(LOGITS, batch_tokens, token_differences.difference)
 
     def batches(self) -> list[list[int]]:
-        """The prompts in batches of similar length.
-
-        With hooks all prompts are in one batch, so that the hooks' rows are the prompts.
-        """
+        """The prompts in batches of similar length. With hooks there is one: rows are prompts."""
         if self.before.hooks or self.after.hooks:
             return [list(range(len(self.rows)))]
-        needs_one_length = self.before.lm.config is None or self.after.lm.config is None
-        batches: list[list[int]] = []
-        width = 0  # tokens of the longest prompt of the last batch
-        for number in sorted(range(len(self.rows)), key=lambda number: -len(self.rows[number])):
-            length = len(self.rows[number])
-            fits = bool(batches) and width * (len(batches[-1]) + 1) <= self.request.batch_tokens
-            if fits and (length == width or not needs_one_length):
-                batches[-1].append(number)
-            else:
-                batches.append([number])
-                width = length
-        return batches
+        one_length = self.before.lm.config is None or self.after.lm.config is None
+        lengths = list(map(len, self.rows))
+        return batches_by_length(lengths, self.request.batch_tokens, one_length=one_length)
 
-    def groups(self, batches: Sequence[Sequence[int]]) -> list[Sites]:
-        """The sites in groups that fit into the memory, in the order of computation."""
-        most_tokens = max(map(self._padded_size, batches))
+    def groups(self, batches: Sequence[Sequence[int]], count: int) -> list[Sites]:
+        """The sites in groups that fit into the memory, for `count` tokens that are compared."""
+        padded_sizes = []
+        for batch in batches:
+            padded_sizes.append(len(batch) * max(len(self.rows[row]) for row in batch))
         groups: list[list[AnySite]] = []
         free = 0  # bytes
         for site in self.shared.sites:
-            needed = most_tokens * sum(kind.bytes for kind in self.shared.kinds[site])
+            needed = max(padded_sizes) * sum(kind.bytes for kind in self.shared.kinds[site])
             if site in self.request.cka:
-                needed += cka_bytes(self.count, self.shared.widths(site))
+                needed += similarity.cka_bytes(count, self.shared.widths(site))
             if not groups or needed > free:
                 groups.append([])
                 free = self.request.memory
@@ -218,153 +162,114 @@ class PairedRuns:
             free -= needed
         return [Sites(tuple(group)) for group in groups]
 
-    def _padded_size(self, batch: Sequence[int]) -> int:
-        """The tokens of a batch with its padding."""
-        return len(batch) * max(len(self.rows[row]) for row in batch)
+    def _tokens(self, batch: Sequence[int], where: Where) -> pd.DataFrame:
+        """The selected tokens of a batch. Raises `OutOfRange` for a position without a token."""
+        records = []
+        for batch_row, row in enumerate(batch):
+            ids = self.rows[row]
+            followings = [*ids[1:], -1]
+            for pos in positions_of_row(
+                ids, where, lambda at, ids=ids: positions_of_text(self.reader, ids, at)
+            ):
+                records.append((batch_row, row, pos, ids[pos], followings[pos]))
+        tokens = pd.DataFrame(records, columns=TOKEN_COLUMNS)
+        return tokens.assign(read=token_literals(self.reader, tokens["token_id"]))
 
-    def _read_batch(self, batch: Sequence[int], sites: Sites, *, logits: bool) -> None:
+    def _read_batch(
+        self, batch: Sequence[int], tokens: pd.DataFrame, sites: Sites, *, logits: bool
+    ) -> None:
         rows = [self.rows[row] for row in batch]
         before = self.before.run(rows, sites, logits=logits)
         after = self.after.run(rows, sites, logits=logits)
-        tokens, index = self._tokens(batch, self.request.where)
-        if not tokens:
+        if tokens.empty:
             return
         for site in sites:
-            values = _select_values(before, site, index), _select_values(after, site, index)
+            values = [_select(run.captured(site, NAME).values, tokens) for run in (before, after)]
             token_differences = self.similarities[site].add(*values)
             if token_differences is not None:
                 self._note_partings(site, tokens, token_differences.difference)
                 self._keep_stream(site, tokens, token_differences)
         if logits:
-            self._compare_logits(batch, before, after)
+            self._compare_logits(batch, tokens, before, after)
 
-    def _compare_logits(self, batch: Sequence[int], before: Run, after: Run) -> None:
+    def _compare_logits(
+        self, batch: Sequence[int], tokens: pd.DataFrame, before: Run, after: Run
+    ) -> None:
         reader, request = self.reader, self.request
-        tokens, index = self._tokens(batch, request.where)
-        logits_before, logits_after = _select_logits(before, index), _select_logits(after, index)
-        self.token_tables.append(distances(reader, logits_before, logits_after, tokens))
-        real = reader.n_tokens or None
-        token_differences = token_distances(logits_before[:, :real], logits_after[:, :real])
-        similarity = self.similarities.setdefault(LOGITS, SiteSimilarity(LOGITS, None))
-        similarity.add_distances(token_differences)
+        pair = _select(before.logits, tokens), _select(after.logits, tokens)
+        self.token_tables.append(distances(reader, *pair, tokens))
+        real_pair = [next_token.token_logits(logits, reader.n_tokens) for logits in pair]
+        token_differences = similarity.token_distances(*real_pair)
+        self.similarities[LOGITS].add_distances(token_differences)
         self.logit_distances.append((tokens, token_differences))
-        tokens, index = self._tokens(batch, request.rank_where)
-        if tokens:
-            pair = _select_logits(before, index), _select_logits(after, index)
-            self.shift_tables.append(self._rank_shifts(*pair, tokens))
-
-    def _rank_shifts(self, before: Logits, after: Logits, tokens: Tokens) -> pd.DataFrame:
-        """The table of `rank_shift` after these tokens, with parts of characters as bytes."""
-        pairs = []
-        for number, (row, pos) in enumerate(zip(tokens.row, tokens.pos, strict=True)):
-            position = {"row": row, "pos": pos}
-            distributions = [
-                Distribution(self.reader, position, logits[number].detach().float().cpu())
-                for logits in (before, after)
-            ]
-            pairs.append((distributions[0], distributions[1]))
-        watched, named = list(self.request.watched), list(self.request.named)
-        table = shift_table(pairs, self.request.top, MOVERS, watched, named)
-        return table.assign(
-            token=[token_literal(self.reader, token) for token in table["token_id"]]
+        tokens = self._tokens(batch, request.rank_where)
+        if tokens.empty:
+            return
+        logits_before, logits_after = (
+            _select(run.logits, tokens).detach().float().cpu() for run in (before, after)
         )
+        locations: Any = pd.DataFrame(tokens[["row", "pos"]]).to_dict("records")
+        pairs = []
+        for location, *logits in zip(locations, logits_before, logits_after, strict=True):
+            one, other = (Distribution(reader, location, vector) for vector in logits)
+            pairs.append((one, other))
+        watched, named = list(request.watched), list(request.named)
+        self.shift_tables.append(literal_shifts(pairs, request.top, MOVERS, watched, named))
 
     def _note_partings(
-        self, site: AnySite, tokens: Tokens, difference: Float[Tensor, " token"]
+        self, site: AnySite, tokens: pd.DataFrame, difference: Float[Tensor, " token"]
     ) -> None:
         """Note the prompts that part at this site, and at no site before it."""
-        is_beyond = ~(difference <= self.request.tolerance)  # true for NaN
-        for number in is_beyond.nonzero().flatten().tolist():
-            row = tokens.row[number]
-            if row not in self.partings:
-                self.partings[row] = {
-                    "row": row,
-                    "site": str(site),
-                    "layer": layer_of(site),
-                    "pos": tokens.pos[number],
-                    "read": token_literal(self.reader, tokens.ids[number]),
-                    "difference": float(difference[number]),
-                }
+        layer = similarity.layer_of(site)
+        table = tokens.assign(site=str(site), layer=layer, difference=difference.tolist())
+        parting: Any = table[~(table["difference"] <= self.request.tolerance)]  # with NaN
+        for record in parting.drop_duplicates("row").to_dict("records"):
+            self.partings.setdefault(record["row"], record)
 
     def _keep_stream(
-        self, site: AnySite, tokens: Tokens, token_differences: TokenDistances
+        self, site: AnySite, tokens: pd.DataFrame, token_differences: similarity.TokenDistances
     ) -> None:
         """Keep the differences of the stream after each block for the shown prompts."""
-        if not isinstance(site, Site) or site.name != "resid_post":
-            return
-        numbers = [number for number, row in enumerate(tokens.row) if row < self.request.shown]
-        if numbers:
-            columns = {
-                "row": [tokens.row[number] for number in numbers],
-                "pos": [tokens.pos[number] for number in numbers],
-                "read": [token_literal(self.reader, tokens.ids[number]) for number in numbers],
-                "layer": site.layer,
-                "difference": token_differences.difference[numbers].tolist(),
-                "cosine": token_differences.cosine[numbers].tolist(),
-            }
-            self.stream_tables.append(pd.DataFrame(columns))
-
-    def _positions(self, row: int, where: Where) -> list[int]:
-        """The selected positions of a prompt. Raises `OutOfRange` if it does not have one."""
-        ids = self.rows[row]
-        return list(
-            positions_of_row(ids, where, lambda at: positions_of_text(self.reader, ids, at))
-        )
-
-    def _tokens(self, batch: Sequence[int], where: Where) -> tuple[Tokens, tuple[Tensor, Tensor]]:
-        """The selected tokens of a batch, and their indices in it: rows and columns."""
-        tokens = Tokens([], [], [], [])
-        batch_rows = []
-        for batch_row, row in enumerate(batch):
-            ids = self.rows[row]
-            for pos in self._positions(row, where):
-                batch_rows.append(batch_row)
-                tokens.row.append(row)
-                tokens.pos.append(pos)
-                tokens.ids.append(ids[pos])
-                tokens.following.append(ids[pos + 1] if pos + 1 < len(ids) else -1)
-        return tokens, (torch.tensor(batch_rows), torch.tensor(tokens.pos))
+        is_shown = (tokens["row"] < self.request.shown).to_numpy()
+        if isinstance(site, Site) and site.name == "resid_post" and is_shown.any():
+            table = tokens.assign(
+                layer=site.layer,
+                difference=token_differences.difference.tolist(),
+                cosine=token_differences.cosine.tolist(),
+            )
+            self.stream_tables.append(pd.DataFrame(table[is_shown][STREAM_COLUMNS]))
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables tokens, shifts, sites, parting and stream."""
+        order = ["row", "pos", "rank_after", "token_id"]
         tables = {
-            "tokens": _concatenate(self.token_tables, ["row", "pos"]),
-            "shifts": pd.DataFrame(columns=["row", "pos"]),
-            "stream": pd.DataFrame(columns=STREAM_COLUMNS),
+            "tokens": _concatenate(self.token_tables, ["row", "pos"], []),
+            "shifts": _concatenate(self.shift_tables, order, ["row", "pos"]),
+            "stream": _concatenate(self.stream_tables, ["row", "layer", "pos"], STREAM_COLUMNS),
         }
-        if self.shift_tables:
-            order = ["row", "pos", "rank_after", "token_id"]
-            tables["shifts"] = _concatenate(self.shift_tables, order)
-        if self.stream_tables:
-            tables["stream"] = _concatenate(self.stream_tables, ["row", "layer", "pos"])
-        records = [
-            self.similarities[site].row(self.request.tolerance)
-            for site in (*self.shared.sites, LOGITS)
-        ]
-        sites = pd.DataFrame(records, columns=list(COLUMNS))
+        records = []
+        for site in (*self.shared.sites, LOGITS):
+            records.append(self.similarities[site].row(self.request.tolerance))
+        sites = pd.DataFrame(records, columns=list(similarity.COLUMNS))
         tables["sites"] = sites.astype({"layer": "Int64", "parts": "boolean"})
-        tables["parting"] = self._parting_table()
-        return tables
-
-    def _parting_table(self) -> pd.DataFrame:
         never = {"site": "", "layer": None, "pos": None, "read": "", "difference": float("nan")}
         records = []
         if not self.shared.no_order:
             for row in range(len(self.rows)):
                 records.append(self.partings.get(row, {"row": row} | never))
-        table = pd.DataFrame(records, columns=PARTING_COLUMNS)
-        return table.astype({"layer": "Int64", "pos": "Int64"})
+        parting = pd.DataFrame(records, columns=PARTING_COLUMNS)
+        tables["parting"] = parting.astype({"layer": "Int64", "pos": "Int64"})
+        return tables
 
 
-def _concatenate(tables: list[pd.DataFrame], order: list[str]) -> pd.DataFrame:
+def _concatenate(tables: list[pd.DataFrame], order: list[str], columns: list[str]) -> pd.DataFrame:
+    """The tables in one, sorted by `order`; a table without rows that has `columns` for none."""
+    if not tables:
+        return pd.DataFrame(columns=columns)
     return pd.concat(tables, ignore_index=True).sort_values(order, ignore_index=True)
 
 
-def _select_values(run: Run, site: AnySite, index: tuple[Tensor, Tensor]) -> Tensor:
-    values = run.captured(site, NAME).values
-    return values[index[0].to(values.device), index[1].to(values.device)]
-
-
-def _select_logits(run: Run, index: tuple[Tensor, Tensor]) -> Logits:
-    logits = run.logits
-    return logits[index[0].to(logits.device), index[1].to(logits.device)]
+def _select(values: Float[Tensor, "row pos ..."], tokens: pd.DataFrame) -> Tensor:
+    """The values at these tokens of a batch."""
+    index = torch.tensor(tokens[["batch_row", "pos"]].to_numpy(), device=values.device)
+    return values[index[:, 0], index[:, 1]]

@@ -1,6 +1,6 @@
 """Two models as a pair: whether they read the same tokens, and which sites they have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,18 +16,17 @@ from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.sites import AXES, LOGIT_SITES, AnySite, Site, Sites, SitesLike, as_sites
 from ...runs.forward import forward
 from ...runs.run import Run
-from ..shift.before_after import first_difference
+from ...tables.comparison import first_difference
 
 Around: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
 NAME = "hookkit.diff"  # of the captures of a comparison
-SKIPPED = {  # the sites that are compared only if sites= names them, and why; "" needs no reason
+SKIPPED = {  # the sites that are compared only if sites= names them, and why
     "resid_pre": "is the stream that the block before leaves, resid_post or embed",
     "q_rot": "follows from q",
     "k_rot": "follows from k",
     "experts": "are numbers of experts, and no vectors",
     "lm_head": "is compared as logits",
-    "logits": "",
     "scores": "have a number for each query and key, and no vector",
     "pattern": "has a number for each query and key, and no vector",
 }
@@ -99,11 +98,7 @@ def _check_vocabularies(before: LM, after: LM) -> None:
     if before.tokenizer is None or after.tokenizer is None or before.tokenizer is after.tokenizer:
         return
     words_before, words_after = _words_by_id(before), _words_by_id(after)
-    different = [
-        number
-        for number in sorted({*words_before, *words_after})
-        if words_before.get(number) != words_after.get(number)
-    ]
+    different = sorted(dict(words_before.items() ^ words_after.items()))
     if different:
         first = different[0]
         raise OtherVocabulary(
@@ -122,9 +117,8 @@ def _words_by_id(lm: LM) -> dict[int, str]:
 class SharedSites:
     """The sites that both models have, in the order of computation, and what is left out and why.
 
-    `kinds` has what each site holds in the two models. `no_order` is "" if the models have the same
-    sites of the same sizes, so that the first site where they part is defined; else the reason why
-    it is not.
+    `kinds` has what each site holds in the two models. `no_order` is "" or the reason why the first
+    site where they part is not defined.
     """
 
     sites: tuple[AnySite, ...]
@@ -143,23 +137,25 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
     left_out: list[dict[str, str]] = []
     sites_before = _select_sites(before, sites, "first")
     sites_after = _select_sites(after, sites, "second")
-    common = sorted(sites_before & sites_after, key=order_of)
     lone_sites = {"first": sites_before - sites_after, "second": sites_after - sites_before}
     for which, lone in lone_sites.items():
         if lone:
-            names = repr(Sites(tuple(sorted(lone, key=order_of))))
-            left_out.append({"what": names, "why": f"only the {which} model has it"})
-    if not common:
+            why = f"only the {which} model has it"
+            left_out.append({"what": repr(_in_order(lone)), "why": why})
+    if sites_before.isdisjoint(sites_after):
         raise BadHook(
             "the two models have no site in common: name some with sites=, such as hk.module(path) "
             "in both"
         )
-    kinds = _probe_kinds(before, after, Sites(tuple(common)), named=sites is not None)
+    common = _in_order(sites_before & sites_after)
+    kinds = _probe_kinds(before, after, common, named=sites is not None)
     if sites is None:
-        left_out += _list_skipped(before, after)
+        names = {*before.layout.names} & {*after.layout.names}
+        for name in sorted(names & {*SKIPPED}, key=list(SKIPPED).index):
+            left_out.append({"what": name, "why": SKIPPED[name]})
     resized = [site for site, (one, other) in kinds.items() if one.shape != other.shape]
     if resized:
-        size_before, size_after = map(_write_size, kinds[resized[0]])
+        size_before, size_after = (" x ".join(map(str, kind.shape)) for kind in kinds[resized[0]])
         why = f"they have other sizes, {size_before} and {size_after} at {resized[0]}"
         left_out.append({"what": f"cosine and difference at {Sites(tuple(resized))}", "why": why})
     same_sites = sites_before == sites_after and not resized
@@ -169,20 +165,21 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
     return SharedSites(tuple(kinds), kinds, left_out, no_order)
 
 
+def _in_order(sites: Iterable[AnySite]) -> Sites:
+    """The sites in the order of computation."""
+    return Sites(tuple(sorted(sites, key=order_of)))
+
+
 def _probe_kinds(
     before: LM, after: LM, sites: Sites, *, named: bool
 ) -> dict[AnySite, tuple[ValueKind, ValueKind]]:
-    """What the sites hold in the two models.
-
-    Whole numbers have no cosine: `named` sites that hold them raise `BadHook`, others are left out.
-    """
+    """What the sites hold. Whole numbers have no cosine: they raise `BadHook` if `named`."""
     probed_before = probe_sites(before, sites, "hk.diff")
     probed_after = probe_sites(after, sites, "hk.diff")
-    kinds = {}
-    whole_numbers = []
+    kinds, whole_numbers = {}, []
     for site in sites:
         pair = probed_before[site], probed_after[site]
-        if pair[0].dtype.is_floating_point and pair[1].dtype.is_floating_point:
+        if all(kind.dtype.is_floating_point for kind in pair):
             kinds[site] = pair
         else:
             whole_numbers.append(site)
@@ -194,29 +191,16 @@ def _probe_kinds(
     return kinds
 
 
-def _write_size(kind: ValueKind) -> str:
-    return " x ".join(map(str, kind.shape))
-
-
 def _select_sites(lm: LM, sites: SitesLike | None, which: str) -> set[AnySite]:
     """The named sites, or all vectors of a model. An error says which model lacks a site."""
     if sites is None:
-        names = [name for name in lm.layout.names if name not in SKIPPED]
+        names = [name for name in lm.layout.names if name not in (*SKIPPED, "logits")]
         return set(lm.expand(names)) if names else set()
     try:
         return set(lm.expand(as_sites(sites)))
     except HookkitError as error:
         error.add_note(f"in the {which} model")
         raise
-
-
-def _list_skipped(before: LM, after: LM) -> list[dict[str, str]]:
-    """The sites of both models that are not compared by default, with the reasons."""
-    skipped = []
-    for name, why in SKIPPED.items():
-        if why and name in before.layout.names and name in after.layout.names:
-            skipped.append({"what": name, "why": why})
-    return skipped
 
 
 def _no_order(before: LM, after: LM, sites: Sequence[AnySite], *, same_sites: bool) -> str:
@@ -239,9 +223,7 @@ def order_of(site: AnySite) -> tuple[object, ...]:
         return (3, 0, 0, 0, str(site))
     layer = -1 if site.layer is None else site.layer
     head = -1 if site.head is None else site.head
-    stage = 1
+    stage = 0 if site.layer is None else 1
     if site.name in LAST_SITES:
         stage = 2
-    elif site.layer is None:
-        stage = 0
     return (stage, layer, ORDER[site.name], head, "")

@@ -35,16 +35,12 @@ def linear_cka(before: Vectors, after: Float[Tensor, "token e"]) -> float:
     >>> round(linear_cka(x, 3 * x @ rotation + 1), 6), linear_cka(x, torch.ones(20, 7))
     (1.0, nan)
     """
-    x, y = subtract_mean(to_float64(before)), subtract_mean(to_float64(after))
+    x, y = to_float64(before), to_float64(after)
+    x, y = x - x.mean(0), y - y.mean(0)
     if len(x) >= x.shape[1] + y.shape[1]:
         return _ratio((x.T @ y).square(), (x.T @ x).square(), (y.T @ y).square())
     k, m = x @ x.T, y @ y.T
     return _ratio(k * m, k * k, m * m)
-
-
-def subtract_mean(rows: Vectors) -> Vectors:
-    """The rows minus their mean."""
-    return rows - rows.mean(0)
 
 
 def _ratio(cross: Tensor, before: Tensor, after: Tensor) -> float:
@@ -104,10 +100,7 @@ def cka_bytes(tokens: int, widths: tuple[int, int]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class TokenDistances:
-    """The cosine of two models' vectors of each token, and |after - before| / |before|.
-
-    NaN and infinite activations are not skipped: they are a difference.
-    """
+    """The cosine of two vectors of each token, |after - before| / |before|, and their norms."""
 
     cosine: Float[Tensor, " token"]
     difference: Float[Tensor, " token"]
@@ -135,10 +128,7 @@ def token_distances(
 
 @dataclass(eq=False)
 class SiteSimilarity:
-    """The running sums of one site, over tokens that are added batch by batch.
-
-    Owned by `PairedRuns`. `cka` is None if no CKA is computed.
-    """
+    """The running sums of one site. Owned by `PairedRuns`. `cka` is None if no CKA is computed."""
 
     site: AnySite
     cka: RunningCKA | None
@@ -180,42 +170,28 @@ class SiteSimilarity:
 
     def _add_norms(self, before: Float[Tensor, " token"], after: Float[Tensor, " token"]) -> None:
         self.tokens += len(before)
-        before_sum, after_sum = self.norms
         self.norms = (
-            before_sum + float(before.double().sum()),
-            after_sum + float(after.double().sum()),
+            self.norms[0] + float(before.double().sum()),
+            self.norms[1] + float(after.double().sum()),
         )
 
     def row(self, tolerance: float) -> dict[str, Any]:
         """The site's row of the table."""
-        nan = float("nan")
-        columns: dict[str, Any] = {
-            "site": str(self.site),
-            "name": name_of(self.site),
-            "layer": layer_of(self.site),
-            "tokens": self.tokens,
-            "cosine": nan,
-            "cosine_min": nan,
-            "difference": nan,
-            "difference_max": nan,
-            "norm_before": self.norms[0] / self.tokens,
-            "norm_after": self.norms[1] / self.tokens,
-            "cka": nan if self.cka is None else self.cka.value(),
-            "parts": None,
-        }
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, float("nan"))
+        name = self.site.name if isinstance(self.site, Site) else str(self.site)
+        row |= {"site": str(self.site), "name": name, "layer": layer_of(self.site), "parts": None}
+        row |= {"tokens": self.tokens, "norm_before": self.norms[0] / self.tokens}
+        row["norm_after"] = self.norms[1] / self.tokens
+        if self.cka is not None:
+            row["cka"] = self.cka.value()
         if self.comparable:
-            columns["difference"] = self.difference / self.tokens
-            columns["difference_max"] = self.difference_max
-            columns["parts"] = not self.difference_max <= tolerance
-            if self.compared:
-                columns["cosine"] = self.cosine / self.compared
-                columns["cosine_min"] = self.cosine_min
-        return columns
-
-
-def name_of(site: AnySite) -> str:
-    """The site's name without its layer; a module's path."""
-    return site.name if isinstance(site, Site) else str(site)
+            row["difference"] = self.difference / self.tokens
+            row["difference_max"] = self.difference_max
+            row["parts"] = not self.difference_max <= tolerance
+        if self.comparable and self.compared:
+            row["cosine"] = self.cosine / self.compared
+            row["cosine_min"] = self.cosine_min
+        return row
 
 
 def layer_of(site: AnySite) -> int | None:

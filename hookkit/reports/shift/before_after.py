@@ -14,28 +14,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import HookkitError
 from ...hooks.base import Hook
 from ...hooks.capture import capture
-from ...hooks.captured_values import Captured, Captures, LazyCapture
+from ...hooks.captured_values import Captures
 from ...lenses.model_end import find_ending
+from ...models import next_token
 from ...models.lm import LM
 from ...models.overrides import Overrides
 from ...models.prompts import Row
 from ...models.sites import Site
-from ...models.tokens import rank_among, ranks_for_table
 from ...runs.forward import forward
 from ...runs.generate import generate
-from ...runs.manager import HookManager
+from ...runs.manager import capture_reference
 from ...runs.partial import skip_block
 from ...runs.run import Run
-from ...runs.taps import HookPoint, build_hook_points
+from ...runs.taps import build_hook_points
 from ...sweeps.shortcuts import shortcuts
-from ...tables.distributions import Distribution, expectation
-from .named_edits import Edit, token_literal
+from ...tables import rank_tables
+from ...tables.comparison import first_difference
+from ...tables.distributions import Distribution
+from ..comparison import token_literal, token_literals
+from .named_edits import Edit
 
 # With fewer tokens in all forwards of the edits, a trial of the shortcut costs more than it saves.
 MIN_TOKENS = 512
@@ -46,11 +49,9 @@ Logits = Float[Tensor, "row vocab"]
 
 @dataclass(frozen=True, eq=False)
 class ResumePlan:
-    """The blocks at which forwards of edits can begin, and the outputs of the blocks before them.
+    """The first block that each edit touches, by its number, as far as forwards can begin there.
 
-    `starts` has the first block that an edit touches, by the edit's number; edits that need whole
-    forwards are not in it. `block_outputs` belongs to the plan: `record_outputs` fills it with the
-    outputs of the unedited forward, by block.
+    `block_outputs` belongs to the plan: the outputs of the unedited forward, by block.
     """
 
     lm: LM
@@ -60,48 +61,48 @@ class ResumePlan:
     @contextmanager
     def record_outputs(self) -> Iterator[None]:
         """Within the `with` block, a forward's outputs are recorded as far as they are needed."""
+
+        def record(number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+            self.block_outputs[number] = inner(*args, **kwargs)
+            return self.block_outputs[number]
+
         with Overrides() as lent:
             for number in {start - 1 for start in self.starts.values()}:
-                lent.around(self._block(number), "forward", partial(self._record, number))
+                lent.around(self._block(number), "forward", partial(record, number))
             yield
-
-    def _record(self, number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.block_outputs[number] = inner(*args, **kwargs)
-        return self.block_outputs[number]
 
     @contextmanager
     def resume_at(self, start: int) -> Iterator[None]:
-        """Within the `with` block, forwards of the same prompts begin at block `start`.
+        """Within the `with` block forwards begin at block `start`; 0 is a whole forward."""
 
-        With `start` 0 they are whole forwards.
-        """
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            output = self.block_outputs[start - 1]
+            if isinstance(output, Tensor):
+                return output.clone()
+            return (output[0].clone(), *output[1:])
+
         with Overrides() as lent:
             for number in range(start - 1):
                 output_kind = find_ending(self.lm).kinds[number]
-                lent.around(self._block(number), "forward", skip_block(output_kind))
+                lent.around(self._block(number), "forward", partial(skip_block, output_kind))
             if start:
-                lent.around(self._block(start - 1), "forward", partial(self._replay, start - 1))
+                lent.around(self._block(start - 1), "forward", replay)
             yield
-
-    def _replay(self, number: int, /, *args: Any, **kwargs: Any) -> Any:
-        output = self.block_outputs[number]
-        if isinstance(output, Tensor):
-            return output.clone()
-        return (output[0].clone(), *output[1:])
 
     def _block(self, number: int) -> Any:
         return self.lm.submodule(self.lm.family.block.format(layer=number))
 
 
 def plan_resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]) -> ResumePlan:
-    """The plan for the forwards of these edits over these prompts.
+    """The plan for the forwards of these edits. Without a start, an edit takes a whole forward.
 
-    A trial forward verifies that the model allows it. A model that does not, and a model with other
-    hooks, which would see that blocks are skipped, run whole forwards.
+    A trial verifies that the model allows it. Other hooks would see that blocks are skipped.
     """
     whole = ResumePlan(lm, {})
+    modules = (*lm.wrapping, *lm.root.modules())
+    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     n_tokens = sum(map(len, rows)) * len(edits)
-    if n_tokens < MIN_TOKENS or lm.root.training or _has_hooks(lm):
+    if n_tokens < MIN_TOKENS or lm.root.training or has_hooks:
         return whole
     starts = {}
     try:
@@ -114,51 +115,28 @@ def plan_resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]
     return ResumePlan(lm, starts) if starts and shortcuts(lm).grow else whole
 
 
-def _has_hooks(lm: LM) -> bool:
-    """True if the user's hooks, or those of an outer `with` block of hookkit, see a forward."""
-    modules = (*lm.wrapping, *lm.root.modules())
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
 def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
     """The first block that hooks touch: `n_layers` if they act after all blocks, else 0."""
     model_end = find_ending(lm)
     blocks = {lm.family.block.format(layer=number): number for number in range(lm.n_layers)}
     numbers = []
-    for point in build_hook_points(lm, list(hooks), HookManager(lm, ()).reference):
-        number = _enclosing_block(point, blocks)
-        if number is None:
-            number = lm.n_layers if model_end.has(point) else 0
-        numbers.append(number)
+    for point in build_hook_points(lm, list(hooks), partial(capture_reference, lm)):
+        path = point.place.path
+        while path and path not in blocks:
+            path = path.rpartition(".")[0]
+        number = lm.n_layers if model_end.has(point) else 0
+        numbers.append(blocks.get(path, number))
     return min(numbers, default=0)
-
-
-def _enclosing_block(point: HookPoint, blocks: dict[str, int]) -> int | None:
-    path = point.place.path
-    while path and path not in blocks:
-        path = path.rpartition(".")[0]
-    return blocks.get(path)
-
-
-def computed_sites(sites: Sequence[Site], start: int) -> list[Site]:
-    """The sites that are computed by a forward that begins at block `start`."""
-    return [site for site in sites if site.layer is None or site.layer >= start]
-
-
-def add_unedited(captures: Captures, unedited: Captures) -> Captures:
-    """The captures of a resumed forward, completed by the unedited ones, in the order of these."""
-    resumed = {slot.site: slot for slot in captures.slots}
-    slots: list[LazyCapture] = [resumed.pop(slot.site, slot) for slot in unedited.slots]
-    return Captures((*slots, *resumed.values()))
 
 
 @dataclass(frozen=True, eq=False)
 class NextTokenLogits:
     """The logits after each prompt, and the run, which keeps only the shown rows."""
 
-    edit: Edit | None
+    edit: Edit  # with the base hooks for what edits are compared with
     run: Run
     logits: Logits  # float32, on the CPU
+    shown: int
 
     @property
     def lm(self) -> LM:
@@ -171,83 +149,97 @@ class NextTokenLogits:
     @cached_property
     def exact(self) -> Logits:
         """The log-probabilities in float64, for sums over the vocabulary."""
-        return self.logits.double().log_softmax(-1)
+        return next_token.exact_logprobs(self.logits)
 
     @cached_property
     def entropy(self) -> Float[Tensor, " row"]:
-        return 0.0 - expectation(self.exact, self.exact)
+        return next_token.entropy_of(self.exact)
 
     @property
-    def _real_logits(self) -> Logits:
+    def real_logits(self) -> Logits:
         """The logits of the real vocabulary."""
-        return self.logits[:, : self.lm.n_tokens or None]
+        return next_token.token_logits(self.logits, self.lm.n_tokens)
 
     @cached_property
     def top_tokens(self) -> list[int]:
         """The most likely token of each prompt."""
-        return self._real_logits.argmax(-1).tolist()
+        return self.real_logits.argmax(-1).tolist()
 
     @property
     def top_names(self) -> list[str | None]:
         """The most likely tokens by name; None where logits are NaN, so that there is none."""
-        names: list[str | None] = [token_literal(self.lm, token) for token in self.top_tokens]
+        names: list[str | None] = [*token_literals(self.lm, self.top_tokens)]
         for row in self.logits.isnan().any(-1).nonzero().flatten().tolist():
             names[row] = None
         return names
 
-    def ranks(self, ids: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
-        """The ranks of one token for each prompt: 1 + the number of strictly larger logits."""
-        return rank_among(self._real_logits, _pick(self.logits, ids))
+    def numbers(self, tokens: list[int], when: str) -> dict[str, object]:
+        """The columns of one token for each prompt, with `when` in their names."""
+        ids = torch.tensor(tokens)
+        logits, logprobs = (
+            next_token.values_at(values, ids) for values in (self.logits, self.logprobs)
+        )
+        ranks = next_token.rank_among(self.real_logits, logits)
+        return {
+            f"logit_{when}": logits.double().numpy(),
+            f"logprob_{when}": logprobs.double().numpy(),
+            f"prob_{when}": logprobs.exp().double().numpy(),
+            f"rank_{when}": next_token.ranks_for_table(ranks).numpy(),
+        }
 
-    def distribution(self, row: int) -> Distribution:
-        position = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
-        return Distribution(self.lm, position, self.logits[row])
-
-
-def _pick(values: Logits, ids: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    return values.gather(1, ids[:, None])[:, 0]
+    @cached_property
+    def distributions(self) -> list[Distribution]:
+        """The distributions after the shown prompts."""
+        result = []
+        for row in range(self.shown):
+            position = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
+            result.append(Distribution(self.lm, position, self.logits[row]))
+        return result
 
 
 def run_prompts(
     lm: LM,
     rows: Sequence[Row],
-    hooks: tuple[Hook, ...],
-    edit: Edit | None,
+    edit: Edit,
     sites: Sequence[Site],
     shown: int,
     start: int = 0,
     unedited: Captures | None = None,
 ) -> NextTokenLogits:
-    """One forward over all prompts with these hooks. Captures `sites` of the first `shown` prompts.
+    """One forward over all prompts with an edit. Captures `sites` of the first `shown` prompts.
 
     For a forward that begins at block `start`, the captures before it are taken from `unedited`.
     """
     prompts = [list(row) for row in rows]
-    computed = computed_sites(sites, start)
+    computed = [site for site in sites if site.layer is None or site.layer >= start]
     captures = [_capture_last(computed, shown)] if computed else []
-    run = forward(lm, prompts, *hooks, *captures, logits="last")
+    run = forward(lm, prompts, *edit.hooks, *captures, logits="last")
     last_logits = run.captured_logits()
     logits = last_logits.values[:, 0].detach().float().cpu()
-    all_hooks = (*hooks, _capture_last(sites, shown)) if sites else hooks
-    run = replace(run, hooks=all_hooks, output=None, kept_logits=_first_rows(last_logits, shown))
+    assert last_logits.positions is not None
+    shown_logits = replace(
+        last_logits,
+        values=last_logits.values[:shown].clone(),
+        positions=last_logits.positions[:shown],
+        rows=last_logits.rows[:shown],
+        prompts=last_logits.prompts[:shown],
+    )
+    hooks = (*edit.hooks, _capture_last(sites, shown)) if sites else edit.hooks
+    run = replace(run, hooks=hooks, output=None, kept_logits=shown_logits)
     if unedited is not None and sites:
-        run = replace(run, kept=add_unedited(run.kept, unedited))
-    return NextTokenLogits(edit, run, logits)
+        run = replace(run, kept=_add_unedited(run.kept, unedited))
+    return NextTokenLogits(edit, run, logits, shown)
 
 
 def _capture_last(sites: Sequence[Site], shown: int) -> Hook:
     return capture(list(sites), pos=-1, rows=range(shown), name="hookkit.shifts")
 
 
-def _first_rows(captured: Captured, shown: int) -> Captured:
-    assert captured.positions is not None
-    return replace(
-        captured,
-        values=captured.values[:shown].clone(),
-        positions=captured.positions[:shown],
-        rows=captured.rows[:shown],
-        prompts=captured.prompts[:shown],
-    )
+def _add_unedited(captures: Captures, unedited: Captures) -> Captures:
+    """The captures of a resumed forward, completed by the unedited ones, in the order of these."""
+    resumed = {slot.site: slot for slot in captures.slots}
+    slots = [resumed.pop(slot.site, slot) for slot in unedited.slots]
+    return Captures((*slots, *resumed.values()))
 
 
 def watched_of(
@@ -259,52 +251,37 @@ def watched_of(
     logprob, prob and rank, each with _before, _after and _delta; shift; decades (log10 of rank
     before over rank after: 1 for a rise from 100 to 10).
     """
-    assert after.edit is not None
-    n_rows = len(after.logits)
-    tokens_by_name = {token_literal(after.lm, token): [token] * n_rows for token in watch}
+    tokens_by_name = {}
+    for token in watch:
+        tokens_by_name[token_literal(after.lm, token)] = [token] * len(after.logits)
     tokens_by_name[TOP_BEFORE] = before.top_tokens
     parts = []
     for name, tokens in tokens_by_name.items():
-        columns: dict[str, object] = {
-            "row": range(n_rows),
-            "edit": after.edit.name,
-            "control": after.edit.control,
-            "draw": after.edit.draw,
-            "watched": name,
-            "token": [token_literal(after.lm, token) for token in tokens],
-            "token_id": tokens,
-        }
-        columns |= _numbers_of(before, tokens, "before")
-        columns |= _numbers_of(after, tokens, "after")
-        parts.append(pd.DataFrame(columns))
+        table = _rows_of(after).assign(
+            watched=name, token=token_literals(after.lm, tokens), token_id=tokens
+        )
+        numbers = before.numbers(tokens, "before") | after.numbers(tokens, "after")
+        parts.append(table.assign(**numbers))
     table = add_deltas(pd.concat(parts, ignore_index=True))
     return table.sort_values("row", kind="stable", ignore_index=True)
 
 
-def _numbers_of(outcome: NextTokenLogits, tokens: list[int], when: str) -> dict[str, object]:
-    ids = torch.tensor(tokens)
-    logprobs = _pick(outcome.logprobs, ids)
-    return {
-        f"logit_{when}": _pick(outcome.logits, ids).double().numpy(),
-        f"logprob_{when}": logprobs.double().numpy(),
-        f"prob_{when}": logprobs.exp().double().numpy(),
-        f"rank_{when}": ranks_for_table(outcome.ranks(ids)).numpy(),
-    }
+def _rows_of(after: NextTokenLogits) -> pd.DataFrame:
+    """The columns that say which prompt and edit each row is about."""
+    edit = after.edit
+    columns = {"edit": edit.name, "control": edit.control, "draw": edit.draw}
+    return pd.DataFrame({"row": range(len(after.logits)), **columns})
 
 
 def add_deltas(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with after minus before of all compared numbers, and with columns in order."""
-    numbers = []
-    for name in COMPARED:
-        before, after = table[f"{name}_before"], table[f"{name}_after"]
-        # -inf minus -inf is no change
-        table[f"{name}_delta"] = (after - before).where(after != before, 0)
-        numbers += [f"{name}_before", f"{name}_after", f"{name}_delta"]
-    table["shift"] = -table["rank_delta"]
-    table["decades"] = np.log10(table["rank_before"] / table["rank_after"])
-    numbers += ["shift", "decades"]
-    keys = [name for name in table.columns if name not in numbers]
-    return pd.DataFrame(table[[*keys, *numbers]])
+    """The table with after minus before of all compared numbers, and with shift and decades."""
+    table = rank_tables.add_deltas(table, COMPARED)
+    return table.assign(shift=-table["rank_delta"], decades=decades_of(table))
+
+
+def decades_of(table: pd.DataFrame) -> Any:
+    """log10 of rank before over rank after."""
+    return np.log10(table["rank_before"] / table["rank_after"])
 
 
 def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFrame:
@@ -313,26 +290,20 @@ def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFram
     Columns: row, edit, control, draw, kl (KL(before‖after), nats), entropy_before, _after, _delta
     (nats), top1_before, top1_after, top1_changed (None where logits are NaN).
     """
-    assert after.edit is not None
-    kl = expectation(before.exact, before.exact - after.exact).clamp(min=0.0)
-    top1_changed: list[bool | None] = []
-    for name_before, name_after in zip(before.top_names, after.top_names, strict=True):
-        is_known = name_before is not None and name_after is not None
-        top1_changed.append(name_before != name_after if is_known else None)
-    columns = {
-        "row": range(len(kl)),
-        "edit": after.edit.name,
-        "control": after.edit.control,
-        "draw": after.edit.draw,
-        "kl": kl.tolist(),
-        "entropy_before": before.entropy.tolist(),
-        "entropy_after": after.entropy.tolist(),
-        "entropy_delta": (after.entropy - before.entropy).tolist(),
-        "top1_before": before.top_names,
-        "top1_after": after.top_names,
-        "top1_changed": top1_changed,
-    }
-    return pd.DataFrame(columns)
+    kl = next_token.kl_divergence(before.exact, after.exact).clamp(min=0.0)
+    table = _rows_of(after).assign(
+        kl=kl.tolist(),
+        entropy_before=before.entropy.tolist(),
+        entropy_after=after.entropy.tolist(),
+        entropy_delta=(after.entropy - before.entropy).tolist(),
+        top1_before=before.top_names,
+        top1_after=after.top_names,
+    )
+    is_unknown: Any = table["top1_before"].isna() | table["top1_after"].isna()
+    changed: Any = table["top1_before"] != table["top1_after"]
+    if is_unknown.any():
+        changed = changed.astype(object).mask(is_unknown, None)
+    return table.assign(top1_changed=changed)
 
 
 def texts_of(
@@ -351,12 +322,14 @@ def texts_of(
     for edit in edits:
         after = generate(lm, prompts, *edit.hooks, **settings)
         for row in range(len(prompts)):
-            records.append({"row": row, "edit": edit.name} | _compare_texts(lm, before, after, row))
+            records.append({"row": row, "edit": edit.name} | _compare_texts(before, after, row))
     return pd.DataFrame(records).astype({"parts_at": "Int64"})
 
 
-def _compare_texts(lm: LM, before: Run, after: Run, row: int) -> dict[str, object]:
-    tokens_before, tokens_after = _generated_tokens(before, row), _generated_tokens(after, row)
+def _compare_texts(before: Run, after: Run, row: int) -> dict[str, object]:
+    lm, start = before.lm, before.prompt_lengths[row]
+    tokens_before = before.tokens[row, start : before.lengths[row]].tolist()
+    tokens_after = after.tokens[row, start : after.lengths[row]].tolist()
     parts_at = first_difference(tokens_before, tokens_after)
     common = tokens_before[:parts_at]
     then_before, then_after = "", ""
@@ -371,17 +344,3 @@ def _compare_texts(lm: LM, before: Run, after: Run, row: int) -> dict[str, objec
         "then_before": then_before,
         "then_after": then_after,
     }
-
-
-def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
-    """The index of the first token that differs, None if the sequences are equal."""
-    if first == second:
-        return None
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
-
-
-def _generated_tokens(run: Run, row: int) -> list[int]:
-    return run.tokens[row, run.prompt_lengths[row] : run.lengths[row]].tolist()

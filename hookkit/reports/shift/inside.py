@@ -4,22 +4,23 @@
 of one token's logit into the components that made it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ...errors import HookkitError
+from ...errors import HookkitError, Unsupported
 from ...lenses.components import required_sites
 from ...lenses.direct import decompose_logits
 from ...lenses.logit_lens import LensStates, lens_table, stream_sites
 from ...models.lm import LM
 from ...models.prompts import Row
 from ...models.sites import Site
+from ...tables.rank_tables import add_deltas
+from ..comparison import token_literals
 from .before_after import NextTokenLogits
-from .named_edits import token_literal
 
 NUMBERS = ("logit", "prob", "rank")
 SMALLEST = 1e-4  # logits: a component with a smaller change gets no row of its own
@@ -27,10 +28,7 @@ SMALLEST = 1e-4  # logits: a component with a smaller change gets no row of its 
 
 @dataclass(frozen=True)
 class LensSites:
-    """The sites to capture for the lens and for the decomposition.
-
-    `no_lens` and `no_parts` say why the model has no lens or no decomposition, "" if it has one.
-    """
+    """The sites of the lens and of the decomposition, or why the model has no lens or no sum."""
 
     lens: tuple[Site, ...]
     parts: tuple[Site, ...]
@@ -45,18 +43,17 @@ class LensSites:
 
 def lens_sites(lm: LM, *, heads: bool) -> LensSites:
     """The sites that the lens and the decomposition read in this model."""
-    lens: tuple[Site, ...] = ()
-    parts: tuple[Site, ...] = ()
-    no_lens, no_parts = "", ""
+    lens, no_lens = attempt((), stream_sites, lm, "resid_post")
+    parts, no_parts = attempt((), required_sites, lm, heads=heads, neurons=False)
+    return LensSites(tuple(lens), tuple(parts), no_lens, no_parts)
+
+
+def attempt(default: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function returns and "", or `default` and why the model does not allow it."""
     try:
-        lens = stream_sites(lm, "resid_post")
+        return function(*args, **kwargs), ""
     except HookkitError as error:
-        no_lens = str(error)
-    try:
-        parts = tuple(required_sites(lm, heads=heads, neurons=False))
-    except HookkitError as error:
-        no_parts = str(error)
-    return LensSites(lens, parts, no_lens, no_parts)
+        return default, str(error)
 
 
 def layers_of(
@@ -66,39 +63,33 @@ def layers_of(
     sites: LensSites,
     watch: Sequence[int],
     shown: int,
-) -> tuple[pd.DataFrame, str]:
-    """The logit lens before and after each edit, and "" or the reason why there is none.
+) -> pd.DataFrame:
+    """The logit lens before and after each edit. Raises `HookkitError` if there is none.
 
     Columns: row, edit, layer, site, edited (whether the edit acts in this block), token, token_id;
     logit, prob and rank, each with _before, _after and _delta. The tokens are the watched ones, and
     the most likely ones before and after.
     """
     if sites.no_lens:
-        return pd.DataFrame(), sites.no_lens
-    top_before = before.top_tokens[:shown]
-    all_tokens = [*watch, *top_before]
+        raise Unsupported(sites.no_lens)
+    shown_tokens = [*watch, *before.top_tokens[:shown]]
+    all_tokens = list(shown_tokens)
     for after in edited:
         all_tokens += after.top_tokens[:shown]
+    lens_before = _lens(before, rows, sites, all_tokens)
     parts = []
-    try:
-        lens_before = _lens(before, rows, sites, all_tokens)
-        for after in edited:
-            tokens = [*watch, *top_before, *after.top_tokens[:shown]]
-            lens_after = _lens(after, rows, sites, tokens)
-            parts.append(_join_lenses(lens_before, lens_after, before, after, watch))
-    except HookkitError as error:
-        return pd.DataFrame(), str(error)
-    return pd.concat(parts, ignore_index=True), ""
+    for after in edited:
+        lens_after = _lens(after, rows, sites, [*shown_tokens, *after.top_tokens[:shown]])
+        parts.append(_join_lenses(lens_before, lens_after, before, after, watch))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _lens(
     outcome: NextTokenLogits, rows: Sequence[Row], sites: LensSites, tokens: Sequence[int]
 ) -> pd.DataFrame:
-    hooks = outcome.run.hooks
-    if sites.sites:
-        hooks = hooks[:-1]  # without the report's own capture
     states = LensStates(outcome.run, sites.lens)
     unique_tokens = list(dict.fromkeys(tokens))
+    hooks = outcome.edit.hooks
     return lens_table(states, hooks, tuple(rows), 0, unique_tokens, anywhere=False)
 
 
@@ -111,7 +102,6 @@ def _join_lenses(
 ) -> pd.DataFrame:
     """The two lenses side by side, with the tokens that are shown of each prompt."""
     edit = after.edit
-    assert edit is not None
     keys = ["row", "layer", "site", "token_id"]
     table: Any = lens_after[[*keys, *NUMBERS]].merge(
         lens_before[[*keys, *NUMBERS]],
@@ -119,19 +109,14 @@ def _join_lenses(
         suffixes=("_after", "_before"),
         validate="one_to_one",
     )
-    is_shown = [
-        token in (*watch, before.top_tokens[row], after.top_tokens[row])
-        for row, token in zip(table["row"], table["token_id"], strict=True)
-    ]
-    table = table[is_shown]
-    table = table.assign(edit=edit.name, edited=table["layer"].isin(edit.layers))
-    table["token"] = [token_literal(after.lm, int(token)) for token in table["token_id"]]
-    columns = ["row", "edit", "layer", "site", "edited", "token", "token_id"]
-    for name in NUMBERS:
-        table[f"{name}_delta"] = table[f"{name}_after"] - table[f"{name}_before"]
-        columns += [f"{name}_before", f"{name}_after", f"{name}_delta"]
-    order = ["row", "token_id", "layer"]
-    return table[columns].sort_values(order, kind="stable", ignore_index=True)
+    is_shown = []
+    for row, token in zip(table["row"], table["token_id"], strict=True):
+        is_shown.append(token in (*watch, before.top_tokens[row], after.top_tokens[row]))
+    table = add_deltas(table[is_shown], NUMBERS)
+    table.insert(1, "edit", edit.name)
+    table.insert(4, "edited", table["layer"].isin(edit.layers))
+    table.insert(5, "token", token_literals(after.lm, table["token_id"]))
+    return table.sort_values(["row", "token_id", "layer"], kind="stable", ignore_index=True)
 
 
 def why_of(
@@ -140,8 +125,10 @@ def why_of(
     tokens: Sequence[int],
     sites: LensSites,
     decompositions: dict[tuple[int, ...], pd.DataFrame],
-) -> tuple[pd.DataFrame, str]:
-    """One token's logit as a sum over components, before and after, and "" or why there is none.
+) -> pd.DataFrame:
+    """One token's logit as a sum over components, before and after.
+
+    Raises `HookkitError` if it is no sum.
 
     `tokens` has the token of each shown prompt. `decompositions` belongs to the caller: it has the
     unedited run's decompositions by their tokens, and a new one is added.
@@ -150,31 +137,25 @@ def why_of(
     logit_delta. The rows of a prompt sum to its token's logits; the row "residual" is the rounding
     error.
     """
-    assert after.edit is not None
     if sites.no_parts:
-        return pd.DataFrame(), sites.no_parts
-    if not (_is_finite(before, tokens) and _is_finite(after, tokens)):
-        reason = "the token's logit is infinite, which is no sum of anything: the edit bans it"
-        return pd.DataFrame(), reason
+        raise Unsupported(sites.no_parts)
+    rows = range(len(tokens))
+    logits = [*before.logits[rows, tokens].tolist(), *after.logits[rows, tokens].tolist()]
+    if not np.isfinite(logits).all():
+        raise Unsupported(
+            "the token's logit is infinite, which is no sum of anything: the edit bans it"
+        )
     padding = [0] * (len(after.logits) - len(tokens))
     row_tokens: Any = [*tokens, *padding]
-    try:
-        if tuple(tokens) not in decompositions:
-            decompositions[tuple(tokens)] = decompose_logits(before.run, row_tokens)
-        table = join_decompositions(
-            decompositions[tuple(tokens)], decompose_logits(after.run, row_tokens)
-        )
-    except HookkitError as error:
-        return pd.DataFrame(), str(error)
+    if tuple(tokens) not in decompositions:
+        decompositions[tuple(tokens)] = decompose_logits(before.run, row_tokens)
+    after_parts = decompose_logits(after.run, row_tokens)
+    table = join_decompositions(decompositions[tuple(tokens)], after_parts)
     ids = [tokens[row] for row in table["row"]]
     table.insert(1, "edit", after.edit.name)
-    table.insert(2, "token", [token_literal(after.lm, token) for token in ids])
+    table.insert(2, "token", token_literals(after.lm, ids))
     table.insert(3, "token_id", ids)
-    return table, ""
-
-
-def _is_finite(outcome: NextTokenLogits, tokens: Sequence[int]) -> bool:
-    return all(np.isfinite(float(outcome.logits[row, i])) for row, i in enumerate(tokens))
+    return table
 
 
 def join_decompositions(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -185,11 +166,10 @@ def join_decompositions(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFra
     )
     numbers = table[["logit_before", "logit_after"]].fillna(0.0)
     table = table.assign(**numbers, logit_delta=numbers["logit_after"] - numbers["logit_before"])
-    names = dict.fromkeys([*before["component"], *after["component"]])
-    order = {name: number for number, name in enumerate(names)}
-    table = table.assign(_order=table["component"].map(order))
-    table = table.sort_values(["row", "_order"], kind="stable")
-    return table.drop(columns="_order").reset_index(drop=True)
+    order = list(dict.fromkeys([*before["component"], *after["component"]]))
+    table["component"] = pd.Categorical(table["component"], order)
+    table = table.sort_values(["row", "component"], kind="stable", ignore_index=True)
+    return table.astype({"component": before["component"].dtype})
 
 
 def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
@@ -205,12 +185,7 @@ def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
     largest = largest.sort_values("logit_delta", ascending=False, kind="stable")
     smaller: Any = why.loc[order[count:], numbers]
     sums = []
-    if len(smaller):
-        sums.append({"component": f"the other {len(smaller)}", **_sum_columns(smaller)})
-    if len(why):
-        sums.append({"component": "sum: the logit", **_sum_columns(why[numbers])})
+    for name, table in ((f"the other {len(smaller)}", smaller), ("sum: the logit", why[numbers])):
+        if len(table):
+            sums.append({"component": name, **table.sum()})
     return pd.concat([largest, pd.DataFrame(sums)], ignore_index=True)
-
-
-def _sum_columns(table: Any) -> dict[str, float]:
-    return {name: float(table[name].sum()) for name in table.columns}

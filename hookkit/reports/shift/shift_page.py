@@ -1,61 +1,45 @@
 """`hk.shift_report`: a page on what edits did to the tokens that a model predicts next.
 
-The file measures (`shift_report`, `_measure`), writes the sections of the page (`write_opening` to
-`write_settings`), and adds the tables and about.json as files.
+The file measures (`shift_report`, `_measure`), and writes the sections of the page.
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 
-from ...arguments import check_arguments, check_integer, check_tokens
-from ...errors import BadHook, OutOfRange
-from ...figures.shift import (
-    PANELS,
-    component_bars,
-    mean_changes,
-    rank_against_rank,
-    through_layers,
-)
+from ...arguments import check_arguments, check_integer
+from ...errors import BadHook
+from ...figures import shift as figures
 from ...hooks.base import Hook
+from ...hooks.logits import named_tokens
 from ...models.lm import LM, Token
 from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
 from ...sweeps.summary import over_prompts
-from ...tables.distributions import Distribution
 from ...tables.intervals import MIN_FOR_INTERVAL
-from ...tables.rank_tables import shift_table
-from ..page import Content, Folded, Part, Report, add_files, report
+from ...tables.rank_tables import Pair, watched_ids
+from .. import comparison
+from ..page import Report
+from ..parts import Content, Part
 from ..typesetting import format_value
-from .before_after import (
-    NextTokenLogits,
-    add_deltas,
-    distances_of,
-    plan_resuming,
-    run_prompts,
-    texts_of,
-    watched_of,
-)
-from .inside import layers_of, lens_sites, most_moved, why_of
+from . import before_after
+from .inside import attempt, layers_of, lens_sites, most_moved, why_of
 from .named_edits import (
     Controls,
     Edit,
     Hooks,
     as_edit_hooks,
+    check_draws,
     named_controls,
     named_edits,
     table_of,
-    token_literal,
 )
 
-SHIFT_COLUMNS = ["token", "logit_before", "logit_after", "logit_delta",
-                 "prob_before", "prob_after", "prob_delta",
-                 "rank_before", "rank_after", "rank_delta", "why", "token_id"]  # fmt: skip
-NUMBER_COLUMNS = [name for name in SHIFT_COLUMNS if name not in ("token", "token_id", "why")]
+NUMBER_COLUMNS = comparison.SHIFT_COLUMNS[1:-2]  # without token, why and token_id
 NORM_NOTE = (
     "The final norm is in every part, with the scale that it had, so that parts before the edit "
     "change where the scale does. rest.L is what block L's stream got beside attention and MLP: an "
@@ -63,7 +47,6 @@ NORM_NOTE = (
 )
 COMPONENTS = 10  # that are shown by name
 MOVERS = 5  # tokens that moved most, in the table of shifts
-DEFAULT_DRAWS = 5  # of a random control, each a forward over all prompts
 LONGEST_JSON = 200_000  # letters of a hook in JSON; a longer one has its tensors as digests
 CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
 DISTANCES = ["kl", "entropy_delta", "top1_changed"]
@@ -81,7 +64,7 @@ CAPTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class ShiftTables:
-    """All measurements of a report: the tables, by the names of their files.
+    """What a report measures, and its tables by the names of their files, which `_measure` fills.
 
     `ranks` has the ranks of all tokens before and after, by prompt and edit, for the drawn prompts.
     `refusals` has the reasons why a table could not be made, "" where it could.
@@ -89,11 +72,17 @@ class ShiftTables:
 
     lm: LM
     rows: tuple[Row, ...]
+    base_hooks: tuple[Hook, ...]
     edits: list[Edit]
     controls: list[Edit]
-    tables: dict[str, pd.DataFrame]
-    ranks: dict[tuple[int, str], tuple[Any, Any]]
-    refusals: dict[str, str]
+    watch: list[int]
+    top: int
+    heads: bool
+    shown: int
+    drawn: int
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    ranks: dict[tuple[int, str], tuple[Any, ...]] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str, row: int, edit: str | None = None) -> pd.DataFrame:
         """The rows of a table about one prompt and edit; an empty table if there is none."""
@@ -110,41 +99,29 @@ class ShiftTables:
         return shorten(self.lm.text(self.rows[row]))
 
 
-def write_opening(
-    measured: ShiftTables, question: str, baseline: tuple[Hook, ...]
-) -> Iterable[Content]:
-    """The question, the answer, and the edits."""
+def _write_opening(measured: ShiftTables) -> Iterable[Content]:
     n_prompts = len(measured.rows)
-    if question:
-        yield question
-    yield write_answer(measured)
     yield "# The edits"
     plural = "s" if n_prompts > 1 else ""
     caption = f"What was done, over {n_prompts} prompt{plural}."
-    if baseline:
-        caption += f" The baseline has {' + '.join(map(str, baseline))}."
+    if measured.base_hooks:
+        caption += f" The baseline has {' + '.join(map(str, measured.base_hooks))}."
     yield Part(measured.tables["edits"], "edits", caption)
-
-
-def write_answer(measured: ShiftTables) -> str:
-    """What each edit did to the first watched token after the first prompt, one sentence each."""
-    return "\n".join(_write_sentence(measured, edit) for edit in measured.edits)
 
 
 def _write_sentence(measured: ShiftTables, edit: Edit) -> str:
     watched = measured.of("watched", 0, edit.name).iloc[0]
     distances = measured.of("distances", 0, edit.name).iloc[0]
-    rank_before, rank_after = watched["rank_before"], watched["rank_after"]
+    rank_before, rank_after = map(_write_rank, watched[["rank_before", "rank_after"]])
     prob_before, prob_after = watched["prob_before"], watched["prob_after"]
-    if rank_before == rank_after:
+    if watched["rank_before"] == watched["rank_after"]:
         change = (
-            f"stays at rank {_write_rank(rank_before)} "
-            f"(probability {prob_before:.3g}, then {prob_after:.3g})"
+            f"stays at rank {rank_before} (probability {prob_before:.3g}, then {prob_after:.3g})"
         )
     else:
         change = (
-            f"goes from rank {_write_rank(rank_before)} (probability {prob_before:.3g}) "
-            f"to rank {_write_rank(rank_after)} ({prob_after:.3g})"
+            f"goes from rank {rank_before} (probability {prob_before:.3g}) "
+            f"to rank {rank_after} ({prob_after:.3g})"
         )
     sentence = f"{edit.name}: after “{measured.prompt(0)}” the token {watched['token']} {change}"
     top_before, top_after = distances["top1_before"], distances["top1_after"]
@@ -152,7 +129,7 @@ def _write_sentence(measured: ShiftTables, edit: Edit) -> str:
         return f"{sentence}; the model's logits are NaN there."
     if top_after != top_before:
         return f"{sentence}; first is {top_after}, and was {top_before}."
-    if rank_after != 1:
+    if watched["rank_after"] != 1:
         return f"{sentence}; first is still {top_after}."
     return f"{sentence}."
 
@@ -161,8 +138,7 @@ def _write_rank(rank: float) -> str:
     return "NaN" if rank != rank else f"{int(rank):,}"
 
 
-def write_means(measured: ShiftTables) -> Iterable[Content]:
-    """Means over the prompts, if there are several."""
+def _write_means(measured: ShiftTables) -> Iterable[Content]:
     if "summary" not in measured.tables:
         return
     n_prompts, summary = len(measured.rows), measured.tables["summary"]
@@ -175,7 +151,7 @@ def write_means(measured: ShiftTables) -> Iterable[Content]:
     table = _merge_intervals(summary, ["edit", "control", "watched", "n"])
     yield Part(table, "summary_shown", caption, file="summary")
     watched = measured.tables["watched"]
-    figure = mean_changes(summary, watched, title="What became more and less likely")
+    figure = figures.mean_changes(summary, watched, title="What became more and less likely")
     caption = "Intervals are of the mean."
     if n_prompts < MIN_FOR_INTERVAL:
         caption = "Small dots are the prompts."
@@ -191,23 +167,17 @@ def write_means(measured: ShiftTables) -> Iterable[Content]:
 def _merge_intervals(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Each mean and its interval in one column, as text."""
     table: Any = means[keys].copy()
-    for column in map(str, means.columns):
-        if not column.endswith("_low"):
-            continue
-        name = column.removesuffix("_low")
-        texts = []
-        for mean, low, high in zip(
-            means[name], means[f"{name}_low"], means[f"{name}_high"], strict=True
-        ):
-            if pd.isna(low):
-                texts.append(format_value(mean))
-            else:
-                texts.append(f"{mean:.3g}  [{low:.3g}, {high:.3g}]")
-        table[name] = texts
+    for name in means.columns:
+        if f"{name}_low" in means:
+            texts = []
+            for mean, low, high in means[[name, f"{name}_low", f"{name}_high"]].to_numpy(float):
+                text = f"{mean:.3g}  [{low:.3g}, {high:.3g}]"
+                texts.append(format_value(mean) if pd.isna(low) else text)
+            table[name] = texts
     return table
 
 
-def write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
+def _write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
     """The section of one prompt, with figures if `drawn`."""
     yield f"# “{measured.prompt(row)}”"
     yield "## The watched tokens"
@@ -215,10 +185,14 @@ def write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Co
         f"Prompt {row}. Every edit, and every control's first draw. The token that was first "
         "before stands here as well."
     )
-    yield Part(_watched_tokens(measured, row), f"watched_{row}", caption, file="watched")
+    table = measured.of("watched", row).drop_duplicates(["edit", "token_id"])
+    order, _ = pd.factorize(table["token_id"])
+    table = table.assign(_order=order).sort_values("_order", kind="stable")
+    table = pd.DataFrame(table[["token", "edit", *NUMBER_COLUMNS]])
+    yield Part(table, f"watched_{row}", caption, file="watched")
     yield "## What rose and fell"
     for number, edit in enumerate(measured.edits):
-        table = pd.DataFrame(measured.of("shifts", row, edit.name)[SHIFT_COLUMNS])
+        table = pd.DataFrame(measured.of("shifts", row, edit.name)[comparison.SHIFT_COLUMNS])
         caption = (
             f"{edit.name}: the first tokens before and after, the largest movers, and why each is "
             "here."
@@ -238,24 +212,18 @@ def write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Co
     yield from _write_texts(measured, row)
 
 
-def _watched_tokens(measured: ShiftTables, row: int) -> pd.DataFrame:
-    """Each token once for every edit and control, ordered by token."""
-    table = measured.of("watched", row).drop_duplicates(["edit", "token_id"])
-    order, _ = pd.factorize(table["token_id"])
-    table = table.assign(_order=order).sort_values("_order", kind="stable")
-    return pd.DataFrame(table[["token", "edit", *NUMBER_COLUMNS]])
-
-
 def _draw_ranks(measured: ShiftTables, row: int) -> Part:
     parts = {}
-    for edit in measured.edits[:PANELS]:
+    for edit in measured.edits[: figures.PANELS]:
         ranks_before, ranks_after = measured.ranks[row, edit.name]
         parts[edit.name] = (measured.of("shifts", row, edit.name), ranks_before, ranks_after)
     caption = (
         "Every token of the vocabulary, the darker the more; on the dashed line nothing moved, "
         "above it tokens rose."
     )
-    return Part(rank_against_rank(parts, title="Rank against rank"), f"ranks_{row}", caption)
+    return Part(
+        figures.rank_against_rank(parts, title="Rank against rank"), f"ranks_{row}", caption
+    )
 
 
 def _write_layers(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
@@ -264,9 +232,9 @@ def _write_layers(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[C
     if refusal:
         yield f"There is no lens of this model: {refusal}"
     elif drawn:
-        names = [edit.name for edit in measured.edits[:PANELS]]
+        names = [edit.name for edit in measured.edits[: figures.PANELS]]
         table = measured.of("layers", row)
-        figure = through_layers(table, names, title="What each layer would say")
+        figure = figures.through_layers(table, names, title="What each layer would say")
         caption = (
             "Logit lens: rank before (dashed) and after (drawn through). Shaded: blocks in which "
             "the edit acts. An edit of the logits acts on what every layer would say. The table is "
@@ -287,22 +255,17 @@ def _write_components(measured: ShiftTables, row: int, *, drawn: bool) -> Iterab
             continue
         largest[edit.name] = most_moved(table, COMPONENTS)
         before, after = table["logit_before"].sum(), table["logit_after"].sum()
+        residuals: Any = table[table["kind"] == "residual"][["logit_before", "logit_after"]]
         caption = (
             f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, "
             f"{before:.4f} before and {after:.4f} after: {table['logit_delta'].sum():+.4f}. "
-            f"Rounding left {_rounding_error(table):.1e}. {NORM_NOTE}"
+            f"Rounding left {residuals.abs().to_numpy().max():.1e}. {NORM_NOTE}"
         )
         yield Part(largest[edit.name], f"why_{row}_{number}", caption, file="why")
     if drawn and largest:
-        panels = dict(list(largest.items())[:PANELS])
-        figure = component_bars(panels, title="What made the change")
+        panels = dict(list(largest.items())[: figures.PANELS])
+        figure = figures.component_bars(panels, title="What made the change")
         yield Part(figure, f"why_bars_{row}", "The last bar is the sum.")
-
-
-def _rounding_error(why: pd.DataFrame) -> float:
-    """The largest rounding error of the decompositions before and after."""
-    residuals: Any = why[why["kind"] == "residual"][["logit_before", "logit_after"]]
-    return float(residuals.abs().to_numpy().max())
 
 
 def _write_texts(measured: ShiftTables, row: int) -> Iterable[Content]:
@@ -319,23 +282,15 @@ def _write_texts(measured: ShiftTables, row: int) -> Iterable[Content]:
     yield Part(table.assign(**literals), f"texts_{row}", caption, file="texts")
 
 
-def write_settings(measured: ShiftTables, about: dict[str, Any]) -> Iterable[Content]:
-    """How to make the page again: the model, the versions, and the hooks as JSON."""
-    yield "# How to make it again"
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    dtypes = ", ".join(about["dtype"])
-    yield (
-        f"Model {about['model']} ({about['class']}, {dtypes}, {about['device']}); "
-        f"seed {about['seed']}.\n{versions}.\n"
-        "about.json has all of it, the hooks with their tensors; hk.Hook.from_json reads them back."
-    )
+def _write_settings(measured: ShiftTables, about: dict[str, Any]) -> Iterable[Content]:
+    hooks = {}
     for edit in (*measured.edits, *measured.controls):
         if edit.draw == 0:
-            yield Folded(f"{edit.name}, as JSON", "\n".join(map(_indented_json, edit.hooks)))
-
-
-def _indented_json(hook: Hook) -> str:
-    return json.dumps(json.loads(hook.to_json(tensors="digest")), indent=1, ensure_ascii=False)
+            texts = [comparison.indented_json(comparison.hook_as_json(hook)) for hook in edit.hooks]
+            hooks[edit.name] = "\n".join(texts)
+    model = f"Model {comparison.describe_model(about)}; seed {about['seed']}"
+    note = ", the hooks with their tensors; hk.Hook.from_json reads them back"
+    return comparison.write_settings(model, about, hooks, note)
 
 
 @check_arguments
@@ -390,109 +345,97 @@ def shift_report(
     check_integer(shown, "shown", least=1)
     check_integer(drawn, "drawn", least=0)
     all_edits, base_hooks = named_edits(edits), as_edit_hooks(baseline, "the baseline")
-    n_draws = _check_draws(draws, controls)
-    all_controls = named_controls(controls, all_edits, seed, n_draws)
+    draws = check_draws(draws, controls)
+    all_controls = named_controls(controls, all_edits, seed, draws)
     if len({edit.name for edit in all_edits}) < len(all_edits):
         raise BadHook("two edits have one name: names stand once")
     rows = as_batch(lm, prompts).rows
-    tokens = [lm.token(token) for token in check_tokens(watch, "watch")]
+    tokens = watched_ids(lm, watch)
     for edit in all_edits:
-        tokens += edit.named_tokens(lm)
-    request = _Request(
+        tokens += named_tokens(lm, edit.hooks)
+    measured = ShiftTables(
         lm, rows, base_hooks, all_edits, all_controls, list(dict.fromkeys(tokens)), top, heads,
         min(shown, len(rows)), drawn,
     )  # fmt: skip
     with torch.no_grad():
-        measured = _measure(request)
+        _measure(measured)
         if generate:
-            measured.tables["texts"] = texts_of(lm, rows, base_hooks, all_edits, generate)
-    _add_summaries(measured, seed)
+            measured.tables["texts"] = before_after.texts_of(
+                lm, rows, base_hooks, all_edits, generate
+            )
+    tables = measured.tables
+    if len(rows) > 1:
+        by = ["edit", "control"]
+        over_rows = partial(over_prompts, seed=seed)
+        tables["summary"] = over_rows(tables["watched"], by=[*by, "watched"], values=CHANGES)
+        tables["summary_distances"] = over_rows(tables["distances"], by=by, values=DISTANCES)
     title = title or "What moved, and why"
     control_kind = controls if isinstance(controls, str) else None
     settings = {"top": top, "heads": heads, "generate": generate, "shown": shown, "drawn": drawn,
                 "seed": seed, "controls": control_kind,
-                "draws": n_draws if control_kind else None}  # fmt: skip
-    header = {"title": title, "question": question, "answer": write_answer(measured)}
-    about = header | _build_about(measured, request, settings)
-    parts: list[Content] = [*write_opening(measured, question, base_hooks), *write_means(measured)]
-    for row in range(request.shown):
-        parts += write_prompt(measured, row, drawn=row < drawn)
-    parts += write_settings(measured, about)
-    page = report(title, *parts, footer="Deltas are after minus before. Rank 1 is the likeliest.")
-    return add_files(page, measured.tables, CAPTIONS, about)
+                "draws": draws if control_kind else None}  # fmt: skip
+    answer = "\n".join(_write_sentence(measured, edit) for edit in measured.edits)
+    about = {"title": title, "question": question, "answer": answer}
+    about |= _build_about(measured, settings)
+    parts: list[Content] = [*_write_opening(measured), *_write_means(measured)]
+    for row in range(measured.shown):
+        parts += _write_prompt(measured, row, drawn=row < drawn)
+    parts += _write_settings(measured, about)
+    footer = "Deltas are after minus before. Rank 1 is the likeliest."
+    return comparison.compose_page(parts, tables, CAPTIONS, about, footer)
 
 
-def _check_draws(draws: int | None, controls: Controls) -> int:
-    if draws is None:
-        return DEFAULT_DRAWS
-    if controls != "random":
-        raise BadHook(f"draws={draws!r} goes with controls='random': other controls are not drawn")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise OutOfRange(
-            f"draws={draws!r}: give how many times a random control is drawn, at least 1"
-        )
-    return draws
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    lm: LM
-    rows: tuple[Row, ...]
-    base_hooks: tuple[Hook, ...]
-    edits: list[Edit]
-    controls: list[Edit]
-    watch: list[int]
-    top: int
-    heads: bool
-    shown: int
-    drawn: int
-
-
-def _measure(request: _Request) -> ShiftTables:
+def _measure(measured: ShiftTables) -> None:
     """Run all forwards, and make all tables but those of texts and means."""
-    lm, rows, shown = request.lm, request.rows, request.shown
-    sites = lens_sites(lm, heads=request.heads)
-    edits = [*request.edits, *request.controls]
+    lm, rows, shown = measured.lm, measured.rows, measured.shown
+    sites = lens_sites(lm, heads=measured.heads)
+    edits = [*measured.edits, *measured.controls]
     # Edits act without the base hooks, so that a forward with base hooks is no start for them.
-    resumable = [] if request.base_hooks else [edit.hooks for edit in edits]
-    plan = plan_resuming(lm, rows, resumable)
+    resumable = [] if measured.base_hooks else [edit.hooks for edit in edits]
+    plan = before_after.plan_resuming(lm, rows, resumable)
     with plan.record_outputs():
-        before = run_prompts(lm, rows, request.base_hooks, None, sites.sites, shown)
-    distributions = [before.distribution(row) for row in range(shown)]
-    edited: list[NextTokenLogits] = []
+        before = before_after.run_prompts(
+            lm, rows, Edit("", measured.base_hooks), sites.sites, shown
+        )
+    edited: list[before_after.NextTokenLogits] = []
     parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
     decompositions: dict[tuple[int, ...], pd.DataFrame] = {}
-    ranks, refusals = {}, {}
     for number, edit in enumerate(edits):
         start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
         with plan.resume_at(start):
-            after = run_prompts(
-                lm, rows, edit.hooks, edit, edit_sites, shown, start, before.run.kept
+            after = before_after.run_prompts(
+                lm, rows, edit, edit_sites, shown, start, before.run.kept
             )
-        parts["watched"].append(watched_of(before, after, request.watch))
-        parts["distances"].append(distances_of(before, after))
+        parts["watched"].append(before_after.watched_of(before, after, measured.watch))
+        parts["distances"].append(before_after.distances_of(before, after))
         if edit.control:
             continue
-        pairs = [(distributions[row], after.distribution(row)) for row in range(shown)]
-        parts["shifts"].append(_build_shifts(pairs, after, request))
-        for row, pair in enumerate(pairs[: request.drawn]):
-            ranks[row, edit.name] = _all_ranks(*pair)
-        tokens = request.watch[:1] * shown if request.watch else after.top_tokens[:shown]
-        why, refusals[f"why {edit.name}"] = why_of(before, after, tokens, sites, decompositions)
+        pairs = list(zip(before.distributions, after.distributions, strict=True))
+        parts["shifts"].append(_build_shifts(pairs, edit, measured))
+        ids = torch.arange(lm.n_tokens or after.logits.shape[-1])
+        for row, pair in enumerate(pairs[: measured.drawn]):
+            measured.ranks[row, edit.name] = tuple(side.ranks(ids).numpy() for side in pair)
+        tokens = measured.watch[:1] * shown or after.top_tokens[:shown]
+        why, measured.refusals[f"why {edit.name}"] = attempt(
+            pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
+        )
         parts["why"].append(why)
-        edited.append(NextTokenLogits(edit, after.run, after.logits[:shown]))
-    tables = {"edits": table_of(edits)}
+        edited.append(before_after.NextTokenLogits(edit, after.run, after.logits[:shown], shown))
+    measured.tables["edits"] = table_of(edits)
     for name, list_of_tables in parts.items():
-        tables[name] = _concatenate(list_of_tables)
-    tables["layers"], refusals["layers"] = layers_of(
-        before, edited, rows, sites, request.watch, shown
+        measured.tables[name] = _concatenate(list_of_tables)
+    measured.tables["layers"], measured.refusals["layers"] = attempt(
+        pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, shown
     )
-    return ShiftTables(lm, rows, request.edits, request.controls, tables, ranks, refusals)
 
 
-def _all_ranks(before: Distribution, after: Distribution) -> tuple[Any, Any]:
-    ids = torch.arange(before.lm.n_tokens or len(before.logits))
-    return before.ranks(ids).numpy(), after.ranks(ids).numpy()
+def _build_shifts(pairs: list[Pair], edit: Edit, measured: ShiftTables) -> pd.DataFrame:
+    """The table of `rank_shift` with the edit's name and with decades."""
+    named = named_tokens(measured.lm, edit.hooks)
+    table = comparison.literal_shifts(pairs, measured.top, MOVERS, measured.watch, named)
+    table.insert(2, "edit", edit.name)
+    reasons = table.pop("why")
+    return table.assign(decades=before_after.decades_of(table), why=reasons)
 
 
 def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
@@ -500,46 +443,17 @@ def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
-def _build_shifts(
-    pairs: list[tuple[Distribution, Distribution]], after: NextTokenLogits, request: _Request
-) -> pd.DataFrame:
-    """The table of `rank_shift` with the edit's name, and with parts of characters as bytes."""
-    edit = after.edit
-    assert edit is not None
-    named_tokens = edit.named_tokens(after.lm)
-    table = shift_table(pairs, request.top, MOVERS, request.watch, named_tokens)
-    literals = [token_literal(after.lm, token) for token in table["token_id"]]
-    table = add_deltas(table.assign(edit=edit.name, token=literals))
-    keys = ["row", "pos", "edit"]
-    columns = [name for name in table if name not in (*keys, "why")]
-    return pd.DataFrame(table[[*keys, *columns, "why"]])
-
-
-def _add_summaries(measured: ShiftTables, seed: int) -> None:
-    if len(measured.rows) < 2:
-        return
-    tables = measured.tables
-    keys = ["edit", "control", "watched"]
-    tables["summary"] = over_prompts(tables["watched"], by=keys, values=CHANGES, seed=seed)
-    tables["summary_distances"] = over_prompts(
-        tables["distances"], by=["edit", "control"], values=DISTANCES, seed=seed
-    )
-
-
-def _build_about(
-    measured: ShiftTables, request: _Request, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _build_about(measured: ShiftTables, settings: dict[str, Any]) -> dict[str, Any]:
     """The values of about.json: the model, the settings, the hooks and the prompts."""
     edit_hooks: dict[str, list[Any]] = {}
     for edit in (*measured.edits, *measured.controls):  # the draws of a control in one list
-        edit_hooks.setdefault(edit.name, []).extend(_json_of(hook) for hook in edit.hooks)
-    base_hooks = [_json_of(hook) for hook in request.base_hooks]
+        edit_hooks.setdefault(edit.name, []).extend(map(_json_of, edit.hooks))
     return {
         **about_model(measured.lm),
         "git_commit": git_commit(),
-        "watch": list(request.watch),
+        "watch": list(measured.watch),
         **settings,
-        "hooks": {"baseline": base_hooks, **edit_hooks},
+        "hooks": {"baseline": list(map(_json_of, measured.base_hooks)), **edit_hooks},
         "prompts": [measured.lm.text(row) for row in measured.rows],
         "tokens": [list(row) for row in measured.rows],
     }
@@ -547,7 +461,6 @@ def _build_about(
 
 def _json_of(hook: Hook) -> Any:
     """A hook with its tensors, or with their digests if they are large."""
-    text = hook.to_json()
-    if len(text) > LONGEST_JSON:
-        text = hook.to_json(tensors="digest")
-    return json.loads(text)
+    if len(hook.to_json()) > LONGEST_JSON:
+        return comparison.hook_as_json(hook)
+    return comparison.hook_as_json(hook, "inline")

@@ -1,11 +1,11 @@
-"""Crew: Ray actors that hold the model each, and compute the units of steps.
+"""Steps: units that are computed here or on Ray actors, and what is done with each result.
 
-Ray places the actors, sends them the model and the units, and says which have died. This file adds
-an order: results are taken in the order of the steps, as in one process, so that all that is
-written is the same, byte for byte. Ray Data cannot be used here: it has no source that reads a
-Python iterator as it goes (it takes in a whole iterator, or has tasks that read files), while a
-harvest's texts are read once, here, and no further ahead than is computed; nor does it know
-bfloat16.
+The actors of a `Crew` hold the model each. Ray places the actors, sends them the model and the
+units, and says which have died. This file adds an order: results are taken in the order of the
+steps, as in one process, so that all that is written is the same, byte for byte. Ray Data cannot be
+used here: it has no source that reads a Python iterator as it goes (it takes in a whole iterator,
+or has tasks that read files), while a harvest's texts are read once, here, and no further ahead
+than is computed; nor does it know bfloat16.
 
 Up to `AHEAD` units for each actor are in flight, or wait for an earlier one. If an actor dies,
 another one computes its unit from the beginning, with the same result. Each result is taken once.
@@ -15,39 +15,54 @@ import pickle
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from ...errors import ActorLost
 from ...models.lm import LM
 from .ray import Ray, actors_of, joined, room
-from .transport import (
-    Packed,
-    pack_model,
-    pack_result,
-    pack_work,
-    unpack_model,
-    unpack_result,
-    unpack_work,
-)
-from .work import Step, Steps, Work, run_steps_here
+from .transport import Packed, pack_model, pack_result, pack_work, unpack, unpack_model
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
 CHECK_INTERVAL = 10  # seconds between checks whether a node with room is left
 LOSSES = 5  # how often actors may die at one unit, or in a row before they were ready
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A unit, or None if nothing is to be computed, and `then`, which is called with its result.
+
+    A unit prints as the user knows it: the texts, or the cells, that are in it.
+    """
+
+    unit: Any
+    then: Callable[[Any], object]
+
+
+Steps: TypeAlias = Iterator[Step]
+
+
+class Work(Protocol):
+    """Computes units. The result of a unit is the same whenever and wherever it is computed."""
+
+    def compute(self, unit: Any, /) -> Any: ...
+
+
 def run_steps(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
-    """Runs all steps in their order. Units are computed by the engine, or here if it is None."""
-    if engine is None:
-        run_steps_here(work, steps)
+    """Runs all steps in their order. Units are computed by the engine, or here if it is None.
+
+    Here, each step runs to its end before the next is requested.
+    """
+    if engine is not None:
+        with Crew(engine, lm, work) as crew:
+            crew.run(steps)
         return
-    with Crew(engine, lm, work) as crew:
-        crew.run(steps)
+    for step in steps:
+        step.then(None if step.unit is None else work.compute(step.unit))
 
 
 # ---- in the process of an actor
@@ -65,7 +80,7 @@ class Actor:
     def ready(self, model: Packed, work: Packed) -> "Failure | None":
         """Unpacks the model and the work."""
         try:
-            self.work = unpack_work(work, unpack_model(model))
+            self.work = unpack(work, unpack_model(model))
             # after the imports of the user's modules, which may set other values
             torch.set_num_threads(self.threads)
             torch.set_float32_matmul_precision(self.precision)
@@ -163,9 +178,8 @@ class Crew:
     count: int = 1
     _stack: ExitStack = field(default_factory=ExitStack)
     _packed: Any = None  # the model and the work, in Ray's store
-    # by Ray's reference: what is being computed
-    _starting: dict[Any, Member] = field(default_factory=dict)
-    _in_flight: dict[Any, tuple[Task, Member]] = field(default_factory=dict)
+    # by Ray's reference: the tasks that are computed, None for an actor that starts
+    _in_flight: dict[Any, tuple[Task | None, Member]] = field(default_factory=dict)
     _losses_at_start: int = 0  # in a row
 
     def __enter__(self) -> "Crew":
@@ -198,7 +212,9 @@ class Crew:
                 self._assign(waiting)
                 self._take_results(queue)
             if queue:
-                waiting.extendleft(self._wait_for_actor())
+                lost_task = self._wait_for_actor()
+                if lost_task is not None:
+                    waiting.appendleft(lost_task)
                 self._assign(waiting)
                 self._take_results(queue)
         if error is not None:
@@ -209,7 +225,6 @@ class Crew:
         return units < AHEAD * self.count
 
     def _take_results(self, queue: deque[Task]) -> None:
-        """Takes the results that are next in the order."""
         while queue and queue[0].done:
             task = queue.popleft()
             if isinstance(task.result, Failure):
@@ -228,58 +243,35 @@ class Crew:
             member.tasks.append(task)
             self._in_flight[member.handle.compute.remote(task.step.unit)] = task, member
 
-    def _wait_for_actor(self) -> list[Task]:
-        """Waits for a result or a start; returns the tasks that have to be computed again."""
-        import ray
-
-        pending = [*self._starting, *self._in_flight]
-        done, _ = ray.wait(pending, num_returns=1, timeout=CHECK_INTERVAL)
-        if not done and not self._in_flight and not room(self.engine):
-            raise ActorLost(
-                "no node that is left has room for an actor: what was done before it is kept"
-            )
-        again: list[Task] = []
-        for reference in done:
-            if reference in self._starting:
-                self._finish_start(reference)
-            elif reference in self._in_flight:
-                task = self._finish_task(reference)
-                if task is not None:
-                    again.append(task)
-        return again[::-1]
-
-    def _finish_start(self, reference: Any) -> None:
+    def _wait_for_actor(self) -> Task | None:
+        """Waits for a result or a start; returns the task of an actor that has died."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        member = self._starting.pop(reference)
+        done, _ = ray.wait([*self._in_flight], num_returns=1, timeout=CHECK_INTERVAL)
+        if not done:
+            is_computing = any(task is not None for task, _ in self._in_flight.values())
+            if not is_computing and not room(self.engine):
+                raise ActorLost(
+                    "no node that is left has room for an actor: what was done before it is kept"
+                )
+            return None
+        task, member = self._in_flight.pop(done[0])
         try:
-            failure: Any = ray.get(reference)
-        except RayTaskError:
-            raise
-        except RayError as error:  # the actor died, or its node
-            self._replace(member, error)
-            return
-        if isinstance(failure, Failure):
-            raise failure.to_error("an actor's start") from None
-        member.ready, self._losses_at_start = True, 0
-
-    def _finish_task(self, reference: Any) -> Task | None:
-        """Stores the result of a task; returns the task if its actor has died."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
-        task, member = self._in_flight.pop(reference)
-        try:
-            result: Any = ray.get(reference)
+            result: Any = ray.get(done[0])
         except RayTaskError:
             raise
         except RayError as error:  # the actor died, or its node, with what it had computed
             self._replace(member, error)
             return task
-        task.result = result if isinstance(result, Failure) else unpack_result(result)
-        task.done = True
-        member.tasks.remove(task)
+        if task is not None:
+            task.result = result if isinstance(result, Failure) else unpack(result)
+            task.done = True
+            member.tasks.remove(task)
+            return None
+        if isinstance(result, Failure):
+            raise result.to_error("an actor's start") from None
+        member.ready, self._losses_at_start = True, 0
         return None
 
     # ---- the actors
@@ -290,12 +282,11 @@ class Crew:
         self._stack.enter_context(joined(self.engine))
         self.count = actors_of(self.engine)
         self._packed = ray.put(pack_model(self.lm)), ray.put(pack_work(self.work, self.lm))
-        self._stack.enter_context(self._killed_at_the_end())
+        self._stack.callback(self._kill_all)
         for _ in range(self.count):
             self._start_actor()
 
     def _start_actor(self) -> None:
-        """Starts an actor. It gets tasks once it is ready."""
         import ray
 
         engine = self.engine
@@ -312,7 +303,7 @@ class Crew:
         precision = torch.get_float32_matmul_precision()
         member = Member(remote_actor.remote(engine.threads, precision, sys.path))
         self.members.append(member)
-        self._starting[member.handle.ready.remote(*self._packed)] = member
+        self._in_flight[member.handle.ready.remote(*self._packed)] = None, member
 
     def _replace(self, member: Member, error: BaseException) -> None:
         """Starts another actor for one that died; `ActorLost` if that happens again and again.
@@ -342,17 +333,12 @@ class Crew:
             ) from error
         self._start_actor()
 
-    @contextmanager
-    def _killed_at_the_end(self) -> Iterator[None]:
-        """A context after which no actor is left, whether Ray goes on or not."""
+    def _kill_all(self) -> None:
+        """Leaves no actor, whether Ray goes on or not."""
         import ray
 
-        try:
-            yield
-        finally:
-            self._in_flight.clear()
-            self._starting.clear()
-            for member in self.members:
-                with suppress(Exception):
-                    ray.kill(member.handle)
-            self._packed = None
+        self._in_flight.clear()
+        for member in self.members:
+            with suppress(Exception):
+                ray.kill(member.handle)
+        self._packed = None

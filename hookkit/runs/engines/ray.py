@@ -109,22 +109,17 @@ def check_installed() -> None:
         raise MissingExtra(
             "engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'"
         )
-    installed = _installed_version()
-    if installed is not None and installed < OLDEST_VERSION:
+    try:
+        major, minor = version("ray").split(".")[:2]
+        installed = int(major), int(minor)
+    except (PackageNotFoundError, ValueError):  # of a local build, say
+        return
+    if installed < OLDEST_VERSION:
         oldest, current = (".".join(map(str, numbers)) for numbers in (OLDEST_VERSION, installed))
         raise MissingExtra(
             f"engine='ray' needs ray>={oldest}, and {current} is installed, whose clusters let any "
             "process that reaches them run code: pip install --upgrade 'hookkit[ray]'"
         )
-
-
-def _installed_version() -> tuple[int, int] | None:
-    """The first two numbers of Ray's version; None if they cannot be read, as of a local build."""
-    try:
-        major, minor = version("ray").split(".")[:2]
-        return int(major), int(minor)
-    except (PackageNotFoundError, ValueError):
-        return None
 
 
 # ---- the cluster
@@ -136,7 +131,12 @@ def joined(engine: Ray) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        _check_address(engine)
+        current = ray.get_runtime_context().gcs_address
+        if engine.address not in (None, *ANY_CLUSTER, current):
+            raise Unsupported(
+                f"address={engine.address!r} was asked for, and this program has initialised Ray "
+                f"at {current!r}: leave address= out, or call ray.shutdown() first"
+            )
         yield
         return
     address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -154,13 +154,17 @@ def joined(engine: Ray) -> Iterator[None]:
 def _start() -> None:
     """Starts Ray on this machine, for this machine alone."""
     import ray
+    from ray._private import ray_constants
 
-    mode_before = os.environ.get(AUTH_MODE)
+    constants: Any = ray_constants
+    mode_before, listens_before = os.environ.get(AUTH_MODE), constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False  # it listens on 127.0.0.1, as on macOS and Windows
     try:
-        with _this_machine_alone():
-            ray.init(address="local", logging_level=logging.ERROR, include_dashboard=False)
+        ray.init(address="local", logging_level=logging.ERROR, include_dashboard=False)
     except Exception as error:  # Ray raises plain Exceptions
         raise Unsupported(f"Ray could not be started on this machine: {error}") from error
+    finally:
+        constants.ENABLE_RAY_CLUSTER = listens_before
     # if the mode is not set, Ray requires a token and sets the mode; setting it here would be too
     # late if Ray is imported already
     if mode_before is None and os.environ.get(AUTH_MODE, "").lower() != "token":
@@ -184,20 +188,6 @@ def _join(address: str) -> None:
 
 
 @contextmanager
-def _this_machine_alone() -> Iterator[None]:
-    """A context in which Ray starts listening on 127.0.0.1, its default on macOS and Windows."""
-    from ray._private import ray_constants
-
-    constants: Any = ray_constants
-    before = constants.ENABLE_RAY_CLUSTER
-    constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
 def _without_usage_reports() -> Iterator[None]:
     """A context in which Ray, if started, reports its use to nobody, unless the user wants it."""
     if USAGE_STATS in os.environ:
@@ -208,20 +198,6 @@ def _without_usage_reports() -> Iterator[None]:
         yield
     finally:
         del os.environ[USAGE_STATS]
-
-
-def _check_address(engine: Ray) -> None:
-    """Raises `Unsupported` if the program has joined another cluster than the engine names."""
-    import ray
-
-    if engine.address is None or engine.address in ANY_CLUSTER:
-        return
-    current = ray.get_runtime_context().gcs_address
-    if engine.address != current:
-        raise Unsupported(
-            f"address={engine.address!r} was asked for, and this program has initialised Ray at "
-            f"{current!r}: leave address= out, or call ray.shutdown() first"
-        )
 
 
 def room(engine: Ray) -> int:

@@ -25,6 +25,8 @@ from ...models.lm import LM
 from ...models.provenance import weights_hash
 from ..manager import find_user_hooks
 
+THE_LM = "lm:"  # stands for the LM among the paths of modules
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -99,7 +101,7 @@ def pack_model(lm: LM) -> Packed:
 
 def unpack_model(packed: Packed) -> LM:
     """Returns the model in an actor; `OtherModel` if its weights are not those that were sent."""
-    model, tokenizer, name, row, sent_hash = _unpack(packed, {})
+    model, tokenizer, name, row, sent_hash = unpack(packed)
     lm = LM(model, tokenizer, name, row)
     own_hash = weights_hash(lm)
     if own_hash != sent_hash:
@@ -112,41 +114,24 @@ def unpack_model(packed: Packed) -> LM:
 
 def pack_work(work: Any, lm: LM) -> Packed:
     """Returns work for a model, without the model."""
-    references = {id(module): ("module", path) for path, module in lm.model.named_modules()}
-    references[id(lm)] = ("lm", "")
+    references = {id(module): path for path, module in lm.model.named_modules()}
+    references[id(lm)] = THE_LM
     return _pack(work, references, frozenset())
-
-
-def unpack_work(packed: Packed, lm: LM) -> Any:
-    """Returns work for a model, with the modules of this copy of the model."""
-    referents: dict[tuple[str, str], Any] = {
-        ("module", path): module for path, module in lm.model.named_modules()
-    }
-    referents["lm", ""] = lm
-    return _unpack(packed, referents)
 
 
 def pack_result(value: Any) -> Packed:
     """Returns the result of a unit; its tensors will be in Ray's shared memory."""
-    packed = _pack(value, {}, frozenset())
-    return Packed(packed.data, packed.storages, packed.devices, [True] * len(packed.storages))
-
-
-def unpack_result(packed: Packed) -> Any:
-    """Returns the result of a unit. Its tensors must not be written to."""
-    return _unpack(packed, {})
+    return _pack(value, {}, None)
 
 
 # ---- pickling
 
 
-def _pack(
-    value: Any, references: Mapping[int, tuple[str, str]], read_only: frozenset[int]
-) -> Packed:
+def _pack(value: Any, references: Mapping[int, str], read_only: frozenset[int] | None) -> Packed:
     """Pickles a value.
 
-    `references` has, by id, the objects that are only named; `read_only` the addresses of storages
-    that nothing writes to.
+    `references` has, by id, the paths of modules that are not sent; `read_only` the addresses of
+    storages that nothing writes to, None for all.
     """
     # cloudpickle sends the user's functions by their code
     from ray.cloudpickle import CloudPickler  # pyright: ignore[reportAttributeAccessIssue]
@@ -170,14 +155,19 @@ def _pack(
     return Packed(file.getvalue(), storages.arrays, storages.devices, storages.shared)
 
 
-def _unpack(packed: Packed, referents: Mapping[tuple[str, str], Any]) -> Any:
+def unpack(packed: Packed, lm: LM | None = None) -> Any:
+    """Returns work, with the modules of this copy of the model, or the result of a unit.
+
+    The tensors of a result must not be written to.
+    """
     storages: dict[int, torch.UntypedStorage] = {}
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> Any:
-            if pid in referents:
-                return referents[pid]
-            _, number, dtype = pid
+            if isinstance(pid, str):
+                assert lm is not None
+                return lm if pid == THE_LM else lm.model.get_submodule(pid)
+            number, dtype = pid
             if number not in storages:
                 storages[number] = _storage(packed, number)
             return torch.TypedStorage(wrap_storage=storages[number], dtype=dtype, _internal=True)
@@ -206,7 +196,7 @@ def _storage(packed: Packed, number: int) -> torch.UntypedStorage:
 class _Storages:
     """The storages of the tensors in a value, each once. Owned by one call of `_pack`."""
 
-    read_only: frozenset[int]
+    read_only: frozenset[int] | None
     arrays: list[np.ndarray] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
     shared: list[bool] = field(default_factory=list)
@@ -214,7 +204,7 @@ class _Storages:
     # the storages are kept alive, so that no address is used twice
     _added: list[torch.TypedStorage] = field(default_factory=list)
 
-    def add(self, storage: torch.TypedStorage) -> tuple[str, int, torch.dtype]:
+    def add(self, storage: torch.TypedStorage) -> tuple[int, torch.dtype]:
         """Adds a storage and returns its persistent id."""
         untyped = storage._untyped_storage
         key = untyped.data_ptr(), untyped.nbytes()
@@ -224,6 +214,7 @@ class _Storages:
             numbers.set_(untyped)  # pyright: ignore[reportCallIssue, reportArgumentType]
             self.arrays.append(numbers.cpu().numpy())
             self.devices.append(untyped.device.type)
-            self.shared.append(untyped.data_ptr() in self.read_only)
+            is_shared = self.read_only is None or untyped.data_ptr() in self.read_only
+            self.shared.append(is_shared)
             self._added.append(storage)
-        return "storage", self._numbers[key], storage.dtype
+        return self._numbers[key], storage.dtype
