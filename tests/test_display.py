@@ -123,7 +123,7 @@ def test_sites_are_completed_where_names_are_given(llama):
         "resid_post.2",
         "z.1",
     ]
-    assert run.kept._ipython_key_completions_() == run._ipython_key_completions_()
+    assert run.captures._ipython_key_completions_() == run._ipython_key_completions_()
     assert {"resid_post", "z", "embed", "logits"} <= set(dir(llama.sites))
     assert {"resid_post", "resid_post.2", "z.0"} <= set(llama.sites._ipython_key_completions_())
     assert llama.sites.resid_post == llama.sites("resid_post") == llama.sites["resid_post"]

@@ -115,7 +115,7 @@ def test_in_sixteen_bits_patching_a_run_with_itself_is_the_identity_bit_for_bit(
 
 
 def test_in_sixteen_bits_an_edit_does_what_a_hand_written_one_does(half):
-    block = half.submodule(half.place(hk.Site("resid_post", 1)).path)
+    block = half.submodule(half.location(hk.Site("resid_post", 1)).path)
     vector = VECTOR.to(half.model.dtype)
     with seen(block, edit=lambda x: x + vector):
         expected = plain(half.model)

@@ -74,7 +74,7 @@ def alone(lm: hk.LM, ids: torch.Tensor) -> Any:
     query, key, value = (
         run[f"{name}.0"].transpose(1, 2).contiguous() for name in ("q_rot", "k_rot", "v")
     )
-    module: Any = lm.submodule(lm.place(hk.Site("attn_out", 0)).path)
+    module: Any = lm.submodule(lm.location(hk.Site("attn_out", 0)).path)
     own = sys.modules[type(module).__module__].eager_attention_forward
     width = ids.shape[1]
 

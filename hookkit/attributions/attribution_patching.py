@@ -183,7 +183,7 @@ def _first_order_effects(
         gradient = mean_gradient(path_gradients(target, sites, start, end, path))
     effects: dict[AnySite, Tensor] = {}
     for site in sites:
-        difference = source_values[site].by_place - values[site].by_place.detach()
+        difference = source_values[site].by_position - values[site].by_position.detach()
         change = difference * swap_head_and_query(site, gradient[site])  # [row, pos, ...]
         change = change.to(device="cpu", dtype=torch.float64)
         if not by_neuron and change.ndim >= 3:

@@ -126,7 +126,7 @@ def bind_metric(
             f"{len(metrics)} metrics were given, and a gradient is of one: call it once for each"
         )
     inputs = read_inputs(lm, prompts, metrics, pos)
-    measure = metrics[0].bound(lm, len(inputs))
+    measure = metrics[0].bind(lm, len(inputs))
     return PromptMetric(metrics[0], measure, inputs, range(len(inputs)), tuple(hooks))
 
 
@@ -289,7 +289,7 @@ class Gradients:
 
     metric: Float[Tensor, " row"]
     run: Run
-    kept: Captures
+    captures: Captures
     gradient: Captures
 
     @property
@@ -308,7 +308,7 @@ class Gradients:
 
     def captured(self, site: str | AnySite) -> Captured:
         """Returns the values at a site with their rows and positions."""
-        return self.kept.captured(site)
+        return self.captures.captured(site)
 
     def stack(self, name: str) -> Shaped[Tensor, "layer row pos ..."]:
         """Returns the gradients at every layer of a site, such as "resid_pre"."""
@@ -354,13 +354,13 @@ def gradients(
     # Without the graph of the computation, which would keep all of it in memory.
     values = {site: _detach(captured) for site, captured in result.values.items()}
     slots = []
-    for slot in result.run.kept.slots:
+    for slot in result.run.captures.slots:
         if slot.name != CAPTURE_NAME:
             slots.append(LazyCapture(slot.site, slot.name, None, slot.captured()))
     run = replace(
         result.run,
         hooks=hooks,
-        kept=Captures(tuple(slots)),
+        captures=Captures(tuple(slots)),
         kept_logits=_detach(result.run.captured_logits()),
         output=None,
     )

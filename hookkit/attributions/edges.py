@@ -172,7 +172,7 @@ def required_sites(lm: LM) -> list[Site]:
             names.append("resid_mid")
         sites += [Site(name, layer) for name in names]
     for site in sites:
-        lm.place(site)
+        lm.location(site)
     return sites
 
 

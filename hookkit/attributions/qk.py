@@ -204,7 +204,7 @@ def qk_effects(
         gradient = as_float(result.gradient[pattern]).to(runs[0].scores)
         captured_pattern = as_float(result.values[pattern].values.detach())
         missing = (1 - captured_pattern.sum(-1)).to(gradient)
-        module: Any = lm.root.get_submodule(lm.place(pattern).path)
+        module: Any = lm.root.get_submodule(lm.location(pattern).path)
         largest = getattr(module, "attn_logit_softcapping", None)  # transformers' name
         cap = None if largest is None else (float(largest), float(module.scaling))
         attention = Attention(runs[0], runs[1], gradient, missing, cap)
@@ -231,8 +231,8 @@ def _site_effect(
 def _attention_run(query: Captured, key: Captured, scores: Captured) -> AttentionRun:
     """Returns queries, keys and scores of one run in one dtype, the widest of them."""
     score_values = as_float(scores.values.detach())
-    queries = as_float(query.by_place.detach()).transpose(1, 2)
-    keys = as_float(key.by_place.detach()).transpose(1, 2)
+    queries = as_float(query.by_position.detach()).transpose(1, 2)
+    keys = as_float(key.by_position.detach()).transpose(1, 2)
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     dtype = torch.promote_types(score_values.dtype, dtype)
     keys = keys.repeat_interleave(score_values.shape[1] // keys.shape[1], dim=1)

@@ -81,7 +81,7 @@ def _output_projection(study: Study) -> Iterator[Finding]:
 def _unembedding(study: Study) -> Iterator[Finding]:
     """The unembedding of final_norm is lm_head."""
     if {"final_norm", "lm_head"} <= set(study.lm.layout.names):
-        head = study.lm.submodule(study.lm.place(Site("lm_head")).path)
+        head = study.lm.submodule(study.lm.location(Site("lm_head")).path)
         for row, length in enumerate(study.run.lengths):
             with torch.no_grad():
                 actual = head(study.run["final_norm"][row : row + 1, :length])
@@ -204,7 +204,7 @@ def _padded_batch(study: Study) -> Iterator[Finding]:
         for site in sites:
             if site.name not in BY_ROW:
                 continue
-            expected = alone.captured(site).by_place[0]
+            expected = alone.captured(site).by_position[0]
             for batch_values in (study.run[site], left_padded[site]):
                 if site.name in QUERY_KEY_SITES:
                     batch_values = batch_values.transpose(1, 2)
@@ -235,8 +235,8 @@ def _generated_values(study: Study) -> Iterator[Finding]:
         for site in study.sites:
             if site.name not in GENERATED_SITES:
                 continue
-            expected = alone.captured(site).by_place[0]
-            actual = generated.captured(site).by_place[row, : expected.shape[0]]
+            expected = alone.captured(site).by_position[0]
+            actual = generated.captured(site).by_position[row, : expected.shape[0]]
             yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
         expected = alone.logits[0, generated.prompt_lengths[row] - 1 :]
         yield study.compare("logits", generated.logits[row], expected, SHAPE_FACTOR)
@@ -341,7 +341,9 @@ def prove(
     else:
         numbers = check_integers(layers, "layers", least=0, meaning="the blocks to try,")
         for layer in numbers:
-            lm.place(Site("resid_post", layer))  # raises for a layer that the model does not have
+            lm.location(
+                Site("resid_post", layer)
+            )  # raises for a layer that the model does not have
     study = Study(lm, prompts, numbers)
     rows = []
     for current_law in LAWS:

@@ -108,7 +108,7 @@ class Study:
         `source` is z or mlp_post. Applies the output projection, the norm after it if there is one,
         and the multiplier.
         """
-        inner, outer = self.lm.place(source).path, self.lm.place(target).path
+        inner, outer = self.lm.location(source).path, self.lm.location(target).path
         with torch.no_grad():
             output = forward_of_site(self.lm, source)(values)
             if not f"{inner}.".startswith(f"{outer}."):  # a norm follows the projection

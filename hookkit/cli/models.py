@@ -91,7 +91,7 @@ def _describe_site(lm: "hk.LM", table: Any, name: str) -> Any:
     from ..models.sites import QUERY_KEY_SITES, Site, parse_site
 
     site = parse_site(name)  # raises for a text that is not a site
-    location = lm.place(site)
+    location = lm.location(site)
     row = table[table["site"] == getattr(site, "name", "")].assign(
         site=str(site), module=location.path
     )

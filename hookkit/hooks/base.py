@@ -173,7 +173,7 @@ class Here:
         indices = torch.zeros_like(self.positions)
         for row, prompt in enumerate(self.rows):
             hook_positions = positions_of_prompt[prompt] or ()
-            row_indices = list(map(hook_positions.index, self.cells.places[row]))
+            row_indices = list(map(hook_positions.index, self.cells.row_positions[row]))
             indices[row, : len(row_indices)] = torch.tensor(row_indices)
         return indices
 
@@ -308,7 +308,7 @@ class EditHook(Hook):
     puts_in: ClassVar[bool] = False
 
     @property
-    def together(self) -> bool:
+    def mixes_positions(self) -> bool:
         """True if the change at one position may depend on values at others (a user's function)."""
         return False
 

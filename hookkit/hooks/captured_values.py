@@ -64,13 +64,13 @@ class Captured:
         return f"Captured({self.site}, {list(self.values.shape)}, rows {list(self.rows)})"
 
     @property
-    def by_place(self) -> Shaped[Tensor, "row pos ..."]:
+    def by_position(self) -> Shaped[Tensor, "row pos ..."]:
         """The values with row and position as the first two axes, for scores and patterns too."""
         return swap_head_and_query(self.site, self.values)
 
     def head(self, head: int) -> "Captured":
         """Returns the values of one head of a site that was captured with all of its heads."""
-        values, site = self.by_place, self.site
+        values, site = self.by_position, self.site
         if not isinstance(site, Site) or site.head is not None or head >= values.shape[2]:
             raise NotCaptured(f"{site} was captured, which has no head {head} to take")
         return replace(self, site=Site(site.name, site.layer, head), values=values[:, :, head])
@@ -255,7 +255,7 @@ class CapturedChunk:
         if not kept_indices:
             return []
         rows = [cells.rows[index] for index in kept_indices]
-        positions = [cells.places[index] for index in kept_indices]
+        positions = [cells.row_positions[index] for index in kept_indices]
         kept_cells = replace(cells, rows=rows, places=positions, valid=None, whole=False)
         return [CapturedChunk(self.call, kept_cells, self.values[kept_indices])]
 

@@ -274,7 +274,7 @@ def phrase_offsets(
         condition_holds = condition(logits, here).tolist()
         offsets = torch.full_like(here.steps, -1)
         for index, row in enumerate(here.cells.rows):
-            for column in range(len(here.cells.places[index])):
+            for column in range(len(here.cells.row_positions[index])):
                 step = int(here.steps[index, column])
                 if (row, step) not in known_offsets:
                     previous = known_offsets.get((row, step - 1), -1)

@@ -79,7 +79,7 @@ class LogitEdit(EditHook):
         return check_token(value, self.verb)
 
     @property
-    def together(self) -> bool:
+    def mixes_positions(self) -> bool:
         return self.when is not None and not isinstance(self.when, Condition)
 
     def named(self, lm: LM) -> list[int]:
@@ -289,7 +289,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
         is_due, token_at = due.tolist(), tokens.tolist()
         for index, row in enumerate(here.cells.rows):
             columns = sequences.columns[sequences.of(row)]
-            for cell, position in enumerate(here.cells.places[index]):
+            for cell, position in enumerate(here.cells.row_positions[index]):
                 if is_due[index][cell]:
                     decision = DecidedToken(token_at[index][cell], str(self))
                     sequences.decided[row, columns[position]] = decision
@@ -362,7 +362,7 @@ def _cells_before_last(phrase_ids: list[int], here: Here) -> list[tuple[int, int
     """Returns the cells whose next token would complete the phrase."""
     start = phrase_ids[:-1]
     cells = []
-    for row, positions in enumerate(here.cells.places):
+    for row, positions in enumerate(here.cells.row_positions):
         for column, position in enumerate(positions):
             if here.read(row, position, len(start)) == start:
                 cells.append((row, column))

@@ -122,7 +122,7 @@ def _check_captured(source: object) -> None:
         )
     if source.positions is None:
         return
-    shape = source.by_place.shape[:2]  # scores and patterns have their heads before the queries
+    shape = source.by_position.shape[:2]  # scores and patterns have their heads before the queries
     fits = isinstance(source.positions, Tensor) and source.positions.shape == shape
     if not fits or len(source.rows) != shape[0] or len(source.prompts) < shape[0]:
         raise BadHook(
@@ -177,7 +177,7 @@ def _patch(source: Captured, where: Where, lm: LM) -> Change:
     def apply(values: Tensor, here: Here) -> Tensor:
         rows = [source.row(prompt) for prompt in here.rows]
         columns = _source_columns(source, where, rows, here, lm)
-        new = source.by_place[torch.tensor(rows)[:, None], columns]
+        new = source.by_position[torch.tensor(rows)[:, None], columns]
         new = convert_like(new, values, f"what the source has at {source.site}")
         if isinstance(source.site, ModuleSite) or source.site.name not in QUERY_KEY_SITES:
             _check_sizes(source, new.shape[2:], values.shape[2:])
@@ -224,7 +224,7 @@ def _source_columns(source: Captured, where: Where, rows: list[int], here: Here,
                 "pos="
             )
         row_columns = []
-        for position in here.cells.places[number]:
+        for position in here.cells.row_positions[number]:
             source_position = source_positions[positions.index(position)]
             row_columns.append(source.column(row, source_position))
         columns[number, : len(row_columns)] = torch.tensor(row_columns)
@@ -287,7 +287,9 @@ def _resample(source: Captured, per: Per, seed: int) -> Change:
         if per == "position":
             _check_available(available, here, source)
         new = torch.zeros_like(values)
-        for row, (prompt, positions) in enumerate(zip(here.rows, here.cells.places, strict=True)):
+        for row, (prompt, positions) in enumerate(
+            zip(here.rows, here.cells.row_positions, strict=True)
+        ):
             ids = here.cells.text.prompt(prompt)
             index = torch.tensor([draw(ids, position) for position in positions])
             drawn = source.values[index[:, 0], index[:, 1]]

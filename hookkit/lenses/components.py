@@ -236,12 +236,12 @@ def _after_projection(
         raw, zero = project(flat), project(torch.zeros_like(flat[:1]))
     if _agree(raw * factor, added):
         return outward.to(raw), (outward * zero.double()).sum(-1)
-    path = lm.place(site).path
+    path = lm.location(site).path
     norm = lm.submodule(path).forward
     with torch.no_grad():
         fits = (
             raw.shape[-1] == added.shape[-1]
-            and path != lm.place(Site("resid_post", site.layer)).path
+            and path != lm.location(Site("resid_post", site.layer)).path
         )
         is_norm = fits and _gives(norm, raw, added, factor)
     if not is_norm:

@@ -117,7 +117,7 @@ class LogitDifference:
 
 
 def _head_of(lm: LM) -> torch.nn.Module:
-    return lm.submodule(lm.place(Site("lm_head")).path)
+    return lm.submodule(lm.location(Site("lm_head")).path)
 
 
 def _ids_of_cells(run: Run, token: Tokens, cells: Cells) -> Int[Tensor, " cell"]:

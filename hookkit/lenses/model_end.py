@@ -44,7 +44,7 @@ class Ending:
 
     def has(self, tap: HookPoint) -> bool:
         """True if this module input or output is after the blocks."""
-        return tap.place.path in (self.begun if tap.place.side == "input" else self.ended)
+        return tap.location.path in (self.begun if tap.location.side == "input" else self.ended)
 
     def edits(self, tap: HookPoint) -> list[BoundHook]:
         """Returns the edits at this module input or output, if it is after the blocks."""
@@ -91,10 +91,10 @@ def _observe_ending(lm: LM) -> Ending:
     def wrap_modules(hook_block: HookBlock) -> None:
         _skip_hooks_inside_blocks(hook_block)
         for number, block in enumerate(blocks):
-            hook_block.overrides.around(block, "forward", partial(run_block, number))
+            hook_block.overrides.wrap_method(block, "forward", partial(run_block, number))
         for path, module in lm.root.named_modules():
             if module not in inside:
-                hook_block.overrides.around(module, "forward", partial(run_module, path))
+                hook_block.overrides.wrap_method(module, "forward", partial(run_module, path))
 
     with torch.no_grad():
         SharedForward(lm, (), rows=1, width=1).run(_inputs(lm, 1), wrap_modules, alone=True)
@@ -177,7 +177,7 @@ class ModelEnd:
 
     @property
     def _head_path(self) -> str:
-        return self.lm.place(Site("lm_head")).path
+        return self.lm.location(Site("lm_head")).path
 
     def logits(
         self, states: Float[Tensor, "state d_model"], cells: Cells | None = None
@@ -249,10 +249,10 @@ class ModelEnd:
             _skip_hooks_inside_blocks(hook_block)
             overrides = hook_block.overrides
             for block, kind in zip(skipped, self.kinds, strict=False):
-                overrides.around(block, "forward", partial(skip_block, kind))
-            overrides.around(last, "forward", lambda *_, **__: output)
+                overrides.wrap_method(block, "forward", partial(skip_block, kind))
+            overrides.wrap_method(last, "forward", lambda *_, **__: output)
             if head is not None:
-                overrides.around(self.lm.submodule(self._head_path), "forward", head)
+                overrides.wrap_method(self.lm.submodule(self._head_path), "forward", head)
 
         shared_forward = SharedForward(self.lm, lanes, rows=len(states), width=1)
         inputs = _inputs(self.lm, len(states))

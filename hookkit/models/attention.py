@@ -114,7 +114,7 @@ def intercept_tensors(
 
         AttentionInterface.register(NAME, _attention)
         overrides.replace_attribute(module, "config", _intercepting_config)
-    overrides.around(module, "forward", intercepted_forward, applies)
+    overrides.wrap_method(module, "forward", intercepted_forward, applies)
 
 
 def _discard_interrupted(module: nn.Module, callback: TensorCallback) -> None:

@@ -61,7 +61,7 @@ class SequenceBatch:
     before: "SequenceBatch | None" = None
     before_rows: Sequence[int] = ()  # the row of that batch for each row of this one
     start: int = 0  # the first column that this batch reads itself; earlier ones are in a cache
-    seen: int = 0  # columns below this one have been read
+    n_read: int = 0  # columns below this one have been read
     head: int | None = None  # the first column for which logits were computed
     # The decided tokens by model row and column.
     decided: dict[tuple[int, int], DecidedToken] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class SequenceBatch:
         while batch.before is not None:
             batch, row = batch.before, batch.before_rows[row]
             columns = batch.columns[row]
-            if position >= len(columns) or columns[position] != column or column >= batch.seen:
+            if position >= len(columns) or columns[position] != column or column >= batch.n_read:
                 return False
             positions = batch.selected_positions(where)[row]
             if positions is None or position not in positions:
@@ -120,14 +120,14 @@ class SequenceBatch:
         columns, first = self.columns[row], 0
         if head and self.head is not None:
             first = self.head
-        return range(bisect_left(columns, first), bisect_left(columns, self.seen))
+        return range(bisect_left(columns, first), bisect_left(columns, self.n_read))
 
 
 @dataclass(eq=False)
 class Selection:
     """The rows and positions of one forward that a hook selects.
 
-    `places[i]` holds the positions in model row `rows[i]`. `index` takes them from a tensor
+    `row_positions[i]` holds the positions in model row `rows[i]`. `index` takes them from a tensor
     [batch, pos, ...]: two slices where they form a rectangle, else two index tensors [row, 1] and
     [row, pos]. `valid` [row, pos] is False where a shorter row was padded. `whole` is True if the
     selection is the whole tensor. The `ForwardPass` that made the selection owns it.
@@ -135,7 +135,7 @@ class Selection:
 
     text: SequenceBatch
     rows: list[int]
-    places: list[PositionRange]
+    row_positions: list[PositionRange]
     index: tuple[slice, slice] | tuple[Tensor, Tensor]
     valid: Bool[Tensor, "row pos"] | None
     whole: bool
@@ -153,7 +153,7 @@ class Selection:
     @cached_property
     def positions(self) -> Int[Tensor, "row pos"]:
         """Each position in its row's own text; -1 where a shorter row was padded."""
-        return pad_rows(self.places, -1)
+        return pad_rows(self.row_positions, -1)
 
     @cached_property
     def steps(self) -> Int[Tensor, "row pos"]:
@@ -218,7 +218,7 @@ class ForwardPass:
     rows: int
     width: int
     head: range  # the columns that the unembedding computes, counted from `past`
-    seen: int  # the number of columns that were read before this forward
+    n_read: int  # the number of columns that were read before this forward
     placed: bool = True  # False for an encoder-decoder: tensors may belong to either of two texts
     end: int | None = None  # the first column that is not filled yet, where tensors have more room
     _by_key_count: dict[int, "ForwardPass"] = field(default_factory=dict)
@@ -240,7 +240,7 @@ class ForwardPass:
             end = self.past + self.width
             first = max(0, end - count)
             self._by_key_count[count] = ForwardPass(
-                self.text, self.number, first, self.rows, count, range(count), self.seen, end=end
+                self.text, self.number, first, self.rows, count, range(count), self.n_read, end=end
             )
         return self._by_key_count[count]
 
@@ -287,7 +287,7 @@ class ForwardPass:
         first, last = self.past + computed.start, self.past + computed.stop
         if self.end is not None:
             last = min(last, self.end)
-        lowest = max(first, self.seen) if new else first
+        lowest = max(first, self.n_read) if new else first
         selected = self.text.selected_positions(where)
         rows: list[int] = []
         positions: list[PositionRange] = []

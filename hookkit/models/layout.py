@@ -119,7 +119,7 @@ class Layout:
                     break
         return self._locations[key]
 
-    def place(self, site: AnySite) -> ModuleLocation:
+    def location(self, site: AnySite) -> ModuleLocation:
         """Returns the module location of a site.
 
         Raises `MissingSite` or `OutOfRange` if the model does not have it.
@@ -160,7 +160,7 @@ class Layout:
 
     def cut(self, site: Site) -> AxisSplit | None:
         """Returns which part of the tensor's last axis a site is; None if it is the whole axis."""
-        location = self.place(site)
+        location = self.location(site)
         return split_axis(location, self.sizes_of(site.layer)) if location.cut else None
 
     def shape(self, site: Site) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ class Layout:
             return part.shape if site.head is None or part.inner is None else part.shape[1:]
         # Some models project between the embedding and the residual stream.
         if site.name in ("embed", "final_norm"):
-            module = self.submodule(self.place(site).path)
+            module = self.submodule(self.location(site).path)
             width = getattr(module, "embedding_dim", getattr(module, "out_features", None))
             if isinstance(width, int):
                 return (width,)
@@ -184,7 +184,7 @@ class Layout:
 
     def factor(self, site: AnySite) -> float:
         """Returns the number by which the module's tensor is multiplied to give the site."""
-        location = self.place(site)
+        location = self.location(site)
         factor = 1.0
         if location.times and isinstance(site, Site):
             block = self.submodule(self.family.block.format(layer=site.layer))
@@ -230,7 +230,7 @@ class Layout:
         if name not in self.names:
             return row | {"missing": self.family.why_missing(name)}
         layers = self.layers(name) or [None]
-        location = self.place(Site(name, layers[0]))
+        location = self.location(Site(name, layers[0]))
         module = location.path.replace(f".{layers[0]}", ".{layer}", 1) or "(the model)"
         return row | {"layers": len(layers), "module": module, "side": location.side}
 

@@ -376,7 +376,7 @@ class LM(Vocabulary):
     def located(self, sites: Sites) -> dict[AnySite, ModuleLocation]:
         """Returns the module location of each site of a selection, with all layers written out."""
         if sites not in self._locations:
-            self._locations[sites] = {site: self.place(site) for site in self.expand(sites)}
+            self._locations[sites] = {site: self.location(site) for site in self.expand(sites)}
         return self._locations[sites]
 
     @cached_property
@@ -394,11 +394,11 @@ class LM(Vocabulary):
         for site in as_sites(sites):
             if isinstance(site, Site) and site.every_layer:
                 if site.name not in self.layout.names:
-                    self.place(Site(site.name, 0))  # raises, with the reason
+                    self.location(Site(site.name, 0))  # raises, with the reason
                 layers = self.layout.layers(site.name) or []
                 expanded += [Site(site.name, layer) for layer in layers]
             else:
-                self.place(site)
+                self.location(site)
                 expanded.append(site)
         return as_sites(expanded)
 
@@ -406,12 +406,12 @@ class LM(Vocabulary):
         """Returns the sizes of a site's axes after batch and pos."""
         return self.layout.shape(site)
 
-    def place(self, site: AnySite) -> ModuleLocation:
+    def location(self, site: AnySite) -> ModuleLocation:
         """Returns the module location of a site.
 
         Raises `MissingSite` or `OutOfRange` if the model does not have it.
         """
-        return self.layout.place(site)
+        return self.layout.location(site)
 
     def submodule(self, path: str) -> nn.Module:
         """Returns the module at a path. Raises `UnknownSite` with similar paths for others."""

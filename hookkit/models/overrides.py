@@ -101,7 +101,7 @@ class Overrides:
             self.restore()  # Ctrl-C came before the first step
             raise
 
-    def around(
+    def wrap_method(
         self,
         owner: Any,
         name: str,
@@ -227,4 +227,4 @@ def skip_hooks(
 
     compiled = module.__dict__.get("_compiled_call_impl") is not None
     name = "_compiled_call_impl" if compiled else "_call_impl"
-    overrides.around(module, name, call_forward, applies)
+    overrides.wrap_method(module, name, call_forward, applies)

@@ -216,33 +216,33 @@ def _parse_module(text: str) -> ModuleSite:
 class Sites(Sequence[AnySite]):
     """A selection of sites, in order. It can be counted, printed and added to another one."""
 
-    chosen: tuple[AnySite, ...]
+    sites: tuple[AnySite, ...]
 
     @overload
     def __getitem__(self, index: int) -> AnySite: ...
     @overload
     def __getitem__(self, index: slice) -> "Sites": ...
     def __getitem__(self, index: int | slice) -> "AnySite | Sites":
-        return Sites(self.chosen[index]) if isinstance(index, slice) else self.chosen[index]
+        return Sites(self.sites[index]) if isinstance(index, slice) else self.sites[index]
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.sites)
 
     def __iter__(self) -> Iterator[AnySite]:
-        return iter(self.chosen)
+        return iter(self.sites)
 
     def __add__(self, other: "SitesLike") -> "Sites":
-        return Sites(self.chosen + as_sites(other).chosen)
+        return Sites(self.sites + as_sites(other).sites)
 
     def _repr_html_(self) -> str:
         rows: list[dict[str, str]] = []
-        for site in self.chosen:
+        for site in self.sites:
             axes = site.axes if isinstance(site, Site) else ""
             rows.append({"site": str(site), "axes": axes})
         return render_html(count_of(len(self), "site"), rows=rows)
 
     def __repr__(self) -> str:
-        names = list(map(str, self.chosen))
+        names = list(map(str, self.sites))
         if len(names) > 6:
             names = [*names[:3], "…", *names[-2:]]
         return f"{count_of(len(self), 'site')}: {', '.join(names)}"

@@ -109,7 +109,7 @@ def _put(
 ) -> Tensor:
     """Returns the tensor with the selected cells replaced."""
     view = bound_hook.view
-    if hook_point.place.shared:
+    if hook_point.location.shared:
         # the block reads this same tensor again: a replacement would reach only the module, and
         # not the residual stream
         selection.scatter(view.batch_view(tensor, forward_pass), new)

@@ -264,7 +264,7 @@ class HookDispatcher:
         """Registered at the input of a module with hooks."""
         if not self._acts_at(hook_point):
             return None
-        kwargs, location = kwargs or {}, hook_point.place
+        kwargs, location = kwargs or {}, hook_point.location
         tensor, key = find_input(args, kwargs, location.item, location.path)
         new = self._apply_hooks(hook_point, tensor)
         if new is tensor:
@@ -277,7 +277,7 @@ class HookDispatcher:
         """Registered at the output of a module with hooks."""
         if not self._acts_at(hook_point):
             return None
-        output, location = kwargs_and_output[-1], hook_point.place
+        output, location = kwargs_and_output[-1], hook_point.location
         tensor = pick_output(output, location)
         module_input = None
         if hook_point.reads_input:
@@ -308,7 +308,7 @@ class HookDispatcher:
             return False
         if self.scope in CURRENT_SCOPES.get() and not in_padding_trial():
             raise Unsupported(
-                f"{hook_point.place.path!r} was called by itself, outside a forward of "
+                f"{hook_point.location.path!r} was called by itself, outside a forward of "
                 f"{type(self.lm.root).__name__}: its rows and positions are unknown. Call the "
                 "model, or attach to the module that is called"
             )
@@ -322,7 +322,7 @@ class HookDispatcher:
         if ranks is None:
             return self._apply_to_whole(hook_point, module_input, tensor)
         site = hook_point.actions[0].site if hook_point.actions else Site("logits")
-        sizes = full_sizes(self.lm.layout, site, self.lm.place(site))
+        sizes = full_sizes(self.lm.layout, site, self.lm.location(site))
         apply = partial(self._apply_to_whole, hook_point, module_input)
         return ranks.around(hook_point.key, tensor, sizes, apply)
 

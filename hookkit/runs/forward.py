@@ -88,7 +88,7 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     option = read_logits_option(logits)
     refuse_two_texts(lm)
     if option != "none" and lm.config is not None:
-        lm.place(Site("logits"))  # raises if the model has no logits
+        lm.location(Site("logits"))  # raises if the model has no logits
     if option == "none" and not hooks:
         raise EmptySelection(
             "the forward was asked for nothing: give it hooks, or logits='all' or 'last'"
@@ -114,7 +114,7 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         prompt_rows=tuple(range(len(batch.rows))),
         prompt_lengths=tuple(batch.lengths),
         hooks=hooks,
-        kept=manager.texts[0],
+        captures=manager.texts[0],
         kept_logits=None if option == "none" else _logits_of(output, batch, option),
         settings={"verb": "forward", "logits": option, "seconds": time.perf_counter() - started},
         output=output,

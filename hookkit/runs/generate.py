@@ -128,7 +128,7 @@ def generate_with_tracer(
             prompt_rows=prompt_rows,
             prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
             hooks=hooks,
-            kept=manager.texts[0],
+            captures=manager.texts[0],
             kept_logits=_observed_logits(manager, option),
             settings=settings,
             output=output,

@@ -316,9 +316,9 @@ def watch_generate(
     watch = GenerationWatch(tracer, decisions)
     with Overrides() as lent:
         if tracer is not None or decisions is not None:
-            lent.around(model, "_get_logits_processor", watch.get_logits_processor, acts)
-        lent.around(model, "_get_stopping_criteria", watch.get_stopping_criteria, acts)
-        lent.around(model, "prepare_inputs_for_generation", watch.prepare_inputs, acts)
+            lent.wrap_method(model, "_get_logits_processor", watch.get_logits_processor, acts)
+        lent.wrap_method(model, "_get_stopping_criteria", watch.get_stopping_criteria, acts)
+        lent.wrap_method(model, "prepare_inputs_for_generation", watch.prepare_inputs, acts)
         yield watch
 
 

@@ -162,8 +162,8 @@ class HookBlock:
             run_uncompiled(overrides)
         inside: dict[nn.Module, dict[int | str, HookPoint]] = {}
         for hook_point in self.hook_points:
-            if hook_point.place.side == "inside":
-                inside.setdefault(hook_point.module, {})[hook_point.place.item] = hook_point
+            if hook_point.location.side == "inside":
+                inside.setdefault(hook_point.module, {})[hook_point.location.item] = hook_point
             else:
                 self._register_hook_point(hook_point)
         for module, hook_points in inside.items():
@@ -176,10 +176,10 @@ class HookBlock:
                 self.lm.layout.verified.setdefault(module, set()),
                 dispatcher.acts_in_forward,
             )
-        paths = (hook_point.place.path for hook_point in self.hook_points)
+        paths = (hook_point.location.path for hook_point in self.hook_points)
         for module in checkpointing_parents(self.lm.root, paths):
             name, applies = "_gradient_checkpointing_func", dispatcher.acts_in_forward
-            overrides.around(module, name, dispatcher.checkpoint, applies)
+            overrides.wrap_method(module, name, dispatcher.checkpoint, applies)
         for module in dispatcher.entry_modules:
             self.register_at_input(module, ForwardBoundary(dispatcher.on_forward_start))
             end = ForwardBoundary(dispatcher.on_forward_end)
@@ -194,14 +194,14 @@ class HookBlock:
         (of PEFT, say), because a wrapper may call the model without its hooks.
         """
         function, modules = self.dispatcher.on_output, (hook_point.module,)
-        if hook_point.place.side == "input":
+        if hook_point.location.side == "input":
             function = self.dispatcher.on_input
         hook = RegisteredHook(function, hook_point)
         if hook_point.module is self.lm.root and self._wrappers:
             hook = RegisteredHook(self.dispatcher.if_outermost, hook)
             modules = (*self._wrappers, self.lm.root)
         for module in modules:
-            if hook_point.place.side == "input":
+            if hook_point.location.side == "input":
                 self.register_at_input(module, hook)
                 let_outer_blocks_go_first(module._forward_pre_hooks)
                 continue
@@ -253,7 +253,7 @@ class HookManager(HookBlock):
     def _replace_generate(self) -> None:
         if callable(getattr(self.lm.root, "generate", None)):
             acts_here = self.dispatcher.acts_here
-            self.overrides.around(self.lm.root, "generate", self._generate, acts_here)
+            self.overrides.wrap_method(self.lm.root, "generate", self._generate, acts_here)
 
     def _generate(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Runs in place of transformers' `generate`, and follows the text through its steps."""
@@ -276,7 +276,7 @@ class HookManager(HookBlock):
         if not root.training:
             return
         for hook_point in self.hook_points:
-            if is_in_checkpointed_block(root, hook_point.place.path):
+            if is_in_checkpointed_block(root, hook_point.location.path):
                 raise Unsupported(
                     f"{hook_point.actions[0].hook} stands in a block with gradient checkpointing, "
                     "which runs again in backward(), without the hook: call "

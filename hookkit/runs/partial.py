@@ -124,7 +124,7 @@ class SharedForward:
     ) -> None:
         """Adds the hooks of a cell; the hook points of all cells at one location become one."""
         for hook_point in hook_points:
-            location = hook_point.place
+            location = hook_point.location
             shared = self._hook_points.get(location)
             if shared is None:
                 shared = HookPoint(hook_point.module, location, [])
@@ -161,7 +161,7 @@ class SharedForward:
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
                 skip = partial(skip_block, growth.kinds[number])
-                hook_block.overrides.around(block, "forward", skip)
+                hook_block.overrides.wrap_method(block, "forward", skip)
             elif growth is not None or (recorder is not None and number in recorder.blocks):
                 on_input = partial(self._on_block_input, number)
                 hook = ForwardBoundary(hook_block.dispatcher.if_in_forward, on_input)
@@ -274,13 +274,14 @@ class SharedForward:
             return tensor  # no other cell is in the forward
         if tensor.ndim and len(tensor) == self.count:
             return tensor[lane.start : lane.stop]
-        is_flat = hook_point.place.flat or tensor.ndim == 2
+        is_flat = hook_point.location.flat or tensor.ndim == 2
         if is_flat and tensor.ndim and len(tensor) == self.count * self.width:
             return tensor[lane.start * self.width : lane.stop * self.width]
         if tensor.ndim > 1 and len(tensor) == 1:
             return tensor
         raise NotByRow(
-            f"{hook_point.place.path} has a tensor {list(tensor.shape)}, and {self.count} rows ran",
+            f"{hook_point.location.path} has a tensor {list(tensor.shape)}, and {self.count} "
+            "rows ran",
             hook_point,
         )
 

@@ -45,7 +45,7 @@ class Run:
     prompt_rows: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     hooks: tuple[Hook, ...]
-    kept: Captures
+    captures: Captures
     kept_logits: Captured | None
     settings: Mapping[str, Any]
     output: Any
@@ -95,28 +95,28 @@ class Run:
 
         `run[site, name]` if several captures were at the site.
         """
-        return self.kept[key]
+        return self.captures[key]
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
         """Returns the captured values at a site, with their rows and positions."""
-        return self.kept.captured(site, name)
+        return self.captures.captured(site, name)
 
     @property
     def sites(self) -> Sites:
         """The sites that were captured."""
-        return self.kept.sites
+        return self.captures.sites
 
     def stack(self, name: str) -> Tensor:
         """Returns the values of every captured layer of a site: [layer, row, pos, ...].
 
         `name` is the site without its layer, such as "resid_post".
         """
-        return self.kept.stack(name)
+        return self.captures.stack(name)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the captured values by site, or by site and name if the capture has a name."""
         tensors = {}
-        for captured in self.kept.all:
+        for captured in self.captures.all:
             key = str(captured.site)
             if captured.name:
                 key = f"{key}/{captured.name}"

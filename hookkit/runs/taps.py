@@ -61,7 +61,7 @@ class HookPoint:
     """One side of one module, with the bound hooks that act there in the order of the hooks."""
 
     module: nn.Module
-    place: ModuleLocation
+    location: ModuleLocation
     actions: list[BoundHook]
     reads_input: bool = False  # True if an edit of the output also needs the module's input
     copies_output: bool = False  # True if all that is done is to copy a whole output tensor
@@ -69,7 +69,7 @@ class HookPoint:
     @property
     def key(self) -> tuple[str, str, int | str]:
         """The path, the side and the item, which identify the tensor."""
-        return self.place.path, self.place.side, self.place.item
+        return self.location.path, self.location.side, self.location.item
 
 
 def build_hook_points(
@@ -110,7 +110,7 @@ def in_order_of_registration(hook_points: Iterable[HookPoint]) -> list[HookPoint
     torch calls the hook that was registered first first, and those have to act before the hooks
     that read the input.
     """
-    return sorted(hook_points, key=lambda hook_point: not hook_point.place.shared)
+    return sorted(hook_points, key=lambda hook_point: not hook_point.location.shared)
 
 
 def _check_hook(lm: LM, hook: object) -> None:
@@ -176,9 +176,9 @@ def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
 
     Raises `Unsupported` if an edit changes the logits before a trace can read them.
     """
-    location, traced_point = lm.place(Site("logits")), None
+    location, traced_point = lm.location(Site("logits")), None
     for hook_point in hook_points:
-        if hook_point.place == location:
+        if hook_point.location == location:
             traced_point = hook_point
         for bound_hook in hook_point.actions:
             is_edit = bound_hook.change is not None
@@ -338,7 +338,7 @@ def forward_of_site(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
 
     This also holds where each process of a split model has a part of the module's weights.
     """
-    location = lm.place(site)
+    location = lm.location(site)
     forward = lm.submodule(location.path).forward
     ranks = lm.ranks
     if ranks is None:

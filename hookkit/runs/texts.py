@@ -354,7 +354,9 @@ class CaptureStore:
                 continue
             ending = self._endings.get(selection.text)
             counts = [[0]] * len(selection.rows) if changed is None else changed.tolist()
-            rows = zip(selection.rows, selection.prompts, selection.places, counts, strict=True)
+            rows = zip(
+                selection.rows, selection.prompts, selection.row_positions, counts, strict=True
+            )
             for row, prompt, all_positions, row_counts in rows:
                 positions = _before_end(all_positions, row, ending)
                 if positions:
@@ -402,7 +404,7 @@ def _before_end(positions: PositionRange, row: int, ending: SequenceEnd | None) 
 def _acts_before_end(selection: Selection | None, ending: SequenceEnd | None) -> bool:
     if selection is None or ending is None or ending.limits is None:
         return True
-    for row, positions in zip(selection.rows, selection.places, strict=True):
+    for row, positions in zip(selection.rows, selection.row_positions, strict=True):
         if _before_end(positions, row, ending):
             return True
     return False

@@ -126,7 +126,7 @@ class GenerationRecord:
     """The record of a whole generation."""
 
     lm: LM
-    asked: Trace
+    settings: Trace
     generation: Generation
     watched: tuple[int, ...]
     named: tuple[int, ...]  # the tokens that logit edits name
@@ -168,14 +168,14 @@ class Tracer:
     """
 
     lm: LM
-    asked: Trace
+    settings: Trace
     hooks: Sequence[Hook]
     listener: Callable[[Tensor, Tensor], None] | None = None
     steps: list[Step] = field(default_factory=list)
     generation: Generation = field(init=False)  # the current call of `generate`
 
     def __post_init__(self) -> None:
-        self._watched = tuple(self.lm.token(token) for token in self.asked.watch)
+        self._watched = tuple(self.lm.token(token) for token in self.settings.watch)
         self._named = tuple(named_tokens(self.lm, self.hooks))
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
         self.recorded: GenerationRecord | None = None
@@ -189,7 +189,7 @@ class Tracer:
                 "or do_sample"
             )
         self.steps, self.generation, self.recorded = [], generation, None
-        self._top_count = self.asked.top
+        self._top_count = self.settings.top
         if generation.beams > 1:  # the beams take their tokens from this many of the first
             candidates = max(2, 1 + len(generation.eos)) * generation.beams
             self._top_count = max(self._top_count, candidates)
@@ -256,7 +256,7 @@ class Tracer:
 
     def _record_of(self, decisions: list[Decision]) -> GenerationRecord:
         return GenerationRecord(
-            self.lm, self.asked, self.generation, self._watched, self._named, tuple(decisions)
+            self.lm, self.settings, self.generation, self._watched, self._named, tuple(decisions)
         )
 
     def _step(self, tokens: Int[Tensor, " row"] | None) -> Step:
@@ -275,7 +275,7 @@ class Tracer:
             parts.append(tokens[:, None].to(parts[0].device))
         ids = torch.cat(parts, dim=1)
         stages = {
-            key: _stage(logits, ids, tops[key][:, : self.asked.top], n_tokens)
+            key: _stage(logits, ids, tops[key][:, : self.settings.top], n_tokens)
             for key, logits in different.items()
         }
         changes = []

@@ -71,16 +71,16 @@ class PositionTracker:
         is_new_text = not text.begun
         self.text = text
         if is_new_text:
-            text.begun, text.start, text.seen = True, past, past
+            text.begun, text.start, text.n_read = True, past, past
         if cache is not None:
             self.caches.note(cache, text, past)
         head = self._head(arguments.get("logits_to_keep", 0), width)
         if text.head is None and head:
             text.head = past + head.start
         forward_pass = ForwardPass(
-            text, self.forwards, past, rows, width, head, text.seen, placed=not self.two_texts
+            text, self.forwards, past, rows, width, head, text.n_read, placed=not self.two_texts
         )
-        text.seen = max(text.seen, past + width)
+        text.n_read = max(text.n_read, past + width)
         self.forwards += 1
         return forward_pass, is_new_text
 
@@ -158,7 +158,7 @@ class PositionTracker:
         entry = self.caches.text_of(call.cache)
         if entry is not None:
             text, _ = entry
-            return text if call.past <= text.seen else None
+            return text if call.past <= text.n_read else None
         if self.caches.could_be_copy(call.cache, call.past):
             raise Unsupported(
                 f"this forward goes on from a {type(call.cache).__name__} that no forward of the "
@@ -178,7 +178,7 @@ class PositionTracker:
                     "replaced), so the positions of its rows are unknown: run each text in a "
                     "block of its own, or call generate"
                 )
-            if source.seen == call.past:
+            if source.n_read == call.past:
                 _check_open_ends(source)
                 return source
         for row, length in enumerate(source.lengths):
@@ -322,7 +322,7 @@ class Caches:
         """True if a cache may be a copy, and has no values by which that can be decided."""
         if _fingerprint(cache, columns) is not None:
             return False
-        return any(text.seen >= columns for text, _ in self._entries.values())
+        return any(text.n_read >= columns for text, _ in self._entries.values())
 
     def unchanged(self, cache: Any, text: SequenceBatch, columns: int) -> bool:
         """False if the rows of a cache are not those that the last forward left in it."""

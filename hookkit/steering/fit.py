@@ -89,7 +89,7 @@ class Aim:
     @cached_property
     def _metrics(self) -> CellMetrics:
         """The metric, with the logits without the vector if the metric compares with them."""
-        measure, before = self.metric.bound(self.lm, len(self.inputs)), None
+        measure, before = self.metric.bind(self.lm, len(self.inputs)), None
         if self.metric.compares:
             before = {}
             with torch.no_grad():

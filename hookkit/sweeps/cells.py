@@ -270,8 +270,8 @@ class Randomised(EditHook):
         set_field(self, "seed", check_seed(self.seed))
 
     @property
-    def together(self) -> bool:
-        return self.of.together
+    def mixes_positions(self) -> bool:
+        return self.of.mixes_positions
 
     @property
     def reads_input(self) -> bool:
@@ -304,7 +304,9 @@ class Randomised(EditHook):
         position."""
         noise = torch.ones(values.shape)
         site = str(here.site)
-        for index, (row, positions) in enumerate(zip(here.rows, here.cells.places, strict=True)):
+        for index, (row, positions) in enumerate(
+            zip(here.rows, here.cells.row_positions, strict=True)
+        ):
             for column, position in enumerate(positions):
                 tokens = here.cells.text.prompt(row)
                 generator = noise_generator(self.seed, site, tokens, position)

@@ -226,7 +226,7 @@ def find_foreign_source(
         for index, row in enumerate(rows):
             if len(source.rows) > 1 and row not in source.rows:
                 continue  # the patch does not act on this row
-            source_row, places = source.row(row), chunk.cells.places[index]
+            source_row, places = source.row(row), chunk.cells.row_positions[index]
             positions = source.positions[source_row]
             end = min(plan.first_effect.common_prefix(source, row), places[-1] + 1)
             is_shared = (positions >= places[0]) & (positions < end)
@@ -234,7 +234,7 @@ def find_foreign_source(
             row_values = model_values[index, columns]
             if isinstance(site, Site) and site.head is not None:
                 row_values = row_values[:, site.head]
-            source_values = source.by_place[source_row, is_shared]
+            source_values = source.by_position[source_row, is_shared]
             if not _is_close(source_values, row_values, limit * sizes[index, columns]):
                 return str(bound.hook)
     return ""

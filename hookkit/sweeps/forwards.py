@@ -107,7 +107,7 @@ def narrow_last_block(lm: LM, width: int) -> Iterator[None]:
             location = lm.layout.find(name, lm.n_layers - 1)
             if location is not None and location.side == "input":
                 module = lm.submodule(location.path)
-                lent.around(module, "forward", partial(_compute_last_positions, width))
+                lent.wrap_method(module, "forward", partial(_compute_last_positions, width))
         yield
 
 
@@ -286,7 +286,7 @@ def _run_model(
 
 
 def _outside_the_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPoint]:
-    return [point for point in hook_points if block_of_module(lm, point.place.path) == INPUT]
+    return [point for point in hook_points if block_of_module(lm, point.location.path) == INPUT]
 
 
 def _lanes_of_cells(

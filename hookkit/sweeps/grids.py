@@ -301,12 +301,12 @@ def _read_values(
 
 def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int | None]:
     if name in SITES_WITHOUT_LAYER:
-        lm.place(Site(name))
+        lm.location(Site(name))
         return [None]
     lm.sites(name)  # raises if the model has none
     if layers is None:
         return list(lm.layout.layers(name) or [])
-    return [layer for layer in layers if lm.place(Site(name, layer))]
+    return [layer for layer in layers if lm.location(Site(name, layer))]
 
 
 def _count_heads(lm: LM, name: str, layer: int | None) -> int:

@@ -185,7 +185,7 @@ def _read_receivers(
             slots.append(LazyCapture(bound.site, None, None, values))
             for chunk in bound.pieces:
                 assert chunk.cells is not None
-                first_positions += [positions[0] for positions in chunk.cells.places]
+                first_positions += [positions[0] for positions in chunk.cells.row_positions]
         end = max(map(len, first_plan.inputs.rows))
         first = min(first_positions, default=end)
         received[tuple(cell.point.values())] = Captures(tuple(slots)), first
@@ -200,7 +200,7 @@ def _replace_values(clean: Captured, chunks: Sequence[CapturedChunk]) -> Capture
     values = clean.values.clone()
     for chunk in chunks:
         assert chunk.cells is not None
-        pairs = zip(chunk.cells.prompts, chunk.cells.places, strict=True)
+        pairs = zip(chunk.cells.prompts, chunk.cells.row_positions, strict=True)
         for index, (prompt, positions) in enumerate(pairs):
             values[clean.row(prompt), list(positions)] = chunk.values[index, : len(positions)]
     unknown = tuple((-1,) * len(prompt) for prompt in clean.prompts)

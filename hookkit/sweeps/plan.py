@@ -111,7 +111,7 @@ class Plan:
     @cached_property
     def measures(self) -> list[Measure]:
         """The metrics, bound to this model and these prompts."""
-        return [metric.bound(self.lm, len(self.inputs)) for metric in self.metrics]
+        return [metric.bind(self.lm, len(self.inputs)) for metric in self.metrics]
 
     @property
     def compares(self) -> bool:

@@ -171,7 +171,7 @@ def needs_all_positions(bound: BoundHook) -> bool:
     """True if what a hook does at a position may depend on other positions."""
     if weights_later_keys(bound):
         return True
-    return isinstance(bound.hook, EditHook) and bound.hook.together
+    return isinstance(bound.hook, EditHook) and bound.hook.mixes_positions
 
 
 def weights_later_keys(bound: BoundHook) -> bool:

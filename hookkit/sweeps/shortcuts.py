@@ -218,7 +218,7 @@ class _ShapeRecorder:
     def wrap_modules(self, block: HookBlock) -> None:
         """Wraps the forwards of the modules for the time of a block."""
         for number, module in enumerate(self.modules):
-            block.overrides.around(module, "forward", partial(self._record_forward, number))
+            block.overrides.wrap_method(module, "forward", partial(self._record_forward, number))
 
     def _record_forward(self, number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._record_inputs(number, args, ())

@@ -102,7 +102,7 @@ def plan(
     metric_values = as_metrics(metrics)
     inputs = read_inputs(lm, prompts, metric_values, pos)
     for metric in metric_values:
-        metric.bound(lm, len(inputs))  # raises before anything runs
+        metric.bind(lm, len(inputs))  # raises before anything runs
     cells = create_cells(lm, grid, hooks, inputs)
     if control is not None:
         cells += create_controls(lm, cells, control, inputs, draws=draws, seed=control_seed)

@@ -294,7 +294,7 @@ def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
         )
     tokens = [*run.tokens[row, start : start + step].tolist(), run.lm.token(token)]
     prompts = [run.tokens[n, :length].tolist() for n, length in enumerate(run.prompt_lengths)]
-    trace = None if run.recorded is None else run.recorded.asked
+    trace = None if run.recorded is None else run.recorded.settings
     return generate(
         run.lm, prompts, *run.hooks, _force_tokens(tokens, row), logits=run.settings["logits"],
         trace=trace, seed=run.settings.get("seed"), **run.arguments,

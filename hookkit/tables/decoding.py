@@ -38,7 +38,7 @@ def decoding(run: Run, *, top: int | None = None, rows: IndicesLike = None) -> p
     than what was recorded.
     """
     record = _record_of(run, rows)
-    recorded = record.asked.top
+    recorded = record.settings.top
     count = recorded if top is None else top
     if not 1 <= count <= recorded:
         raise OutOfRange(

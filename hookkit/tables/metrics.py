@@ -59,7 +59,7 @@ class Metric:
     name: ClassVar[str]  # of its column
     compares: ClassVar[bool] = False  # with the same prompt without the edit
 
-    def bound(self, lm: LM, count: int) -> Measure:
+    def bind(self, lm: LM, count: int) -> Measure:
         """Returns the function that measures `count` prompts of this model.
 
         Raises if a token is not in the vocabulary, or if a prompt has no token.
@@ -82,7 +82,7 @@ class Metric:
             )
         meaning = "the one position of each prompt at which a metric looks,"
         pos = check_integer(pos, "pos", meaning=meaning, error=BadHook)
-        measure = self.bound(run.lm, len(run.lengths))
+        measure = self.bind(run.lm, len(run.lengths))
         logits = logits_at(run, pos)
         return measure(Said(logits, range(len(logits)))).cpu()
 

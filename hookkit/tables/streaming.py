@@ -49,7 +49,7 @@ class StreamStep:
     @property
     def candidates(self) -> pd.DataFrame:
         """The step's rows of `hk.decoding`."""
-        return candidates_table(self.record, self.record.asked.top)
+        return candidates_table(self.record, self.record.settings.top)
 
 
 class Stream:

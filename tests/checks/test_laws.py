@@ -125,7 +125,7 @@ def test_z_through_the_output_projection_is_what_attention_gives(lm):
     run = hk.forward(lm, PROMPTS[0], hk.capture(lm.sites("z")), hk.capture(lm.sites("attn_out")))
     for layer in range(lm.n_layers):
         z = run[f"z.{layer}"].flatten(2)
-        attention = lm.submodule(lm.place(hk.Site("z", layer)).path)
+        attention = lm.submodule(lm.location(hk.Site("z", layer)).path)
         with torch.no_grad():
             close(attention(z), run[f"attn_out.{layer}"])
 
@@ -209,7 +209,7 @@ def test_an_edit_of_resid_mid_reaches_the_mlp_and_the_stream(lm):
 
 
 def test_ablating_all_heads_equals_ablating_the_attention(lm):
-    bias = getattr(lm.submodule(lm.place(hk.Site("z", 1)).path), "bias", None)
+    bias = getattr(lm.submodule(lm.location(hk.Site("z", 1)).path), "bias", None)
     to = torch.zeros(32) if bias is None else bias.detach()
     every_head = [hk.ablate(lm.sites("z", layers=[1], heads=range(4)))]
     expected = hk.forward(lm, PROMPTS, hk.ablate("attn_out.1", to=to)).logits
@@ -331,7 +331,7 @@ def test_a_generated_row_alone_is_the_row_in_a_left_padded_batch(lm, way):
         for site in lm.sites():
             same_text(site, together[site][row], alone[site][0])
             width = alone.captured(site).positions.shape[1]
-            assert (together.captured(site).by_place[row, width:] == 0).all()
+            assert (together.captured(site).by_position[row, width:] == 0).all()
 
 
 def test_a_forward_over_the_generated_text_gives_generates_logits(lm):

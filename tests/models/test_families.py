@@ -20,7 +20,7 @@ def test_every_place_is_in_the_model_and_every_site_has_a_place_or_a_reason(mode
                 f"{name} is not in every block, and the row does not say why"
             )
     for site in lm.sites():
-        lm.submodule(lm.place(site).path)
+        lm.submodule(lm.location(site).path)
 
 
 def test_a_model_that_is_no_causal_language_model_has_head_and_logits():

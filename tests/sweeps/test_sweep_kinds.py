@@ -235,7 +235,7 @@ def test_an_embedding_that_is_changed_under_every_cell_reaches_rows_that_join_la
     prompts = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
     vector = torch.randn(lm.shape(hk.Site("embed")), generator=torch.Generator().manual_seed(0))
     half = lambda output: (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2  # noqa: E731
-    embed = lm.place(hk.Site("embed")).path
+    embed = lm.location(hk.Site("embed")).path
     table = hk.sweep(
         lm,
         prompts,

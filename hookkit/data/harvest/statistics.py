@@ -168,7 +168,7 @@ class SiteStatistics:
         number = as_integer(unit)
         index = [] if number is None else [number]
         if number is None:
-            meaning = "the number of a unit; with heads, (head, number);"
+            meaning = "which unit it is (with heads: a head and a number),"
             for item in as_items(unit) or (unit,):
                 index.append(check_integer(item, "unit", least=0, meaning=meaning))
         sizes = list(self.mean.shape)

@@ -172,14 +172,14 @@ def _run(
                 skip_hooks(module, overrides)
         for path, module in root.named_modules():
             if path in skipped:
-                overrides.around(module, "forward", recorder.skipped_forward)
+                overrides.wrap_method(module, "forward", recorder.skipped_forward)
             if not path or f"{path}.".startswith(inside_skipped):
                 continue
             if _may_call_attention_interface(module):
                 intercept_tensors(
                     overrides, module, "interface", attention_tensors, recorder.record_attention
                 )
-            overrides.around(module, "forward", recorder.recorded_forward(path, module))
+            overrides.wrap_method(module, "forward", recorder.recorded_forward(path, module))
         with torch.no_grad(), recorder:
             root(input_ids=ids, use_cache=False)
     for call in recorder.calls:

@@ -68,7 +68,7 @@ class ResumePlan:
 
         with Overrides() as lent:
             for number in {start - 1 for start in self.starts.values()}:
-                lent.around(self._block(number), "forward", partial(record, number))
+                lent.wrap_method(self._block(number), "forward", partial(record, number))
             yield
 
     @contextmanager
@@ -84,9 +84,9 @@ class ResumePlan:
         with Overrides() as lent:
             for number in range(start - 1):
                 output_kind = find_ending(self.lm).kinds[number]
-                lent.around(self._block(number), "forward", partial(skip_block, output_kind))
+                lent.wrap_method(self._block(number), "forward", partial(skip_block, output_kind))
             if start:
-                lent.around(self._block(start - 1), "forward", replay)
+                lent.wrap_method(self._block(start - 1), "forward", replay)
             yield
 
     def _block(self, number: int) -> Any:
@@ -121,7 +121,7 @@ def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
     blocks = {lm.family.block.format(layer=number): number for number in range(lm.n_layers)}
     numbers = []
     for point in build_hook_points(lm, list(hooks), partial(capture_reference, lm)):
-        path = point.place.path
+        path = point.location.path
         while path and path not in blocks:
             path = path.rpartition(".")[0]
         number = lm.n_layers if model_end.has(point) else 0
@@ -227,7 +227,7 @@ def run_prompts(
     hooks = (*edit.hooks, _capture_last(sites, shown)) if sites else edit.hooks
     run = replace(run, hooks=hooks, output=None, kept_logits=shown_logits)
     if unedited is not None and sites:
-        run = replace(run, kept=_add_unedited(run.kept, unedited))
+        run = replace(run, captures=_add_unedited(run.captures, unedited))
     return NextTokenLogits(edit, run, logits, shown)
 
 

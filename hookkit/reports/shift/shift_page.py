@@ -404,7 +404,7 @@ def _measure(measured: ShiftTables) -> None:
         start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
         with plan.resume_at(start):
             after = before_after.run_prompts(
-                lm, rows, edit, edit_sites, shown, start, before.run.kept
+                lm, rows, edit, edit_sites, shown, start, before.run.captures
             )
         parts["watched"].append(before_after.watched_of(before, after, measured.watch))
         parts["distances"].append(before_after.distances_of(before, after))
