@@ -265,9 +265,7 @@ class Crew:
             self._replace(member, error)
             return task
         if task is not None:
-            task.result = result if isinstance(result, Failure) else unpack(result)
-            task.done = True
-            member.tasks.remove(task)
+            _finish(task, member, result)
             return None
         if isinstance(result, Failure):
             raise result.to_error("an actor's start") from None
@@ -318,6 +316,7 @@ class Crew:
         self.members.remove(member)
         with suppress(Exception):
             ray.kill(member.handle)
+        self._take_finished(member)
         subject, losses = "an actor before it had the model", 0
         if member.tasks:
             task = member.tasks[0]
@@ -333,6 +332,18 @@ class Crew:
             ) from error
         self._start_actor()
 
+    def _take_finished(self, member: Member) -> None:
+        """Takes the results that an actor had given before it died."""
+        import ray
+        from ray.exceptions import RayError
+
+        for reference, (task, owner) in list(self._in_flight.items()):
+            if owner is not member or task is None or not ray.wait([reference], timeout=0)[0]:
+                continue
+            with suppress(RayError):  # this task is lost, which the next wait for it will say
+                _finish(task, member, ray.get(reference))
+                del self._in_flight[reference]
+
     def _kill_all(self) -> None:
         """Leaves no actor, whether Ray goes on or not."""
         import ray
@@ -342,3 +353,10 @@ class Crew:
             with suppress(Exception):
                 ray.kill(member.handle)
         self._packed = None
+
+
+def _finish(task: Task, member: Member, result: Any) -> None:
+    """Stores the result of a task that an actor has computed."""
+    task.result = result if isinstance(result, Failure) else unpack(result)
+    task.done = True
+    member.tasks.remove(task)
