@@ -537,3 +537,22 @@ def test_the_command_prints_what_the_call_gives(two, tmp_path):
     assert len(told["sites"]) == len(found.sites) and told["parting"][0]["site"] == "embed"
     wrong = CliRunner().invoke(app, [*words[:3], ""])
     assert (wrong.exit_code, wrong.stdout) == (2, "") and "prompt 0 is empty" in wrong.stderr
+
+
+def test_logits_that_are_nan_are_said_and_no_mean_passes_over_them(tmp_path):
+    before = hk.tiny("llama")
+    broken = copy.deepcopy(before.model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[9] = torch.nan  # 0 times NaN is NaN: all of its row
+    found = hk.diff(before, hk.LM(broken), [[5, 6, 7], [5, 9, 7]])
+    nan = found.tokens["kl"].isna().tolist()
+    assert nan == [False] * 3 + [True] * 3
+    assert found.tokens["top1_after"].isna().tolist() == nan
+    assert found.tokens["top1_changed"].tolist() == nan
+    table = found.prompts.set_index("row")
+    numbers = ["kl", "kl_max", "loss_before", "loss_after", "loss_delta"]
+    assert table.loc[0, numbers].notna().all() and table.loc[1, numbers].isna().all()
+    assert table["kl_max_pos"][1] == 0 and "KL nan" in repr(found)
+    page = found.write(tmp_path).read_text()
+    words = "cannot be compared after 3 of 6 tokens of 2 prompts, first after"
+    assert words in page and "in prompt 1: the logits of one of them are NaN there" in page

@@ -117,14 +117,18 @@ class Difference:
 
         Columns: row, tokens; kl (mean over its tokens), kl_max, and kl_max_pos, where that is;
         top1_changed (number of tokens); loss_before, loss_after, loss_delta (means); parts_at (the
-        site, if it is defined).
+        site, if it is defined). Of a prompt with logits that are NaN, the means and kl_max are NaN
+        too, and kl_max_pos is the first such position.
         """
-        groups = self.tokens.groupby("row", sort=True)
-        table = groups.agg(tokens=("pos", "size"), kl=("kl", "mean"), kl_max=("kl", "max"))
-        table["kl_max_pos"] = self.tokens.loc[groups["kl"].idxmax(), "pos"].to_numpy()
+        tokens = self.tokens.assign(order=self.tokens["kl"].fillna(np.inf))
+        groups = tokens.groupby("row", sort=True)
+        table = groups.agg(tokens=("pos", "size"))
+        table["kl"] = groups["kl"].agg(lambda values: values.mean(skipna=False))
+        table["kl_max"] = groups["kl"].agg(lambda values: values.max(skipna=False))
+        table["kl_max_pos"] = tokens.loc[groups["order"].idxmax(), "pos"].to_numpy()
         table["top1_changed"] = groups["top1_changed"].sum()
         losses: Any = groups[["loss_before", "loss_after", "loss_delta"]].mean()
-        table = table.join(losses)
+        table = table.join(losses.where(table["kl"].notna()))
         if not self.parting.empty:
             table["parts_at"] = self.parting.set_index("row")["site"]
         return table.reset_index()
@@ -161,7 +165,7 @@ class Difference:
         return render_html(f"Difference: {before} and {after}", facts, first_rows(self.prompts))
 
     def __repr__(self) -> str:
-        kl, changed = self.tokens["kl"].mean(), self.tokens["top1_changed"].mean()
+        kl, changed = self.tokens["kl"].mean(skipna=False), self.tokens["top1_changed"].mean()
         parting = ""
         if not self.parting.empty:
             parting = f"; they part at {self.first}" if self.first else "; they never part"
@@ -173,8 +177,15 @@ class Difference:
 
 def _write_answer(difference: Difference) -> str:
     tokens = difference.tokens
-    furthest = tokens.loc[tokens["kl"].idxmax()]
     prompts = count_of(len(set(tokens["row"])), "prompt")
+    unknown = tokens[tokens["kl"].isna()]
+    if not unknown.empty:
+        return (
+            f"The two cannot be compared after {len(unknown):,} of {len(tokens):,} tokens of "
+            f"{prompts}, first after {unknown.iloc[0]['read']} in prompt {unknown.iloc[0]['row']}: "
+            "the logits of one of them are NaN there."
+        )
+    furthest = tokens.loc[tokens["kl"].idxmax()]
     text = (
         f"After {len(tokens):,} tokens of {prompts} the two are "
         f"{tokens['kl'].mean():.3g} nats apart (KL, mean), at most {furthest['kl']:.3g}, after "

@@ -28,7 +28,7 @@ from ...models.sites import AnySite, Site, Sites
 from ...runs.run import Run
 from ...tables.distributions import Distribution
 from ...tables.rank_tables import add_deltas
-from ..comparison import literal_shifts, token_literals
+from ..comparison import literal_shifts, token_literal, token_literals
 from . import similarity
 from .pairing import NAME, SharedSites, Side
 
@@ -67,14 +67,19 @@ def _compare_logits(
     for when, logits in (("before", before), ("after", after)):
         logprobs[when] = next_token.exact_logprobs(logits.detach().cpu())
         columns[f"entropy_{when}"] = next_token.entropy_of(logprobs[when])
-        columns[f"top1_{when}"] = next_token.token_logits(logits, lm.n_tokens).argmax(-1)
+        scores = next_token.token_logits(logits, lm.n_tokens)
+        unknown = scores.isnan().any(-1)  # no token is the first
+        columns[f"top1_{when}"] = scores.argmax(-1).masked_fill(unknown, -1)
         losses = 0.0 - next_token.values_at(logprobs[when], following.clamp(min=0))
         columns[f"loss_{when}"] = losses.masked_fill(following < 0, float("nan"))
     apart = next_token.divergences(logprobs["before"], logprobs["after"])
     columns |= {name: apart[name] for name in ("kl", "kl_reverse", "js")}
     table = pd.DataFrame({name: values.tolist() for name, values in columns.items()})
     changed = table["top1_before"] != table["top1_after"]
-    firsts = {name: token_literals(lm, table.pop(name)) for name in ("top1_before", "top1_after")}
+    firsts: dict[str, list[str | None]] = {}
+    for name in ("top1_before", "top1_after"):
+        ids = table.pop(name).tolist()
+        firsts[name] = [None if number < 0 else token_literal(lm, number) for number in ids]
     table = add_deltas(table, ["entropy"]).assign(**firsts, top1_changed=changed)
     return add_deltas(table, ["loss"])
 
