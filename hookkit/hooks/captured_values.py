@@ -256,7 +256,7 @@ class CapturedChunk:
             return []
         rows = [cells.rows[index] for index in kept_indices]
         positions = [cells.row_positions[index] for index in kept_indices]
-        kept_cells = replace(cells, rows=rows, places=positions, valid=None, whole=False)
+        kept_cells = replace(cells, rows=rows, row_positions=positions, valid=None, whole=False)
         return [CapturedChunk(self.call, kept_cells, self.values[kept_indices])]
 
 

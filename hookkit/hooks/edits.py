@@ -32,7 +32,9 @@ from .values import check_result, check_shape, convert_once, fit_to_values, scal
 
 
 @dataclass(frozen=True)
-class Edit(EditHook, verb="edit", bare=("fn",), puts_in=True, takes_step=True, together=True):
+class Edit(
+    EditHook, verb="edit", bare=("fn",), puts_in=True, takes_step=True, mixes_positions=True
+):
     """Passes the values through a user's function. `edit` returns it."""
 
     fn: Callable[..., Any]

@@ -68,10 +68,9 @@ class TunedLens:
 
         tensors = {f"change/{site}": tensor for site, tensor in self.change.items()}
         tensors |= {f"offset/{site}": tensor for site, tensor in self.offset.items()}
-        about = {
-            "about": json.dumps(dict(self.about)),
-            "history": self.history.to_json(orient="records"),
-        }
+        # DataFrame.to_json would make a ValueError of Ctrl-C
+        history = self.history.astype(object).where(self.history.notna(), None).to_dict("records")
+        about = {"about": json.dumps(dict(self.about)), "history": json.dumps(history)}
         return save_tensors(tensors, path, about=about)
 
 
