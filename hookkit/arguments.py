@@ -143,8 +143,8 @@ def check_integer(
     value: object,
     name: str,
     *,
-    least: float = -math.inf,
-    most: float = math.inf,
+    least: int | float = -math.inf,
+    most: int | float = math.inf,
     meaning: str = "",
     error: Error = OutOfRange,
 ) -> int:
@@ -188,9 +188,9 @@ def check_number(
     value: object,
     name: str,
     *,
-    least: float = -math.inf,
-    most: float = math.inf,
-    above: float = -math.inf,
+    least: int | float = -math.inf,
+    most: int | float = math.inf,
+    above: int | float = -math.inf,
     meaning: str = "",
     error: Error = BadHook,
 ) -> float:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,7 @@ from .readout import Readout, numbers, split_for_cache, states_per_chunk
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
+@runtime_checkable
 class Translator(Protocol):
     """Translates a state before the model's own end reads it, as `TunedLens` does."""
 

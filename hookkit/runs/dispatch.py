@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ ELSEWHERE = (
 )
 
 
+@runtime_checkable
 class HookStrategy(Protocol):
     """Decides which rows of a batch each hook sees, and where in their texts these rows begin."""
 

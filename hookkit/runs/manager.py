@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 from threading import get_ident
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -68,6 +68,9 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     return manager
 
 
+Block = TypeVar("Block", bound="HookBlock")
+
+
 class HookBlock:
     """Registers hook points on a model for the time of a `with` block.
 
@@ -99,7 +102,7 @@ class HookBlock:
         self.strategy = self._make_strategy()
         self.dispatcher = HookDispatcher(self.lm, self.strategy, modules, attached=self._attached)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Block) -> Block:
         try:
             if self._depth == 0:
                 self._start_anew()

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -46,6 +46,7 @@ class Step:
 Steps: TypeAlias = Iterator[Step]
 
 
+@runtime_checkable
 class Work(Protocol):
     """Computes units. The result of a unit is the same whenever and wherever it is computed."""
 
