@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -108,12 +107,15 @@ def user_stacklevel() -> int:
 
 def checkpointing_parents(root: nn.Module, paths: Iterable[str]) -> list[Any]:
     """Returns the modules around these paths that run their forward again in the backward pass."""
-    parent_paths: set[str] = set()
+    modules: dict[Any, None] = {}
     for path in filter(None, paths):
-        names = path.split(".")[:-1]
-        parent_paths |= {"", *accumulate(names, lambda parent, name: f"{parent}.{name}")}
+        module: Any = root
+        modules[module] = None
+        for name in path.split(".")[:-1]:
+            module = module._modules[name]
+            modules[module] = None
     parents: list[Any] = []
-    for module in map(root.get_submodule, parent_paths):
+    for module in modules:
         attributes = vars(module)
         is_enabled = attributes.get("gradient_checkpointing")
         if is_enabled and "_gradient_checkpointing_func" in attributes:
