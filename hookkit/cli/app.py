@@ -149,7 +149,7 @@ def exit_cleanly(kept_results: str = "") -> Iterator[None]:
         _refuse(f"{error.strerror or error}{location}")
     except MemoryError:
         _refuse("there is not enough memory: give fewer or shorter prompts, or a smaller model")
-    except Exception as error:
+    except Exception as error:  # a command never ends in a traceback unless one is asked for
         if os.environ.get(TRACEBACK):
             raise
         _refuse(

@@ -100,7 +100,7 @@ def _decode_fields(cls: Any, encoded: dict[str, Any], name: str) -> Any:
         return cls(**{field: _decode(value) for field, value in encoded.items()})
     except HookkitError:
         raise
-    except Exception as error:
+    except Exception as error:  # files of others may hold any value, which any check may refuse
         raise BadHook(
             f"this {name} in JSON has a value that cannot be read: {error_message(error)}"
         ) from error
@@ -260,7 +260,7 @@ def _decode_tensor(encoded: Any) -> Tensor:
         )
     try:
         return load(base64.b64decode(encoded["safetensors"], validate=True))["t"]
-    except Exception as error:
+    except Exception as error:  # base64 and safetensors have several classes of errors
         raise BadHook(
             f"the tensor of this hook is damaged: {error}; write the hook again with to_json()"
         ) from error

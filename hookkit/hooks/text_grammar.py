@@ -95,7 +95,7 @@ def _parse_where(text: str, position_name: str) -> dict[str, Any]:
     settings = {}
     for number, item in enumerate(split(text)):
         if setting := SETTING.fullmatch(item):
-            settings[setting[1]] = setting[2]  # a text that is no value stands for itself
+            settings[setting[1]] = setting[2]  # a text that is not a value is kept as it is
             with suppress(_NoValueError):
                 settings[setting[1]] = _parse_value(setting[2])
         elif number == 0:

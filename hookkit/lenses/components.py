@@ -31,7 +31,7 @@ AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bf
 
 
 class FrozenNorm:
-    """A norm, or a linear map, at some states [state, d_in] with its scale held.
+    """A norm, or a linear map, at some states [state, d_in] with its scale fixed.
 
     `offset` [d_out] is the image of zero. Raises `Unsupported` if the map is neither a norm nor
     linear; `what` names it in the message.

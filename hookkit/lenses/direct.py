@@ -163,7 +163,7 @@ def _parts(run: Run, cells: Cells, difference: LogitDifference) -> list[Part]:
     lm, logits = run.lm, _logits_at(run, cells)
     end = run.captured(Site("resid_post", lm.n_layers - 1))
     tail, states = model_end_of(lm, (), end.prompts), end.values[cells.index, cells.column]
-    norm = FrozenNorm(tail.head_input, states, "what stands between the last block and the head")
+    norm = FrozenNorm(tail.head_input, states, "what is between the last block and the head")
     with torch.no_grad():
         read = tail.read(states)
     raw, capped, final = map(difference.of, (read.raw, read.logits, logits))

@@ -72,7 +72,7 @@ class Layout:
             return None
         try:
             rows = getattr(find(), "num_embeddings", None)
-        except NotImplementedError:  # a transformers model without token embeddings
+        except NotImplementedError:  # transformers raises it for a model without token embeddings
             return None
         return rows if isinstance(rows, int) else None
 

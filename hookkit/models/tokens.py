@@ -1,5 +1,6 @@
 """The tokens of a model: from text to ids and back, with or without a tokenizer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -13,15 +14,15 @@ SPACE = "▁"  # sentencepiece writes a space as this character
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
 
 
-class Vocabulary:
+class Vocabulary(ABC):
     """The tokens of a model as methods of its `LM`, with or without a tokenizer."""
 
     tokenizer: Any
 
     @property
+    @abstractmethod
     def sizes(self) -> dict[str, int | None]:
         """The length of each axis that the model fixes; None where the family has no such axis."""
-        raise NotImplementedError
 
     @cached_property
     def n_tokens(self) -> int:

@@ -65,8 +65,9 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
 
     Both have the question, the answer and the first figure of each result, and link to it. Results
     without a question are at the end. The page is self-contained; README.md is for a code host, and
-    one of your own stays as it is. Raises what `results` raises, and `BadFile` if the folder has an
-    index.html that hookkit did not write, or for a picture that cannot be read.
+    a README.md that hookkit did not write is not changed. Raises what `results` raises, and
+    `BadFile` if the folder has an index.html that hookkit did not write, or for a picture that
+    cannot be read.
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
     ...     oat_milk.answer("Coffee.")

@@ -116,10 +116,10 @@ class Report:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.html, NAME.csv for every table, NAME.png for every figure, and README.md.
 
-        README.md has the page in Markdown, as code hosts show it; a README.md of your own stays as
-        it is. Returns the page's path. What an earlier report wrote in the folder is replaced.
-        Raises `BadFile`, before anything is written, if a file with one of these names was not
-        written by a report, or was changed since.
+        README.md has the page in Markdown, as code hosts show it; a README.md that hookkit did not
+        write is not changed. Returns the page's path. What an earlier report wrote in the folder is
+        replaced. Raises `BadFile`, before anything is written, if a file with one of these names
+        was not written by a report, or was changed since.
         """
         # These imports bring torch, which a page that is only read does not need.
         from ..models.tensor_parallel import is_writing_process

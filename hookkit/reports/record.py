@@ -226,10 +226,10 @@ def record(
     """A context manager that writes a result's folder.
 
     The folder has tables, figures, tensors, report.html, README.md, which has the page for a code
-    host (one of your own stays as it is), and about.json: the model with the hashes of its weights
-    and tokenizer at the start, versions, dtype, device, attention, seed, settings, command, git
-    commit, seconds, and of each recorded run its prompts and hooks. A `with` block that ends in an
-    exception keeps what was written, and about.json says how it ended.
+    host (a README.md that no record wrote is not changed), and about.json: the model with the
+    hashes of its weights and tokenizer at the start, versions, dtype, device, attention, seed,
+    settings, command, git commit, seconds, and of each recorded run its prompts and hooks. A `with`
+    block that ends in an exception keeps what was written, and about.json says how it ended.
 
     settings  what else decides the result, by name, as plain values
     replace   replace a run with another model, seed or settings. Without it such a run raises

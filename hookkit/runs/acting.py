@@ -158,7 +158,7 @@ def _capture(
     leaf.retain_grad()
     values = swap_head_and_query(bound_hook.site, leaf)
     bound_hook.pieces.append(CapturedChunk(number, selection, values, leaf))
-    # the model goes on from the stored values, so that they get a gradient
+    # the model continues with the stored values, so that they get a gradient
     if bound_hook.view.plain:
         return values.clone()
     return bound_hook.view.write(values, None, raw, selection, forward_pass)

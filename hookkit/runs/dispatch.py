@@ -37,7 +37,7 @@ class HookStrategy(Protocol):
     """Decides which rows of a batch each hook sees, and where in their texts these rows begin."""
 
     def accepts_forward(self) -> bool:
-        """False if a `generate` runs, and the call of the model that begins is no step of it."""
+        """False if a `generate` runs, and the call that begins is not one of its steps."""
         ...
 
     def begin_forward(self, arguments: Mapping[str, Any]) -> ForwardPass:
@@ -56,7 +56,7 @@ class HookStrategy(Protocol):
         *,
         recomputing: bool,
     ) -> Tensor:
-        """Applies all hooks at a hook point; returns the tensor with which the model goes on.
+        """Applies all hooks at a hook point; returns the tensor that the model continues with.
 
         `recomputing` is true where the same work is done again in a backward pass.
         """
@@ -98,8 +98,8 @@ class HookDispatcher:
 
     def __reduce__(self) -> Any:
         raise Unsupported(
-            "the model carries the hooks of a block, which no copy could shed: copy or save it "
-            "outside"
+            "the model carries the hooks of a block, which a copy could not remove: copy or "
+            "save it outside the block"
         )
 
     # ---- whether the hooks act in a call
@@ -238,7 +238,7 @@ class HookDispatcher:
     # torch calls a hook without the keywords if another thread removes it at that moment
 
     def if_outermost(self, hook: Any, module: nn.Module, *arguments: Any) -> Any:
-        """Calls a hook at the model or a wrapper of it, if that is what the user has called."""
+        """Calls a hook at the model or a wrapper of it, if the user called that module."""
         if module is self._entered:
             return hook(module, *arguments)
         return None
@@ -296,7 +296,7 @@ class HookDispatcher:
     def on_inside(
         self, hook_points: dict[int | str, HookPoint], name: str, tensor: Tensor
     ) -> Tensor:
-        """Called with a tensor inside a module's forward; returns the one to go on with."""
+        """Called with a tensor inside a module's forward; returns the tensor to continue with."""
         if name in hook_points and self._acts_at(hook_points[name]):
             return self._apply_hooks(hook_points[name], tensor)
         return tensor

@@ -123,6 +123,7 @@ def _check_hook(lm: LM, hook: object) -> None:
         if hook.device is not None:
             try:
                 torch.empty(0, device=hook.device)
+            # torch raises another class for each kind of device that is missing
             except (RuntimeError, AssertionError, NotImplementedError) as error:
                 reason = str(error).splitlines()[0]
                 raise BadHook(f"device={hook.device!r} is not on this machine: {reason}") from error

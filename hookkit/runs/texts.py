@@ -1,4 +1,4 @@
-"""The texts that run in a block: what the hooks do in each forward of them, and what came of it.
+"""The texts that run in a block: what the hooks do in each of their forwards, and the results.
 
 `TextHooks` applies the hooks, and knows to which text each forward belongs. Its `CaptureStore`
 holds the captures and the firings of each text, raises for a hook that never fired, and gives the
@@ -60,7 +60,7 @@ class Stop(BaseException):
 class TextHooks:
     """The strategy of runs: each hook sees the whole batch, whose rows are followed as texts.
 
-    It owns what is known of the texts that have run since a block was entered. With `stop_early`, a
+    It owns the records of the texts that have run since a block was entered. With `stop_early`, a
     forward ends once the last of the hooks has acted.
     """
 
@@ -82,7 +82,7 @@ class TextHooks:
         self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`
         self.watch = GenerationWatch()
         self._generate_thread = 0  # the thread in which a `generate` runs
-        self._pending: set[BoundHook] = set()  # the hooks for which a forward has to go on
+        self._pending: set[BoundHook] = set()  # the hooks that a forward has not reached yet
 
     @property
     def generating(self) -> bool:
@@ -165,7 +165,7 @@ class TextHooks:
         return tensor
 
     def _copy_whole(self, bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor) -> bool:
-        """Captures a whole tensor by a copy, the most common work. False if other work is due."""
+        """Captures a whole tensor by a copy, the most common work. False if more is needed."""
         selection = forward_pass.whole(bound_hook.where)
         if (
             selection is None
@@ -393,7 +393,7 @@ def _join_chunks(
 def _before_end(positions: PositionRange, row: int, ending: SequenceEnd | None) -> PositionRange:
     """The positions before the end of a model row.
 
-    A row that has ended is fed padding while the other rows go on.
+    A row that has ended is given padding while the other rows continue.
     """
     limit = None if ending is None else ending.limit(row)
     if limit is None:

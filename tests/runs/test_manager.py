@@ -148,7 +148,9 @@ def test_modules_that_a_hooks_function_calls_are_not_hooked(lm):
 
 def test_a_model_that_carries_a_blocks_hooks_cannot_be_copied(llama):
     with (
-        pytest.raises(Unsupported, match="carries the hooks of a block, which no copy could shed"),
+        pytest.raises(
+            Unsupported, match="carries the hooks of a block, which a copy could not remove"
+        ),
         hk.attach(llama, hk.capture(SITE)),
     ):
         copy.deepcopy(llama.model)

@@ -22,6 +22,7 @@ from conftest import tiny
 import hookkit as hk
 from hookkit.errors import ActorLost, BadHook, OtherModel, Unsupported
 from hookkit.runs.engines import transport as travelling
+from hookkit.runs.engines.actors import Crew, Member, Step, Task
 
 ray = pytest.importorskip("ray")
 
@@ -244,6 +245,26 @@ def test_actors_killed_while_they_sweep_lose_no_cell_double_none_and_blame_no_ot
     lines = (tmp_path / "sweep" / "cells.jsonl").read_text().splitlines()
     keys = [tuple(found[:2]) for line in lines for found in json.loads(line)]
     assert len(keys) == len(set(keys))
+
+
+def test_a_result_that_had_come_is_taken_from_an_actor_that_died(cluster, small):
+    actor = ray.remote(Crew).remote(None, None, None)  # any class that Ray can hold
+    ray.kill(actor)
+    lost = actor.run.remote([])
+    ray.wait([lost])
+    first, second, other = (Task(Step(name, print), done=False) for name in "abc")
+    member, neighbour = Member(actor, tasks=[first, second]), Member(None, tasks=[other])
+    crew = Crew(hk.Ray(), small, None, members=[member, neighbour])
+    come = [ray.put(travelling.pack_result(number)) for number in (5, 7)]
+    crew._in_flight = {
+        come[0]: (first, member),
+        lost: (second, member),
+        come[1]: (other, neighbour),
+    }
+    crew._take_finished(member)
+    assert (first.done, first.result) == (True, 5) and member.tasks == [second]
+    assert not second.done and not other.done
+    assert set(crew._in_flight) == {lost, come[1]}
 
 
 def test_work_that_kills_every_actor_is_named_and_given_up(cluster, small, monkeypatch):

@@ -1,4 +1,4 @@
-"""Steps: units that are computed here or on Ray actors, and what is done with each result.
+"""Steps: units that are computed here or on Ray actors, and a function for each result.
 
 The actors of a `Crew` hold the model each. Ray places the actors, sends them the model and the
 units, and says which have died. This file adds an order: results are taken in the order of the
@@ -36,7 +36,7 @@ LOSSES = 5  # how often actors may die at one unit, or in a row before they were
 class Step:
     """A unit, or None if nothing is to be computed, and `then`, which is called with its result.
 
-    A unit prints as the user knows it: the texts, or the cells, that are in it.
+    The printed form of a unit names the texts, or the cells, that are in it.
     """
 
     unit: Any
@@ -341,12 +341,12 @@ class Crew:
         for reference, (task, owner) in list(self._in_flight.items()):
             if owner is not member or task is None or not ray.wait([reference], timeout=0)[0]:
                 continue
-            with suppress(RayError):  # this task is lost, which the next wait for it will say
+            with suppress(RayError):  # this task is lost: the next wait for it raises this error
                 _finish(task, member, ray.get(reference))
                 del self._in_flight[reference]
 
     def _kill_all(self) -> None:
-        """Leaves no actor, whether Ray goes on or not."""
+        """Kills all actors; Ray itself may continue to run."""
         import ray
 
         self._in_flight.clear()

@@ -25,7 +25,7 @@ from ...models.lm import LM
 from ...models.provenance import weights_hash
 from ..manager import find_user_hooks
 
-THE_LM = "lm:"  # stands for the LM among the paths of modules
+THE_LM = "lm:"  # the name of the LM, among names that are paths of modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +147,7 @@ def _pack(value: Any, references: Mapping[int, str], read_only: frozenset[int] |
     file = io.BytesIO()
     try:
         Pickler(file, protocol=5).dump(value)
+    # what the pickle methods of torch, of Python and of the user's objects raise
     except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
         raise Unsupported(
             f"something in the model, a hook or a metric cannot go to an actor ({error}): a "
