@@ -83,7 +83,7 @@ def _range(values: pd.Series) -> str:
     return f"{values.min():.2f} to {values.max():.2f}"
 
 
-def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
+def places(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[pd.DataFrame]:
     results.text("# Places")
     metric = pairs.metric()
     named = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
@@ -101,7 +101,9 @@ def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]
         truth = hk.patching(lm, *both, sites, metric, **settings)
         seconds = {"patching": time.perf_counter() - started}
         results.figure(
-            f"{label}_patched", hk.heat_map(truth, title="Patched"), caption="What patching gives."
+            f"{label}_patched",
+            hk.figures.heat_map(truth, title="Patched"),
+            caption="What patching gives.",
         )
         for method, way in ways.items():
             started = time.perf_counter()
@@ -110,7 +112,7 @@ def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]
             caption = f"What attribution makes of it ({method})."
             results.figure(
                 f"{label}_{method}",
-                hk.heat_map(estimate, title=f"Estimated: {method}"),
+                hk.figures.heat_map(estimate, title=f"Estimated: {method}"),
                 caption=caption,
             )
             results.figure(
@@ -129,19 +131,22 @@ def alike(estimate: pd.DataFrame, truth: pd.DataFrame, method: str) -> list[pd.D
     estimate, truth = (
         table if "site" in table else table.assign(site="z") for table in (estimate, truth)
     )
-    of_pairs, of_means = (estimate, truth), (hk.over_prompts(estimate), hk.over_prompts(truth))
+    of_pairs, of_means = (
+        (estimate, truth),
+        (hk.stats.mean_over_prompts(estimate), hk.stats.mean_over_prompts(truth)),
+    )
     both = (("pairs", of_pairs), ("means", of_means))
     return [
-        hk.agreement(*tables, by="site").assign(method=method, cells=cells)
+        hk.stats.compare_attributions(*tables, by="site").assign(method=method, cells=cells)
         for cells, tables in both
     ]
 
 
-def edges(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
+def edges(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[pd.DataFrame]:
     results.text("# Edges from heads to the logits")
     metric = pairs.metric()
     given = (list(pairs.clean), list(pairs.corrupted), metric)
-    truth = hk.over_prompts(hk.path_patching(lm, *given, freeze=("z", "mlp_out")))
+    truth = hk.stats.mean_over_prompts(hk.path_patching(lm, *given, freeze=("z", "mlp_out")))
     found = []
     for method, steps in (("gradient", 1), ("integrated", STEPS)):
         table = hk.edge_attribution(lm, *given, direction="noise", steps=steps)
@@ -153,13 +158,15 @@ def edges(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
         heads: Any = table[(table["receiver"] == "logits") & table["sender"].str.startswith("z.")]
         place = heads["sender"].str.split(".", expand=True)
         estimate = heads.assign(layer=place[1].astype(int), head=place[2].astype(int))
-        compared = hk.agreement(estimate, truth)
+        compared = hk.stats.compare_attributions(estimate, truth)
         found.append(compared.assign(site="edges to logits", method=method, cells="means"))
     return found
 
 
 def scatter(estimate: pd.DataFrame, truth: pd.DataFrame, method: str) -> Figure:
-    one, two = (hk.over_prompts(table)["logit_diff_delta"] for table in (estimate, truth))
+    one, two = (
+        hk.stats.mean_over_prompts(table)["logit_diff_delta"] for table in (estimate, truth)
+    )
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.axline((0, 0), slope=1, color=MUTED, lw=0.8)

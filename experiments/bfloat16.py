@@ -41,9 +41,9 @@ QUESTION = (
 def main() -> None:
     lm = hk.load(device="cpu")
     rounded = hk.LM(copy.deepcopy(lm.model).to(torch.bfloat16), lm.tokenizer, lm.name)
-    found = hk.diff(lm, rounded, TEXTS, names=("float32", "bfloat16"))
+    found = hk.model_diff(lm, rounded, TEXTS, names=("float32", "bfloat16"))
     found.page(title="float32 and bfloat16", question=QUESTION).write(FOLDER)
-    skipped = hk.diff(lm, lm, TEXTS, hooks_after=hk.skip_block(SKIPPED), sites="resid_post")
+    skipped = hk.model_diff(lm, lm, TEXTS, hooks_after=hk.skip_block(SKIPPED), sites="resid_post")
     table = pd.DataFrame([said("bfloat16", found), said(f"without block {SKIPPED}", skipped)])
     table.to_csv(
         FOLDER / "beside_a_skipped_block.csv", index=False, float_format="%.6g", lineterminator="\n"
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"The page: {FOLDER}/report.html")
 
 
-def said(name: str, found: hk.Difference) -> dict[str, object]:
+def said(name: str, found: hk.types.Difference) -> dict[str, object]:
     """What a comparison comes to."""
     stream = found.sites[found.sites["name"] == "resid_post"].set_index("layer")
     return {
@@ -63,7 +63,7 @@ def said(name: str, found: hk.Difference) -> dict[str, object]:
         "kl_max": found.tokens["kl"].max(),
         "loss_delta": found.tokens["loss_delta"].mean(),
         "loss_delta_abs": found.tokens["loss_delta"].abs().mean(),
-        "parts_at": str(found.first),
+        "first_difference": str(found.first),
         "stream_first": stream["difference"].iloc[0],
         "stream_middle": stream["difference"].iloc[len(stream) // 2],
         "stream_last": stream["difference"].iloc[-1],

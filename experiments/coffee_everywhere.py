@@ -99,15 +99,15 @@ def summed(table: pd.DataFrame) -> pd.DataFrame:
     own: Any = table[table["what"] == "text"]
     values = ["likelihood", "likelihood_drop"]
     alone: Any = own[own["toward"] != "control"]
-    shares = [hk.over_prompts(alone.astype({"said": bool}), by=by, values=["said"])]
+    shares = [hk.stats.mean_over_prompts(alone.astype({"said": bool}), by=by, values=["said"])]
     shares.append(
-        hk.over_prompts(
+        hk.stats.mean_over_prompts(
             own[own["toward"] == "control"].astype({"said": float}), by=by, values=["said"]
         )
     )
     said = pd.concat(shares, ignore_index=True).drop(columns="interval")
-    texts = hk.over_prompts(own, by=by, values=values).drop(columns=["n", "interval"])
-    neutral = hk.over_prompts(
+    texts = hk.stats.mean_over_prompts(own, by=by, values=values).drop(columns=["n", "interval"])
+    neutral = hk.stats.mean_over_prompts(
         pd.DataFrame(table[table["what"] == "neutral"]), by=by, values=["kl_neutral"]
     )
     return (

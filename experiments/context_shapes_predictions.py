@@ -46,7 +46,7 @@ def main() -> None:
     print("\nThe page: results/context_shapes_predictions/report.html")
 
 
-def words(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
+def words(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) -> None:
     """Every beginning of a text from one forward, since no position sees those after it."""
     parts = []
     for name, run in runs.items():
@@ -78,7 +78,7 @@ def words(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
     )
 
 
-def endings(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
+def endings(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) -> None:
     hidden = {name: run["final_norm"][0, -1] for name, run in runs.items()}
     rows = lm.model.lm_head.weight.detach()[[lm.token(token) for token in WATCH]]  # pyright: ignore
     found = {"token": [*map(repr, WATCH)], "row_length": rows.norm(dim=1).tolist()}
@@ -99,11 +99,12 @@ def endings(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
         "shift", hk.rank_shift(*runs.values(), top=8, watch=WATCH), caption="From river to city."
     )
     results.figure(
-        "ranks", hk.rank_bump(shift, names=("river", "city"), title="What the other context moved")
+        "ranks",
+        hk.figures.rank_bump(shift, names=("river", "city"), title="What the other context moved"),
     )
 
 
-def moved(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
+def moved(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) -> pd.DataFrame:
     """The causal test, and what a researcher asks next: from which layer on has h been turned?"""
     source = hk.forward(
         lm, TEXTS["city"], hk.capture(lm.sites("resid_post")), hk.capture("final_norm")

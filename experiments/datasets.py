@@ -69,7 +69,7 @@ def main() -> None:
     print("\nThe page: results/datasets/report.html")
 
 
-def summed(name: str, pairs: hk.Pairs, check: pd.DataFrame) -> dict[str, object]:
+def summed(name: str, pairs: hk.types.Pairs, check: pd.DataFrame) -> dict[str, object]:
     clean, corrupted = check["logit_diff_clean"], check["logit_diff_corrupted"]
     numbers = {
         "accuracy": check["right"].mean(),
@@ -88,7 +88,7 @@ def summed(name: str, pairs: hk.Pairs, check: pd.DataFrame) -> dict[str, object]
     }
 
 
-def examples(lm: hk.LM, made: dict[str, hk.Pairs]) -> pd.DataFrame:
+def examples(lm: hk.LM, made: dict[str, hk.types.Pairs]) -> pd.DataFrame:
     rows = []
     for name, pairs in made.items():
         texts = [
@@ -102,7 +102,7 @@ def examples(lm: hk.LM, made: dict[str, hk.Pairs]) -> pd.DataFrame:
     )
 
 
-def missed_of(name: str, pairs: hk.Pairs, check: pd.DataFrame) -> pd.DataFrame:
+def missed_of(name: str, pairs: hk.types.Pairs, check: pd.DataFrame) -> pd.DataFrame:
     table = pairs.to_frame()[["clean", "answer", "wrong"]].assign(
         logit_diff=check["logit_diff_clean"].round(3), rank=check["rank_clean"], dataset=name
     )

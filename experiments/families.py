@@ -64,7 +64,7 @@ def main() -> None:
     print(f"\n{results.answered}\nThe page: results/families/report.html")
 
 
-def rows_of(model_type: str, checkup: hk.Checkup) -> pd.DataFrame:
+def rows_of(model_type: str, checkup: hk.types.Checkup) -> pd.DataFrame:
     laws: list[dict[str, Any]] = checkup.laws.to_dict(orient="records")
     excused = {law["site"]: law["note"] for law in laws if law["note"].startswith("exception: ")}
     rows = []
@@ -88,7 +88,7 @@ def rows_of(model_type: str, checkup: hk.Checkup) -> pd.DataFrame:
     )
 
 
-def summed(table: pd.DataFrame, checked: dict[str, hk.Checkup]) -> pd.DataFrame:
+def summed(table: pd.DataFrame, checked: dict[str, hk.types.Checkup]) -> pd.DataFrame:
     rows = []
     for model_type, checkup in checked.items():
         found = [row for row in table.to_dict(orient="records") if row["model_type"] == model_type]

@@ -78,7 +78,7 @@ def main() -> None:
     print("\nThe page: results/how_sure/report.html")
 
 
-def scenarios(lm: hk.LM, results: hk.Record) -> None:
+def scenarios(lm: hk.LM, results: hk.types.Record) -> None:
     run = results.run("text", hk.forward(lm, TEXT))
     sure: Any = hk.uncertainty(run)
     ids = run.tokens[0].tolist()
@@ -120,7 +120,7 @@ def answered(lm: hk.LM, name: str, n: int) -> pd.DataFrame:
     return table[["dataset", "row", "answer", "top1", "right", *NUMBERS]]
 
 
-def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
+def judged(answers: pd.DataFrame, results: hk.types.Record) -> pd.DataFrame:
     right, numbers = answers["right"].to_numpy(), answers[NUMBERS].to_numpy()
     router: Any = make_pipeline(StandardScaler(), LogisticRegression())
     # An answer that is asked about is not among those trained on
@@ -138,9 +138,11 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
         for name, (given, split, groups) in folds.items()
     }
     scores |= {"top-1 probability": first[:, 0], "minus entropy": -answers["entropy"].to_numpy()}
-    curves = {name: hk.roc(score, right) for name, score in scores.items()}
+    curves = {name: hk.stats.roc(score, right) for name, score in scores.items()}
     tables = {
-        name: hk.calibration(score, right) for name, score in scores.items() if score.min() >= 0
+        name: hk.stats.calibration(score, right)
+        for name, score in scores.items()
+        if score.min() >= 0
     }
     rows = [
         {"score": name, "auc": curve.attrs["auc"], "auc_within": within(answers, scores[name])}
@@ -154,13 +156,17 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
     summary = results.table("summary", pd.DataFrame(rows).round(3), caption=caption)
     results.figure(
         "roc",
-        hk.roc_curves(curves, title=f"{len(right)} answers, {right.mean():.0%} of them right"),
+        hk.figures.roc_curves(
+            curves, title=f"{len(right)} answers, {right.mean():.0%} of them right"
+        ),
     )
     for file, name in {
         "reliability_model": "top-1 probability",
         "reliability_router": "router",
     }.items():
-        results.figure(file, hk.reliability_diagram(tables[name], title=f"Confidence: {name}"))
+        results.figure(
+            file, hk.figures.reliability_diagram(tables[name], title=f"Confidence: {name}")
+        )
     router.fit(numbers, right)
     weights = pd.DataFrame({"number": NUMBERS, "weight": router[-1].coef_[0].round(3)})
     results.table(
@@ -187,7 +193,7 @@ def within(answers: pd.DataFrame, score: np.ndarray) -> float:
     parts = [
         part for part in answers.groupby("dataset").indices.values() if 0 < right[part].mean() < 1
     ]
-    return float(np.mean([hk.roc(score[part], right[part]).attrs["auc"] for part in parts]))
+    return float(np.mean([hk.stats.roc(score[part], right[part]).attrs["auc"] for part in parts]))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
     print("\nThe page: results/indirect_object/report.html")
 
 
-def solved(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
+def solved(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> None:
     checked = pairs.check(lm)
     results.text("# Does the model do it at all?")
     results.text(
@@ -62,22 +62,24 @@ def solved(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     )
 
 
-def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
+def where(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> None:
     results.text("# Early at the second mention, late at the end")
     metric = pairs.metric()
     places = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
     table = hk.patching(lm, pairs.clean, pairs.corrupted, SITES, metric, pos=places)
     results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
     means = results.table(
-        "places", hk.over_prompts(table), caption="Effect: 0 corrupted, 1 as clean; 95 % intervals."
+        "places",
+        hk.stats.mean_over_prompts(table),
+        caption="Effect: 0 corrupted, 1 as clean; 95 % intervals.",
     )
     results.figure(
-        "places_map", hk.heat_map(table, title=BACK), caption="By layer and named position."
+        "places_map", hk.figures.heat_map(table, title=BACK), caption="By layer and named position."
     )
     stream: Any = means[means["site"] == "resid_pre"]
     results.figure(
         "stream",
-        hk.interval_lines(stream, series="pos", title=BACK),
+        hk.figures.interval_lines(stream, series="pos", title=BACK),
         caption="The residual stream.",
     )
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
@@ -89,17 +91,21 @@ def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     )
 
 
-def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
+def which_heads(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> pd.DataFrame:
     results.text("# Few heads carry it")
     metric = pairs.metric()
     table = hk.patching(lm, pairs.clean, pairs.corrupted, "z", metric)
     results.figure(
-        "heads_map", hk.heat_map(table, named=TOP, title=BACK), caption="Each head's clean output."
+        "heads_map",
+        hk.figures.heat_map(table, named=TOP, title=BACK),
+        caption="Each head's clean output.",
     )
     results.table(
-        "heads", hk.over_prompts(table), caption="Every head, with 95 % intervals over the pairs."
+        "heads",
+        hk.stats.mean_over_prompts(table),
+        caption="Every head, with 95 % intervals over the pairs.",
     )
-    best = hk.strongest(table, top=TOP)
+    best = hk.stats.strongest(table, top=TOP)
     names = [f"z.{layer}.{head}" for layer, head in zip(best["layer"], best["head"], strict=True)]
     best = best.assign(head_name=names)
     results.table(
@@ -111,13 +117,13 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     patched = {"head": names}, lambda head: hk.patch(head, source)
     control = hk.sweep(lm, pairs.corrupted, *patched, metric, control="resample", target=source)
     other_half: Any = control[control["row"] % 2 == 1]  # the pairs that had no part in the choice
-    held = hk.over_prompts(other_half, by=["head", "control"])
+    held = hk.stats.mean_over_prompts(other_half, by=["head", "control"])
     caption = (
         "The same heads on the same half: from their own pair, and from other pairs of the same "
         "length (control)."
     )
     results.table("control", held, caption=caption)
-    rest = hk.over_prompts(beyond(other_half), by=["head"])
+    rest = hk.stats.mean_over_prompts(beyond(other_half), by=["head"])
     results.table("beyond", rest, caption="What their own pair brings back beyond other pairs.")
     return best
 
@@ -132,15 +138,21 @@ def beyond(table: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record) -> None:
+def readers(
+    lm: hk.LM, pairs: hk.types.Pairs, heads: pd.DataFrame, results: hk.types.Record
+) -> None:
     results.text("# Who writes the answer, and what the writer reads")
     metric = pairs.metric()
     direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
     results.figure(
-        "writers_map", hk.heat_map(direct, named=TOP, title=TAKES), caption="From head to logits."
+        "writers_map",
+        hk.figures.heat_map(direct, named=TOP, title=TAKES),
+        caption="From head to logits.",
     )
-    results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")
-    best = hk.strongest(direct, top=1, toward="up")
+    results.table(
+        "writers", hk.stats.mean_over_prompts(direct), caption="The direct effect of every head."
+    )
+    best = hk.stats.strongest(direct, top=1, toward="up")
     results.table(
         "writer",
         best,
@@ -160,10 +172,12 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
         f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} "
         "reads."
     )
-    results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
+    results.figure(
+        "readers_map", hk.figures.heat_map(paths, named=TOP, title=TAKES), caption=caption
+    )
     by = ["site", "layer", "head"]
-    results.table("readers", hk.over_prompts(paths, by=by), caption=caption)
-    best = hk.strongest(paths, top=1, by=by)
+    results.table("readers", hk.stats.mean_over_prompts(paths, by=by), caption=caption)
+    best = hk.stats.strongest(paths, top=1, by=by)
     results.table(
         "path",
         best,

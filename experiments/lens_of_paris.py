@@ -52,7 +52,7 @@ def manual() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))[:LETTERS]
 
 
-def one_prompt(lm: hk.LM, results: hk.Record) -> None:
+def one_prompt(lm: hk.LM, results: hk.types.Record) -> None:
     run = results.run("prompt", hk.forward(lm, PROMPT))
     tokens = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
     lens: Any = hk.logit_lens(lm, PROMPT, pos=None, top=1, watch=CITY)
@@ -64,31 +64,33 @@ def one_prompt(lm: hk.LM, results: hk.Record) -> None:
         "What each block would say, after reading each token; the uppermost row is what the model "
         "says."
     )
-    results.figure("lens_map", hk.lens_map(leading, labels=tokens), caption=words)
-    found = hk.lens_summary(last).set_index("token").loc[repr(CITY)]
+    results.figure("lens_map", hk.figures.lens_map(leading, labels=tokens), caption=words)
+    found = hk.stats.lens_summary(last).set_index("token").loc[repr(CITY)]
     results.answer(
         f"{CITY!r} first leads at {found['first']}, and to the end from {found['since']} on."
     )
 
 
-def many_landmarks(lm: hk.LM, results: hk.Record, tuned: hk.TunedLens) -> None:
+def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLens) -> None:
     pairs = hk.datasets.landmarks(lm, COUNT, seed=SEED).solved(lm)
     parts = []
-    for name, through in (("logit lens", None), ("tuned lens", tuned)):
+    for name, translator in (("logit lens", None), ("tuned lens", tuned)):
         lens = hk.logit_lens(
-            lm, list(pairs.clean), top=0, watch=set(pairs.answers), through=through
+            lm, list(pairs.clean), top=0, watch=set(pairs.answers), lens=translator
         )
         own = [repr(lm.string(lm.token(pairs.answers[row]))) for row in lens["row"]]
         parts.append(lens[lens["token"] == own].assign(lens=name))
     table: Any = pd.concat(parts, ignore_index=True)
     table["log10 rank"] = table["rank"].map(math.log10)
-    means = hk.over_prompts(table, by=["lens", "layer"], values=["log10 rank", "prob", "kl"])
+    means = hk.stats.mean_over_prompts(
+        table, by=["lens", "layer"], values=["log10 rank", "prob", "kl"]
+    )
     results.table("landmarks", means, caption=f"{len(pairs)} landmarks: means and 95 % intervals.")
     for value, words in (
         ("log10 rank", "0 is rank 1, 3 is rank 1,000"),
         ("kl", "0 is what the model says at its end"),
     ):
-        figure = hk.interval_lines(means, x="layer", series="lens", value=value)
+        figure = hk.figures.interval_lines(means, x="layer", series="lens", value=value)
         results.figure(
             value.replace(" ", "_"), figure, caption=f"{value} of the landmark's city: {words}."
         )
@@ -100,7 +102,7 @@ def many_landmarks(lm: hk.LM, results: hk.Record, tuned: hk.TunedLens) -> None:
     )
 
 
-def said_by_the_model(lm: hk.LM, results: hk.Record) -> None:
+def said_by_the_model(lm: hk.LM, results: hk.types.Record) -> None:
     results.text(
         "# Said by the model itself\n\nThe last token's state, put into a prompt that asks to "
         "repeat a word."

@@ -37,7 +37,7 @@ def main() -> None:
     print("The page: results/logits_are_dot_products/report.html")
 
 
-def by_number(lm: hk.LM, results: hk.Record) -> None:
+def by_number(lm: hk.LM, results: hk.types.Record) -> None:
     results.text("# W @ h + b")
     run = results.run(
         "two contexts", hk.forward(lm, [PROMPT, OTHER], hk.capture("final_norm", pos=-1))
@@ -57,7 +57,7 @@ def by_number(lm: hk.LM, results: hk.Record) -> None:
     )
 
 
-def by_component(lm: hk.LM, results: hk.Record) -> None:
+def by_component(lm: hk.LM, results: hk.types.Record) -> None:
     results.text("# Who wrote the hidden state")
     run = hk.forward(lm, PROMPT)
     parts = results.table(
@@ -66,17 +66,19 @@ def by_component(lm: hk.LM, results: hk.Record) -> None:
         caption="Every component; they sum to the logit.",
     )
     results.figure(
-        "components_bars", hk.logit_bars(parts), caption=f"What each component adds to {TOKEN!r}."
+        "components_bars",
+        hk.figures.logit_bars(parts),
+        caption=f"What each component adds to {TOKEN!r}.",
     )
     residual = parts.attrs["residual"]
     results.text(f"The sum misses the logit by {residual:.1g}, which is rounding.")
     against = hk.direct_logits(run, TOKEN, against=RIVAL, heads=True)
     caption = f"What adds to {TOKEN!r} over {RIVAL!r}, by heads."
     results.table("heads", against, caption=caption)
-    results.figure("heads_bars", hk.logit_bars(against), caption=caption)
+    results.figure("heads_bars", hk.figures.logit_bars(against), caption=caption)
 
 
-def over_many_prompts(lm: hk.LM, results: hk.Record) -> None:
+def over_many_prompts(lm: hk.LM, results: hk.types.Record) -> None:
     results.text("# Many prompts, and the test")
     pairs = hk.datasets.indirect_object(lm, COUNT, seed=SEED)
     run = hk.forward(lm, list(pairs.clean), logits="last")
@@ -84,17 +86,17 @@ def over_many_prompts(lm: hk.LM, results: hk.Record) -> None:
     heads: Any = parts[parts["kind"] == "head"][["row", "layer", "head", "logit"]]
     means = results.table(
         "many",
-        hk.over_prompts(heads, by=["layer", "head"], values=["logit"]),
+        hk.stats.mean_over_prompts(heads, by=["layer", "head"], values=["logit"]),
         caption=f"{len(pairs)} pairs, 95 %.",
     )
-    figure = hk.heat_map(heads, value="logit", x="head")
+    figure = hk.figures.heat_map(heads, value="logit", x="head")
     results.figure(
         "many_map", figure, caption="What each head adds to the answer's lead over the other name."
     )
     few = pairs[:TESTED]
-    metric = hk.logit_diff(list(few.answers), list(few.wrong))
+    metric = hk.metrics.logit_diff(list(few.answers), list(few.wrong))
     removed = hk.ablations(lm, list(few.clean), "z", metric, progress=False)
-    effect: Any = hk.over_prompts(removed, by=["layer", "head"])
+    effect: Any = hk.stats.mean_over_prompts(removed, by=["layer", "head"])
     both: Any = means.merge(effect, on=["layer", "head"])
     both["taken"] = -both["logit_diff_delta"]
     results.table(

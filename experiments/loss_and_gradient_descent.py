@@ -88,7 +88,7 @@ def trained(lm: hk.LM, text: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def learn(lm: hk.LM, results: hk.Record) -> pd.DataFrame:
+def learn(lm: hk.LM, results: hk.types.Record) -> pd.DataFrame:
     loss, squared = step(lm, SENTENCE, SMALL)
     drop = loss - step(lm, SENTENCE, 0)[0]
     start = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
@@ -126,7 +126,7 @@ def learn(lm: hk.LM, results: hk.Record) -> pd.DataFrame:
     return curve
 
 
-def forget(lm: hk.LM, results: hk.Record) -> None:
+def forget(lm: hk.LM, results: hk.types.Record) -> None:
     before = hk.forward(lm, SENTENCE)
     trained(lm, OTHER)
     worse = hk.surprisal_shift(before, hk.forward(lm, SENTENCE), worst_first=True).drop(
@@ -138,10 +138,12 @@ def forget(lm: hk.LM, results: hk.Record) -> None:
     )
 
 
-def expect(lm: hk.LM, results: hk.Record) -> None:
+def expect(lm: hk.LM, results: hk.types.Record) -> None:
     said = hk.surprisal(results.run("default", hk.forward(lm, SENTENCE)), top=4)
     results.text("# The same words under the default model, as the context grows")
-    results.figure("strip", hk.surprisal_strip(said, title="What each word cost the default model"))
+    results.figure(
+        "strip", hk.figures.surprisal_strip(said, title="What each word cost the default model")
+    )
     results.table(
         "default",
         said,

@@ -48,7 +48,7 @@ def main(folder: str = "results/oat_milk") -> None:
     print(f"\n{results.answered}\nThe page: {folder}/report.html")
 
 
-def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:
+def look_at_a_sentence(lm: hk.LM, results: hk.types.Record) -> None:
     run = results.run("sentence", hk.forward(lm, SENTENCE))
     ids = run.tokens[0].tolist()
     read = [repr(lm.string(i)) for i in ids]
@@ -83,16 +83,18 @@ def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:
     )
 
 
-def look_at_draws(lm: hk.LM, before: hk.Run, results: hk.Record) -> None:
+def look_at_draws(lm: hk.LM, before: hk.types.Run, results: hk.types.Record) -> None:
     results.text(f"# After “{MILK}”")
     everything = hk.ranks(before, top=None)
     results.figure(
         "logits",
-        hk.logit_scatter(everything, watch=COFFEE),
+        hk.figures.logit_scatter(everything, watch=COFFEE),
         caption="All logits at the last position.",
     )
     results.figure(
-        "panels", hk.logit_panels(everything, watch=COFFEE), caption="The same tokens, three times."
+        "panels",
+        hk.figures.logit_panels(everything, watch=COFFEE),
+        caption="The same tokens, three times.",
     )
     results.table(
         "top_ten", hk.ranks(before, watch=COFFEE), caption="The ten most likely next tokens."
@@ -129,7 +131,7 @@ def step_by_step(lm: hk.LM, choose) -> list[int]:
     return ids
 
 
-def change_the_logits(lm: hk.LM, before: hk.Run, results: hk.Record) -> pd.DataFrame:
+def change_the_logits(lm: hk.LM, before: hk.types.Run, results: hk.types.Record) -> pd.DataFrame:
     results.text("# Forced where it does not belong, banned where it does")
     greedy = {"max_new_tokens": STEPS, "do_sample": False}
     france = results.run("france", hk.generate(lm, FRANCE, **greedy))
@@ -142,7 +144,7 @@ def change_the_logits(lm: hk.LM, before: hk.Run, results: hk.Record) -> pd.DataF
         hk.rank_shift(france, forced, step=0),
         caption=f"{title}. Δ: after − before.",
     )
-    results.figure("forced_ranks", hk.rank_bump(shift, title=title))
+    results.figure("forced_ranks", hk.figures.rank_bump(shift, title=title))
     results.text(f"The text before: {france.text[0]!r}\nThe text after: {forced.text[0]!r}")
 
     banned = results.run("banned", hk.forward(lm, MILK, hk.ban(COFFEE)))
@@ -150,11 +152,11 @@ def change_the_logits(lm: hk.LM, before: hk.Run, results: hk.Record) -> pd.DataF
     fell = results.table(
         "banned_shift", hk.rank_shift(before, banned), caption=f"{title}. Δ: after − before."
     )
-    results.figure("banned_deltas", hk.delta_bars(fell, title=title))
+    results.figure("banned_deltas", hk.figures.delta_bars(fell, title=title))
     return shift
 
 
-def change_the_inside(lm: hk.LM, before: hk.Run, results: hk.Record) -> None:
+def change_the_inside(lm: hk.LM, before: hk.types.Run, results: hk.types.Record) -> None:
     results.text("# Taken out: one block, one head")
     edits = {"block": hk.skip_block(BLOCK), "head": hk.ablate(hk.Site("z", *HEAD))}
     runs = {name: results.run(name, hk.forward(lm, MILK, edit)) for name, edit in edits.items()}
@@ -169,7 +171,7 @@ def change_the_inside(lm: hk.LM, before: hk.Run, results: hk.Record) -> None:
         shift = results.table(
             f"{name}_shift", hk.rank_shift(before, run, watch=COFFEE), caption=str(edits[name])
         )
-        results.figure(f"{name}_ranks", hk.rank_bump(shift, title=str(edits[name])))
+        results.figure(f"{name}_ranks", hk.figures.rank_bump(shift, title=str(edits[name])))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
     print("\nThe page: results/one_decision/report.html")
 
 
-def read(lm: hk.LM, results: hk.Record) -> None:
+def read(lm: hk.LM, results: hk.types.Record) -> None:
     ids = lm.tokenizer.encode(PROMPT)
     results.text("# 1. Read")
     results.text(f"The model reads {len(ids)} numbers, and nothing else:")
@@ -48,7 +48,7 @@ def read(lm: hk.LM, results: hk.Record) -> None:
     results.table("tokens", pd.DataFrame(tokens), caption="The prompt as tokens.")
 
 
-def computed(lm: hk.LM, results: hk.Record) -> torch.Tensor:
+def computed(lm: hk.LM, results: hk.types.Record) -> torch.Tensor:
     run = results.run("forward", hk.forward(lm, PROMPT, hk.capture("final_norm", pos=-1)))
     hidden, logits = run["final_norm"][0, 0], run.logits[0, -1]
     head: Any = lm.submodule("lm_head")
@@ -77,13 +77,13 @@ def computed(lm: hk.LM, results: hk.Record) -> torch.Tensor:
     )
     results.figure(
         "panels",
-        hk.logit_panels(hk.ranks(run, top=None), watch=WATCH),
+        hk.figures.logit_panels(hk.ranks(run, top=None), watch=WATCH),
         caption="Logit, softmax, log-softmax.",
     )
     return logits
 
 
-def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
+def drawn(lm: hk.LM, results: hk.types.Record, logits: torch.Tensor) -> hk.types.Run:
     results.text("# 3. Choose")
     settings = {"max_new_tokens": STEPS, "do_sample": True, **RULES}
     record = hk.trace(top=10, watch=WATCH)
@@ -105,7 +105,9 @@ def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
         "Is it what transformers' own generate draws with this seed? "
         f"{torch.equal(plain, run.tokens)}."
     )
-    first = hk.decoding(run).query("step == 0 and stage != 'edited'").drop(columns=["row", "step"])
+    first = (
+        hk.candidates(run).query("step == 0 and stage != 'edited'").drop(columns=["row", "step"])
+    )
     results.table(
         "stages",
         first,
@@ -114,19 +116,21 @@ def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
     return run
 
 
-def told(results: hk.Record, run: hk.Run) -> None:
+def told(results: hk.types.Record, run: hk.types.Run) -> None:
     results.text("# 4. And so on")
     results.text(
         f"The token is read, and the next is chosen from what it makes of the text: {run.text[0]!r}"
     )
-    record = hk.decoding(run)
+    record = hk.candidates(run)
     results.figure(
         "strip",
-        hk.decision_strip(record),
+        hk.figures.decision_strip(record),
         caption="Each chosen token, by how little it was expected.",
     )
     results.figure(
-        "ranks", hk.rank_lines(record, watch=WATCH), caption=f"Where {WATCH!r} stood for the model."
+        "ranks",
+        hk.figures.rank_lines(record, watch=WATCH),
+        caption=f"Where {WATCH!r} stood for the model.",
     )
     columns = [
         "step",

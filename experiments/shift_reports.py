@@ -14,7 +14,7 @@ from typing import Any
 import hookkit as hk
 
 SEED = 0
-SHOWN: dict[str, Any] = {"shown": 2}  # prompts with tables of their own
+SHOWN: dict[str, Any] = {"details": 2}  # prompts with tables of their own
 FOLDER = Path("results/shift_reports")
 COFFEE, TEA = " coffee", " tea"
 TEAS = [
@@ -49,7 +49,7 @@ def main() -> None:
         print(name, apart(page), f"The page: {FOLDER / name}/report.html", sep="\n", end="\n\n")
 
 
-def coffee(lm: hk.LM) -> hk.Report:
+def coffee(lm: hk.LM) -> hk.types.Report:
     vector = hk.mean_difference(lm, DRINKS[0], DRINKS[1], f"resid_post.{LAYER}")[0]
     edits: dict[str, Any] = {"forced": hk.force(COFFEE), "steered": vector.steer(dose=DOSE)}
     question = (
@@ -62,7 +62,7 @@ def coffee(lm: hk.LM) -> hk.Report:
     )  # fmt: skip
 
 
-def indirect_object(lm: hk.LM) -> hk.Report:
+def indirect_object(lm: hk.LM) -> hk.types.Report:
     question = (
         "How much of “ Mary” is the work of two heads that name her, and what else goes with them?"
     )
@@ -78,7 +78,7 @@ def indirect_object(lm: hk.LM) -> hk.Report:
     )  # fmt: skip
 
 
-def eiffel(lm: hk.LM) -> hk.Report:
+def eiffel(lm: hk.LM) -> hk.types.Report:
     question = (
         "Does the last token look at “Eiffel” itself, or has the rest of the sentence already "
         "heard of it?"
@@ -95,7 +95,7 @@ def eiffel(lm: hk.LM) -> hk.Report:
     )  # fmt: skip
 
 
-def apart(page: hk.Report) -> str:
+def apart(page: hk.types.Report) -> str:
     """Returns the first watched token per edit and control, and the largest error of the sums."""
     summary, why = page.tables["summary"], page.tables["why"]
     first: Any = summary[summary["watched"] == summary["watched"].iloc[0]]

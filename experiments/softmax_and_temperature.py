@@ -41,7 +41,7 @@ def main() -> None:
     print("\nThe page: results/softmax_and_temperature/report.html")
 
 
-def softmax(run: hk.Run, results: hk.Record) -> None:
+def softmax(run: hk.types.Run, results: hk.types.Record) -> None:
     results.text("# Softmax: a difference of logits is a ratio of probabilities")
     found: Any = hk.ranks(run, top=6)
     found["behind_first"] = found["logit"][0] - found["logit"]
@@ -62,9 +62,9 @@ def softmax(run: hk.Run, results: hk.Record) -> None:
     )
 
 
-def settings(runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
+def settings(runs: dict[str, hk.types.Run], results: hk.types.Record) -> pd.DataFrame:
     words = {"temperature": TEMPERATURES, "top_k": TOP_K, "top_p": TOP_P}
-    tables = {name: hk.warped(run, **words, top=5) for name, run in runs.items()}
+    tables = {name: hk.sampling_distributions(run, **words, top=5) for name, run in runs.items()}
     both: Any = pd.concat(tables, names=["position"]).reset_index("position").reset_index(drop=True)
     summary = (
         both[["position", "setting", "tokens_kept", "entropy", "perplexity"]]
@@ -136,9 +136,9 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
     return apply_style(figure, "")
 
 
-def drawn(lm: hk.LM, run: hk.Run, results: hk.Record) -> None:
+def drawn(lm: hk.LM, run: hk.types.Run, results: hk.types.Record) -> None:
     rules = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "do_sample": True, "max_new_tokens": 1}
-    said: Any = hk.warped(run, temperature=0.7, top=5)
+    said: Any = hk.sampling_distributions(run, temperature=0.7, top=5)
     said = said[said["setting"] != "as it is"]
     many = hk.generate(
         lm, PROMPTS["unsure"], seed=SEED, num_return_sequences=DRAWS, logits=False, **rules

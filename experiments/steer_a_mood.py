@@ -80,17 +80,19 @@ def main() -> None:
         read_aloud(lm, vectors, results)
 
 
-def which_layer(lm: hk.LM, results: hk.Record) -> int:
+def which_layer(lm: hk.LM, results: hk.types.Record) -> int:
     results.text("# Where is the mood?")
     found = hk.mean_difference(lm, HAPPY, UNHAPPY, lm.sites("resid_post", layers=LAYERS))
     table = hk.dose_response(
-        lm, OPENINGS, found, hk.logit_diff(*SEEN), doses=[TRIED], samples=8, seed=SEED
+        lm, OPENINGS, found, hk.metrics.logit_diff(*SEEN), doses=[TRIED], samples=8, seed=SEED
     )
     means = results.table(
-        "layers", hk.over_doses(table).drop(columns="vector"), caption="Tried on the openings."
+        "layers",
+        hk.stats.mean_over_doses(table).drop(columns="vector"),
+        caption="Tried on the openings.",
     )
     lines = {"value": "logit_diff_delta", "series": "control"}
-    figure = hk.interval_lines(means, **lines, title=f"The mean difference at dose {TRIED}")
+    figure = hk.figures.interval_lines(means, **lines, title=f"The mean difference at dose {TRIED}")
     results.figure(
         "by_layer",
         figure,
@@ -103,13 +105,13 @@ def which_layer(lm: hk.LM, results: hk.Record) -> int:
     return int(best)
 
 
-def make(lm: hk.LM, site: str, results: hk.Record) -> dict[str, hk.Vector]:
+def make(lm: hk.LM, site: str, results: hk.types.Record) -> dict[str, hk.Vector]:
     results.text("# Four vectors")
     fit: dict[str, Any] = {"steps": STEPS, "lr": LR, "dose": DOSES[-1], "progress": False}
     vectors = {
         "mean difference": hk.mean_difference(lm, HAPPY, UNHAPPY, site)[0],
         "principal": hk.principal_direction(lm, HAPPY, UNHAPPY, site)[0],
-        "learnt from words": hk.fit_vector(lm, site, OPENINGS, hk.logit_diff(*SEEN), **fit),
+        "learnt from words": hk.fit_vector(lm, site, OPENINGS, hk.metrics.logit_diff(*SEEN), **fit),
         "learnt from texts": hk.fit_vector(lm, site, OPENINGS, ENDINGS * 6, **fit),
     }
     for name, curve in [
@@ -130,7 +132,9 @@ def make(lm: hk.LM, site: str, results: hk.Record) -> dict[str, hk.Vector]:
     return vectors
 
 
-def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> pd.DataFrame:
+def dose_and_damage(
+    lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.types.Record
+) -> pd.DataFrame:
     results.text("# What a dose does, and what it damages")
     words = (
         "A dose is a part of the stream's length. Damage: KL(without ‖ with) on neutral text, nats "
@@ -141,16 +145,16 @@ def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record
     samples = {
         name: RANDOM if name == "mean difference" else 0 for name in vectors
     }  # the same for all at one site
-    mood, each = hk.logit_diff(*HELD_OUT), vectors.items()
+    mood, each = hk.metrics.logit_diff(*HELD_OUT), vectors.items()
     table = pd.concat(
         [hk.dose_response(lm, NEW, {n: v}, mood, samples=samples[n], **given) for n, v in each]
     )
     results.table(
         "doses",
-        hk.over_doses(table),
+        hk.stats.mean_over_doses(table),
         caption="Means over the held-out openings with 95 % intervals.",
     )
-    figure = hk.damage_curves(table, title="How far the mood moves, for what it damages")
+    figure = hk.figures.damage_curves(table, title="How far the mood moves, for what it damages")
     results.figure(
         "damage",
         figure,
@@ -159,11 +163,11 @@ def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record
     return table
 
 
-def compare(table: pd.DataFrame, results: hk.Record) -> None:
+def compare(table: pd.DataFrame, results: hk.types.Record) -> None:
     results.text(f"# At equal damage: {LEVEL} nats a token")
-    there = hk.at_damage(table, LEVEL)
+    there = hk.stats.effect_at_damage(table, LEVEL)
     count = len(set(there[~there["control"]]["vector"]))
-    means = hk.over_prompts(there, by=["vector", "control"], confidence=1 - 0.05 / count)
+    means = hk.stats.mean_over_prompts(there, by=["vector", "control"], confidence=1 - 0.05 / count)
     caption = (
         "gain: beyond the mean random vector. Intervals are of 95 % for all vectors together; in "
         "the control's "
@@ -204,7 +208,7 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     )
 
 
-def read_aloud(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> None:
+def read_aloud(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.types.Record) -> None:
     results.text("# How it reads")
     given = vectors | {"random": vectors["mean difference"].random(seed=SEED)}
     hooks = {

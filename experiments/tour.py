@@ -47,7 +47,7 @@ the likely tokens until the last blocks: `since` is the block from which on it l
 # %%
 TOWER = "The Eiffel Tower is located in the city of"
 lens = hk.logit_lens(lm, TOWER, watch=" Paris")
-said = hk.lens_summary(lens).query("token == \"' Paris'\"")[["first", "since", "last_prob"]]
+said = hk.stats.lens_summary(lens).query("token == \"' Paris'\"")[["first", "since", "last_prob"]]
 print(said.round(2).to_string(index=False))
 
 # %% [markdown]
@@ -75,14 +75,14 @@ drink. At first that is the second name, in the end the last token.
 
 # %%
 SWAPPED = "When Mary and John went to the store, Mary gave a drink to"
-metric = hk.logit_diff(" Mary", " John")
+metric = hk.metrics.logit_diff(" Mary", " John")
 table = hk.patching(lm, NAMES, SWAPPED, "resid_pre", metric, layers=[0, 10, 20, 29], progress=False)
 best = table.loc[
     table.groupby("layer")["logit_diff_effect"].idxmax(), ["layer", "pos", "logit_diff_effect"]
 ]
 tokens = [lm.string(token) for token in run.tokens[0].tolist()]
 print(best.assign(token=[repr(tokens[pos]) for pos in best["pos"]]).round(2).to_string(index=False))
-hk.heat_map(table, labels=tokens, title="What each place carries")
+hk.figures.heat_map(table, labels=tokens, title="What each place carries")
 
 # %% [markdown]
 """## 5. Can it be pushed?
@@ -106,8 +106,8 @@ print(mood, texts, sep="\n")
 """## And on
 
 In a notebook, `lm`, `run` and `mood` alone on a line show what they are; `run["` and `lm.sites.`
-are completed by the tab key; `hk.attention_view(run, 23)` draws the pattern that was captured
-above, where circuitsvis is installed.
+are completed by the tab key; `hk.figures.attention_view(run, 23)` draws the pattern that was
+captured above, where circuitsvis is installed.
 """
 
 # %%

@@ -39,7 +39,7 @@ def main() -> None:
     print("The page: results/where_is_paris/report.html")
 
 
-def traced(lm: hk.LM, results: hk.Record) -> None:
+def traced(lm: hk.LM, results: hk.types.Record) -> None:
     clean = results.run("clean", hk.forward(lm, PROMPT))
     strings = [lm.string(token) for token in clean.tokens[0].tolist()]
     tokens = [repr(string) for string in strings]
@@ -53,14 +53,14 @@ def traced(lm: hk.LM, results: hk.Record) -> None:
             lm,
             PROMPT,
             SUBJECT,
-            hk.prob(CITY),
+            hk.metrics.prob(CITY),
             site=site,
             window=window,
             noise=NOISE,
             samples=SAMPLES,
             seed=SEED,
         )
-        means = hk.over_prompts(table)
+        means = hk.stats.mean_over_prompts(table)
         means.insert(2, "place", [named.get(pos, "") for pos in means["pos"]])
         results.table(
             site, means, caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt."
@@ -68,35 +68,35 @@ def traced(lm: hk.LM, results: hk.Record) -> None:
         around = "one block" if window == 1 else f"{window} blocks"
         results.figure(
             f"{site}_map",
-            hk.heat_map(table, value="prob_delta", labels=tokens),
+            hk.figures.heat_map(table, value="prob_delta", labels=tokens),
             caption=f"How much of p({CITY!r}) {site} of {around} brings back.",
         )
         best = means.loc[means["prob_delta"].idxmax()]
         results.text(
-            f"{site}: p({CITY!r}) is {hk.prob(CITY)(clean).item():.3f} clean and "
+            f"{site}: p({CITY!r}) is {hk.metrics.prob(CITY)(clean).item():.3f} clean and "
             f"{best['prob_before']:.3f} blurred; the best place, block {int(best['layer'])} at "
             f"{tokens[int(best['pos'])]}, makes it {best['prob']:.3f}."
         )
 
 
-def swapped(lm: hk.LM, results: hk.Record) -> None:
+def swapped(lm: hk.LM, results: hk.types.Record) -> None:
     results.text("# Another landmark's state")
     pairs = hk.datasets.landmarks(lm, COUNT, seed=SEED).solved(lm)
-    metric = [pairs.metric(), hk.rank(list(pairs.answers))]
+    metric = [pairs.metric(), hk.metrics.rank(list(pairs.answers))]
     places = {name: pairs.labels[name] for name in ("subject", "end")}
     table = hk.patching(
         lm, pairs.clean, pairs.corrupted, ["resid_post", "mlp_out", "attn_out"], metric, pos=places
     )
     means = results.table(
         "swapped",
-        hk.over_prompts(table),
+        hk.stats.mean_over_prompts(table),
         caption=f"{len(pairs)} pairs of landmarks; 95 % intervals.",
     )
     results.text(f"{pairs.note}.")
     stream: Any = means[means["site"] == "resid_post"]
     results.figure(
         "stream",
-        hk.interval_lines(stream, series="pos"),
+        hk.figures.interval_lines(stream, series="pos"),
         caption="1: the other landmark's city has won.",
     )
 

@@ -138,3 +138,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
         prefixes = [other for other in words if other.startswith(word) or word.startswith(other)]
         close = [other for other in prefixes if len(other) > 2][:3]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+
+
+def __dir__() -> list[str]:
+    return [name for name, value in globals().items() if isinstance(value, type)]

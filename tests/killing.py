@@ -31,7 +31,7 @@ def texts(seed: int = 0, count: int = 150) -> list[list[int]]:
     return [[drawn.randrange(320) for _ in range(drawn.randrange(1, 25))] for _ in range(count)]
 
 
-def harvest(folder: Path) -> hk.Harvest:
+def harvest(folder: Path) -> hk.types.Harvest:
     return hk.harvest(hk.tiny("llama"), iter(texts()), SITES, folder, **SETTINGS)
 
 

@@ -34,7 +34,7 @@ def texts(act: Callable[[], object], at: int = AT) -> Iterator[list[int]]:
         yield ids
 
 
-def harvest(folder: Path, given, **settings) -> hk.Harvest:
+def harvest(folder: Path, given, **settings) -> hk.types.Harvest:
     return hk.harvest(
         hk.tiny("llama"), given, killing.SITES, folder, **killing.SETTINGS, **settings
     )

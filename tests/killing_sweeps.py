@@ -50,7 +50,7 @@ def swept(lm: hk.LM, folder: Path | None = None, **settings) -> pd.DataFrame:
             hk.edit(hk.Site(site, layer), slowed, pos=pos),
             hk.scale(hk.Site("resid_pre", layer), by, pos=pos),
         ],
-        [hk.logit_diff(5, 7), gap, hk.kl()],
+        [hk.metrics.logit_diff(5, 7), gap, hk.metrics.kl()],
         **{
             "save": folder,
             "progress": False,

@@ -50,7 +50,7 @@ def indexed(folder: Path) -> None:
         one.mkdir(parents=True, exist_ok=True)
         (one / "report.html").write_text("x")
     for _ in range(5):
-        hk.index(folder)
+        hk.results.write_index(folder)
 
 
 def vector_kept(folder: Path) -> None:
@@ -81,7 +81,7 @@ def swept(folder: Path) -> None:
         [[5, 6, 7]],
         grid,
         lambda layer, head: hk.ablate(hk.Site("z", layer, head)),
-        hk.prob(3),
+        hk.metrics.prob(3),
         **settings,
     )
 
@@ -100,7 +100,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     )
 }
 LM = hk.tiny("llama")
-STATISTICS = hk.statistics(LM, [[5, 6, 7]], "resid_post.1", progress=False)
+STATISTICS = hk.activation_statistics(LM, [[5, 6, 7]], "resid_post.1", progress=False)
 LENS = hk.train_lens(LM, [list(range(2, 90))], window=16, steps=1, progress=False)
 
 

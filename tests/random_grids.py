@@ -46,7 +46,7 @@ def asks(logits: Tensor, here: Any) -> Tensor:
 NAMES = {
     function.__name__: function for function in (summed, from_first, nothing, cut_off, asks)
 } | FUNCTIONS
-METRICS = [hk.logit(7), hk.logprob(11)]
+METRICS = [hk.metrics.logit(7), hk.metrics.logprob(11)]
 
 
 class Grid(Draws):
@@ -62,7 +62,7 @@ class Grid(Draws):
             "prompts": self.prompts,
             "pos": chance.choice([-1, -1, -1, 0, -min(lengths), min(lengths) - 1, -2]),
             "memory": chance.choice([None, None, None, 1, 50_000, 200_000]),
-            "under": self.hooks(chance.choice([0, 0, 0, 1, 2])),
+            "base_hooks": self.hooks(chance.choice([0, 0, 0, 1, 2])),
             "cells": [self.hooks(chance.choice([1, 1, 2, 3])) for _ in range(chance.randint(1, 5))],
         }
 
@@ -136,8 +136,8 @@ class Grid(Draws):
         return f"hk.edit({place!r}, {chance.choice(['summed', 'from_first'])}{pos})"
 
 
-def made_of(lm: hk.LM, words: Sequence[str]) -> list[hk.Hook]:
-    def ran(prompts: list[list[int]], site: str) -> hk.Run:
+def made_of(lm: hk.LM, words: Sequence[str]) -> list[hk.types.Hook]:
+    def ran(prompts: list[list[int]], site: str) -> hk.types.Run:
         return hk.forward(lm, prompts, hk.capture(site), logits=False)
 
     return [
@@ -151,7 +151,7 @@ def by_forward(
 ) -> list[list[float]] | Exception:
     """The metrics of each prompt in a forward with the hooks of a cell, or what it raises."""
     try:
-        run = hk.forward(lm, grid["prompts"], *made_of(lm, grid["under"]), *made_of(lm, cell))
+        run = hk.forward(lm, grid["prompts"], *made_of(lm, grid["base_hooks"]), *made_of(lm, cell))
     except Exception as error:  # noqa: BLE001  whatever it is, the sweep has to raise it too
         return error
     found = []
@@ -168,7 +168,7 @@ def by_sweep(lm: hk.LM, grid: dict[str, Any], cells: Sequence[Sequence[str]]) ->
         hooks = [made_of(lm, cell) for cell in cells]
         table = hk.sweep(
             lm, grid["prompts"], {"cell": range(len(cells))}, lambda cell: hooks[cell], METRICS,
-            under=made_of(lm, grid["under"]), pos=grid["pos"], memory=grid["memory"], progress=False,
+            base_hooks=made_of(lm, grid["base_hooks"]), pos=grid["pos"], memory=grid["memory"], progress=False,
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001
         return error
@@ -214,7 +214,7 @@ def grid_differences(lm: hk.LM, grid: dict[str, Any]) -> list[str]:
     for cell, one, two in zip(grid["cells"], mine, wanted, strict=True):
         if words := differs(one, two):
             found.append(
-                f"{words}\n    cell [{', '.join(cell)}]\n    under [{', '.join(grid['under'])}]"
+                f"{words}\n    cell [{', '.join(cell)}]\n    under [{', '.join(grid['base_hooks'])}]"
             )
     return found
 

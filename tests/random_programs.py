@@ -186,10 +186,10 @@ def _when(values: dict[str, Any]) -> str:
     return f", when=hk.{quantity}_of({token}, {compare}={limit})"
 
 
-def hooks_of(lm: hk.LM, acts: Sequence[Act]) -> list[hk.Hook]:
+def hooks_of(lm: hk.LM, acts: Sequence[Act]) -> list[hk.types.Hook]:
     """The hooks of hookkit."""
 
-    def ran(prompts: list[list[int]], site: str) -> hk.Run:
+    def ran(prompts: list[list[int]], site: str) -> hk.types.Run:
         return hk.forward(lm, prompts, hk.capture(site), logits=False)
 
     names = {"hk": hk, "V": V, "math": math, "ran": ran, **FUNCTIONS}
@@ -695,7 +695,7 @@ def check_near(logits: Tensor, mine: int, token: int, options: dict[str, Any], w
     assert near, f"{what}: {mine}, by hand {token}{' (drawn)' if options['do_sample'] else ''}"
 
 
-def check_beams(lm: hk.LM, program: Program, run: hk.Run, hands: Sequence[Hand]) -> None:
+def check_beams(lm: hk.LM, program: Program, run: hk.types.Run, hands: Sequence[Hand]) -> None:
     options = {
         "max_new_tokens": STEPS,
         "num_beams": program.options["num_beams"],
@@ -728,8 +728,8 @@ def check_sweep(lm: hk.LM, program: Program) -> None:
     cells = [hooks_of(lm, cell) for cell in program.cells]
     settings = {"memory": program.options["memory"]} if "memory" in program.options else {}
     table = hk.sweep(
-        lm, prompts, {"cell": range(len(cells))}, lambda cell: cells[cell], [hk.logit(first), hk.logprob(second)],
-        under=hooks_of(lm, program.acts), pos=pos, progress=False, **settings,
+        lm, prompts, {"cell": range(len(cells))}, lambda cell: cells[cell], [hk.metrics.logit(first), hk.metrics.logprob(second)],
+        base_hooks=hooks_of(lm, program.acts), pos=pos, progress=False, **settings,
     )  # fmt: skip
     for number, cell in enumerate(program.cells):
         for row, ids in enumerate(prompts):

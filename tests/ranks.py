@@ -20,7 +20,7 @@ from hookkit.models.provenance import weights_hash
 
 IDS = [[5, 9, 33, 7, 2, 61], [8, 4, 11, 6]]
 OTHER = [[5, 9, 33, 7, 3, 61], [8, 4, 12, 6]]
-METRIC = hk.logit_diff(17, 40)
+METRIC = hk.metrics.logit_diff(17, 40)
 RANK = int(os.environ.get("RANK", 0))
 FOLDER = Path(sys.argv[-1])
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -105,7 +105,7 @@ def traced(lm):
     run = hk.generate(
         lm, IDS[:1], hk.boost(17, by=2.0), trace=hk.trace(top=3, watch=[17]), **GREEDY
     )
-    return hk.decoding(run).select_dtypes("number")
+    return hk.candidates(run).select_dtypes("number")
 
 
 def attached(lm):
@@ -168,7 +168,7 @@ def surprised(lm):
 
 
 def counted(lm):
-    found = hk.statistics(lm, IDS * 3, has(lm, "mlp_post.0", "z.1"), progress=False)
+    found = hk.activation_statistics(lm, IDS * 3, has(lm, "mlp_post.0", "z.1"), progress=False)
     return {
         f"{site} {what}": getattr(found[site], what)
         for site in found.sites

@@ -95,7 +95,10 @@ SPOILED = [
     (hk.capture("z.1"), {"device": "meta"}),
     (hk.capture("z.1"), {"grad": "yes"}),
     (hk.capture("z.1"), {"name": 5}),
-    (hk.ban(5, when=hk.entropy_above(1.0)), {"when": {"$value": "Condition", "quantity": "heat"}}),
+    (
+        hk.ban(5, when=hk.when.entropy_above(1.0)),
+        {"when": {"$value": "Condition", "quantity": "heat"}},
+    ),
     (
         hk.ban(5),
         {
@@ -117,9 +120,9 @@ SPOILED = [
 @pytest.mark.parametrize(("hook", "spoiled"), SPOILED, ids=lambda value: str(value)[:60])
 def test_no_file_makes_a_hook_that_its_function_refuses(hook, spoiled):
     text = json.dumps({**json.loads(hook.to_json()), **spoiled})
-    assert hk.Hook.from_json(hook.to_json()) == hook
-    with pytest.raises(hk.HookkitError):
-        hk.Hook.from_json(text)
+    assert hk.types.Hook.from_json(hook.to_json()) == hook
+    with pytest.raises(hk.errors.HookkitError):
+        hk.types.Hook.from_json(text)
 
 
 def test_no_copy_and_no_construction_makes_a_hook_that_its_function_refuses():
@@ -131,10 +134,10 @@ def test_no_copy_and_no_construction_makes_a_hook_that_its_function_refuses():
         (hk.ban(7), {"tokens": ()}),
         (hk.capture("z.1"), {"dtype": "int8"}),
     ):
-        with pytest.raises(hk.HookkitError):
+        with pytest.raises(hk.errors.HookkitError):
             replace(hook, **changes)
         values = {field.name: getattr(hook, field.name) for field in fields(hook)}
-        with pytest.raises(hk.HookkitError):
+        with pytest.raises(hk.errors.HookkitError):
             type(hook)(**{**values, **changes})
 
 
@@ -147,8 +150,13 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
         hk.restrict(5), hk.boost(by={5: 1.0, 6: 2.0}), hk.cap(5, prob=0.5), hk.swap(5, 6), hk.set_rank(5, 3),
     ]  # fmt: skip
     grid = {"layer": [1]}
-    plan = hk.plan(
-        llama, [[5, 6]], grid, lambda layer: hk.scale("z.1", 2.0), hk.logit(5), control="random"
+    plan = hk.sweep_plan(
+        llama,
+        [[5, 6]],
+        grid,
+        lambda layer: hk.scale("z.1", 2.0),
+        hk.metrics.logit(5),
+        control="random",
     )
     hooks.append(plan.cells[-1].hooks[0])
     assert {hook.verb for hook in hooks} == {*HOOK_TYPES} - {"edit"}
@@ -214,15 +222,15 @@ def test_a_list_has_a_token_for_each_prompt_and_a_tuple_as_long_as_the_batch_is_
     answers = [llama.token(token) for token in pairs.answers]
     wrong = [llama.token(token) for token in pairs.wrong]
     expected = torch.stack([last[row, answers[row]] - last[row, wrong[row]] for row in range(4)])
-    for metric in (pairs.metric(), hk.logit_diff(pairs.answers, pairs.wrong)):
+    for metric in (pairs.metric(), hk.metrics.logit_diff(pairs.answers, pairs.wrong)):
         assert torch.allclose(metric(run), expected, atol=1e-5)
     several = (
-        hk.logit_diff([tuple(answers)] * 4, [tuple(wrong)] * 4)
+        hk.metrics.logit_diff([tuple(answers)] * 4, [tuple(wrong)] * 4)
         if len({*answers, *wrong}) == 8
         else None
     )
     if several is not None:
         means = last[:, answers].mean(1) - last[:, wrong].mean(1)
         assert torch.allclose(several(run), means, atol=1e-5)
-    with pytest.raises(hk.HookkitError, match=r"list\(answers\)"):
-        hk.logit_diff(tuple(pairs.answers), tuple(pairs.wrong))(run)
+    with pytest.raises(hk.errors.HookkitError, match=r"list\(answers\)"):
+        hk.metrics.logit_diff(tuple(pairs.answers), tuple(pairs.wrong))(run)

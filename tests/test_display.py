@@ -68,17 +68,21 @@ def things(lm):
         run.captured("z.1"),
         hk.trace(watch=ids),
     )
-    yield hk.compare(lm, [ids], hk.ban(ids[0]), max_new_tokens=2, do_sample=False)
-    metric = hk.logit_diff(ids[0], ids[1])
+    yield hk.compare_generations(lm, [ids], hk.ban(ids[0]), max_new_tokens=2, do_sample=False)
+    metric = hk.metrics.logit_diff(ids[0], ids[1])
     yield hk.gradients(lm, [ids], metric, "embed")
-    yield hk.plan(lm, [ids], {"layer": range(3)}, lambda layer: hk.skip_block(layer), metric)
-    yield hk.statistics(lm, [ids], "z.1", progress=False)
+    yield hk.sweep_plan(lm, [ids], {"layer": range(3)}, lambda layer: hk.skip_block(layer), metric)
+    yield hk.activation_statistics(lm, [ids], "z.1", progress=False)
     vectors = hk.mean_difference(lm, [ids], [[5, 6]], "resid_post.1")
     sites = lm.describe().assign(blocks=3, proved=True)
-    yield from (vectors, vectors[0], hk.Checkup(sites, sites, {"model": NASTY[0]}, [], [NASTY[3]]))
+    yield from (
+        vectors,
+        vectors[0],
+        hk.types.Checkup(sites, sites, {"model": NASTY[0]}, [], [NASTY[3]]),
+    )
     yield hk.report(NASTY[0], hk.ranks(run))
-    yield hk.Pairs(NASTY[0], (tuple(ids),), (tuple(ids),), (ids[0],), (ids[1],))
-    yield hk.diff(
+    yield hk.types.Pairs(NASTY[0], (tuple(ids),), (tuple(ids),), (ids[0],), (ids[1],))
+    yield hk.model_diff(
         lm, hk.tiny("llama", seed=1, tokenizer=lm.tokenizer, config={"vocab_size": 325}), [ids]
     )
 
@@ -213,7 +217,7 @@ def test_attention_is_drawn_of_one_prompt_with_its_tokens_escaped(nasty, monkeyp
     calls = drawing(monkeypatch)
     ids = [nasty.tokenizer.convert_tokens_to_ids(word) for word in NASTY]
     run = hk.forward(nasty, [[5, 6], ids], hk.capture("pattern.1"))
-    view = hk.attention_view(run, 1, row=1, heads=[0, 3])
+    view = hk.figures.attention_view(run, 1, row=1, heads=[0, 3])
     assert calls[0]["attention_head_names"] == ["1.0", "1.3"]
     assert torch.equal(calls[0]["attention"], run["pattern.1"][1][[0, 3]]) and calls[0][
         "attention"
@@ -226,14 +230,14 @@ def test_attention_is_drawn_of_one_prompt_with_its_tokens_escaped(nasty, monkeyp
     )
     told = json.loads(re.search(r"local\((.*)\)</script>", html).group(1))
     assert told["tokens"] == [nasty.string(i) for i in ids] and "pattern.1 of" in repr(view)
-    assert "cdn(" in hk.attention_view(run, 1, cdn=True).html
+    assert "cdn(" in hk.figures.attention_view(run, 1, cdn=True).html
     assert calls[-1]["attention"].shape == (4, 2, 2)
     for wrong, error in (({"row": 7}, OutOfRange), ({"heads": [9]}, OutOfRange)):
         with pytest.raises(error, match="was asked for"):
-            hk.attention_view(run, 1, **wrong)
+            hk.figures.attention_view(run, 1, **wrong)
     last = hk.forward(nasty, [[5, 6]], hk.capture("pattern.1", pos=-1))
     with pytest.raises(NotCaptured, match="at some positions only"):
-        hk.attention_view(last, 1)
+        hk.figures.attention_view(last, 1)
 
 
 def test_without_circuitsvis_the_extra_is_named(llama, monkeypatch):
@@ -241,12 +245,12 @@ def test_without_circuitsvis_the_extra_is_named(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "circuitsvis.attention", None)
     run = hk.forward(llama, "Tea", hk.capture("pattern.1"))
     with pytest.raises(MissingExtra, match=r"pip install 'hookkit\[notebook\]'"):
-        hk.attention_view(run, 1)
+        hk.figures.attention_view(run, 1)
 
 
 def test_with_circuitsvis_the_view_needs_no_network(llama):
     pytest.importorskip("circuitsvis")
     run = hk.forward(llama, "Tea", hk.capture("pattern.1"))
-    html = hk.attention_view(run, 1).html
+    html = hk.figures.attention_view(run, 1).html
     assert "unpkg" not in html and '"1.0"' in html and len(html) > 10**6
-    assert "unpkg.com/circuitsvis" in hk.attention_view(run, 1, cdn=True).html
+    assert "unpkg.com/circuitsvis" in hk.figures.attention_view(run, 1, cdn=True).html

@@ -34,7 +34,7 @@ def swept(lm: hk.LM):
         lm,
         ["I like oat milk in my", "She takes tea with"],
         "attn_out",
-        hk.prob(" coffee"),
+        hk.metrics.prob(" coffee"),
         layers=[3, 9],
     )
 

@@ -10,7 +10,7 @@ from hookkit.errors import OutOfRange, UnknownKeyword, did_you_mean
 def test_an_error_is_also_the_one_that_python_would_raise(llama):
     with pytest.raises(IndexError):
         hk.forward(llama, "Tea", hk.capture("resid_post.9"))
-    assert issubclass(OutOfRange, hk.HookkitError)
+    assert issubclass(OutOfRange, hk.errors.HookkitError)
 
 
 def test_the_nearest_words_are_offered_or_none():

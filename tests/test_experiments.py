@@ -33,7 +33,9 @@ def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(
     folders = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         if folders:  # figures are drawn once
-            monkeypatch.setattr(hk.Record, "figure", lambda self, name, figure, caption="": figure)
+            monkeypatch.setattr(
+                hk.types.Record, "figure", lambda self, name, figure, caption="": figure
+            )
         folder.mkdir()
         monkeypatch.chdir(folder)
         oat_milk.main()

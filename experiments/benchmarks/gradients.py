@@ -55,7 +55,7 @@ def main() -> None:
 def workloads(lm: hk.LM) -> Work:
     model: Any = lm.model
     clean, corrupted = (torch.tensor([lm.tokenizer.encode(text)]) for text in (CLEAN, CORRUPTED))
-    metric = hk.logit_diff(RIGHT, WRONG)
+    metric = hk.metrics.logit_diff(RIGHT, WRONG)
     right, wrong = lm.token(RIGHT), lm.token(WRONG)
 
     @torch.no_grad()

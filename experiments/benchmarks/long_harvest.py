@@ -3,11 +3,11 @@
 Yes, if memory from a tenth of the way to the end stays the same to 5 %.
 
 Two million tokens of text from a generator, which are never in memory together: harvested, summed
-up by hk.statistics without a harvest, and read again from the disk, in order and shuffled. A random
-model of 3 blocks gives the numbers, since memory is what counts here and not what they are; the
-default model runs over a part of the text beside it. What is sampled, whenever a text or a batch is
-taken, is the memory of the whole process (RSS), and its own part of it, without pages of files that
-are mapped, which the system takes back when it needs them.
+up by hk.activation_statistics without a harvest, and read again from the disk, in order and
+shuffled. A random model of 3 blocks gives the numbers, since memory is what counts here and not
+what they are; the default model runs over a part of the text beside it. What is sampled, whenever a
+text or a batch is taken, is the memory of the whole process (RSS), and its own part of it,
+without pages of files that are mapped, which the system takes back when it needs them.
 
 python -m experiments.benchmarks.long_harvest
     eleven minutes; writes results/benchmarks_long_harvest/
@@ -128,14 +128,14 @@ def measured(small: hk.LM, default: hk.LM, folder: Path) -> Iterator[Way]:
     way.tokens = tokens = len(made)
     yield way
     way = Way("statistics, no harvest", TEXTS, tokens=tokens)
-    hk.statistics(
+    hk.activation_statistics(
         small, way.watched(texts(TEXTS)), "resid_post.1", covariance=True, top=10, progress=False
     )
     yield way
     for task, seed in (("read in order", None), ("read shuffled", 0)):
         harvest = hk.open_harvest(folder / "small")
         way = Way(task, tokens // 4096, mapped=seed is not None, tokens=tokens)
-        for _ in way.watched(harvest.batches(4096, seed=seed, whole=True)):
+        for _ in way.watched(harvest.batches(4096, seed=seed, drop_last=True)):
             pass
         yield way
     way = Way("harvest, default model", SOME)

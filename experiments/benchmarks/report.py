@@ -52,7 +52,7 @@ def main() -> None:
     print(table.to_string(index=False))
 
 
-def each(edits: dict[str, hk.Hook]) -> list[list[hk.Hook]]:
+def each(edits: dict[str, hk.types.Hook]) -> list[list[hk.types.Hook]]:
     return [[], *([hook] for hook in edits.values())]
 
 
@@ -66,7 +66,7 @@ def bare(lm: hk.LM, prompts: list[list[int]], times: int) -> None:
         model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
 
-def reported(lm: hk.LM, prompts: list[list[int]], edits: dict[str, hk.Hook]) -> None:
+def reported(lm: hk.LM, prompts: list[list[int]], edits: dict[str, hk.types.Hook]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hk.shift_report(lm, prompts, edits, watch=" people").write(folder)
 

@@ -2,13 +2,13 @@
 
     estimate = hk.attribution(lm, clean, corrupted, "z", metric)
     truth = hk.patching(lm, clean, corrupted, "z", metric)
-    hk.agreement(estimate, truth)
+    hk.stats.compare_attributions(estimate, truth)
 
 Patching inserts another prompt's value at a site and runs the model once for each site and
 position. To first order the metric changes by (that value - the value there) · (the metric's
 gradient there), and one backward computes the gradient everywhere.
 
-hk.agreement measures how well such an estimate agrees with patching.
+hk.stats.compare_attributions measures how well such an estimate agrees with patching.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from ..sweeps.grids import (
     grid_positions,
     site_names,
 )
-from ..tables.metrics import MetricLike
+from ..tables.metrics.metric import MetricLike
 from .backward import (
     CAPTURE_NAME,
     EMBED,
@@ -74,7 +74,7 @@ def attribution(
     method: Literal["gradient", "integrated", "qk_fix"] = "gradient",
     steps: int | None = None,
     points: Points | None = None,
-    under: Hook | Sequence[Hook] = (),
+    base_hooks: Hook | Sequence[Hook] = (),
 ) -> pd.DataFrame:
     """Returns an estimate of `patching` with the same arguments: (the other prompt's value - the
     value there) times the metric's gradient there, summed over the cell (attribution patching:
@@ -92,14 +92,14 @@ def attribution(
              "middle": their middles, which are closer to the integral
     by       "neuron": each value of a site without heads by itself (column unit), at all positions
              at once or at each of `pos`; by default the cells of `patching`
-    under    hooks that act in every run
+    base_hooks    hooks that act in every run
 
     Columns are those of `patching`: the cells', row, and the metric's own with `_before`, `_delta`
     (the estimate), `_target`, `_effect`; the value is `_before` plus `_delta`. The estimate is
     wrong where the gradient vanishes and the effect does not (a saturated pattern), or where the
-    inserted value is far away (early in the stream); `agreement` measures by how much. "qk_fix" is
-    the first of AtP*'s two corrections. The other, GradDrop (effects that cancel between a direct
-    and an indirect path), is not available: it takes a backward for each layer.
+    inserted value is far away (early in the stream); `compare_attributions` measures by how much.
+    "qk_fix" is the first of AtP*'s two corrections. The other, GradDrop (effects that cancel
+    between a direct and an indirect path), is not available: it takes a backward for each layer.
 
     >>> metric = logit_diff(" Mary", " John")
     >>> table = attribution(lm, clean, corrupted, "attn_out", metric, layers=[9], pos=[-1])
@@ -116,7 +116,7 @@ def attribution(
         )
     names = site_names(sites)
     prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    target, source = bind_pair(lm, *prompts, metric, under)
+    target, source = bind_pair(lm, *prompts, metric, base_hooks)
     _check_names(names, by, method)
     positions = AT_ONCE
     if by is None or pos is not None:
@@ -258,7 +258,7 @@ COUNTS = ("row", "prompt", "sample", "n", "control", "interval")
 
 
 @check_arguments
-def agreement(
+def compare_attributions(
     estimate: pd.DataFrame,
     truth: pd.DataFrame,
     *,
@@ -278,7 +278,7 @@ def agreement(
     and overlap (the share of them that both have). Cells that are zero in both, such as those
     before the first different token, count in all but same_sign and overlap.
 
-    >>> agreement(table, table)["pearson"].round(3).tolist()
+    >>> compare_attributions(table, table)["pearson"].round(3).tolist()
     [1.0]
     """
     value = _value_column(estimate, truth, value)

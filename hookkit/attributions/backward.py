@@ -1,7 +1,7 @@
 """hk.gradients: the values at many sites and a metric's gradient there, from one forward and one
 backward. The weights are frozen meanwhile.
 
-    result = hk.gradients(lm, prompts, hk.logit_diff(" Mary", " John"), "resid_pre")
+    result = hk.gradients(lm, prompts, hk.metrics.logit_diff(" Mary", " John"), "resid_pre")
     result.metric                     # [row]
     result.of("resid_pre.6")          # [row, pos, d_model]: how fast the metric rises per unit
     result.values("resid_pre.6")      # the values themselves
@@ -31,7 +31,7 @@ from ..runs.run import Run
 from ..sweeps.cells import as_hooks
 from ..sweeps.grids import check_pairs
 from ..sweeps.inputs import SweepInputs, read_inputs
-from ..tables.metrics import Loss, Measure, Metric, MetricLike, Said, as_metrics
+from ..tables.metrics.metric import Loss, Measure, Metric, MetricInput, MetricLike, as_metrics
 
 # The name of the captures that the attributions make, beside those of the user.
 CAPTURE_NAME = "hookkit.gradients"
@@ -108,7 +108,7 @@ class PromptMetric:
             after = []
             for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                 after.append(as_float(captured.values[index, start:length]))
-        return self.measure(Said(as_float(logits), self.rows, after=after))
+        return self.measure(MetricInput(as_float(logits), self.rows, after=after))
 
 
 def as_float(values: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ def bind_pair(
     target_metric = bind_metric(lm, target, metric, hooks=base_hooks)
     if target_metric.reads_continuation:
         raise Unsupported(
-            "loss reads a continuation, and attribution is of prompts in pairs: take hk.logprob of "
-            "its first token"
+            "loss reads a continuation, and attribution is of prompts in pairs: take "
+            "hk.metrics.logprob of its first token"
         )
     return target_metric, bind_metric(lm, source, metric, hooks=base_hooks)
 
@@ -183,7 +183,8 @@ def compute_gradients(
                 raise Unsupported(
                     f"the metric {prompt_metric.metric.name} gives no gradient: it counts or "
                     "compares, so that it does not change with small changes of the logits. Take "
-                    "hk.logit_diff, hk.logit, hk.logprob …, or a function of differentiable steps"
+                    "hk.metrics.logit_diff, hk.metrics.logit, hk.metrics.logprob …, or a "
+                    "function of differentiable steps"
                 )
             gradients = torch.autograd.grad(
                 metric.sum(), leaves, allow_unused=True, retain_graph=keep_graph
@@ -216,7 +217,7 @@ def _check_gradient(site: AnySite, gradient: Tensor | None) -> Tensor:
         raise Unsupported(
             f"the gradient at {site} has values that are not finite: the metric has no slope there "
             "(a logit of minus infinity, a probability of zero), or the model's dtype is too "
-            "narrow; take hk.logit_diff, or float32"
+            "narrow; take hk.metrics.logit_diff, or float32"
         )
     return gradient
 
@@ -345,7 +346,7 @@ def gradients(
     if prompt_metric.reads_continuation and hooks:
         raise Unsupported(
             "loss reads a continuation after the prompt, where the positions of hooks would count "
-            "from its end: leave the hooks out, or take hk.logprob of the token that is meant"
+            "from its end: leave the hooks out, or take hk.metrics.logprob of the token"
         )
     result = compute_gradients(prompt_metric, sites)
     slopes: dict[AnySite, Captured] = {}

@@ -31,7 +31,7 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import AnySite, Site
-from ..tables.metrics import MetricLike
+from ..tables.metrics.metric import MetricLike
 from .backward import (
     CAPTURE_NAME,
     EMBED,
@@ -72,7 +72,7 @@ def edge_attribution(
     direction: Literal["noise", "denoise"] = "noise",
     steps: int = 1,
     points: Points | None = None,
-    under: Hook | Sequence[Hook] = (),
+    base_hooks: Hook | Sequence[Hook] = (),
 ) -> pd.DataFrame:
     """Returns by how much the metric would change, to first order, if one sender's value of the
     other prompt reached one receiver alone: edge attribution patching (EAP: Syed et al. 2023), the
@@ -87,7 +87,7 @@ def edge_attribution(
     points     where on that path, with `steps` above 1. "start" (the default), the paper's own
                points: `steps` equal parts, each at its start, the first of which is the prompt that
                is run. "middle": their middles, which are closer to the integral
-    under      hooks that act in every run
+    base_hooks      hooks that act in every run
 
     Senders are "embed", the heads "z.9.3" and the MLPs "mlp_out.9". Receivers are what heads read,
     "q.9.3", "k.9.1", "v.9.1", the MLPs "mlp_in.9" and "logits". Columns: sender, receiver, the
@@ -106,7 +106,7 @@ def edge_attribution(
         )
     path = path_points(steps, points)
     prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    target, source = bind_pair(lm, *prompts, metric, under)
+    target, source = bind_pair(lm, *prompts, metric, base_hooks)
     sites = required_sites(lm)
     count = len(target.rows)
     batch_scores: list[Float[Tensor, "sender receiver"]] = []

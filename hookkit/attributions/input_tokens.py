@@ -14,7 +14,7 @@ from ..hooks.capture import capture
 from ..models.lm import LM, Token
 from ..models.prompts import Prompts
 from ..runs.forward import forward
-from ..tables.metrics import MetricLike
+from ..tables.metrics.metric import MetricLike
 from .backward import (
     CAPTURE_NAME,
     EMBED,
@@ -69,7 +69,7 @@ def token_attribution(
     prompt_metric = bind_metric(lm, prompts, metric, pos)
     if prompt_metric.reads_continuation:
         raise Unsupported(
-            "loss reads a continuation after the prompt: take hk.logprob of its first token"
+            "loss reads a continuation after the prompt: take hk.metrics.logprob of its first token"
         )
     path = path_points(steps, "middle")
     result = compute_gradients(prompt_metric, EMBED)

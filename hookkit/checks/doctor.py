@@ -18,7 +18,7 @@ from ..errors import HookkitError
 from ..models.devices import count_parameters
 from ..models.lm import LM
 from ..models.sites import AXES
-from .laws import UNFINISHED, prove
+from .laws import UNFINISHED, check_laws
 
 EXCEPTION = "exception: "  # the start of the note of a law from which the family is excepted
 SAMPLE = "When Mary and John went to the store, 12 + 34 = 46."
@@ -31,7 +31,7 @@ class Checkup:
     sites     one row for each site: how many layers have it, whether edits change the output,
               whether every law about it holds, the largest difference, and why it is missing or
               which laws fail; with weights on several devices also its place, as in `LM.describe`
-    laws      one row for each law and site, as `prove` returns them
+    laws      one row for each law and site, as `check_laws` returns them
     facts     the properties of the model, its weights and its tokenizer, in plain values
     notes     what a user should know
     problems  what does not work, and what to do
@@ -95,7 +95,7 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
         problems.append(f"{lm.family.why_missing('resid_post')}")
     else:
         try:
-            laws = prove(lm, layers=layers)
+            laws = check_laws(lm, layers=layers)
         except HookkitError as error:
             problems.append(str(error))
     law_rows: Any = laws.to_dict(orient="records")

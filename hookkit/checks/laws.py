@@ -1,8 +1,8 @@
-"""hk.prove: checks on a model that hookkit keeps its laws.
+"""hk.check_laws: checks on a model that hookkit keeps its laws.
 
 The laws come in three groups: a model that is only observed, a model that is edited, and a model
 that reads batches and generates. The function of a law yields a `Finding` for every site that it
-checks. `LAWS` lists the laws, and `prove` runs them all.
+checks. `LAWS` lists the laws, and `check_laws` runs them all.
 """
 
 import math
@@ -317,7 +317,7 @@ UNFINISHED = "this law ended in an error, and was not checked at this site to th
 
 
 @check_arguments
-def prove(
+def check_laws(
     lm: LM,
     *,
     prompts: "list[list[int]] | list[str] | None" = None,
@@ -331,7 +331,7 @@ def prove(
     `prompts` are three or more of different lengths; by default ids from the whole vocabulary.
     `layers` are the layers to check; by default the first, middle and last of each kind.
 
-    >>> prove(tiny("gpt_neox"))["holds"].all()
+    >>> check_laws(tiny("gpt_neox"))["holds"].all()
     np.True_
     """
     if prompts is None:

@@ -57,7 +57,7 @@ def main() -> None:
         after = results.run("after", hk.forward(lm, PROMPT, hk.ablate(f"mlp_out.{{layer}}")))
         table = hk.rank_shift(before, after, watch=[TOKEN])
         shift = results.table("shift", table, caption="After minus before.")
-        results.figure("bump", hk.rank_bump(shift), caption="Ranks before and after.")
+        results.figure("bump", hk.figures.rank_bump(shift), caption="Ranks before and after.")
         token = shift[shift["token_id"] == lm.token(TOKEN)].iloc[0]
         results.answer(
             f"Without block {{layer}}'s MLP, {{token['token']}} goes from rank "
@@ -162,6 +162,8 @@ def run(
 
     Ends with status 1 if an experiment failed, or if with --against a table changed.
     """
+    from ..reports.gallery import write_index
+
     output.check()
     missing = [str(path) for path in scripts if not path.is_file()]
     if missing:
@@ -173,7 +175,7 @@ def run(
             row |= _compare(output, path, folder / path.stem, against, tolerance)
         rows.append(row)
     try:
-        output.note(f"the index is {hk.index(folder)}")
+        output.note(f"the index is {write_index(folder)}")
     except BadHook as error:  # an experiment does not have to record anything
         output.note(f"no index: {error}")
     import pandas as pd
@@ -238,6 +240,7 @@ def show(
     Ends with status 1 if with --against a table changed.
     """
     output.check()
+    from ..reports.gallery import list_results
     from ..reports.readme import README, is_own_readme
 
     if against is not None:
@@ -250,13 +253,13 @@ def show(
     ):
         output.write(folder.name, _read_result(folder, output.format, rows))
     else:
-        view = TableView(hk.results(folder), ("result", "question", "answer"))
+        view = TableView(list_results(folder), ("result", "question", "answer"))
         output.write("Results", {"results": view})
 
 
 def _compare_results(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
     """Returns the differences between a result and the one that --against names."""
-    from ..reports.results_diff import LAST
+    from ..reports.results_diff import LAST, compare_results
 
     if against == "last":
         if not (folder / LAST).is_dir():
@@ -266,7 +269,7 @@ def _compare_results(folder: Path, against: str, tolerance: float) -> "pd.DataFr
         before = against
     else:
         before = f"{folder}@{against}"
-    return hk.moved(before, folder, tolerance=tolerance)
+    return compare_results(before, folder, tolerance=tolerance)
 
 
 def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, TableView | str]:

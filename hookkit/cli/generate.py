@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 PANEL = "Write"
 SUMMARY_COLUMNS = (
-    "row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after", "kept"
+    "row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after",
+    "top_overlap",
 )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def compare(
     texts, settings = prompts.read(), {**generation.arguments(), "along": along}
     purpose = "a comparison needs a text with hooks and a text without"
     lm, edits, watched_ids = model.load_with_hooks(output, watch, purpose=purpose)
-    comparison = hk.compare(lm, texts, *edits, top=top, watch=watched_ids, **settings)
+    comparison = hk.compare_generations(lm, texts, *edits, top=top, watch=watched_ids, **settings)
     caption = f"at each step of the {along} text (nats)"
     summary = TableView(comparison.summary, SUMMARY_COLUMNS, caption)
     if output.format:

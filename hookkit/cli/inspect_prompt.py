@@ -60,7 +60,7 @@ def lens(
     lm, edits, watched_ids = model.load_with_hooks(output, watch)
     table = hk.logit_lens(lm, texts, *edits, sites=site, pos=positions, top=top, watch=watched_ids)
     columns = ("row", "pos", "site", "rank", "token", "prob", "entropy", "kl")
-    figure = (lambda: hk.lens_map(table)) if len(texts) == 1 else None
+    figure = (lambda: hk.figures.lens_map(table)) if len(texts) == 1 else None
     output.write("Logit lens", {"lens": TableView(table, columns, figure=figure)})
 
 
@@ -104,7 +104,7 @@ def direct(
         ("component", "logit"),
         caption,
         largest_rows(table, "logit", top),
-        lambda: hk.logit_bars(table, top=top),
+        lambda: hk.figures.logit_bars(table, top=top),
     )
     output.write("Direct logits", {"direct": view})
 
@@ -123,5 +123,5 @@ def surprisal(
     lm, edits, _ = model.load_with_hooks(output)
     table = hk.surprisal(hk.forward(lm, texts, *edits), top=top)
     columns = ("row", "pos", "token", "loss", "rank", "prob", "mean_loss", "alternatives")
-    figure = (lambda: hk.surprisal_strip(table)) if len(texts) == 1 else None
+    figure = (lambda: hk.figures.surprisal_strip(table)) if len(texts) == 1 else None
     output.write("Surprisal", {"surprisal": TableView(table, columns, figure=figure)})

@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHIFT_COLUMNS = (
-    "row", "rank_before", "rank_after", "shift", "token", "prob_before", "prob_after",
+    "row", "rank_before", "rank_after", "rank_delta", "token", "prob_before", "prob_after",
     "logit_delta", "why"
 )  # fmt: skip
 SUMMARY_COLUMNS = (
-    "row", "top1_before", "top1_after", "kl", "entropy_before", "entropy_after", "kept"
+    "row", "top1_before", "top1_after", "kl", "entropy_before", "entropy_after", "top_overlap"
 )  # fmt: skip
 EFFECT_COLUMNS = (
     "site", "layer", "head", "pos", "token", "logit_diff_before", "logit_diff",
@@ -146,11 +146,11 @@ class MetricOptions:
     token: Annotated[str, Option(help="The token that is measured, such as ' coffee'.")]
     against: Against = None
 
-    def metric(self) -> "hk.Metric":
+    def metric(self) -> "hk.metrics.Metric":
         """Returns the token's probability, or its logit minus that of the other token."""
         if self.against is None:
-            return hk.prob(parse_token(self.token))
-        return hk.logit_diff(parse_token(self.token), parse_token(self.against))
+            return hk.metrics.prob(parse_token(self.token))
+        return hk.metrics.logit_diff(parse_token(self.token), parse_token(self.against))
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,8 @@ def patch(
 
     The effect is 0 if the patch changed nothing, and 1 if it restored the clean prompt's answer.
     One pair has no confidence interval, and the largest of many effects would be smaller on
-    another pair: hk.strongest selects on half of several pairs and measures on the other half.
+    another pair: hk.stats.strongest selects on half of several pairs and measures on the other
+    half.
     """
     if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
         raise BadFile(f"--figure {figure}: give a file that ends in .png, .svg or .pdf")
@@ -268,7 +269,7 @@ def patch(
     tokens = None
     if lm.tokenizer is not None:
         tokens = [repr(lm.string(token_id)) for token_id in lm.tokenizer.encode(corrupted)]
-    metric = hk.logit_diff(right, wrong)
+    metric = hk.metrics.logit_diff(right, wrong)
     sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric, **arguments)
     write = partial(_write_patching, output, tokens=tokens, top=top, figure=figure)
     _run_sweep(sweep, write, grid.save)
@@ -305,14 +306,17 @@ def _write_patching(
     """Writes the effects of patching; `tokens` label the positions."""
     labels = tokens if "pos" in table and "head" not in table else None
     if figure is not None:
-        drawing, file_format = hk.heat_map(table, labels=labels), figure.suffix.removeprefix(".")
+        drawing, file_format = (
+            hk.figures.heat_map(table, labels=labels),
+            figure.suffix.removeprefix("."),
+        )
         write_file(figure, lambda target: drawing.savefig(target, dpi=150, format=file_format))
         output.note(f"wrote {figure}")
     reader_table = largest_rows(table, "logit_diff_effect", top)
     if tokens is not None and "pos" in reader_table:
         reader_table["token"] = [tokens[int(pos)] for pos in reader_table["pos"]]
     view = TableView(
-        table, EFFECT_COLUMNS, "", reader_table, lambda: hk.heat_map(table, labels=labels)
+        table, EFFECT_COLUMNS, "", reader_table, lambda: hk.figures.heat_map(table, labels=labels)
     )
     output.write("Patching", {"patching": view})
 
@@ -372,7 +376,7 @@ def diff(
     second_model = ModelOptions(_name_or_none(after), revision_after, device, dtype_after or dtype)
     second = second_model.load(quiet=output.quiet)
     watched_ids = token_ids(first, watch)
-    comparison = hk.diff(
+    comparison = hk.model_diff(
         first, second, texts, sites=site or None, watch=watched_ids, tolerance=tolerance
     )
     output.note(repr(comparison))

@@ -144,7 +144,7 @@ def doctor(
     raise typer.Exit(DONE if checkup.healthy else FAILED)
 
 
-def _print_checkup(checkup: "hk.Checkup") -> None:
+def _print_checkup(checkup: "hk.types.Checkup") -> None:
     width = max(map(len, checkup.facts))
     facts = [f"{name:<{width}}  {value}" for name, value in checkup.facts.items()]
     print_line("\n".join(facts) + "\n")
@@ -157,7 +157,7 @@ def _print_checkup(checkup: "hk.Checkup") -> None:
         print_line("nothing was found that does not work")
 
 
-def _readable_sites(checkup: "hk.Checkup") -> "pd.DataFrame":
+def _readable_sites(checkup: "hk.types.Checkup") -> "pd.DataFrame":
     """Returns the table of sites with yes and no, and with empty cells for missing sites."""
     import pandas as pd
 
@@ -257,7 +257,7 @@ def harvest(
     long: Annotated[
         str, Option(help="What to do with a longer text: error, truncate or split.")
     ] = "error",
-    unfit: Annotated[
+    on_error: Annotated[
         str, Option(help="What to do with a text that cannot be harvested: error or skip.")
     ] = "error",
     batch_tokens: Annotated[int, Option(min=1, help="How many tokens run together.")] = 2048,
@@ -284,7 +284,7 @@ def harvest(
             dtype=keep_as,
             context=context,
             long=long,  # pyright: ignore[reportArgumentType]
-            unfit=unfit,  # pyright: ignore[reportArgumentType]
+            on_error=on_error,  # pyright: ignore[reportArgumentType]
             batch_tokens=batch_tokens,
             shard_size=shard_size,
             progress=not quiet,

@@ -204,7 +204,7 @@ class HookedModelOptions(ModelOptions):
 
     def load_with_hooks(
         self, output: OutputOptions, watch: Texts = None, *, purpose: str = ""
-    ) -> "tuple[hk.LM, list[hk.Hook], list[int]]":
+    ) -> "tuple[hk.LM, list[hk.types.Hook], list[int]]":
         """Checks the options, and returns the model, the hooks and the ids of the watched tokens.
 
         With `purpose`, which says what the hooks are for, at least one hook is required.
@@ -225,13 +225,13 @@ class HookedModelOptions(ModelOptions):
         lm = self.load(quiet=output.quiet)
         watched_ids = token_ids(lm, watch)
         hooks = [] if self.hooks is None else hk.load_hooks(self.hooks, lm=lm)
-        hooks += [hk.hook(text, lm=lm) for text in self._texts()]
+        hooks += [hk.parse_hook(text, lm=lm) for text in self._texts()]
         for hook in hooks:
             _note_phrases(lm, hook, output.note)
         return lm, hooks, watched_ids
 
 
-def _note_phrases(lm: "hk.LM", hook: "hk.Hook", note: Callable[[str], None]) -> None:
+def _note_phrases(lm: "hk.LM", hook: "hk.types.Hook", note: Callable[[str], None]) -> None:
     """Notes a phrase that is one token with a space before it, which is what users often mean."""
     for phrase in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
         words = getattr(phrase, "words", None)  # None for a token

@@ -149,7 +149,7 @@ class OutputOptions:
         else:
             self._write_text(_format_tables(output_format, parts, main))
 
-    def write_page(self, page: "hk.Report") -> None:
+    def write_page(self, page: "hk.types.Report") -> None:
         """Writes a page to standard output, to a file, or with its tables to a folder."""
         if self.format != "folder":
             self._write_text(page.html())
@@ -196,7 +196,7 @@ def as_csv(table: "pd.DataFrame") -> str:
     return table.to_csv(index=False, lineterminator="\n")
 
 
-def _build_page(title: str, parts: Parts) -> "hk.Report":
+def _build_page(title: str, parts: Parts) -> "hk.types.Report":
     from ..reports.parts import Part
 
     page_parts: list[Any] = []

@@ -62,12 +62,12 @@ class PromptScan:
 
     lm: "hk.LM"
     prompt: str
-    hooks: "Sequence[hk.Hook]"
+    hooks: "Sequence[hk.types.Hook]"
     top: int
     watch: Sequence[int]
 
     @cached_property
-    def run(self) -> "hk.Run":
+    def run(self) -> "hk.types.Run":
         """A forward pass over the prompt."""
         return hk.forward(self.lm, self.prompt, *self.hooks)
 
@@ -104,7 +104,7 @@ def _lens(scan: PromptScan) -> TableView:
     first = scan.first_texts[0]
     caption = f"The logit lens: what leads in which layers, and the rank of {first!r} there"
     reader_table = leading_tokens(table, scan.first_tokens[0])
-    return TableView(table, (), caption, reader_table, lambda: hk.lens_map(table))
+    return TableView(table, (), caption, reader_table, lambda: hk.figures.lens_map(table))
 
 
 def leading_tokens(lens: "pd.DataFrame", token_id: int) -> "pd.DataFrame":
@@ -145,7 +145,9 @@ def _direct(scan: PromptScan) -> TableView:
     caption = f"Which components say {first!r} rather than {second!r}: {total}"
     reader_table = largest_rows(table, "logit", 8)
     columns = ("component", "logit")
-    return TableView(table, columns, caption, reader_table, lambda: hk.logit_bars(table, top=12))
+    return TableView(
+        table, columns, caption, reader_table, lambda: hk.figures.logit_bars(table, top=12)
+    )
 
 
 def _surprisal(scan: PromptScan) -> TableView:
@@ -153,7 +155,7 @@ def _surprisal(scan: PromptScan) -> TableView:
     columns = ("pos", "token", "loss", "rank", "alternatives")
     mean_loss = f"{table['loss'].mean():.3g}"
     caption = f"What each token of the prompt cost (nats; {mean_loss} on average)"
-    return TableView(table, columns, caption, figure=lambda: hk.surprisal_strip(table))
+    return TableView(table, columns, caption, figure=lambda: hk.figures.surprisal_strip(table))
 
 
 def _attention(scan: PromptScan) -> TableView:
@@ -191,7 +193,7 @@ def _attention(scan: PromptScan) -> TableView:
 def _attribution(scan: PromptScan) -> TableView:
     if scan.hooks:
         raise Unsupported("gradients are those of the model without hooks: leave the hooks out")
-    table = hk.token_attribution(scan.lm, scan.prompt, hk.logit_diff(*scan.first_tokens))
+    table = hk.token_attribution(scan.lm, scan.prompt, hk.metrics.logit_diff(*scan.first_tokens))
     first, second = scan.first_texts
     method = "gradient times input, in logits"
     caption = f"Which tokens speak for {first!r} rather than {second!r} ({method})"

@@ -49,7 +49,7 @@ The function returns a new tensor of the same shape. A function that returns Non
 | nnsight | two invokes in one trace, in a loop over layers and positions |
 | pyvene | `pv.VanillaIntervention` and `model(base, [source], {"sources->base": …})`, in a loop |
 
->>> metric = hk.logit_diff(" Mary", " John")
+>>> metric = hk.metrics.logit_diff(" Mary", " John")
 >>> table = hk.patching(lm, clean, corrupted, "resid_pre", metric, layers=[0, 16], progress=False)
 >>> len(table), "logit_diff_effect" in table
 (28, True)

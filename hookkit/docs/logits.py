@@ -20,7 +20,7 @@ The logit lens applies the model's final norm and unembedding to the residual st
 
 >>> prompt = "The Eiffel Tower is located in the city of"
 >>> lens = hk.logit_lens(lm, prompt, top=1, watch=" Paris")
->>> hk.lens_summary(lens).set_index("token")["first"].loc["' Paris'"]
+>>> hk.stats.lens_summary(lens).set_index("token")["first"].loc["' Paris'"]
 'resid_post.27'
 
 # How certain the model is

@@ -37,8 +37,8 @@ A difference of about 1e-5 in the logits is rounding: tensors of another shape a
 order. Padding is never the cause, because positions are counted in each row's own text, whichever
 side is padded. If the difference is larger, check three things: dropout (after `lm.model.train()`;
 hookkit warns about it); half precision, in which rounding is a hundred times coarser; and your own
-edit function, which receives the padded batch. `hk.Here` tells the function the rows and positions
-of its values.
+edit function, which receives the padded batch. `hk.types.EditContext` tells the function the rows
+and positions of its values.
 
 >>> alone = hk.ranks(hk.forward(lm, "Tea with milk"), top=5)
 >>> batch = hk.forward(lm, ["Tea with milk", "I like oat milk in my coffee"])
@@ -58,7 +58,8 @@ weights, the dtype and the attention implementation.
 - Logits take most of it: 8 x 1,024 tokens of a vocabulary of 128,000 are 4 GB. Pass
   `logits="last"` or `logits=False`.
 - Captures hold every position by default. `pos=-1` holds one token per prompt.
-- Sweeps and lenses run in batches that fit, and halve a batch that does not. `hk.plan` returns the
+- Sweeps and lenses run in batches that fit, and halve a batch that does not. `hk.sweep_plan`
+returns the
   cost of a sweep before it runs.
 - The activations of a corpus do not fit in memory: `hk.harvest` writes them to disk in shards.
 - If the model does not fit, use `hk.load(name, device_map="auto")`, or `tp_plan="auto"` under

@@ -1,7 +1,7 @@
 """Figures of a confidence: whether it is a probability, and whether it separates right from wrong.
 
-hk.figures.reliability_diagram(hk.calibration(confidence, right)).savefig("reliability.png")
-hk.figures.roc_curves({"router": hk.roc(probability, right)}).savefig("roc.png")
+hk.figures.reliability_diagram(hk.stats.calibration(confidence, right)).savefig("reliability.png")
+hk.figures.roc_curves({"router": hk.stats.roc(probability, right)}).savefig("roc.png")
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Figures of a generation, step by step, from the table of `decoding(run)`.
 
     run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"))
-    hk.figures.rank_lines(hk.decoding(run)).savefig("ranks.png")
+    hk.figures.rank_lines(hk.candidates(run)).savefig("ranks.png")
 
 `rank_lines` and `prob_against` show the ranks and probabilities of watched tokens as lines over the
 steps. Every figure is about one row.

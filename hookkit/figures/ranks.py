@@ -96,7 +96,7 @@ def rank_bump(
         label_point(axes, f"{before:,}  {name}", (0, before), left, align="right", **text_style)
         right = (1.12, label_heights[1][number])
         label_point(axes, f"{name}  {after:,}", (1, after), right, **text_style)
-        colour, width = style.change_colour(token["shift"]), 2.4 if is_edited else 1.3
+        colour, width = style.change_colour(-token["rank_delta"]), 2.4 if is_edited else 1.3
         axes.plot([0, 1], [before, after], color=colour, lw=width, marker="o", ms=4)
     axes.set_xlim(-0.75, 1.75)
     axes.set_xticks([0, 1], names)

@@ -94,14 +94,14 @@ def _name_tokens(axes: Axes, table: pd.DataFrame, lowest: float) -> None:
     order = table.assign(
         _is_unrequested=~table["why"].str.contains("watched|edited"),
         _is_not_top=table[["rank_before", "rank_after"]].min(axis=1) > 1,
-        _closeness=-table["decades"].abs(),
+        _closeness=-table["log10_rank_ratio"].abs(),
     ).sort_values(["_is_unrequested", "_is_not_top", "_closeness"], kind="stable")
     named = order.head(NAMED).sort_values("rank_after", kind="stable")
     gap = 0.056 * np.log10(lowest / 0.85)
     heights = _spread_ranks(named["rank_after"].to_numpy(float), gap, lowest)
     for token, height in zip(named.to_dict("records"), heights, strict=True):
         point = (float(token["rank_before"]), float(token["rank_after"]))
-        colour = style.change_colour(token["shift"])
+        colour = style.change_colour(-token["rank_delta"])
         axes.plot(*point, "o", ms=5.5, color=colour, mec=GRID, mew=0.6, zorder=3)
         name = short_label(token["token"], 0.9)
         text = f"{name}  {token['rank_before']:,} → {token['rank_after']:,}"
@@ -111,7 +111,7 @@ def _name_tokens(axes: Axes, table: pd.DataFrame, lowest: float) -> None:
 
 
 def _spread_ranks(ranks: np.ndarray, gap: float, lowest: float) -> np.ndarray:
-    """The ranks at which labels stand: `gap` decades apart, and none below the rank `lowest`."""
+    """The ranks at which labels stand: `gap` powers of ten apart, none below the rank `lowest`."""
     heights = style.spread_apart(np.log10(ranks), gap)
     n_labels_below = np.arange(len(heights))[::-1]
     return 10.0 ** np.minimum(heights, np.log10(lowest) - gap * (0.5 + n_labels_below))

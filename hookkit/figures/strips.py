@@ -1,7 +1,7 @@
 """Figures of a text as a strip of cells, one for each token, from left to right and line by line.
 
     run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"))
-    hk.figures.decision_strip(hk.decoding(run)).savefig("strip.png")
+    hk.figures.decision_strip(hk.candidates(run)).savefig("strip.png")
     hk.figures.surprisal_strip(hk.surprisal(hk.forward(lm, text))).savefig("passage.png")
 
 `decision_strip` shows what each generated token was chosen from, `surprisal_strip` how much each

@@ -1,6 +1,6 @@
 """Figures of a sweep: where an edit matters, and how certain that is. No torch, no display.
 
-    table = hk.patching(lm, clean, corrupted, "resid_pre", hk.logit_diff(" Mary", " John"))
+    table = hk.patching(lm, clean, corrupted, "resid_pre", hk.metrics.logit_diff(" Mary", " John"))
     hk.figures.heat_map(table, labels=tokens)           # layer x position, the mean over prompts
     hk.figures.interval_lines(table, x="layer")         # means with intervals, or each prompt
     hk.figures.damage_curves(hk.dose_response(lm, prompts, vectors, metric, neutral=texts))
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, did_you_mean
-from ..steering.controls import DAMAGE, over_doses
+from ..steering.controls import DAMAGE, mean_over_doses
 from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
 from .style import INK, LINES, MUTED, apply_style, drawable
@@ -48,12 +48,12 @@ def heat_map(
 ) -> Figure:
     """A number for every point of a grid, as colour: layer by position, or layer by head.
 
-    `table` is the result of `sweep`, `patching` … or `over_prompts`. Several prompts are averaged,
-    an effect as in `over_prompts`: the ratio of the means. Each site has a panel. `value` is the
-    column to draw (by default the first effect, else the first delta); `x` and `y` are the columns
-    of the axes. `labels` are texts for x, such as the prompt's tokens. Colours reach from -`limit`
-    to `limit` (by default the largest value). The `named` largest values of each panel are written
-    in their cells.
+    `table` is the result of `sweep`, `patching` … or `mean_over_prompts`. Several prompts are
+    averaged, an effect as in `mean_over_prompts`: the ratio of the means. Each site has a panel.
+    `value` is the column to draw (by default the first effect, else the first delta); `x` and `y`
+    are the columns of the axes. `labels` are texts for x, such as the prompt's tokens. Colours
+    reach from -`limit` to `limit` (by default the largest value). The `named` largest values of
+    each panel are written in their cells.
     """
     value = _value_column(table, value)
     x = _x_column(table, x, y)
@@ -200,7 +200,7 @@ def interval_lines(
     `summary` is `over_prompts(table)`, or the table of a sweep itself. `series` is the column that
     has a line for each of its values (by default site, control, pos or head, the first that has
     several). An interval of fewer than 10 prompts is not drawn: from the sweep's table each prompt
-    is drawn as a point, and from `over_prompts` the means stand alone.
+    is drawn as a point, and from `mean_over_prompts` the means stand alone.
     """
     value = _value_column(summary, value)
     if x not in summary.columns:
@@ -209,10 +209,10 @@ def interval_lines(
         series = _default_series(summary, x)
     prompts = None
     if "row" in summary.columns and "n" not in summary.columns:
-        from ..sweeps.summary import over_prompts
+        from ..sweeps.summary import mean_over_prompts
 
         prompts = summary
-        summary = over_prompts(summary, by=[x] if series is None else [x, series])
+        summary = mean_over_prompts(summary, by=[x] if series is None else [x, series])
         if value not in summary.columns:
             raise BadHook(
                 f"{value!r} is no column of a metric: give over_prompts(table, by=…, "
@@ -333,7 +333,7 @@ def _draw_vectors(
     axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[str, str]
 ) -> None:
     prompts: Any = table[~table["control"]]
-    means: Any = over_doses(table)
+    means: Any = mean_over_doses(table)
     vectors: Any = means[~means["control"]].groupby("vector", sort=False)
     for number, (name, doses) in enumerate(vectors):
         colour = VECTOR_COLOURS[number % len(VECTOR_COLOURS)]

@@ -13,8 +13,8 @@ from .base import (
     Binding,
     Change,
     Constant,
+    EditContext,
     EditHook,
-    Here,
     as_constant,
     as_where,
     require_vectors,
@@ -90,7 +90,7 @@ class Ablate(EditHook, verb="ablate", puts_in=True, takes_step=True):
                 f"0 to {size - 1}"
             )
 
-        def apply(values: Tensor, here: Here) -> Tensor:
+        def apply(values: Tensor, here: EditContext) -> Tensor:
             new = values.clone()
             new[..., units] = replacement(values, here)[..., units]
             return new
@@ -132,7 +132,7 @@ def ablate(
                     2022); the same draw for the same prompt, alone or in a batch
     to=tensor       these values: the site's axes after batch and pos, or with [pos, …] or
                     [batch, pos, …] before them
-    to=statistics   each site's mean over the texts that `hk.statistics` read
+    to=statistics   each site's mean over the texts that `hk.activation_statistics` read
     to=run          the values of that run (as `patch`)
 
     For mean and resample, per="position" (the default) takes the reference's values at the same

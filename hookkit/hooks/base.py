@@ -1,8 +1,8 @@
 """The base classes of all hooks.
 
 A hook is a frozen value: it says what to do at which sites, at which positions of which rows.
-`Hook` is the base of captures, `EditHook` the base of hooks that change values. `Here` tells a
-running edit where its values are.
+`Hook` is the base of captures, `EditHook` the base of hooks that change values. `EditContext` tells
+a running edit where its values are.
 """
 
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def set_field(value: Any, name: str, new: object) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Here:
+class EditContext:
     """Says where the values that a running edit receives are: their site, rows and positions."""
 
     site: AnySite
@@ -181,7 +181,7 @@ class Here:
 # The prompt's last position and every generated token: where logit edits act by default.
 EVERY_STEP = Span(0, None)
 
-Change: TypeAlias = Callable[[Tensor, Here], Tensor]
+Change: TypeAlias = Callable[[Tensor, EditContext], Tensor]
 """Maps the values [row, pos, ...] of selected cells to values of the same shape and dtype."""
 
 

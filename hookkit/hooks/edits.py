@@ -19,8 +19,8 @@ from .base import (
     Binding,
     Change,
     Constant,
+    EditContext,
     EditHook,
-    Here,
     as_constant,
     as_where,
     check_constant,
@@ -50,7 +50,7 @@ class Edit(
         takes_here = _count_arguments(self.fn) >= 2
         function_name = f"the function of {self}"
 
-        def apply(values: Tensor, here: Here) -> Tensor:
+        def apply(values: Tensor, here: EditContext) -> Tensor:
             old = swap_head_and_query(here.site, values)
             argument = old.clone()  # the function may write into its argument
             new = self.fn(argument, here) if takes_here else self.fn(argument)
@@ -201,7 +201,7 @@ class ProjectOut(EditHook, verb="project_out", bare=("direction",)):
             )
         fit = convert_once(_orthonormal_basis(self.direction.tensor), "the direction")
 
-        def apply(values: Tensor, here: Here) -> Tensor:
+        def apply(values: Tensor, here: EditContext) -> Tensor:
             wide = values.to(torch.promote_types(values.dtype, torch.float32))
             basis = fit(wide)
             return (wide - (wide @ basis) @ basis.T).to(values.dtype)
@@ -252,7 +252,7 @@ class SkipBlock(EditHook, verb="skip_block", reads_input=True, gives_infinity=Tr
                 )
 
     def change(self, binding: Binding) -> Change:
-        def apply(values: Tensor, here: Here) -> Tensor:
+        def apply(values: Tensor, here: EditContext) -> Tensor:
             assert here.module_input is not None
             return here.module_input.clone()
 
@@ -296,7 +296,7 @@ class Knockout(EditHook, verb="knockout"):
         _check_visible(self.key, self.where.pos)
 
     def change(self, binding: Binding) -> Change:
-        def apply(values: Tensor, here: Here) -> Tensor:
+        def apply(values: Tensor, here: EditContext) -> Tensor:
             masked = unseen_value(values.dtype, scores=True)
             new = values.clone()
             for index, row in enumerate(here.rows):
@@ -313,7 +313,7 @@ class Knockout(EditHook, verb="knockout"):
 
         return apply
 
-    def _keys(self, here: Here, row: int, n_keys: int) -> list[int]:
+    def _keys(self, here: EditContext, row: int, n_keys: int) -> list[int]:
         """Returns the positions of a row's keys that are cut, among the first `n_keys`."""
         sequences = here.cells.text
         length = sequences.lengths[row]

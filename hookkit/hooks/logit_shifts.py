@@ -18,10 +18,10 @@ from ..files.untrusted import error_message, read_text
 from ..models.positions import IndicesLike, PosLike
 from ..models.sites import AnySite, as_sites
 from ..models.tokens import Token
-from .base import Binding, Change, Here, as_where, set_field
-from .conditions import When
+from .base import Binding, Change, EditContext, as_where, set_field
 from .logits import LogitEdit, Logits, TokensEdit, flatten_tokens
 from .values import fitted_number, next_above, next_below, round_down
+from .when import When
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Boost(TokensEdit, verb="boost"):
         _check_once(tokens, self)
         amounts = self.by if isinstance(self.by, tuple) else (self.by,) * len(tokens)
 
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             fitted = [fitted_number(amount, logits.dtype, "by") for amount in amounts]
             old, new = logits[..., tokens], logits.clone()
             new[..., tokens] += torch.tensor(fitted, dtype=logits.dtype, device=logits.device)
@@ -162,7 +162,7 @@ class Cap(TokensEdit, verb="cap"):
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
         _check_once(tokens, self)
 
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             new = logits.clone()
             exact = logits[..., tokens].to(torch.promote_types(logits.dtype, torch.float32))
             if self.prob is None:
@@ -232,7 +232,7 @@ class Swap(LogitEdit, verb="swap", bare=("a", "b"), gives_infinity=True):
         if a == b:
             raise BadHook(f"{self} names one token twice: there is nothing to swap")
 
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             new = logits.clone()
             new[..., [a, b]] = logits[..., [b, a]]
             return new
@@ -284,7 +284,7 @@ class SetRank(LogitEdit, verb="set_rank", bare=("token", "rank")):
                 f"{vocab_size - 1}): it has no rank"
             )
 
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             other_logits = logits[..., :vocab_size].clone()
             count = other_logits.shape[-1]
             if self.rank > count:

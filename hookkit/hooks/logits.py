@@ -21,9 +21,9 @@ from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where
 from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, as_sites
 from ..models.tokens import Token, check_token, check_tokens
-from .base import EVERY_STEP, Binding, Change, EditHook, Here, as_tuple, as_where, set_field
-from .conditions import Condition, Phrase, When, bind_condition, phrase_offsets
+from .base import EVERY_STEP, Binding, Change, EditContext, EditHook, as_tuple, as_where, set_field
 from .values import fitted_number, next_above
+from .when import Condition, Phrase, When, bind_condition, phrase_offsets
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
 
@@ -56,8 +56,8 @@ class LogitEdit(EditHook):
             set_field(self, "where", replace(self.where, step=EVERY_STEP))
         if self.when is not None and not isinstance(self.when, Condition | Callable):
             raise BadHook(
-                f"when={self.when!r} is no condition: give hk.entropy_above(2.0), "
-                "hk.rank_of(token, at_most=10) … or a function"
+                f"when={self.when!r} is no condition: give hk.when.entropy_above(2.0), "
+                "hk.when.rank_of(token, at_most=10) … or a function"
             )
         for name in self.names:
             set_field(self, name, self._read_tokens(getattr(self, name)))
@@ -110,7 +110,7 @@ class LogitEdit(EditHook):
         if self.when is not None:
             condition = bind_condition(self.when, binding.lm)
 
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             check_inside(logits, here, tokens)
             if condition is None:
                 return edit(logits, here)
@@ -142,7 +142,7 @@ def flatten_tokens(
     return tuple(tokens)
 
 
-def check_inside(logits: Logits, here: Here, tokens: Sequence[int]) -> None:
+def check_inside(logits: Logits, here: EditContext, tokens: Sequence[int]) -> None:
     """Raises `BadEdit` for a token that the last axis does not have."""
     size = logits.shape[-1]
     for token in tokens:
@@ -219,7 +219,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
             return lambda logits, here: self._write(logits, here, ids, offsets(logits, here))
         first_steps = torch.tensor(self._starts())
 
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             since = here.steps[..., None] - first_steps
             offsets = torch.where((since >= 0) & (since < len(ids)), since, -1).amax(dim=-1)
             return self._write(logits, here, ids, offsets)
@@ -227,14 +227,14 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
         return apply
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             offsets = torch.zeros(logits.shape[:-1], dtype=torch.long)
             return self._write(logits, here, tokens, offsets)
 
         return apply
 
     def _write(
-        self, logits: Logits, here: Here, ids: list[int], offsets: Int[Tensor, "row pos"]
+        self, logits: Logits, here: EditContext, ids: list[int], offsets: Int[Tensor, "row pos"]
     ) -> Logits:
         """Puts the phrase's token at each offset first; leaves the logits where it is negative."""
         check_inside(logits, here, ids)
@@ -261,7 +261,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
     def _check_first(
         self,
         logits: Logits,
-        here: Here,
+        here: EditContext,
         index: Int[Tensor, "row pos 1"],
         due: Bool[Tensor, "row pos"],
     ) -> None:
@@ -280,7 +280,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
             )
 
     def _decide(
-        self, here: Here, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]
+        self, here: EditContext, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]
     ) -> None:
         """Records for `generate` which token each row takes, where `due` is True."""
         sequences = here.cells.text
@@ -345,7 +345,7 @@ class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
             else:
                 phrases.append(ids)
 
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             new = logits.clone()
             new[..., banned] = -math.inf
             for ids in phrases:
@@ -358,7 +358,7 @@ class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
         return apply
 
 
-def _cells_before_last(phrase_ids: list[int], here: Here) -> list[tuple[int, int]]:
+def _cells_before_last(phrase_ids: list[int], here: EditContext) -> list[tuple[int, int]]:
     """Returns the cells whose next token would complete the phrase."""
     start = phrase_ids[:-1]
     cells = []
@@ -394,7 +394,7 @@ class Restrict(TokensEdit, verb="restrict", gives_infinity=True):
     """Makes all other tokens impossible. `restrict` returns it."""
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
-        def apply(logits: Logits, here: Here) -> Logits:
+        def apply(logits: Logits, here: EditContext) -> Logits:
             new = torch.full_like(logits, -math.inf)
             new[..., tokens] = logits[..., tokens]
             if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):

@@ -54,8 +54,8 @@ VALUE_TYPES: dict[str, str] = {
     "FromRun": "hookkit.hooks.sources:FromRun",
     "FromPrompt": "hookkit.hooks.sources:FromPrompt",
     "Reference": "hookkit.hooks.sources:Reference",
-    "Condition": "hookkit.hooks.conditions:Condition",
-    "Phrase": "hookkit.hooks.conditions:Phrase",
+    "Condition": "hookkit.hooks.when:Condition",
+    "Phrase": "hookkit.hooks.when:Phrase",
 }
 
 

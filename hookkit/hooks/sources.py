@@ -21,7 +21,7 @@ from ..models.positions import Where, resolve_positions
 from ..models.prompts import check_prompts, positions_of_text
 from ..models.sites import QUERY_KEY_SITES, ModuleSite, Sites
 from ..models.views import unseen_value
-from .base import Binding, Change, Constant, Here, check_constant, set_field
+from .base import Binding, Change, Constant, EditContext, check_constant, set_field
 from .captured_values import Captured, positions_of
 from .values import check_shape, convert_like, convert_once, fit_to_values
 
@@ -174,7 +174,7 @@ def _captured(source: FromRun | FromPrompt | Reference, binding: Binding) -> Cap
 def _patch(source: Captured, where: Where, lm: LM) -> Change:
     """Returns the change to the source's values at the positions that `where` means in its text."""
 
-    def apply(values: Tensor, here: Here) -> Tensor:
+    def apply(values: Tensor, here: EditContext) -> Tensor:
         rows = [source.row(prompt) for prompt in here.rows]
         columns = _source_columns(source, where, rows, here, lm)
         new = source.by_position[torch.tensor(rows)[:, None], columns]
@@ -202,7 +202,9 @@ def _check_sizes(source: Captured, sizes: Sequence[int], model_sizes: Sequence[i
         )
 
 
-def _source_columns(source: Captured, where: Where, rows: list[int], here: Here, lm: LM) -> Tensor:
+def _source_columns(
+    source: Captured, where: Where, rows: list[int], here: EditContext, lm: LM
+) -> Tensor:
     """Returns the column of the source's values for each cell.
 
     Both texts resolve `where` for themselves, and their positions are paired in order.
@@ -245,7 +247,7 @@ def _mean(source: Captured, per: Per) -> Change:
         means.append(source.values[source.positions == position].double().mean(0))
     table = torch.stack(means)
 
-    def apply(values: Tensor, here: Here) -> Tensor:
+    def apply(values: Tensor, here: EditContext) -> Tensor:
         _check_available(available, here, source)
         index = torch.searchsorted(available, here.positions.clamp(min=int(available[0])))
         return convert_like(table[index], values, name)
@@ -253,7 +255,7 @@ def _mean(source: Captured, per: Per) -> Change:
     return apply
 
 
-def _check_available(available: Tensor, here: Here, source: Captured) -> None:
+def _check_available(available: Tensor, here: EditContext, source: Captured) -> None:
     missing = here.positions[~torch.isin(here.positions, available) & (here.positions >= 0)]
     if len(missing):
         raise BadHook(
@@ -283,7 +285,7 @@ def _resample(source: Captured, per: Per, seed: int) -> Change:
         donor = next(row for row in donors if position in source.columns[row])
         return donor, source.columns[donor][position]
 
-    def apply(values: Tensor, here: Here) -> Tensor:
+    def apply(values: Tensor, here: EditContext) -> Tensor:
         if per == "position":
             _check_available(available, here, source)
         new = torch.zeros_like(values)

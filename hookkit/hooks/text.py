@@ -19,13 +19,13 @@ from ..models.lm import LM
 from .ablation import Ablate, Patch, ablate, patch
 from .base import Hook, as_tuple
 from .capture import Capture, capture
-from .conditions import Phrase, phrase
 from .edits import Knockout, Scale, SkipBlock, knockout, project_out, scale, skip_block, steer
 from .logit_shifts import Boost, SetRank, boost, cap, set_rank, swap
 from .logits import LogitEdit, ban, force, restrict
 from .sources import FromPrompt, Reference
 from .text_grammar import Spelling, parse_amount, parse_parts, parse_sites, parse_token, split
 from .vector import Vector, load_vector
+from .when import Phrase, phrase
 
 LAYER = re.compile(r"\d{1,9}")
 LAYER_AND_HEAD = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
@@ -211,7 +211,7 @@ def _load_vector(path: str, lm: LM | None, spelling: Spelling) -> Vector:
     if lm is None:
         raise BadHook(
             f"{spelling.text!r} reads a vector that is checked against a model: "
-            "hk.hook(text, lm=lm)"
+            "hk.parse_hook(text, lm=lm)"
         )
     try:
         return load_vector(lm, path)
@@ -379,6 +379,3 @@ def format_token(token: Any) -> str:
         return f"id({token})"
     needs_no_quotes = PLAIN_TOKEN.fullmatch(token.removeprefix(" "))
     return token if needs_no_quotes else repr(token)
-
-
-hook, spell = parse_hook, format_hook  # the names in `hk`

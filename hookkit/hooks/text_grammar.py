@@ -17,7 +17,7 @@ from ..models.positions import GENERATED, PROMPT, at
 
 if TYPE_CHECKING:
     from ..models.tokens import Token
-    from .conditions import Phrase
+    from .when import Phrase
 
 CONDITIONS = (
     "phrase", "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of",
@@ -155,9 +155,9 @@ def _evaluate(node: ast.expr) -> Any:
 def _call(name: str, node: ast.Call) -> Any:
     function = at
     if name in CONDITIONS:
-        from . import conditions
+        from . import when
 
-        function = getattr(conditions, name)
+        function = getattr(when, name)
     keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
     arguments = map(_evaluate, node.args)
     try:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BadEdit, BadHook
-from .base import Binding, Constant, Here
+from .base import Binding, Constant, EditContext
 
 
 def convert_once(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
@@ -30,7 +30,7 @@ def convert_once(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
     return convert
 
 
-def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, Here], Tensor]:
+def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext], Tensor]:
     """Returns a function that gives a constant in a shape that broadcasts over some values.
 
     The constant may have the axes of the site, or [pos, ...] for the hook's positions, or
@@ -38,7 +38,7 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, Here], Tensor
     """
     convert = convert_once(value.tensor, name)
 
-    def fit(values: Float[Tensor, "row pos ..."], here: Here) -> Tensor:
+    def fit(values: Float[Tensor, "row pos ..."], here: EditContext) -> Tensor:
         tensor, shape = convert(values), values.shape[2:]
         if tensor.shape == shape:
             return tensor

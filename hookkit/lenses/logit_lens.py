@@ -54,7 +54,7 @@ def logit_lens(
     top: int = 5,
     watch: Iterable[Token] | Token = (),
     choose: str = "layer",
-    through: Translator | None = None,
+    lens: Translator | None = None,
 ) -> pd.DataFrame:
     """What the model would predict from each layer's residual stream.
 
@@ -67,7 +67,7 @@ def logit_lens(
     attn_out, mlp_out: it alone through the norm; `direct_logits` splits a logit exactly).
     `choose="layer"` shows each layer's first `top` tokens; `choose="anywhere"` shows at every layer
     the same `top` tokens, those that rank best at any layer. `hooks` act as in `forward`, and those
-    after the blocks act on every layer's state. `through` is a tuned lens.
+    after the blocks act on every layer's state. `lens` is a tuned lens.
 
     The logit lens: nostalgebraist 2020, "interpreting GPT: the logit lens".
 
@@ -90,7 +90,7 @@ def logit_lens(
     end = Site("resid_post", lm.n_layers - 1)
     captured = (*[site for site in selected if site != end], end)
     run = forward(lm, prompts, *hooks, capture(list(captured), pos=pos, rows=rows), logits=False)
-    states = LensStates(run, captured, through)
+    states = LensStates(run, captured, lens)
     prompt_rows = as_batch(lm, prompts).rows
     table = lens_table(states, hooks, prompt_rows, top, watched, anywhere=choose == "anywhere")
     if end not in selected:
@@ -123,15 +123,15 @@ class LensStates:
 
     run: Run
     sites: tuple[Site, ...]
-    through: Translator | None = None
+    lens: Translator | None = None
 
     def at(self, cells: Cells) -> Float[Tensor, "cell site d_model"]:
         """Returns the states of some cells, translated if the lens is a tuned one."""
         states = []
         for site in self.sites:
             values = self.run[site][cells.index, cells.column]
-            if self.through is not None and site != self.sites[-1]:
-                values = self.through.translated(site, values)
+            if self.lens is not None and site != self.sites[-1]:
+                values = self.lens.translated(site, values)
             states.append(values)
         device = states[-1].device
         return torch.stack([values.to(device) for values in states], 1)

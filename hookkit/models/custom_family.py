@@ -3,7 +3,7 @@
 They are for a model whose family hookkit does not know, or for which the dry run derived a wrong
 row.
 
-row = hk.family("mine", like=lm, places={"attn_out": hk.place(".post_norm")})
+row = hk.family("mine", like=lm, locations={"attn_out": hk.location(".post_norm")})
 lm = hk.LM(model, tokenizer, row=row)
 """
 
@@ -21,11 +21,11 @@ from .sites import AXES
 INSIDE = ("query", "key", "value", "scores", "pattern", "router")
 WORDS = ("d_model", *HEAD_SIZES, "d_mlp", "expert", "choice", "vocab", "share", "quarter")
 
-PlaceLike: TypeAlias = ModuleLocation | tuple[ModuleLocation, ...]
+LocationLike: TypeAlias = ModuleLocation | tuple[ModuleLocation, ...]
 
 
 @check_arguments
-def place(
+def location(
     path: str,
     *,
     side: Literal["input", "output", "inside"] = "output",
@@ -44,12 +44,12 @@ def place(
     arguments are the fields of `ModuleLocation`. Raises `BadHook` for a side, an item or a cut that
     does not exist.
 
-    >>> place(".self_attn.q_proj", cut="head d_head").path
+    >>> location(".self_attn.q_proj", cut="head d_head").path
     '.self_attn.q_proj'
     """
     if side not in ("input", "output", "inside"):
         raise BadHook(
-            f"side={side!r}: a place is at side='input', 'output' or 'inside' of its module"
+            f"side={side!r}: a location is at side='input', 'output' or 'inside' of its module"
         )
     if side == "inside" and item not in INSIDE:
         raise BadHook(f"item={item!r} inside a module: name one of {', '.join(INSIDE)}")
@@ -70,7 +70,7 @@ def family(
     name: str,
     *,
     like: str | Family | LM | None = None,
-    places: Mapping[str, PlaceLike] | None = None,
+    locations: Mapping[str, LocationLike] | None = None,
     missing: Mapping[str, str] | None = None,
     block: str | None = None,
     attention: Literal["interface", "own"] | None = None,
@@ -79,18 +79,18 @@ def family(
 ) -> Family:
     """Returns a row of the table of families, for `hk.LM(model, tokenizer, row=row)`.
 
-    `like` is the row to begin with: a model type of the table, another row, or a model. `places`
+    `like` is the row to begin with: a model type of the table, another row, or a model. `locations`
     are added to this row, and checked against the modules of `like` if it is a model. `missing`
     removes sites, each with a reason. `block` is the path of the blocks, with `{layer}` for the
     number. `sizes` corrects the sizes in the configuration: d_head, kv_head and so on. Raises
     `UnknownSite` for a name that is no site, or a path that the model does not have.
 
-    >>> row = family("mine", like="llama", places={"attn_out": place(".post_norm")})
-    >>> row.places["attn_out"].path
+    >>> row = family("mine", like="llama", locations={"attn_out": location(".post_norm")})
+    >>> row.locations["attn_out"].path
     '.post_norm'
     """
     base = _base_row(like)
-    added, removed = dict(places or {}), dict(missing or {})
+    added, removed = dict(locations or {}), dict(missing or {})
     _check_sites(added, removed)
     if block is not None and "{layer}" not in block:
         raise BadHook(
@@ -102,7 +102,7 @@ def family(
             f"attention={attention!r}: it is reached through transformers' 'interface', or in its "
             "'own' code"
         )
-    locations = {site: value for site, value in base.places.items() if site not in removed}
+    locations = {site: value for site, value in base.locations.items() if site not in removed}
     reasons = {site: reason for site, reason in base.missing.items() if site not in added}
     row = Family(
         name,
@@ -149,11 +149,11 @@ def _check_sites(added: Mapping[str, Any], removed: Mapping[str, str]) -> None:
             )
     for site, value in added.items():
         if site in removed:
-            raise BadHook(f"{site!r} is in places= and in missing=: say one of them")
+            raise BadHook(f"{site!r} is in locations= and in missing=: say one of them")
         locations = value if isinstance(value, tuple) else (value,)
         if not locations or not all(isinstance(item, ModuleLocation) for item in locations):
             raise BadHook(
-                f"the place of {site!r} is {value!r}: make one with hk.place(path, side=…), or a "
+                f"the location of {site!r} is {value!r}: give hk.location(path, side=…), or a "
                 "tuple of them"
             )
     for site, reason in removed.items():
@@ -174,7 +174,7 @@ def _correct_sizes(base: Family, corrections: Mapping[str, int]) -> SizeCorrecti
     return sizes
 
 
-def _check_paths(lm: LM, row: Family, added: Mapping[str, PlaceLike]) -> None:
+def _check_paths(lm: LM, row: Family, added: Mapping[str, LocationLike]) -> None:
     """Raises `UnknownSite` for a location that no block of the model has."""
     layout = Layout(lm.root, lm.config, row)
     for site in added:

@@ -81,7 +81,7 @@ class Layout:
 
         Configurations have many names for it.
         """
-        if "mlp_post" not in self.family.places:
+        if "mlp_post" not in self.family.locations:
             return None
         layers = range(self.n_layers) if layer is None else (layer,)
         for number in layers:
@@ -98,7 +98,7 @@ class Layout:
     @cached_property
     def names(self) -> list[str]:
         """The names of the sites that the model has in at least one block."""
-        return [name for name in AXES if name in self.family.places and self.layers(name) != []]
+        return [name for name in AXES if name in self.family.locations and self.layers(name) != []]
 
     def layers(self, name: str) -> list[int] | None:
         """Returns the blocks that have a site; None for a site that exists once in the model."""

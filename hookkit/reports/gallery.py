@@ -26,7 +26,7 @@ COLUMNS = ["result", "title", "question", "answer", "made", "page"]
 
 
 @check_arguments
-def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
+def list_results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     """The results in a folder and in the folders below it, one row for each.
 
     A result is a folder with a report.html or a README.md, as `hk.record` writes them.
@@ -37,7 +37,7 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
     ...     oat_milk.answer("Coffee.")
-    >>> results("results")[["result", "question", "answer"]]
+    >>> list_results("results")[["result", "question", "answer"]]
          result          question   answer
     0  oat_milk  What comes next?  Coffee.
     """
@@ -60,7 +60,7 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 @check_arguments
-def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
+def write_index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
     """Write index.html and README.md into a folder of results. Returns the path of index.html.
 
     Both have the question, the answer and the first figure of each result, and link to it. Results
@@ -71,10 +71,10 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
     ...     oat_milk.answer("Coffee.")
-    >>> index("results").name
+    >>> write_index("results").name
     'index.html'
     """
-    rows: list[Any] = results(folder).to_dict("records")
+    rows: list[Any] = list_results(folder).to_dict("records")
     rows.sort(key=lambda row: not row["question"])
     # This import brings torch, which results that are only listed do not need.
     from ..models.tensor_parallel import is_writing_process
@@ -82,8 +82,8 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
     page = Path(folder) / "index.html"
     if os.path.lexists(page) and not is_own_page(page):
         raise BadFile(
-            f"{str(page)!r} was not written by hk.index: move it away, or make the index of "
-            "another folder"
+            f"{str(page)!r} was not written by hk.results.write_index: move it away, or make "
+            "the index of another folder"
         )
     for row in rows:
         row["picture"] = _encode_picture(Path(folder) / row["result"])

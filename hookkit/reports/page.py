@@ -45,7 +45,7 @@ SORTABLE_ROWS = 3  # the fewest rows of a table that the reader can sort
 PROSE_LETTERS = 40  # a longer text in a cell may break into lines
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 # The columns that are coloured by their sign: with 1 positive numbers are green, with -1 negative.
-SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}
+SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "rank_delta": -1}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 INDEX_COLUMNS = ("row", "pos", "step")
 PAGE = "report.html"

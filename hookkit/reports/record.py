@@ -43,7 +43,7 @@ from ..runs.run import Run
 from .page import PAGE, Report, has_hash, report
 from .parts import Part, check_name, encode_text, part_files
 from .readme import README
-from .results_diff import LAST, describe_changes, moved
+from .results_diff import LAST, compare_results, describe_changes
 
 ABOUT = "about.json"
 # What has to be the same in all runs of a folder.
@@ -110,11 +110,11 @@ class Record:
             tqdm.write(printable(words), file=sys.stderr)
 
     def moved(self) -> pd.DataFrame:
-        """What differs from the run before, as a table of `hk.moved`.
+        """What differs from the run before, as a table of `hk.results.compare_results`.
 
         Raises `BadHook` if there was no run before.
         """
-        return moved(self.folder / LAST, self.folder)
+        return compare_results(self.folder / LAST, self.folder)
 
     def answer(self, words: str) -> None:
         """Set the answer, a sentence. It is under the question, and on the index of all results."""

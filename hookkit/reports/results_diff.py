@@ -1,7 +1,8 @@
-"""`hk.moved`: what changed between two runs of one experiment, table by table.
+"""`hk.results.compare_results`: what changed between two runs of one experiment, table by table.
 
-hk.moved("results/oat_milk", "elsewhere/oat_milk")      # two folders
-hk.moved("results/oat_milk@HEAD", "results/oat_milk")   # the commit, and the files on disk
+hk.results.compare_results("results/oat_milk", "elsewhere/oat_milk")      # two folders
+hk.results.compare_results("results/oat_milk@HEAD", "results/oat_milk")   # the commit, and the
+files on disk
 """
 
 import io
@@ -27,7 +28,7 @@ Tables: TypeAlias = "str | os.PathLike[str] | Mapping[str, pd.DataFrame]"
 
 
 @check_arguments
-def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
+def compare_results(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
     """The differences between the tables of two results, one row for each table.
 
     before, after  folders, with every CSV in them and in folders below; "FOLDER@REVISION" is a
@@ -42,7 +43,7 @@ def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.
     `BadHook` for a folder or a revision that does not exist, and `BadFile` for a table that cannot
     be read.
 
-    >>> moved({"ranks": ranks(run)}, {"ranks": ranks(run)})[["table", "same", "moved"]]
+    >>> compare_results({"ranks": ranks(run)}, {"ranks": ranks(run)})[["table", "same", "moved"]]
        table  same  moved
     0  ranks  True      0
     """
@@ -55,7 +56,7 @@ def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.
 
 
 def describe_changes(table: pd.DataFrame) -> str:
-    """The result of `moved` in one line."""
+    """The result of `compare_results` in one line."""
     if table.empty:
         return "there are no tables"
     changed: Any = table[~table["same"]]
@@ -128,7 +129,7 @@ def _table_name(path: Path) -> str:
 def _compare(
     old: pd.DataFrame | None, new: pd.DataFrame | None, tolerance: float
 ) -> dict[str, Any]:
-    """The columns of a row of `moved`, without the table's name."""
+    """The columns of a row of `compare_results`, without the table's name."""
     note = _describe_shape(old, new)
     result: dict[str, Any] = {"same": False, "cells": 0, "moved": 0, "largest": float("nan")}
     result |= {"column": "", "note": note}

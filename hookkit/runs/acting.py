@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadEdit, BadHook, Unsupported
-from ..hooks.base import Here
+from ..hooks.base import EditContext
 from ..hooks.capture import Capture, CaptureLast
 from ..hooks.captured_values import CapturedChunk, swap_head_and_query
 from ..hooks.values import convert_dtype
@@ -87,7 +87,7 @@ def _edit(
     if module_input is not None:
         selected_input = selection.gather(module_input)
     new = bound_hook.change(
-        values, Here(bound_hook.site, bound_hook.where, selection, selected_input)
+        values, EditContext(bound_hook.site, bound_hook.where, selection, selected_input)
     )
     check_result(bound_hook, selection, values, new)
     if new.dtype != values.dtype:
@@ -218,7 +218,7 @@ def _apply_to_whole_tensor(
         stored = _stored_copy(tensor.detach(), bound_hook.hook, False)
         bound_hook.pieces.append(CapturedChunk(forward_pass.number, None, stored))
         return (bound_hook, forward_pass.number, None, tensor.shape, None), tensor
-    new = bound_hook.change(tensor, Here(bound_hook.site, bound_hook.where, None))
+    new = bound_hook.change(tensor, EditContext(bound_hook.site, bound_hook.where, None))
     check_result(bound_hook, None, tensor, new)
     changed = (new != tensor).sum()
     return (bound_hook, forward_pass.number, None, tensor.shape, changed), new

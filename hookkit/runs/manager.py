@@ -399,7 +399,7 @@ def find_user_hooks(root: nn.Module) -> list[str]:
                 if hook.dispatcher.acts_here():
                     raise Unsupported(
                         "a sweep inside a block of hk.attach: leave the block, and give its hooks "
-                        "as under=[…]"
+                        "as base_hooks=[…]"
                     )
                 continue  # a block of another thread, which does not act here
             module_name = getattr(hook, "__module__", None) or type(hook).__module__

@@ -136,8 +136,9 @@ class Run:
     ) -> Path:
         """Writes the captured values to a safetensors file and returns the file's path.
 
-        The file also holds how the run was made, and the texts in `about`. `hk.load_tensors` reads
-        the values back. If several processes hold a split model together, only the first writes.
+        The file also holds how the run was made, and the texts in `about`.
+        `hk.results.load_tensors` reads the values back. If several processes hold a split model
+        together, only the first writes.
         """
         if not self.lm.is_writer:
             return Path(path)

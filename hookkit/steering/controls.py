@@ -1,8 +1,9 @@
 """Dose responses over the prompts, and vectors compared where they damage equally much.
 
 table = hk.dose_response(lm, prompts, vectors, metric, samples=8, neutral=texts)
-hk.over_doses(table)                        # means with intervals, and the damage
-hk.at_damage(table, 0.1)                    # every vector at the dose that costs 0.1 nats a token
+hk.stats.mean_over_doses(table)                        # means with intervals, and the damage
+hk.stats.effect_at_damage(table, 0.1)                    # every vector at the dose that costs 0.1
+nats a token
 
 No torch is needed.
 """
@@ -16,7 +17,7 @@ import pandas as pd
 
 from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
-from ..sweeps.summary import over_prompts
+from ..sweeps.summary import mean_over_prompts
 from ..tables import intervals
 
 LINE = ("vector", "site", "layer")  # the columns that name a vector
@@ -24,18 +25,20 @@ DAMAGE = ("damage_kl", "damage_loss", "perplexity")
 
 
 @check_arguments
-def over_doses(
+def mean_over_doses(
     table: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """The means of a `dose_response` over its prompts: one row for each vector, dose and control.
 
     Columns: vector, site, layer, dose, control, n (prompts), the means of the metrics with `_se`,
-    `_low` and `_high` as in `over_prompts` (of a control, over prompts and random vectors: both are
-    samples), samples (random vectors), and the mean damage. The damage is that of all neutral texts
-    together and has no interval.
+    `_low` and `_high` as in `mean_over_prompts` (of a control, over prompts and random vectors:
+    both are samples), samples (random vectors), and the mean damage. The damage is that of all
+    neutral texts together and has no interval.
     """
     cells = [*_line_columns(table), "dose", "control"]
-    means = over_prompts(table, by=cells, confidence=confidence, resamples=resamples, seed=seed)
+    means = mean_over_prompts(
+        table, by=cells, confidence=confidence, resamples=resamples, seed=seed
+    )
     aggregations: dict[str, tuple[str, str]] = {"samples": ("sample", "nunique")}
     for name in _damage_columns(table):
         aggregations[name] = (name, "mean")
@@ -44,7 +47,7 @@ def over_doses(
 
 
 @check_arguments
-def at_damage(
+def effect_at_damage(
     table: pd.DataFrame, damage: float, *, by: str = "damage_kl", toward: int = 1
 ) -> pd.DataFrame:
     """Every vector of a `dose_response` at the dose that costs this much damage.

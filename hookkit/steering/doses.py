@@ -26,7 +26,7 @@ from ..models.prompts import Prompts, Row, as_batch
 from ..runs.forward import forward
 from ..sweeps.cells import as_hooks, list_values
 from ..sweeps.sweep import sweep
-from ..tables.metrics import MetricLike
+from ..tables.metrics.metric import MetricLike
 from .directions import BATCH
 
 Named: TypeAlias = Mapping[str, Vector | Sequence[Vector]]
@@ -107,7 +107,7 @@ def dose_response(
     neutral: Prompts | None = None,
     pos: PosLike = None,
     seed: int = 0,
-    under: Hook | Sequence[Hook] = (),
+    base_hooks: Hook | Sequence[Hook] = (),
     batch: int = BATCH,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -146,12 +146,12 @@ def dose_response(
     def hooks(vector: int, dose: float, sample: int) -> Hook:
         return sampled[vector][sample].steer(dose=dose, pos=pos)
 
-    table = sweep(lm, prompts, grid, hooks, metrics, under=under, progress=progress)
+    table = sweep(lm, prompts, grid, hooks, metrics, base_hooks=base_hooks, progress=progress)
     attrs = table.attrs
     if texts is not None:
         cells = list(itertools.product(*grid.values()))
         edits = [sampled[vector][sample].steer(dose=dose) for vector, dose, sample in cells]
-        loss, before, kl = _damages(lm, texts, edits, as_hooks(under), batch, progress)
+        loss, before, kl = _damages(lm, texts, edits, as_hooks(base_hooks), batch, progress)
         damage = pd.DataFrame(cells, columns=list(grid))
         damage = damage.assign(damage_kl=kl, damage_loss=loss - before, perplexity=np.exp(loss))
         table = table.merge(damage, on=list(grid), how="left")

@@ -1,6 +1,7 @@
 """Learned vectors: gradient descent on what is added at one site, with the model's weights frozen.
 
-vector = hk.fit_vector(lm, "resid_post.12", prompts, hk.logit_diff(" good", " bad"), dose=0.3)
+sentiment = hk.metrics.logit_diff(" good", " bad")
+vector = hk.fit_vector(lm, "resid_post.12", prompts, sentiment, dose=0.3)
 vector = hk.fit_vector(lm, "resid_post.12", prompts, [" a joy to watch.", " lovely and warm."])
 vector.about["curve"]           # the target before each step, and after the last one
 
@@ -30,7 +31,7 @@ from ..models.training import freeze_weights, refuse_no_gradient, warn_of_dropou
 from ..runs.manager import HookManager
 from ..sweeps.cell_metrics import CellMetrics
 from ..sweeps.inputs import SweepInputs, read_inputs
-from ..tables.metrics import FunctionMetric, Loss, Metric, MetricLike, as_metrics, loss
+from ..tables.metrics.metric import FunctionMetric, Loss, Metric, MetricLike, as_metrics, loss
 from .directions import BATCH, collect_statistics, median_length, provenance
 
 
@@ -71,7 +72,7 @@ class Aim:
                 if not part.requires_grad:
                     raise BadHook(
                         f"{self.words} has no gradient: a rank, or whether a token is the first, "
-                        "moves in steps; give hk.logprob or hk.logit_diff"
+                        "moves in steps; give hk.metrics.logprob or hk.metrics.logit_diff"
                     )
                 gradient += torch.autograd.grad(part, vector)[0]
             total += float(part.detach())
@@ -183,9 +184,9 @@ def fit_vector(
 
     It is found by gradient descent with the model's weights frozen (Subramani et al. 2022).
 
-    target    a metric whose mean over the prompts is to rise, at their last token (`hk.logit_diff`,
-              `hk.logprob` …, a function of the logits); or continuations, one text for all prompts
-              or one for each, whose loss is to fall
+    target    a metric whose mean over the prompts is to rise, at their last token
+              (`hk.metrics.logit_diff`, `hk.metrics.logprob` …, a function of the logits); or
+              continuations, one text for all prompts or one for each, whose loss is to fall
     pos       where the vector is added: everywhere, on a continuation too; or at these positions of
               each prompt
     lr        the approximate length of one of the `steps` of Adam, as a fraction of the stream's

@@ -83,7 +83,7 @@ def causal_tracing(
     positions = _positions_of_samples(positions, samples)
     repeated = chain.from_iterable(repeat(row, samples) for row in batch.rows)
     rows = [list(row) for row in repeated]
-    base_hooks = as_hooks(settings.get("under", ()))
+    base_hooks = as_hooks(settings.get("base_hooks", ()))
     clean = forward(lm, rows, *base_hooks, capture(lm.sites(site)))
 
     def hooks(layer: int, pos: object) -> list[Hook]:
@@ -96,7 +96,7 @@ def causal_tracing(
 
     noise_std = noise * embedding_std(lm, noise_over)
     noise_hooks = _noise_hooks(lm, batch.rows, spans, samples, noise_std, seed)
-    settings["under"] = [*base_hooks, *noise_hooks]
+    settings["base_hooks"] = [*base_hooks, *noise_hooks]
     axes = {"layer": restored_layers, "pos": list(positions)}
     table = sweep(lm, rows, axes, hooks, metrics, target=clean, **settings)
     table["prompt"], table["sample"] = table["row"] // samples, table["row"] % samples

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import BadHook, Unsupported
 from ..models.prompts import Prompts, as_batch
 from ..runs.run import Run
-from ..tables.metrics import Measure, Said, logits_at
+from ..tables.metrics.metric import Measure, MetricInput, logits_at
 from .cells import check_reached
 from .forwards import BaseForward, run_base
 from .inputs import SweepInputs, read_inputs
@@ -73,18 +73,20 @@ class CellMetrics:
                 values[key] = numbers
         return values
 
-    def said(self, rows: Sequence[int], logits: Float[Tensor, "row pos vocab"]) -> Said:
+    def said(self, rows: Sequence[int], logits: Float[Tensor, "row pos vocab"]) -> MetricInput:
         """Returns what the metrics read of these rows."""
         before = None
         if self.before is not None:
             before = torch.stack([self.before[row] for row in rows]).float().to(logits.device)
         read_counts = self.inputs.read_counts
         if max(read_counts) == 1 and not self.inputs.has_continuation:
-            return Said(logits[:, -1].float(), rows, before)
+            return MetricInput(logits[:, -1].float(), rows, before)
         after = []
         for row, row_logits in zip(rows, logits, strict=True):
             after.append(row_logits[-read_counts[row] :].float())
-        return Said(torch.stack([row_logits[0] for row_logits in after]), rows, before, after)
+        return MetricInput(
+            torch.stack([row_logits[0] for row_logits in after]), rows, before, after
+        )
 
 
 def metric_columns(

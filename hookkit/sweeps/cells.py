@@ -27,7 +27,7 @@ from torch import Tensor
 from ..arguments import as_items, check_integer, check_seed, describe
 from ..errors import BadEdit, BadHook, EmptySelection
 from ..hooks.ablation import Ablate
-from ..hooks.base import Binding, Change, EditHook, Here, Hook, require_vectors, set_field
+from ..hooks.base import Binding, Change, EditContext, EditHook, Hook, require_vectors, set_field
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured
 from ..hooks.sources import FromRun
@@ -286,7 +286,7 @@ class Randomised(EditHook):
     def change(self, binding: Binding) -> Change:
         change = self.of.change(binding)
 
-        def apply(values: Tensor, here: Here) -> Tensor:
+        def apply(values: Tensor, here: EditContext) -> Tensor:
             difference = (change(values, here) - values).float()
             if bool(here.real_cells(~difference.isfinite()).any()):
                 raise BadEdit(
@@ -299,7 +299,7 @@ class Randomised(EditHook):
 
         return apply
 
-    def _noise(self, values: Tensor, here: Here) -> Tensor:
+    def _noise(self, values: Tensor, here: EditContext) -> Tensor:
         """Returns normal draws that depend only on the seed, the site, the prompt's tokens and the
         position."""
         noise = torch.ones(values.shape)

@@ -297,7 +297,7 @@ class PlanRun:
         for bound in plan.first_effect.base:
             if not bound.fired and had_to_fire(bound, plan, rows, sources_match=False):
                 raise NeverFired(
-                    f"{bound.hook}, which is to act under every cell, never fired at {bound.site}"
+                    f"{bound.hook}, a base hook of every cell, never fired at {bound.site}"
                 )
         cell_metrics = worker.load(settings, forward)
         values = cell_metrics.values(cell_keys(UNEDITED, rows), forward.logits)

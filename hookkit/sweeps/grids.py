@@ -1,9 +1,9 @@
 """The standard grids, each in one call: patching, ablation, steering dose.
 
-hk.patching(lm, clean, corrupted, "resid_pre", hk.logit_diff(" Mary", " John"))  # layer x pos
-hk.patching(lm, clean, corrupted, "z", metric)                                   # layer x head
-hk.ablations(lm, prompts, "z", metric, to="mean", over=prompts)                  # layer x head
-hk.dose(lm, prompts, "resid_post.12", vector, metric, scales=[0, 2, 4])
+hk.patching(lm, clean, corrupted, "resid_pre", hk.metrics.logit_diff(" Mary", " John"))  # layer x
+pos hk.patching(lm, clean, corrupted, "z", metric) # layer x head hk.ablations(lm, prompts, "z",
+metric, to="mean", over=prompts) # layer x head hk.dose(lm, prompts, "resid_post.12", vector,
+metric, scales=[0, 2, 4])
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ from ..models.sites import (
     Site,
 )
 from ..runs.forward import forward
-from ..tables.metrics import MetricLike
+from ..tables.metrics.metric import MetricLike
 from .cells import as_hooks, list_values
 from .sweep import Settings, sweep
 
@@ -84,7 +84,7 @@ def patching(
     target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, source, target)
     grid = create_site_grid(lm, names, layers, heads, grid_positions(lengths, names, pos))
-    base_hooks = as_hooks(settings.get("under", ()))
+    base_hooks = as_hooks(settings.get("base_hooks", ()))
     run = forward(lm, source, *base_hooks, capture(grid.sites()), logits=False)
     hooks = grid.hooks(lambda site, pos, rows: patch(site, run, pos=pos, rows=rows))
     return sweep(lm, target, grid.axes, hooks, metrics, target=source, **settings)

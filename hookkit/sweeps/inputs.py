@@ -16,7 +16,7 @@ from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.padding import padding_scheme
 from ..models.prompts import Prompts, Row, as_batch, pad_id, pad_rows, positions_of_text
-from ..tables.metrics import Loss, Metric
+from ..tables.metrics.metric import Loss, Metric
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ from ..hooks import serialization as codec
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
 from ..models.wrappers import active_adapter_names
 from ..runs.run import Run
-from ..tables.metrics import column_names
+from ..tables.metrics.metric import column_names
 from .cell_metrics import UNEDITED, Values
 from .plan import Plan
 

@@ -29,7 +29,7 @@ from ..models.sites import AnySite, Site, Sites, SitesLike
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..runs.taps import build_hook_points
-from ..tables.token_metrics import logit
+from ..tables.metrics.token_metrics import logit
 from .cells import as_hooks
 from .execute import PlanRun
 from .grids import (
@@ -43,7 +43,7 @@ from .grids import (
 from .journal import Journal
 from .plan import Plan
 from .shortcuts import no_reference
-from .sweep import Settings, plan, sweep
+from .sweep import Settings, sweep, sweep_plan
 
 # The components that write into the residual stream, in the order within a block.
 COMPONENTS = ("z", "attn_out", "mlp_out")
@@ -86,7 +86,7 @@ def path_patching(
     read_sites = list(dict.fromkeys(_check_receiver(site) for site in receiver_sites))
     frozen = _all_layers(lm, freeze)
     lengths = check_pairs(lm, corrupted, clean)
-    base_hooks = as_hooks(settings.get("under", ()))
+    base_hooks = as_hooks(settings.get("base_hooks", ()))
     captured_sites = list(dict.fromkeys([*frozen, *read_sites]))
     clean_run = forward(lm, clean, *base_hooks, capture(captured_sites), logits=False)
     corrupted_run = forward(lm, corrupted, *base_hooks, capture(lm.sites(senders)), logits=False)
@@ -103,7 +103,9 @@ def path_patching(
     if not receiver_sites:
         return sweep(lm, clean, grid.axes, sender_hooks, metrics, target=corrupted, **settings)
     memory = settings.get("memory")
-    first_plan = plan(lm, clean, grid.axes, sender_hooks, logit(0), under=base_hooks, memory=memory)
+    first_plan = sweep_plan(
+        lm, clean, grid.axes, sender_hooks, logit(0), base_hooks=base_hooks, memory=memory
+    )
     received = _read_receivers(first_plan, clean_run, read_sites)
 
     def receiver_hooks(**point: Any) -> list[Hook] | None:

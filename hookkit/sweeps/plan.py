@@ -15,7 +15,7 @@ from ..arguments import check_integer
 from ..display import render_html
 from ..models.lm import LM
 from ..runs.taps import HookPoint
-from ..tables.metrics import Measure, Metric
+from ..tables.metrics.metric import Measure, Metric
 from .cells import Cell
 from .forwards import CellPrompt, Shortcuts
 from .inputs import SweepInputs
@@ -93,7 +93,7 @@ def memory_budget(lm: LM, memory: int | None) -> int:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """What a sweep will do; print it. `hk.plan` returns one, `hk.sweep` runs one."""
+    """What a sweep will do; print it. `hk.sweep_plan` returns one, `hk.sweep` runs one."""
 
     lm: LM
     cells: tuple[Cell, ...]

@@ -24,7 +24,7 @@ Summary: TypeAlias = dict[str, np.ndarray]
 
 
 @check_arguments
-def over_prompts(
+def mean_over_prompts(
     table: pd.DataFrame,
     *,
     by: Sequence[str] | None = None,
@@ -64,7 +64,7 @@ def over_prompts(
     the interval over prompts and random vectors of what a vector does beyond one more random
     vector; in rows of random vectors (`control`) it is where such a vector would lie.
 
-    >>> over_prompts(table).columns[:4].tolist()
+    >>> mean_over_prompts(table).columns[:4].tolist()
     ['layer', 'n', 'prob', 'prob_se']
     """
     if not 0 < confidence < 1:
@@ -361,12 +361,12 @@ def strongest(
 
     The largest of many numbers is too large, because chance helped to choose it. So the 1st, 3rd,
     5th … prompt choose the cells, and the 2nd, 4th … measure them: numbers and intervals are those
-    of `over_prompts` on prompts that had no part in the choice.
+    of `mean_over_prompts` on prompts that had no part in the choice.
 
     `value` is the column by which cells are chosen (by default the first effect, else the first
     delta): by absolute value, or `toward` "up" or "down". Controls are not chosen. Columns: those
-    of `over_prompts`, and `<value>_chosen`, the value in the choosing half, by which the rows are
-    sorted. The table needs at least 4 prompts.
+    of `mean_over_prompts`, and `<value>_chosen`, the value in the choosing half, by which the rows
+    are sorted. The table needs at least 4 prompts.
 
     >>> strongest(pd.concat([table, table.assign(row=table["row"] + 2)]), top=1)["n"].tolist()
     [2]
@@ -390,8 +390,8 @@ def strongest(
     is_first_half = pd.factorize(table[key])[0] % 2 == 0
     settings: dict[str, Any] = {"by": cell_names, "values": value_names, "effects": effects}
     settings |= {"confidence": confidence, "resamples": resamples, "seed": seed}
-    chosen = over_prompts(pd.DataFrame(table[is_first_half]), **settings)
-    measured = over_prompts(pd.DataFrame(table[~is_first_half]), **settings)
+    chosen = mean_over_prompts(pd.DataFrame(table[is_first_half]), **settings)
+    measured = mean_over_prompts(pd.DataFrame(table[~is_first_half]), **settings)
     keys = {"either": -chosen[value].abs(), "up": -chosen[value], "down": chosen[value]}
     order = keys[toward].sort_values(kind="stable").index[:top]
     best = chosen.loc[order, [*cell_names, value]].rename(columns={value: f"{value}_chosen"})

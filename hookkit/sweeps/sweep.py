@@ -1,8 +1,8 @@
-"""hk.sweep and hk.plan: a grid of edits, the hooks of each cell, a metric, and a long table.
+"""hk.sweep and hk.sweep_plan: a grid of edits, the hooks of each cell, a metric, and a long table.
 
     table = hk.sweep(lm, prompts, {"layer": range(30), "pos": range(14)},
                      lambda layer, pos: hk.patch(hk.Site("resid_post", layer), clean, pos=pos),
-                     hk.logit_diff(" Mary", " John"))
+                     hk.metrics.logit_diff(" Mary", " John"))
 
 Every cell has the numbers of one forward with its hooks. The plan decides how they are computed.
 """
@@ -28,7 +28,7 @@ from ..runs.engines.ray import EngineLike, Ray, read_engine
 from ..runs.manager import find_user_hooks
 from ..runs.run import Run
 from ..runs.taps import BoundHook, HookPoint
-from ..tables.metrics import MetricLike, as_metrics, column_names
+from ..tables.metrics.metric import MetricLike, as_metrics, column_names
 from .cell_metrics import UNEDITED, metric_columns, target_values, verify_cells
 from .cells import (
     RESERVED,
@@ -60,7 +60,7 @@ from .shortcuts import has_rows, no_shortcuts, reads_ahead, shortcuts
 class Settings(TypedDict, total=False):
     """The keywords that the standard grids pass to `sweep`."""
 
-    under: Hook | Sequence[Hook]
+    base_hooks: Hook | Sequence[Hook]
     control: Control | None
     draws: int | None
     control_seed: int | None
@@ -72,7 +72,7 @@ class Settings(TypedDict, total=False):
 
 
 @check_arguments
-def plan(
+def sweep_plan(
     lm: LM,
     prompts: Prompts,
     grid: Grid,
@@ -80,7 +80,7 @@ def plan(
     metrics: MetricLike | Sequence[MetricLike],
     *,
     pos: int = -1,
-    under: Hook | Sequence[Hook] = (),
+    base_hooks: Hook | Sequence[Hook] = (),
     control: Control | None = None,
     draws: int | None = None,
     control_seed: int | None = None,
@@ -92,7 +92,7 @@ def plan(
     a draw.
 
     >>> hooks = lambda layer: ablate(Site("attn_out", layer))
-    >>> plan(lm, prompt, {"layer": range(30)}, hooks, prob(" coffee")).forwards
+    >>> sweep_plan(lm, prompt, {"layer": range(30)}, hooks, prob(" coffee")).forwards
     2
     """
     if lm.two_texts or lm.config is None:
@@ -111,7 +111,7 @@ def plan(
             f"draws={draws!r} and control_seed={control_seed!r} are of a control: say "
             "control='random'"
         )
-    base_hook_points = tuple(bind_hooks(lm, as_hooks(under), inputs, References(lm)))
+    base_hook_points = tuple(bind_hooks(lm, as_hooks(base_hooks), inputs, References(lm)))
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
     _check_names(
         cells[0], column_names(metric_values), ["draw"] if isinstance(control, str) else []
@@ -212,7 +212,7 @@ def sweep(
     metrics: MetricLike | Sequence[MetricLike],
     *,
     pos: int = -1,
-    under: Hook | Sequence[Hook] = (),
+    base_hooks: Hook | Sequence[Hook] = (),
     target: Run | Prompts | None = None,
     control: Control | None = None,
     draws: int | None = None,
@@ -228,7 +228,7 @@ def sweep(
     `grid` maps the name of each dimension to its values. `hooks` is called with a value of each
     dimension, by name, and returns a hook or several. `metrics` read position `pos` of each prompt.
 
-    under         hooks that act in every cell, in the unedited prompts that cells are compared
+    base_hooks    hooks that act in every cell, in the unedited prompts that cells are compared
                   with, and in the target's prompts
     target        prompts, or a run, by which the effect is measured: 0 if nothing changed, 1 if the
                   metric became what it is there
@@ -275,31 +275,34 @@ def sweep(
         verify, "verify", least=0, meaning="how many cells are run once more by themselves,"
     )
     ray = read_engine(engine, lm)
-    sweep_plan = plan(
+    plan = sweep_plan(
         lm,
         prompts,
         grid,
         hooks,
         metrics,
         pos=pos,
-        under=under,
+        base_hooks=base_hooks,
         control=control,
         draws=draws,
         control_seed=control_seed,
         memory=memory,
     )
     warn_of_dropout(lm)
-    settings = {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in as_hooks(under)]}
-    with open_journal(save, sweep_plan, settings) as journal:
+    settings = {
+        "pos": pos,
+        "base_hooks": [hook.to_json(tensors="digest") for hook in as_hooks(base_hooks)],
+    }
+    with open_journal(save, plan, settings) as journal:
         targets = None
         if target is not None:
-            targets = target_values(sweep_plan, target, pos)
-        foreign_sources, complete = _run_plan(sweep_plan, journal, progress, ray)
+            targets = target_values(plan, target, pos)
+        foreign_sources, complete = _run_plan(plan, journal, progress, ray)
         if verify:
-            verify_cells(sweep_plan, journal.values, verify)
-        table = _table(sweep_plan, journal, targets, drawn=isinstance(control, str))
+            verify_cells(plan, journal.values, verify)
+        table = _table(plan, journal, targets, drawn=isinstance(control, str))
         table.attrs["complete"] = complete
-        table.attrs["plan"] = repr(sweep_plan)
+        table.attrs["plan"] = repr(plan)
         table.attrs["sources_not_the_models_own"] = foreign_sources
         if complete:
             journal.write(table)
@@ -307,14 +310,14 @@ def sweep(
 
 
 def _run_plan(
-    sweep_plan: Plan, journal: Journal, progress: bool | None, engine: Ray | None
+    plan: Plan, journal: Journal, progress: bool | None, engine: Ray | None
 ) -> tuple[list[str], bool]:
     """Runs what the journal lacks. Returns the patches whose source is not the model's own, and
     whether all cells are done."""
-    total = len(sweep_plan.cells) * len(sweep_plan.inputs)
+    total = len(plan.cells) * len(plan.inputs)
     disable = None if progress is None else not progress
     with tqdm(total=total, initial=journal.done, unit="cell", disable=disable) as bar:
-        plan_run = PlanRun(sweep_plan, journal, bar.update, engine)
+        plan_run = PlanRun(plan, journal, bar.update, engine)
         try:
             plan_run.run()
         except KeyboardInterrupt:
@@ -331,29 +334,29 @@ def _run_plan(
 
 
 def _table(
-    sweep_plan: Plan,
+    plan: Plan,
     journal: Journal,
     targets: Sequence[Sequence[float]] | None,
     *,
     drawn: bool,
 ) -> pd.DataFrame:
-    control_columns = ["control"] if any(cell.control for cell in sweep_plan.cells) else []
+    control_columns = ["control"] if any(cell.control for cell in plan.cells) else []
     if drawn:
         control_columns.append("draw")
     records: list[dict[str, Any]] = []
     numbers: list[list[list[float]]] = []  # of each record: the values, before, in the target
-    for cell in sweep_plan.cells:
+    for cell in plan.cells:
         controls = {name: getattr(cell, name) for name in control_columns}
-        for row in range(len(sweep_plan.inputs)):
+        for row in range(len(plan.inputs)):
             if (cell.number, row) in journal.values:
                 records.append({**cell.point, "row": row, **controls})
                 before = journal.values[UNEDITED, row]
                 target = before if targets is None else targets[row]
                 numbers.append([journal.values[cell.number, row], before, [*target]])
-    names = [*sweep_plan.cells[0].point, "row", *control_columns]
+    names = [*plan.cells[0].point, "row", *control_columns]
     table = pd.DataFrame(records, columns=names)
-    by_metric = np.array(numbers, dtype=float).reshape(-1, 3, len(sweep_plan.metrics))
-    for index, name in enumerate(column_names(sweep_plan.metrics)):
+    by_metric = np.array(numbers, dtype=float).reshape(-1, 3, len(plan.metrics))
+    for index, name in enumerate(column_names(plan.metrics)):
         values, before, target = by_metric[:, :, index].T
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             delta = values - before

@@ -1,9 +1,10 @@
 """Calibration and ROC of confidences: whether answers given with 80 % are right in 80 of 100 cases,
 and whether a confidence separates right answers from wrong ones.
 
-    table = hk.calibration(confidence, right)     # bins of confidence, and how often each was right
-    table.attrs["ece"]                            # the expected calibration error
-    hk.roc(confidence, right).attrs["auc"]        # 1: every right answer is above every wrong one
+    table = hk.stats.calibration(confidence, right)  # bins of confidence, and how often right
+    table.attrs["ece"]                                # the expected calibration error
+    hk.stats.roc(confidence, right).attrs["auc"]        # 1: every right answer is above every wrong
+    one
 
 These are two questions: a confidence can be ordered well and be no probability, or the reverse.
 Confidences and answers are lists, arrays or columns of any table; no torch is needed.

@@ -1,6 +1,6 @@
 """Comparisons of generations: an edited one beside an unedited one, and one with another token.
 
-both = hk.compare(lm, "I like oat milk in my", hk.ban(" coffee"), max_new_tokens=20)
+both = hk.compare_generations(lm, "I like oat milk in my", hk.ban(" coffee"), max_new_tokens=20)
 both.texts                     # both texts, and the step from which on they differ
 both.shifts, both.summary      # how far the distributions are apart, step by step along one text
 """
@@ -23,8 +23,8 @@ from ..display import first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
-from ..hooks.conditions import Phrase
 from ..hooks.logits import Force, named_tokens
+from ..hooks.when import Phrase
 from ..models.lm import LM
 from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch
@@ -42,7 +42,7 @@ LOGITS = Sites((Site("logits"),))
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """An edited generation beside the unedited one. Made by `compare`.
+    """An edited generation beside the unedited one. Made by `compare_generations`.
 
     run      both, in one batch with a trace: the edited rows first, then the unedited ones
     along    the text along which `shifts` and `summary` compare: "edited" or "baseline"
@@ -65,22 +65,22 @@ class Comparison:
 
     @cached_property
     def texts(self) -> pd.DataFrame:
-        """Columns: row, baseline, edited (the generated texts), parts_at (the first step at which
-        the tokens differ; empty if they are the same)."""
-        parts_at = []
+        """Columns: row, baseline, edited (the generated texts), first_difference (the first step at
+        which the tokens differ; empty if they are the same)."""
+        steps: list[int | None] = []
         for row in range(self.count):
             tokens = self.tokens(row, "baseline"), self.tokens(row, "edited")
-            parts_at.append(first_difference(*tokens))
+            steps.append(first_difference(*tokens))
         generated = self.run.generated
         table = pd.DataFrame(
             {
                 "row": range(self.count),
                 "baseline": generated[self.count :],
                 "edited": generated[: self.count],
-                "parts_at": parts_at,
+                "first_difference": steps,
             }
         )
-        return table.astype({"parts_at": "Int64"})
+        return table.astype({"first_difference": "Int64"})
 
     @cached_property
     def shifts(self) -> pd.DataFrame:
@@ -159,7 +159,7 @@ class Paired(Tracer):
 
 
 @check_arguments
-def compare(
+def compare_generations(
     lm: LM,
     prompts: Prompts,
     *hooks: Hook,
@@ -177,9 +177,9 @@ def compare(
     compare both distributions at each step along one text, `along` the "baseline" or the "edited"
     one, so that steps can be compared even after the texts differ.
 
-    >>> edit = ban(" coffee")
-    >>> both = compare(lm, "I like oat milk in my", edit, max_new_tokens=3, do_sample=False)
-    >>> both.texts["parts_at"].tolist()
+    >>> prompt, settings = "I like oat milk in my", {"max_new_tokens": 3, "do_sample": False}
+    >>> both = compare_generations(lm, prompt, ban(" coffee"), **settings)
+    >>> both.texts["first_difference"].tolist()
     [0]
     """
     if along not in ("edited", "baseline"):

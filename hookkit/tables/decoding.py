@@ -2,7 +2,7 @@
 
     run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"))
     hk.decisions(run)[["step", "token", "why"]]
-    hk.decoding(run)                                  # all candidates of all steps, at all stages
+    hk.candidates(run)                                  # all candidates of all steps, at all stages
 
 `pos` is the position whose logits chose the token, as in all tables.
 """
@@ -25,7 +25,7 @@ from .rank_tables import reasons_of
 
 
 @check_arguments
-def decoding(run: Run, *, top: int | None = None, rows: IndicesLike = None) -> pd.DataFrame:
+def candidates(run: Run, *, top: int | None = None, rows: IndicesLike = None) -> pd.DataFrame:
     """Every step's candidates at each stage: the most likely, watched, named and drawn tokens.
 
     Columns: row, step, pos, stage ("model", "edited" or "processed"), token, token_id, logit,
@@ -48,7 +48,7 @@ def decoding(run: Run, *, top: int | None = None, rows: IndicesLike = None) -> p
 
 
 def candidates_table(record: GenerationRecord, count: int) -> pd.DataFrame:
-    """Returns the table of `decoding` for a record, with `count` tokens of each stage."""
+    """Returns the table of `candidates` for a record, with `count` tokens of each stage."""
     table_rows: list[dict[str, object]] = []
     for decision in record.decisions:
         for name in STAGES:
@@ -59,7 +59,7 @@ def candidates_table(record: GenerationRecord, count: int) -> pd.DataFrame:
 def _candidates(
     record: GenerationRecord, decision: Decision, name: str, count: int
 ) -> Iterator[dict[str, object]]:
-    """Returns the rows of `decoding` for one stage of one step of one row."""
+    """Returns the rows of `candidates` for one stage of one step of one row."""
     why = reasons_of(
         {
             "top": decision.record.stages[name].top[decision.model_row, :count].tolist(),

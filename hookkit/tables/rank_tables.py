@@ -1,12 +1,12 @@
 """Tables of ranks, shifts and uncertainty: from runs to pandas DataFrames, one row per observation.
 
-`warped` shows the effect of temperature, top-k and top-p on a distribution.
+`sampling_distributions` shows the effect of temperature, top-k and top-p on a distribution.
 
 Every table has `row` (the prompt in the batch) and `pos` (the position of the logits: the token
 there is the last one read, and the logits predict the next one). Tokens are shown as Python strings
 in quotes, so that a leading space is seen; filter by `token_id`. Probabilities are 0 to 1,
 entropies in nats, logits raw. Rank 1 is the most likely token, and equal logits share a rank. A
-delta is after minus before; a shift is positive for a token that rose.
+delta is after minus before; `rank_delta` is negative for a token that rose.
 
 If a model gives NaN for a logit, everything that depends on it is NaN: probabilities, entropies,
 divergences and the token's rank (a column of ranks then has floating-point numbers). No token is
@@ -88,7 +88,7 @@ def rank_shift(
     """How the ranks of tokens changed from one run to another, and why each token is in the table.
 
     Columns: row, pos, token, token_id; logit, logprob, prob and rank, each with _before, _after and
-    _delta (after minus before); shift (ranks risen: positive for a token that rose); why. In `why`,
+    _delta (after minus before; `rank_delta` is negative for a token that rose); why. In `why`,
     "top before" and "top after" are the first `top` of each run, "mover" the `movers` tokens each
     that rose and fell by the largest factor in rank, "edited" a token that a hook of either run
     names, "watched" a token of `watch`. The table is ordered by rank after.
@@ -126,7 +126,7 @@ def shift_table(
         parts.append(pd.DataFrame(after.names(ids) | columns))
         reasons += why.values()
     table = add_deltas(pd.concat(parts, ignore_index=True), ("logit", "logprob", "prob", "rank"))
-    table = table.assign(shift=-table["rank_delta"], why=reasons)
+    table = table.assign(why=reasons)
     return table.sort_values(["row", "pos", "rank_after", "token_id"], ignore_index=True)
 
 
@@ -204,8 +204,8 @@ def shift_summary(
     Columns: row, pos; kl (KL(before‖after), in nats: infinite if a token was banned), kl_reverse
     (KL(after‖before)), js (Jensen-Shannon divergence, in nats, at most ln 2), tv (total variation,
     0 to 1); entropy and margin (largest logit minus the second), each with _before, _after and
-    _delta; top1_before, top1_after, top1_changed; kept (how many of the first `top` tokens are
-    still among them).
+    _delta; top1_before, top1_after, top1_changed; top_overlap (how many of the first `top` tokens
+    are still among them).
     """
     pairs = _pairs(before, after, pos=_default_pos(pos, step), step=step, rows=rows)
     return summary_table(pairs, top)
@@ -226,10 +226,10 @@ def _summary_row(before: Distribution, after: Distribution, top: int) -> dict[st
         columns[f"{name}_before"], columns[f"{name}_after"] = number_before, number_after
         columns[f"{name}_delta"] = number_after - number_before
     (columns["top1_before"],), (columns["top1_after"],) = before.top_names(1), after.top_names(1)
-    columns["top1_changed"] = columns["kept"] = None
+    columns["top1_changed"] = columns["top_overlap"] = None
     if not (before.unknown or after.unknown):
         columns["top1_changed"] = before.top(1) != after.top(1)
-        columns["kept"] = len(set(before.top(top)) & set(after.top(top)))
+        columns["top_overlap"] = len(set(before.top(top)) & set(after.top(top)))
     return columns
 
 
@@ -278,7 +278,7 @@ def _uncertainty(distribution: Distribution) -> dict[str, object]:
 
 
 @check_arguments
-def warped(
+def sampling_distributions(
     run: Run,
     *,
     pos: PosLike = -1,
@@ -303,7 +303,8 @@ def warped(
     top_k: Fan et al. 2018; top_p: Holtzman et al. 2020). Raises `BadHook` for values that they
     cannot take, or if no setting is given.
 
-    >>> warped(run, temperature=0.5, top_k=1, top=1)[["setting", "prob", "tokens_kept"]].round(3)
+    >>> table = sampling_distributions(run, temperature=0.5, top_k=1, top=1)
+    >>> table[["setting", "prob", "tokens_kept"]].round(3)
                setting   prob  tokens_kept
     0         as it is  0.152        49152
     1  temperature=0.5  0.405        49152

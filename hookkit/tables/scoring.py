@@ -1,4 +1,4 @@
-"""hk.score: the loss of every token of any number of texts of any length.
+"""hk.token_losses: the loss of every token of any number of texts of any length.
 
 A text that is longer than a window is read in windows that overlap. Each token is scored once, in
 the first window that has it, so that in all but the first window at least `window - stride` tokens
@@ -44,11 +44,11 @@ class Window:
 
 
 @check_arguments
-def score(
+def token_losses(
     lm: LM,
     texts: Prompts,
     *hooks: Hook,
-    after: Prompts | None = None,
+    prefix: Prompts | None = None,
     window: int | None = None,
     stride: int | None = None,
     batch_tokens: int = MOST,
@@ -63,7 +63,7 @@ def score(
     tokens, padding included, of texts of similar length; a longer window has its own forward.
     Logits are freed after each forward.
 
-    `after` are prompts, one for each text or one for all: the texts then follow the prompts, and
+    `prefix` are prompts, one for each text or one for all: the texts then follow the prompts, and
     only the texts' tokens are scored. `pos` counts in the whole. Tokens are joined as they are, so
     write the space with which the text begins.
 
@@ -72,11 +72,11 @@ def score(
     steps, or that insert values for each row or position. A hook on logits needs pos=slice(None),
     since its default position is after the last token, which is not scored.
 
-    >>> table = score(lm, [" milk in my coffee", " sand in my coffee"], after="I like oat")
+    >>> table = token_losses(lm, [" milk in my coffee", " sand in my coffee"], prefix="I like oat")
     >>> table.groupby("row")["loss"].mean().round(1).tolist()
     [3.0, 4.8]
     """
-    rows, firsts = _rows(lm, texts, after)
+    rows, firsts = _rows(lm, texts, prefix)
     length, step = _window_sizes(lm, window, stride)
     meaning = "how many tokens a forward may have,"
     check_integer(batch_tokens, "batch_tokens", least=1, meaning=meaning, error=BadHook)
@@ -114,20 +114,20 @@ def _score_batch(
         yield numbers.assign(row=window.text, pos=window.pos + numbers.index)
 
 
-def _rows(lm: LM, texts: Prompts, after: Prompts | None) -> tuple[list[Row], list[int]]:
+def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], list[int]]:
     """Returns the tokens of each text, and the index of the first one that is scored."""
-    if after is None:
+    if prefix is None:
         rows = as_rows(lm, texts)
         return rows, [1] * len(rows)
     contents: list[Any] = []  # texts as token ids, without the special tokens that begin a prompt
     for text in check_prompts(texts):
         is_text = isinstance(text, str) and bool(text) and lm.tokenizer is not None
         contents.append(lm.continuation(str(text)) if is_text else text)
-    rows, prompts = as_rows(lm, contents), as_rows(lm, after)
+    rows, prompts = as_rows(lm, contents), as_rows(lm, prefix)
     if len(prompts) not in (1, len(rows)):
         raise BadPrompt(
-            f"there are {len(rows)} texts and {len(prompts)} prompts in after=: give one for each, "
-            "or one for all"
+            f"there are {len(rows)} texts and {len(prompts)} prompts in prefix=: give one for "
+            "each, or one for all"
         )
     if len(prompts) == 1:
         prompts = prompts * len(rows)

@@ -48,7 +48,7 @@ class StreamStep:
 
     @property
     def candidates(self) -> pd.DataFrame:
-        """The step's rows of `hk.decoding`."""
+        """The step's rows of `hk.candidates`."""
         return candidates_table(self.record, self.record.settings.top)
 
 

@@ -13,7 +13,7 @@ from hookkit.errors import BadHook, BadPrompt, EmptySelection, MissingSite, OutO
 
 CLEAN = [[5, 6, 7, 8, 9, 30], [9, 10, 3], [11, 12, 13]]
 CORRUPTED = [[5, 6, 17, 8, 9, 30], [9, 11, 3], [11, 12, 14]]
-DIFF = hk.logit_diff(5, 7)
+DIFF = hk.metrics.logit_diff(5, 7)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_attribution_is_patching_where_nothing_behind_the_site_bends(linear_end,
     estimate, truth = both(linear_end, site, layers=[2], direction=direction)
     pd.testing.assert_frame_equal(estimate, truth, check_like=False, atol=1e-4, rtol=1e-4)
     assert truth["logit_diff_delta"].abs().max() > 0.1
-    agreed = hk.agreement(estimate, truth)
+    agreed = hk.stats.compare_attributions(estimate, truth)
     assert agreed["pearson"][0] > 0.999999 and agreed["same_sign"][0] == 1
 
 
@@ -94,7 +94,7 @@ def test_the_table_is_that_of_patching(llama, sites, settings):
         atol=1e-4,
         equal_nan=True,
     )
-    hk.over_prompts(estimate)
+    hk.stats.mean_over_prompts(estimate)
 
 
 def test_a_heads_attribution_is_what_hooks_by_hand_make_of_it(llama):
@@ -335,7 +335,7 @@ def test_a_pattern_that_is_not_the_softmax_of_queries_and_keys_is_refused(llama)
             DIFF,
             method="qk_fix",
             layers=[1],
-            under=[hk.edit("scores.1", torch.sin)],
+            base_hooks=[hk.edit("scores.1", torch.sin)],
         )
     with pytest.raises(BadHook, match="'z' is neither"):
         hk.attribution(llama, CLEAN, CORRUPTED, ["q", "z"], DIFF, method="qk_fix")
@@ -343,7 +343,7 @@ def test_a_pattern_that_is_not_the_softmax_of_queries_and_keys_is_refused(llama)
 
 def test_hooks_under_both_runs_act_in_both(linear_end):
     under = [hk.ablate("z.0.1"), hk.scale("mlp_out.2", 2.0, rows=[1])]
-    estimate, truth = both(linear_end, "mlp_post", layers=[2], under=under)
+    estimate, truth = both(linear_end, "mlp_post", layers=[2], base_hooks=under)
     columns = ["logit_diff", "logit_diff_before", "logit_diff_effect"]
     pd.testing.assert_frame_equal(estimate[columns], truth[columns], atol=1e-4, rtol=1e-4)
 
@@ -352,21 +352,21 @@ def test_agreement_counts_what_it_says():
     cells = {"layer": [0, 1, 2, 3], "row": [0] * 4}
     one = pd.DataFrame({**cells, "m": 0.0, "m_before": 0.0, "m_delta": [1.0, 2.0, 0.0, -4.0]})
     two = pd.DataFrame({**cells, "m": 0.0, "m_before": 0.0, "m_delta": [2.0, 1.0, 0.0, 4.0]})
-    found = hk.agreement(one, two.iloc[::-1], top=2).iloc[0]
+    found = hk.stats.compare_attributions(one, two.iloc[::-1], top=2).iloc[0]
     assert found["pearson"] == pytest.approx(np.corrcoef(one["m_delta"], two["m_delta"])[0, 1])
     assert found["spearman"] == pytest.approx(np.corrcoef([2, 3, 1, 0], [2, 1, 0, 3])[0, 1])
     assert (found["n"], found["top"]) == (4, 2)
     assert found["same_sign"] == pytest.approx(2 / 3) and found["overlap"] == pytest.approx(1 / 2)
-    assert hk.agreement(one, two, by="layer")["layer"].tolist() == [0, 1, 2, 3]
+    assert hk.stats.compare_attributions(one, two, by="layer")["layer"].tolist() == [0, 1, 2, 3]
     assert list(found.index) == ["value", "n", "pearson", "spearman", "same_sign", "top", "overlap"]
     with pytest.raises(EmptySelection, match="no cell in common by layer, row"):
-        hk.agreement(one, two.assign(layer=9))
+        hk.stats.compare_attributions(one, two.assign(layer=9))
     with pytest.raises(BadHook, match="stands several times"):
-        hk.agreement(pd.concat([one, one]), two)
+        hk.stats.compare_attributions(pd.concat([one, one]), two)
     with pytest.raises(BadHook, match="say value="):
-        hk.agreement(one, two, value="q")
+        hk.stats.compare_attributions(one, two, value="q")
     with pytest.raises(BadHook, match="by='site' is no column"):
-        hk.agreement(one, two, by="site")
+        hk.stats.compare_attributions(one, two, by="site")
 
 
 # ---- tokens
@@ -550,7 +550,7 @@ def test_integrated_edges_to_the_logits_of_a_linear_end_are_the_plain_ones(linea
     )
     plain, mean = (t[t["receiver"] == "logits"]["logit_diff_delta"].tolist() for t in (one, many))
     assert plain == pytest.approx(mean, abs=1e-4)
-    assert hk.agreement(one, many)["pearson"][0] < 0.9999
+    assert hk.stats.compare_attributions(one, many)["pearson"][0] < 0.9999
 
 
 # ---- errors
@@ -592,8 +592,8 @@ def test_a_way_that_does_not_end_at_the_other_prompt_is_refused():
         ),
         ({"steps": 3}, BadHook, "are of method='integrated', and have no effect with 'gradient'"),
         ({"points": "middle"}, BadHook, "have no effect with 'gradient'"),
-        ({"metric": hk.rank(5)}, Unsupported, "gives no gradient"),
-        ({"metric": hk.loss((8, 9))}, Unsupported, "attribution is of prompts in pairs"),
+        ({"metric": hk.metrics.rank(5)}, Unsupported, "gives no gradient"),
+        ({"metric": hk.metrics.loss((8, 9))}, Unsupported, "attribution is of prompts in pairs"),
         ({"pos": [5]}, OutOfRange, "position 5 of row 1"),
         (
             {"pos": [3]},
@@ -615,5 +615,5 @@ def test_a_mistake_at_tokens_says_what_to_do(llama):
         hk.token_attribution(llama, CLEAN, DIFF, baseline=torch.zeros(3))
     with pytest.raises(BadHook, match="method='both' is unknown"):
         hk.token_attribution(llama, CLEAN, DIFF, method="both")
-    with pytest.raises(Unsupported, match="take hk.logprob"):
-        hk.token_attribution(llama, CLEAN, hk.loss((8, 9)))
+    with pytest.raises(Unsupported, match="take hk.metrics.logprob"):
+        hk.token_attribution(llama, CLEAN, hk.metrics.loss((8, 9)))

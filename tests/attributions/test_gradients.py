@@ -12,7 +12,7 @@ from hookkit.errors import BadHook, BadPrompt, OutOfRange, Unsupported
 from hookkit.models.families.table import FAMILIES
 
 LONG, SHORT = [5, 6, 17, 8, 9, 30], [9, 11, 3]
-DIFF = hk.logit_diff(5, 7)
+DIFF = hk.metrics.logit_diff(5, 7)
 SITES = ("embed", "resid_pre", "q", "z", "pattern", "resid_mid", "mlp_in", "mlp_post", "mlp_out")
 
 
@@ -144,11 +144,11 @@ def test_every_metric_with_a_slope_has_its_gradient(llama, pos):
         return logits[:, 3] ** 2 - logits[:, 4]
 
     by_hand = {
-        hk.logit(5): lambda x: x[5],
-        hk.logprob((5, 6)): lambda x: x.log_softmax(-1)[5:7].logsumexp(0),
-        hk.prob(5): lambda x: x.softmax(-1)[5],
-        hk.entropy(): lambda x: torch.distributions.Categorical(logits=x).entropy(),
-        hk.kl(reference): lambda x: (wanted.exp() * (wanted - x.log_softmax(-1))).sum(),
+        hk.metrics.logit(5): lambda x: x[5],
+        hk.metrics.logprob((5, 6)): lambda x: x.log_softmax(-1)[5:7].logsumexp(0),
+        hk.metrics.prob(5): lambda x: x.softmax(-1)[5],
+        hk.metrics.entropy(): lambda x: torch.distributions.Categorical(logits=x).entropy(),
+        hk.metrics.kl(reference): lambda x: (wanted.exp() * (wanted - x.log_softmax(-1))).sum(),
         margin: lambda x: x[3] ** 2 - x[4],
     }
     for metric, rule in by_hand.items():
@@ -162,7 +162,9 @@ def test_every_metric_with_a_slope_has_its_gradient(llama, pos):
 
 
 def test_the_loss_of_a_continuation_has_its_gradient(llama):
-    found = hk.gradients(llama, [LONG, SHORT], hk.loss([(8, 9), (10, 11, 12)]), "resid_post.1")
+    found = hk.gradients(
+        llama, [LONG, SHORT], hk.metrics.loss([(8, 9), (10, 11, 12)]), "resid_post.1"
+    )
     run = hk.forward(llama, [[*SHORT, 10, 11]], hk.capture("resid_post.1", grad=True))
     said_of = run.logits[0, len(SHORT) - 1 :].log_softmax(-1)
     value = -(said_of[0, 10] + said_of[1, 11] + said_of[2, 12]) / 3
@@ -225,7 +227,7 @@ def test_the_model_is_left_as_found_after_any_ending():
     with pytest.raises(ZeroDivisionError, match="mine"):
         hk.gradients(lm, [LONG], DIFF, "resid_pre", hk.edit("z.1", fails))
     with pytest.raises(Unsupported):
-        hk.gradients(lm, [LONG], hk.rank(5), "resid_pre")
+        hk.gradients(lm, [LONG], hk.metrics.rank(5), "resid_pre")
     assert {name: weight.requires_grad for name, weight in weights.items()} == flags
     assert hooks_on(lm.model) == hooks
     for name, weight in weights.items():
@@ -254,12 +256,16 @@ def test_an_edit_of_the_stream_reaches_it_also_where_the_mlp_reads_it_as_it_is()
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"metric": hk.rank(5)}, Unsupported, "the metric rank gives no gradient: it counts"),
-        ({"metric": lambda logits: logits[:, 5].detach()}, Unsupported, "gives no gradient"),
-        ({"metric": hk.kl()}, Unsupported, "give kl.reference_run."),
-        ({"metric": [DIFF, hk.prob(5)]}, BadHook, "metric=a list: give a metric"),
         (
-            {"metric": hk.logit_diff([5], [7])},
+            {"metric": hk.metrics.rank(5)},
+            Unsupported,
+            "the metric rank gives no gradient: it counts",
+        ),
+        ({"metric": lambda logits: logits[:, 5].detach()}, Unsupported, "gives no gradient"),
+        ({"metric": hk.metrics.kl()}, Unsupported, "give kl.reference_run."),
+        ({"metric": [DIFF, hk.metrics.prob(5)]}, BadHook, "metric=a list: give a metric"),
+        (
+            {"metric": hk.metrics.logit_diff([5], [7])},
             BadPrompt,
             "a metric has tokens for 1 prompts, and there are 2",
         ),
@@ -282,7 +288,7 @@ def test_a_mistake_says_what_to_do(llama, change, error, words):
 
 def test_a_loss_with_hooks_and_the_numbers_of_experts_are_refused(llama):
     with pytest.raises(Unsupported, match="leave the hooks out"):
-        hk.gradients(llama, [LONG], hk.loss((8, 9)), "z.1", hk.ablate("z.0"))
+        hk.gradients(llama, [LONG], hk.metrics.loss((8, 9)), "z.1", hk.ablate("z.0"))
     with pytest.raises(Unsupported, match="numbers of experts, which have no gradient"):
         hk.gradients(hk.tiny("mixtral"), [LONG], DIFF, "experts.1")
 

@@ -64,8 +64,10 @@ def test_it_says_what_the_model_and_its_tokenizer_are(small_tokenizer):
 
 def test_a_wrong_row_is_a_problem_with_the_law_and_the_site():
     lm = hk.tiny("gemma2")
-    before_the_norm = dataclasses.replace(lm.family.places["attn_in"], side="output")
-    row = dataclasses.replace(lm.family, places={**lm.family.places, "attn_out": before_the_norm})
+    before_the_norm = dataclasses.replace(lm.family.locations["attn_in"], side="output")
+    row = dataclasses.replace(
+        lm.family, locations={**lm.family.locations, "attn_out": before_the_norm}
+    )
     checkup = hk.doctor(hk.LM(lm.model, row=row))
     assert not checkup.healthy
     assert not checkup.sites.set_index("site").loc["attn_out", "proved"]
@@ -74,9 +76,9 @@ def test_a_wrong_row_is_a_problem_with_the_law_and_the_site():
 
 def test_what_a_law_had_not_come_to_when_it_raised_is_not_proved():
     lm = hk.tiny("llama")
-    what_attention_reads = hk.place(".self_attn", side="input", cut="head d_head")
+    what_attention_reads = hk.location(".self_attn", side="input", cut="head d_head")
     checkup = hk.doctor(
-        hk.LM(lm.model, row=hk.family("mine", like=lm, places={"z": what_attention_reads}))
+        hk.LM(lm.model, row=hk.family("mine", like=lm, locations={"z": what_attention_reads}))
     )
     sites = checkup.sites.set_index("site")
     assert any(

@@ -31,7 +31,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_every_law_holds_or_the_exception_stands_in_the_table(case):
     _, lm = case
-    proof = hk.prove(lm)
+    proof = hk.check_laws(lm)
     broken = proof[~proof["holds"] & ~proof["note"].str.startswith("exception: ")]
     assert broken.empty, broken.to_string()
     excused = proof[~proof["holds"]]
@@ -133,23 +133,23 @@ def test_an_edit_does_what_a_hand_written_edit_does(case):
 
 def test_an_attn_out_before_the_post_norm_is_caught_by_the_laws():
     lm = hk.tiny("gemma2")
-    places = {**lm.family.places, "attn_out": lm.family.places["attn_in"]}
-    places["attn_out"] = dataclasses.replace(places["attn_out"], side="output")
-    broken = hk.LM(lm.model, row=dataclasses.replace(lm.family, places=places))
-    proof = hk.prove(broken)
+    locations = {**lm.family.locations, "attn_out": lm.family.locations["attn_in"]}
+    locations["attn_out"] = dataclasses.replace(locations["attn_out"], side="output")
+    broken = hk.LM(lm.model, row=dataclasses.replace(lm.family, locations=locations))
+    proof = hk.check_laws(broken)
     failed = proof[~proof["holds"]]
     assert {"sum", "one stream"} <= set(failed["law"]) and "attn_out" in set(failed["site"])
-    assert hk.prove(lm)["holds"].all()
+    assert hk.check_laws(lm)["holds"].all()
 
 
 def test_a_resid_mid_that_reaches_the_mlp_only_is_caught_by_the_laws():
     lm = hk.tiny("llama")
-    shared = dataclasses.replace(lm.family.places["resid_mid"], shared=False)
+    shared = dataclasses.replace(lm.family.locations["resid_mid"], shared=False)
     broken = hk.LM(
         lm.model,
-        row=dataclasses.replace(lm.family, places={**lm.family.places, "resid_mid": shared}),
+        row=dataclasses.replace(lm.family, locations={**lm.family.locations, "resid_mid": shared}),
     )
-    failed = hk.prove(broken).query("~holds")
+    failed = hk.check_laws(broken).query("~holds")
     assert "one stream" in set(failed["law"])
 
 

@@ -28,7 +28,7 @@ EVERY = [*LAYERED, *WHOLE, "logits"]
 
 
 def sites_of(lm: hk.LM, layer: int = 1) -> list[hk.Site]:
-    names = [name for name in EVERY if name in lm.family.places]
+    names = [name for name in EVERY if name in lm.family.locations]
     return [hk.Site(name, layer if name in LAYERED else None) for name in names]
 
 

@@ -22,7 +22,7 @@ def test_a_trace_is_a_line_for_each_step_when_piped(hookkit, llama):
     assert len(lines) == 3 and f"banned {first!r} was first for the model" in lines[0]
     tokens = [llama.string(int(i)) for i in run.tokens[0, run.prompt_lengths[0] :]]
     assert all(repr(token) in line for token, line in zip(tokens, lines, strict=True))
-    decoded = hk.decoding(hk.generate(llama, MILK, hk.ban(first), hk.boost(" milk", by=1.0), max_new_tokens=3,
+    decoded = hk.candidates(hk.generate(llama, MILK, hk.ban(first), hk.boost(" milk", by=1.0), max_new_tokens=3,
                                       do_sample=False, trace=hk.trace(top=5)))  # fmt: skip
     for step, line in enumerate(lines):
         rows = decoded[(decoded["step"] == step) & (decoded["stage"] == "processed")]
@@ -97,7 +97,12 @@ def test_a_sweep_prints_its_table_as_csv(hookkit, llama):
     assert done.exit_code == 0, done.stderr
     found = pd.read_csv(io.StringIO(done.stdout))
     wanted = hk.ablations(
-        llama, [MILK], "attn_out", hk.logit_diff(" coffee", " milk"), layers=[1, 2], progress=False
+        llama,
+        [MILK],
+        "attn_out",
+        hk.metrics.logit_diff(" coffee", " milk"),
+        layers=[1, 2],
+        progress=False,
     )
     assert list(found.columns) == list(wanted.columns)
     assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-4)

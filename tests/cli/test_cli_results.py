@@ -136,6 +136,6 @@ def test_show_prints_a_result_and_lists_a_folder_of_them(place):
         ["result", "question", "answer"], ["plain", "How much?", "1 of it."],
     ]  # fmt: skip
     assert pd.DataFrame(json.loads(hookkit("show", "results", "--json").stdout)).equals(
-        hk.results("results")
+        hk.results.list_results("results")
     )
     assert "there is no folder" in hookkit("show", "nowhere", status=2).stderr

@@ -146,7 +146,7 @@ def test_a_comparison_is_that_of_the_library(hookkit, llama):
     done = hookkit(
         "compare", MILK, "--skip-block", "1", "--max-new-tokens", "3", "--json", "--watch", " milk"
     )
-    both = hk.compare(
+    both = hk.compare_generations(
         llama, MILK, hk.skip_block(1), max_new_tokens=3, do_sample=False, watch=" milk"
     )
     found = json.loads(done.stdout)
@@ -200,7 +200,7 @@ def test_patching_measures_the_two_answers_and_shows_the_strongest_places(hookki
     answers = [
         hk.ranks(hk.forward(llama, text), top=1)["token_id"].item() for text in (CLEAN, CORRUPTED)
     ]
-    wanted = hk.patching(llama, CLEAN, CORRUPTED, "resid_pre", hk.logit_diff(*answers), layers=[0, 2],
+    wanted = hk.patching(llama, CLEAN, CORRUPTED, "resid_pre", hk.metrics.logit_diff(*answers), layers=[0, 2],
                          pos=[15, -1], progress=False)  # fmt: skip
     done = hookkit("patch", CLEAN, CORRUPTED, *words, "--json")
     assert (
@@ -246,7 +246,10 @@ def test_a_scan_has_the_tables_of_the_library_and_commands_that_run(hookkit, lla
     same(found["uncertainty"], hk.uncertainty(run, pos=-1))
     same(found["surprisal"], hk.surprisal(run, top=2))
     same(found["direct"], hk.direct_logits(run, first, against=second))
-    same(found["attribution"], hk.token_attribution(llama, MILK, hk.logit_diff(first, second)))
+    same(
+        found["attribution"],
+        hk.token_attribution(llama, MILK, hk.metrics.logit_diff(first, second)),
+    )
     pattern = hk.forward(llama, MILK, hk.capture("pattern", pos=-1), logits=False).stack("pattern")[
         :, 0, :, 0
     ]
@@ -278,7 +281,9 @@ def test_a_sweep_is_csv_unless_another_form_is_asked_for(hookkit, llama, tmp_pat
         "2",
         "--quiet",
     ]
-    wanted = hk.ablations(llama, [MILK], "attn_out", hk.prob(" coffee"), layers=[2], progress=False)
+    wanted = hk.ablations(
+        llama, [MILK], "attn_out", hk.metrics.prob(" coffee"), layers=[2], progress=False
+    )
     assert hookkit(*words).stdout == wanted.to_csv(index=False)
     same(json.loads(hookkit(*words, "--json").stdout), wanted)
     assert hookkit(*words, "--out", str(tmp_path / "a.csv")).exit_code == 0

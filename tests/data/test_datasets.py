@@ -91,7 +91,7 @@ def word(lm: hk.LM, row: list[int], place: int) -> str:
     return lm.tokenizer.decode([row[place]])
 
 
-def rows_of(pairs: hk.Pairs, lm: hk.LM):
+def rows_of(pairs: hk.types.Pairs, lm: hk.LM):
     """Pair by pair: the tokens of both prompts, both answers, and the labels."""
     for number in range(len(pairs)):
         labels = {name: places[number] for name, places in pairs.labels.items()}
@@ -307,7 +307,7 @@ def test_a_check_says_what_plain_transformers_says_of_each_prompt_alone(wordy, n
 
 def test_the_default_model_gives_the_drink_to_the_other_one(smol):
     start = "When Mary and John went to the store, "
-    pairs = hk.Pairs(
+    pairs = hk.types.Pairs(
         "mine",
         [start + "John gave a drink to"],
         [start + "Mary gave a drink to"],
@@ -513,7 +513,7 @@ def test_ids_that_were_drawn_for_another_tokenizer_are_refused():
 
 
 def test_your_own_pairs_have_to_be_equally_long_with_answers_of_one_token(smol):
-    uneven = hk.Pairs(
+    uneven = hk.types.Pairs(
         "mine",
         ["The capital of France is"],
         ["The capital of South Korea is"],
@@ -525,7 +525,7 @@ def test_your_own_pairs_have_to_be_equally_long_with_answers_of_one_token(smol):
     ):
         uneven.check(smol)
     with pytest.raises(NotOneToken, match="' oat milk' is 2 tokens here"):
-        hk.Pairs("mine", ["I like"], ["I hate"], [" oat milk"], [" tea"]).check(smol)
+        hk.types.Pairs("mine", ["I like"], ["I hate"], [" oat milk"], [" tea"]).check(smol)
 
 
 def test_pairs_that_do_not_match_are_refused():
@@ -533,12 +533,12 @@ def test_pairs_that_do_not_match_are_refused():
         BadPrompt,
         match="the pairs do not match: 2 clean, 1 corrupted, 1 answers, 1 wrong. Give one of",
     ):
-        hk.Pairs("mine", ["a", "b"], ["c"], [" d"], [" e"])
+        hk.types.Pairs("mine", ["a", "b"], ["c"], [" d"], [" e"])
     with pytest.raises(BadPrompt, match=r"1 wrong, 2 labels\['S1'\]"):
-        hk.Pairs("mine", ["a"], ["c"], [" d"], [" e"], labels={"S1": [1, 2]})
+        hk.types.Pairs("mine", ["a"], ["c"], [" d"], [" e"], labels={"S1": [1, 2]})
     with pytest.raises(
         BadPrompt, match="answers=' d' is one text: give one for each pair, in a list"
     ):
-        hk.Pairs("mine", ["a"], ["c"], " d", [" e"])
+        hk.types.Pairs("mine", ["a"], ["c"], " d", [" e"])
     with pytest.raises(EmptySelection, match="there is no pair: give at least one"):
-        hk.Pairs("mine", [], [], [], [])
+        hk.types.Pairs("mine", [], [], [], [])

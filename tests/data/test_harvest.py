@@ -279,7 +279,7 @@ def test_texts_of_like_length_run_together(tmp_path, llama):
 def test_a_text_that_cannot_be_read_is_named_and_nothing_done_is_lost(tmp_path, llama):
     good = texts()
     for number, (wrong, error, words) in enumerate((
-        ([], BadPrompt, "text 90 is empty: the model needs at least one token .* unfit='skip' leaves out"),
+        ([], BadPrompt, "text 90 is empty: the model needs at least one token .* on_error='skip' leaves out"),
         ([5] * 129, BadPrompt, "text 90 has 129 tokens, and 128 is the most that is read: say long='truncate'"),
         ([5, 320], BadPrompt, "text 90 has token id 320, and the vocabulary has ids 0 to 319"),
         ({"words": "tea"}, BadPrompt, "text 90 has 'words', and neither 'text' nor 'input_ids'"),
@@ -303,12 +303,12 @@ def test_what_stopped_a_harvest_can_be_allowed_and_it_goes_on(tmp_path, llama):
         harvest(llama, tmp_path / "a", given)
     with pytest.raises(BadPrompt, match="text 91 is empty"):
         harvest(llama, tmp_path / "a", given, long="truncate")
-    found = harvest(llama, tmp_path / "a", given, long="truncate", unfit="skip")
-    harvest(llama, tmp_path / "b", given, long="truncate", unfit="skip")
+    found = harvest(llama, tmp_path / "a", given, long="truncate", on_error="skip")
+    harvest(llama, tmp_path / "b", given, long="truncate", on_error="skip")
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert found.left_out == 1
     with pytest.raises(HarvestChanged, match="long 'truncate' there and 'split' now"):
-        harvest(llama, tmp_path / "a", given, long="split", unfit="skip")
+        harvest(llama, tmp_path / "a", given, long="split", on_error="skip")
 
 
 def test_a_long_text_is_cut_or_split_and_its_pieces_are_texts_of_their_own(tmp_path, llama):
@@ -349,7 +349,7 @@ def test_every_piece_begins_with_the_token_that_begins_texts(tmp_path, llama):
 
 def test_texts_that_do_not_fit_are_left_out_and_counted(tmp_path, llama):
     given = [[5] * 3, [], [5] * 12, [5] * 129, [5] * 11, []]
-    found = harvest(llama, tmp_path, given, pos=10, unfit="skip", shard_size=1)
+    found = harvest(llama, tmp_path, given, pos=10, on_error="skip", shard_size=1)
     assert found["text"][:].tolist() == [2, 4]
     assert (found.texts, found.left_out) == (6, 4)
     with pytest.raises(
@@ -611,7 +611,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, llama):
         ({"sites": hk.module("model.layers.0.self_attn.q_proj")}, None, ""),
         ({"dtype": "int8"}, BadHook, "dtype='int8': values are kept as 'float32'"),
         ({"long": "cut"}, BadHook, "long='cut' is unknown: say 'error' or 'truncate' or 'split'"),
-        ({"unfit": "drop"}, BadHook, "unfit='drop' is unknown: say 'error' or 'skip'"),
+        ({"unfit": "drop"}, BadHook, "on_error='drop' is unknown: say 'error' or 'skip'"),
         ({"context": 129}, BadHook, "context=129 was asked for, and the model's is 128"),
         ({"context": 1}, BadHook, "context=1: give how many tokens a row may have, at least 2"),
         ({"batch_tokens": 0}, BadHook, "batch_tokens=0: give 1 or more"),
@@ -723,7 +723,7 @@ def test_batches_have_every_row_once_and_a_seed_shuffles_them(read):
         .item()
     )
     assert torch.equal(one["resid_post.1"][5], read["resid_post.1"][row])
-    assert len(list(read.batches(100, whole=True))) == len(read) // 100
+    assert len(list(read.batches(100, drop_last=True))) == len(read) // 100
     with pytest.raises(BadHook, match="a batch of 0 rows was asked for"):
         read.batches(0)
 

@@ -38,7 +38,7 @@ def near(found: torch.Tensor, wanted: np.ndarray, within: float = 1e-5) -> None:
     assert np.abs(found.numpy() - wanted).max() <= within * np.abs(wanted).max()
 
 
-def check(found: "hk.Statistics", site: str, values: np.ndarray, within: float) -> None:
+def check(found: "hk.types.Statistics", site: str, values: np.ndarray, within: float) -> None:
     each = found[site]
     lengths = np.linalg.norm(values, axis=-1)
     assert each.count == len(values)
@@ -57,12 +57,12 @@ def check(found: "hk.Statistics", site: str, values: np.ndarray, within: float) 
 
 
 @pytest.fixture(scope="module")
-def found(llama) -> "hk.Statistics":
-    return hk.statistics(llama, iter(ROWS), SITES, covariance=True, top=4, **SMALL)
+def found(llama) -> "hk.types.Statistics":
+    return hk.activation_statistics(llama, iter(ROWS), SITES, covariance=True, top=4, **SMALL)
 
 
 @pytest.fixture(scope="module")
-def harvest(llama, tmp_path_factory) -> hk.Harvest:
+def harvest(llama, tmp_path_factory) -> hk.types.Harvest:
     return hk.harvest(
         llama, ROWS, SITES, tmp_path_factory.mktemp("harvest"), shard_size=200, **SMALL
     )
@@ -87,7 +87,7 @@ def test_statistics_of_a_harvest_need_no_model(harvest, site):
 
 
 def test_one_head_has_the_statistics_that_it_has_alone(llama, found):
-    alone = hk.statistics(llama, ROWS, "z.2.1", covariance=True, top=4, **SMALL)["z.2.1"]
+    alone = hk.activation_statistics(llama, ROWS, "z.2.1", covariance=True, top=4, **SMALL)["z.2.1"]
     of_all = found["z.2.1"]
     assert torch.equal(of_all.mean, alone.mean)
     assert torch.equal(of_all.norm.max, alone.norm.max)
@@ -98,7 +98,9 @@ def test_one_head_has_the_statistics_that_it_has_alone(llama, found):
 
 def test_only_the_positions_asked_for_count(llama, harvest):
     given = [row for row in ROWS if len(row) > 1]
-    made = hk.statistics(llama, given, "resid_post.1", pos=slice(1, None), covariance=True, **SMALL)
+    made = hk.activation_statistics(
+        llama, given, "resid_post.1", pos=slice(1, None), covariance=True, **SMALL
+    )
     values = np.concatenate([by_hand(llama, "resid_post.1", [row])[1:] for row in given])
     check(made, "resid_post.1", values, 1e-5)
     check(
@@ -146,7 +148,7 @@ def test_the_strongest_tokens_of_a_unit_are_those_of_a_full_sort_even_among_equa
     values = kept["mlp_post.1"][:]
     assert (values == 0).float().mean() > 0.2
     for made in (
-        hk.statistics(rectified, ROWS, "mlp_post.1", top=top, **SMALL),
+        hk.activation_statistics(rectified, ROWS, "mlp_post.1", top=top, **SMALL),
         kept.statistics(top=top),
     ):
         for unit, rows in enumerate(largest(values, top)):
@@ -170,7 +172,7 @@ def test_a_strong_token_is_shown_as_text_where_there_is_a_model(llama, found):
 
 
 def test_saved_statistics_come_back_as_they_were(tmp_path, llama, found):
-    back = hk.load_statistics(found.save(tmp_path / "statistics.safetensors"))
+    back = hk.results.load_statistics(found.save(tmp_path / "statistics.safetensors"))
     assert list(back.sites) == list(found.sites)
     assert back.about == found.about
     for site in SITES:
@@ -179,11 +181,11 @@ def test_saved_statistics_come_back_as_they_were(tmp_path, llama, found):
         assert torch.equal(back[site].norm.std, found[site].norm.std)
     assert back["mlp_post.0"].top(9).equals(found["mlp_post.0"].top(9))
     assert back.table().equals(found.table())
-    plain = hk.save_tensors({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    plain = hk.results.save_tensors({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(
         DamagedHarvest, match="'other.safetensors' has no statistics: give a file that"
     ):
-        hk.load_statistics(plain)
+        hk.results.load_statistics(plain)
 
 
 def test_the_table_has_a_row_for_each_site_and_head(found):
@@ -198,14 +200,14 @@ def test_the_table_has_a_row_for_each_site_and_head(found):
 
 def test_statistics_say_of_what_they_are(llama, tmp_path):
     given = [ROWS[0], [], ROWS[1], []]
-    kept = hk.harvest(llama, given, "resid_post.1", tmp_path, unfit="skip", **SMALL).statistics(
+    kept = hk.harvest(llama, given, "resid_post.1", tmp_path, on_error="skip", **SMALL).statistics(
         pos=-1
     )
     assert (kept.about["texts"], kept.about["left_out"], kept.about["pos"]) == (4, 2, "-1")
     assert kept["resid_post.1"].count == 2
-    made = hk.statistics(llama, given, "resid_post.1", unfit="skip", **SMALL)
+    made = hk.activation_statistics(llama, given, "resid_post.1", on_error="skip", **SMALL)
     assert (made.about["texts"], made.about["left_out"], made.about["pos"]) == (4, 2, "None")
-    again = hk.statistics(llama, ["tea"], "resid_post.1", **SMALL)
+    again = hk.activation_statistics(llama, ["tea"], "resid_post.1", **SMALL)
     assert made.about["stream"] != again.about["stream"]
     assert repr(again) == "Statistics(2 tokens of 1 text; 1 site: resid_post.1)"
     assert repr(again["resid_post.1"]) == "SiteStatistics(resid_post.1, [32], 2 tokens)"
@@ -221,7 +223,7 @@ def test_a_stream_is_read_no_further_ahead_than_a_window(llama):
 
     hook = llama.root.register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
-        hk.statistics(llama, stream(), "resid_post.0", **SMALL)
+        hk.activation_statistics(llama, stream(), "resid_post.0", **SMALL)
     finally:
         hook.remove()
     ahead = [
@@ -233,7 +235,7 @@ def test_a_stream_is_read_no_further_ahead_than_a_window(llama):
 
 
 def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
-    bare = hk.statistics(llama, ROWS[:2], "resid_post.1", **SMALL)
+    bare = hk.activation_statistics(llama, ROWS[:2], "resid_post.1", **SMALL)
     for wish, error, words in (
         (lambda: bare["resid_post.1"].covariance, NotCaptured, "ask for it with covariance=True"),
         (lambda: bare["resid_post.1"].top(3), NotCaptured, "ask for them with top=10"),
@@ -259,16 +261,20 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
             r"unit 3 of z.2 was asked for, and its units are counted \[4, 8\]",
         ),
         (
-            lambda: hk.statistics(llama, ROWS, "z.1", top=-1, **SMALL),
+            lambda: hk.activation_statistics(llama, ROWS, "z.1", top=-1, **SMALL),
             BadHook,
             "top=-1: give how many tokens are kept",
         ),
         (
-            lambda: hk.statistics(llama, ROWS, "pattern.1", **SMALL),
+            lambda: hk.activation_statistics(llama, ROWS, "pattern.1", **SMALL),
             BadHook,
             "a statistic keeps as many numbers for",
         ),
-        (lambda: hk.statistics(llama, [], "z.1", **SMALL), EmptySelection, "none of the 0 texts"),
+        (
+            lambda: hk.activation_statistics(llama, [], "z.1", **SMALL),
+            EmptySelection,
+            "none of the 0 texts",
+        ),
         (lambda: harvest.statistics("z.0"), NotCaptured, "z.0 was not harvested"),
         (
             lambda: harvest.statistics(pos=hk.at("tea")),
@@ -290,7 +296,7 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
 
 def test_numbers_of_which_a_mean_says_nothing_are_refused(small_tokenizer):
     with pytest.raises(BadHook, match="experts.1 holds ids or indices, whose mean has no meaning"):
-        hk.statistics(hk.tiny("mixtral"), ROWS[:2], "experts.1", **SMALL)
+        hk.activation_statistics(hk.tiny("mixtral"), ROWS[:2], "experts.1", **SMALL)
     own = hk.LM(tiny("llama"), small_tokenizer)
     with torch.no_grad():
         own.root.model.embed_tokens.weight[7] = float("nan")
@@ -298,7 +304,7 @@ def test_numbers_of_which_a_mean_says_nothing_are_refused(small_tokenizer):
         Unsupported,
         match="embed is not a finite number at position 2 of text 1, so its mean would",
     ):
-        hk.statistics(own, [[1, 2], [3, 4, 7, 5]], "embed", **SMALL)
+        hk.activation_statistics(own, [[1, 2], [3, 4, 7, 5]], "embed", **SMALL)
 
 
 # ---- ablation
@@ -332,7 +338,7 @@ def test_one_head_is_ablated_with_the_statistics_of_all(llama, found):
 
 
 def test_a_bare_name_means_every_layer_that_has_statistics(llama):
-    made = hk.statistics(llama, ROWS[:9], ["z.0", "z.2"], **SMALL)
+    made = hk.activation_statistics(llama, ROWS[:9], ["z.0", "z.2"], **SMALL)
     hook = hk.ablate("z", to=made)
     assert [str(site) for site in hook.sites] == ["z.0", "z.2"]
     one_by_one = [hk.ablate(site, to=made[site].mean) for site in ("z.0", "z.2")]
@@ -344,10 +350,11 @@ def test_a_bare_name_means_every_layer_that_has_statistics(llama):
 
 def test_an_ablation_with_means_is_a_value_that_goes_to_json_and_back(llama, found, tmp_path):
     hook = hk.ablate(["z.2.1", "resid_post.1"], to=found)
-    back = hk.Hook.from_json(hook.to_json())
+    back = hk.types.Hook.from_json(hook.to_json())
     assert back == hook
     assert hook == hk.ablate(
-        ["z.2.1", "resid_post.1"], to=hk.load_statistics(found.save(tmp_path / "s.safetensors"))
+        ["z.2.1", "resid_post.1"],
+        to=hk.results.load_statistics(found.save(tmp_path / "s.safetensors")),
     )
     assert hook != hk.ablate(["z.2.2", "resid_post.1"], to=found)
     assert str(hook) == "ablate(z.2.1, resid_post.1, to=means)"

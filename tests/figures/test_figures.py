@@ -40,7 +40,7 @@ def drawn(figure: Figure) -> None:
 
 
 def test_the_scatter_holds_every_token_and_marks_the_watched_one(everything):
-    figure = hk.logit_scatter(everything, watch=" coffee")
+    figure = hk.figures.logit_scatter(everything, watch=" coffee")
     (axes,) = figure.axes
     points = np.asarray(axes.collections[0].get_offsets())
     assert len(points) == 49152
@@ -51,7 +51,7 @@ def test_the_scatter_holds_every_token_and_marks_the_watched_one(everything):
 
 
 def test_the_panels_show_logits_softmax_and_log_softmax(everything):
-    figure = hk.logit_panels(everything, watch=[" coffee", 7188])
+    figure = hk.figures.logit_panels(everything, watch=[" coffee", 7188])
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "logit (raw)",
         "probability",
@@ -63,7 +63,7 @@ def test_the_panels_show_logits_softmax_and_log_softmax(everything):
 
 
 def test_the_bump_chart_joins_each_tokens_ranks_with_1_at_the_top(shift):
-    figure = hk.rank_bump(shift)
+    figure = hk.figures.rank_bump(shift)
     (axes,) = figure.axes
     lines = [line.get_ydata().tolist() for line in axes.lines if len(line.get_ydata()) == 2]
     assert lines == shift[["rank_before", "rank_after"]].to_numpy().tolist()
@@ -77,7 +77,7 @@ def test_the_bump_chart_joins_each_tokens_ranks_with_1_at_the_top(shift):
 
 
 def test_labels_do_not_stand_on_each_other(shift):
-    figure = hk.rank_bump(shift)
+    figure = hk.figures.rank_bump(shift)
     figure.canvas.draw()
     (axes,) = figure.axes
     for side in (0, 1):
@@ -87,7 +87,7 @@ def test_labels_do_not_stand_on_each_other(shift):
 
 
 def test_bars_are_the_deltas_and_a_banned_tokens_bar_has_no_end(shift):
-    figure = hk.delta_bars(shift)
+    figure = hk.figures.delta_bars(shift)
     (axes,) = figure.axes
     finite = shift.sort_values("logprob_delta", ascending=False)["logprob_delta"].to_numpy()
     widths = np.array([patch.get_width() for patch in axes.patches])
@@ -105,7 +105,7 @@ def test_tokens_that_a_font_lacks_or_that_look_like_mathematics_are_drawn_as_tex
             : len(odd)
         ]
     ]
-    for figure in (hk.rank_bump(odd), hk.delta_bars(odd)):
+    for figure in (hk.figures.rank_bump(odd), hk.figures.delta_bars(odd)):
         drawn(figure)
 
 
@@ -113,17 +113,17 @@ def test_tokens_that_a_font_lacks_or_that_look_like_mathematics_are_drawn_as_tex
     ("make", "error", "words"),
     [
         (
-            lambda s, e: hk.rank_bump(e),
+            lambda s, e: hk.figures.rank_bump(e),
             BadHook,
             "this figure needs the column 'rank_after', and the table has row, pos, token",
         ),
         (
-            lambda s, e: hk.logit_scatter(e.head(3), watch=" zebra"),
+            lambda s, e: hk.figures.logit_scatter(e.head(3), watch=" zebra"),
             EmptySelection,
             "the watched token ' zebra' is not in the table",
         ),
         (
-            lambda s, e: hk.delta_bars(s, titel="x"),
+            lambda s, e: hk.figures.delta_bars(s, titel="x"),
             UnknownKeyword,
             r"delta_bars\(\) has no keyword 'titel'; did you mean 'title'",
         ),
@@ -139,7 +139,7 @@ def test_a_table_of_several_positions_is_refused(smol):
     with pytest.raises(
         EmptySelection, match="this figure is about one position, and the table has 3: choose one"
     ):
-        hk.logit_scatter(table)
+        hk.figures.logit_scatter(table)
 
 
 def test_figures_need_neither_torch_nor_a_display_nor_pyplot():
@@ -155,7 +155,7 @@ def test_figures_need_neither_torch_nor_a_display_nor_pyplot():
 def test_bars_of_a_logit_are_its_largest_parts_the_others_together_and_their_sum():
     logits = [0.5, -3.0, 0.25, 2.0, -0.125, -1.0]
     parts = pd.DataFrame({"row": 0, "pos": 4, "component": list("abcdef"), "logit": logits})
-    axes = hk.logit_bars(parts, top=3).axes[0]
+    axes = hk.figures.logit_bars(parts, top=3).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "d",
         "f",
@@ -166,5 +166,5 @@ def test_bars_of_a_logit_are_its_largest_parts_the_others_together_and_their_sum
     assert [bar.get_width() for bar in axes.patches] == pytest.approx(
         [2.0, -1.0, -3.0, 0.625, sum(logits)]
     )
-    every = hk.logit_bars(parts, top=6).axes[0]
+    every = hk.figures.logit_bars(parts, top=6).axes[0]
     assert [label.get_text() for label in every.get_yticklabels()] == [*"dacefb", "all together"]

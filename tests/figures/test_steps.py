@@ -17,14 +17,14 @@ SETTINGS = {"max_new_tokens": 6, "do_sample": False}
 def edited(smol):
     hooks = [hk.ban(" coffee"), hk.boost(" tea", by=4.0)]
     watch = (" tea", "\n")
-    return hk.decoding(
+    return hk.candidates(
         hk.generate(smol, [PROMPT, "Tea is"], *hooks, trace=hk.trace(watch=watch), **SETTINGS)
     )
 
 
 @pytest.fixture(scope="module")
 def baseline(smol):
-    return hk.decoding(
+    return hk.candidates(
         hk.generate(smol, PROMPT, trace=hk.trace(watch=(" tea", " coffee")), **SETTINGS)
     )
 
@@ -47,7 +47,7 @@ def names_of(figure):
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_line_is_the_tokens_rank_at_every_step_with_1_at_the_top(edited, row):
-    figure = hk.rank_lines(edited, watch=[" tea", "\n"], row=row)
+    figure = hk.figures.rank_lines(edited, watch=[" tea", "\n"], row=row)
     ranks = [of(edited, token, "model", row)["rank"].tolist() for token in (" tea", "\n")]
     assert [line.get_ydata().tolist() for line in lines_of(figure)] == ranks
     assert [line.get_xdata().tolist() for line in lines_of(figure)] == [list(range(6))] * 2
@@ -62,12 +62,12 @@ def test_a_line_is_the_tokens_rank_at_every_step_with_1_at_the_top(edited, row):
 
 
 def test_the_chosen_tokens_stand_along_the_axis(edited):
-    labels = [label.get_text() for label in hk.rank_lines(edited).axes[0].get_xticklabels()]
+    labels = [label.get_text() for label in hk.figures.rank_lines(edited).axes[0].get_xticklabels()]
     assert labels == [f"{token}  {step}" for step, token in enumerate(chosen_of(edited)["token"])]
 
 
 def test_without_a_wish_the_watched_and_the_named_tokens_are_drawn(edited):
-    assert sorted(name.split("  ")[0] for name in names_of(hk.rank_lines(edited))) == [
+    assert sorted(name.split("  ")[0] for name in names_of(hk.figures.rank_lines(edited))) == [
         "' coffee'",
         "' tea'",
         "'\\n'",
@@ -75,7 +75,7 @@ def test_without_a_wish_the_watched_and_the_named_tokens_are_drawn(edited):
 
 
 def test_a_banned_token_has_crosses_and_no_line(edited):
-    figure = hk.rank_lines(edited, watch=" coffee", stage="edited")
+    figure = hk.figures.rank_lines(edited, watch=" coffee", stage="edited")
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
     assert [line.get_ydata().tolist() for line in crosses] == [
         of(edited, " coffee", "edited")["rank"].tolist()
@@ -87,7 +87,7 @@ def test_a_banned_token_has_crosses_and_no_line(edited):
 
 @pytest.mark.parametrize("stage", ["model", "edited"])
 def test_names_do_not_stand_on_each_other_or_outside(edited, stage):
-    figure = hk.rank_lines(edited, stage=stage)
+    figure = hk.figures.rank_lines(edited, stage=stage)
     FigureCanvasAgg(figure).draw()
     boxes = sorted(
         (text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0
@@ -100,7 +100,7 @@ def test_names_do_not_stand_on_each_other_or_outside(edited, stage):
 
 @pytest.mark.parametrize("scale", ["log", "linear"])
 def test_two_lines_are_the_tokens_probabilities_in_the_two_runs(edited, baseline, scale):
-    figure = hk.prob_against(edited, baseline, token=" tea", scale=scale)
+    figure = hk.figures.prob_against(edited, baseline, token=" tea", scale=scale)
     theirs, mine = (line.get_ydata().tolist() for line in lines_of(figure))
     assert mine == of(edited, " tea", "edited")["prob"].tolist()
     assert theirs == of(baseline, " tea", "edited")["prob"].tolist()
@@ -113,7 +113,7 @@ def test_two_lines_are_the_tokens_probabilities_in_the_two_runs(edited, baseline
 
 
 def test_a_probability_of_0_has_a_place_of_its_own_on_a_log_axis(edited, baseline):
-    (axes,) = hk.prob_against(edited, baseline, token=" coffee").axes
+    (axes,) = hk.figures.prob_against(edited, baseline, token=" coffee").axes
     (crosses,) = (line for line in axes.lines if line.get_marker() == "x")
     (height,) = set(crosses.get_ydata())
     assert len(crosses.get_ydata()) == 6
@@ -126,23 +126,23 @@ def test_a_probability_of_0_has_a_place_of_its_own_on_a_log_axis(edited, baselin
 
 
 def test_a_dotted_line_stands_where_the_texts_part(edited, baseline):
-    figure = hk.prob_against(edited, baseline, token=" tea")
+    figure = hk.figures.prob_against(edited, baseline, token=" tea")
     pairs = zip(chosen_of(edited)["token_id"], chosen_of(baseline)["token_id"], strict=True)
     first = next(step for step, (mine, theirs) in enumerate(pairs) if mine != theirs)
     (dotted,) = (line for line in figure.axes[0].lines if line.get_linestyle() == ":")
     assert list(dotted.get_xdata()) == [first + 0.5] * 2
-    same = hk.prob_against(baseline, baseline, token=" tea")
+    same = hk.figures.prob_against(baseline, baseline, token=" tea")
     assert not [line for line in same.axes[0].lines if line.get_linestyle() == ":"]
 
 
 def test_rows_of_the_two_runs_are_chosen_apart(edited, baseline):
-    figure = hk.prob_against(edited, baseline, token=" tea", row=1, baseline_row=0)
+    figure = hk.figures.prob_against(edited, baseline, token=" tea", row=1, baseline_row=0)
     assert (
         lines_of(figure)[1].get_ydata().tolist()
         == of(edited, " tea", "edited", row=1)["prob"].tolist()
     )
     with pytest.raises(OutOfRange, match="row 1 is not in the table, which has row 0"):
-        hk.prob_against(edited, baseline, token=" tea", row=1)
+        hk.figures.prob_against(edited, baseline, token=" tea", row=1)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ def test_rows_of_the_two_runs_are_chosen_apart(edited, baseline):
 def test_odd_tokens_are_drawn_as_text(edited, token):
     odd = edited.copy()
     odd["token"] = [repr(token) if name == "' tea'" else name for name in odd["token"]]
-    drawn(hk.rank_lines(odd))
-    drawn(hk.prob_against(odd, odd, token=7188))
+    drawn(hk.figures.rank_lines(odd))
+    drawn(hk.figures.prob_against(odd, odd, token=7188))
 
 
 def test_the_same_tables_give_the_same_bytes(edited, baseline):
-    assert drawn(hk.rank_lines(edited)) == drawn(hk.rank_lines(edited))
-    make = [hk.prob_against(edited, baseline, token=" coffee") for _ in range(2)]
+    assert drawn(hk.figures.rank_lines(edited)) == drawn(hk.figures.rank_lines(edited))
+    make = [hk.figures.prob_against(edited, baseline, token=" coffee") for _ in range(2)]
     assert drawn(make[0]) == drawn(make[1])
 
 
@@ -165,49 +165,49 @@ def test_the_same_tables_give_the_same_bytes(edited, baseline):
     ("make", "error", "words"),
     [
         (
-            lambda e, b: hk.rank_lines(e, watch=" zebra"),
+            lambda e, b: hk.figures.rank_lines(e, watch=" zebra"),
             NotCaptured,
             r"the token ' zebra' was recorded at 0 of 6 steps, and a line needs all: generate with trace\(watch=\[' zebra'",
         ),
         (
-            lambda e, b: hk.rank_lines(e, watch=3),
+            lambda e, b: hk.figures.rank_lines(e, watch=3),
             NotCaptured,
             "At every step there is ' coffee', ' tea'",
         ),
         (
-            lambda e, b: hk.rank_lines(
+            lambda e, b: hk.figures.rank_lines(
                 e[~e.why.str.contains("watched|named") | e.drawn].assign(why="top")
             ),
             NotCaptured,
             "no token was watched in this run or named by a hook",
         ),
         (
-            lambda e, b: hk.rank_lines(e, watch=range(20)),
+            lambda e, b: hk.figures.rank_lines(e, watch=range(20)),
             BadHook,
             "20 lines are more than can be told apart",
         ),
         (
-            lambda e, b: hk.rank_lines(e, row=2),
+            lambda e, b: hk.figures.rank_lines(e, row=2),
             OutOfRange,
             "row 2 is not in the table, which has rows 0, 1",
         ),
         (
-            lambda e, b: hk.rank_lines(e.assign(token="'x'"), watch="x"),
+            lambda e, b: hk.figures.rank_lines(e.assign(token="'x'"), watch="x"),
             BadHook,
             "'x' is the text of several tokens",
         ),
         (
-            lambda e, b: hk.prob_against(e, b, token="\n"),
+            lambda e, b: hk.figures.prob_against(e, b, token="\n"),
             NotCaptured,
             r"the token '\\n' was recorded at \d of 6 steps",
         ),
         (
-            lambda e, b: hk.prob_against(e, b, token=" tea", scale="lin"),
+            lambda e, b: hk.figures.prob_against(e, b, token=" tea", scale="lin"),
             BadHook,
             "scale='lin' is not one of log, linear",
         ),
         (
-            lambda e, b: hk.prob_against(e, b, tokens=" tea"),
+            lambda e, b: hk.figures.prob_against(e, b, tokens=" tea"),
             UnknownKeyword,
             "no keyword 'tokens'; did you mean 'token'",
         ),

@@ -31,14 +31,14 @@ ODD = [
 @pytest.fixture(scope="module")
 def table(smol):
     settings = {"max_new_tokens": 14, "do_sample": True, "top_k": 8, "seed": 2}
-    return hk.decoding(
+    return hk.candidates(
         hk.generate(smol, [PROMPT, "Tea is"], hk.ban(" coffee"), trace=hk.trace(), **settings)
     )
 
 
 @pytest.fixture(scope="module")
 def single(smol):
-    return hk.decoding(
+    return hk.candidates(
         hk.generate(smol, PROMPT, trace=hk.trace(top=1), max_new_tokens=2, do_sample=False)
     )
 
@@ -66,7 +66,7 @@ def drawn(figure: Figure) -> bytes:
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_every_step_has_a_cell_with_its_token_and_its_surprisal(table, row):
-    figure = hk.decision_strip(table, row=row)
+    figure = hk.figures.decision_strip(table, row=row)
     chosen = chosen_of(table, row)
     assert len(cells_of(figure)) == len(chosen) == 14
     assert texts_of(figure, 9.5) == chosen["token"].tolist()
@@ -78,7 +78,7 @@ def test_every_step_has_a_cell_with_its_token_and_its_surprisal(table, row):
 
 def test_a_cells_opacity_is_its_share_of_the_scale(table):
     for colour, stage in (("surprisal", "model"), ("margin", "edited")):
-        figure = hk.decision_strip(table, stage=stage, colour=colour)
+        figure = hk.figures.decision_strip(table, stage=stage, colour=colour)
         here = table[(table.row == 0) & (table.stage == stage)]
         expected = -here[here.drawn]["logprob"].to_numpy()
         if colour == "margin":
@@ -90,7 +90,7 @@ def test_a_cells_opacity_is_its_share_of_the_scale(table):
 
 
 def test_under_a_cell_stand_the_first_candidates_and_the_chosen_one_marked(table):
-    figure = hk.decision_strip(table)
+    figure = hk.figures.decision_strip(table)
     marks = [text.get_text() for text in figure.axes[0].texts].count("▸")
     assert marks == 14
     for step, part in table[(table.row == 0) & (table.stage == "processed")].groupby("step"):
@@ -109,7 +109,7 @@ def test_under_a_cell_stand_the_first_candidates_and_the_chosen_one_marked(table
 
 
 def test_steps_go_from_left_to_right_and_on_in_the_next_line(table):
-    corners = [(cell.get_y(), cell.get_x()) for cell in cells_of(hk.decision_strip(table))]
+    corners = [(cell.get_y(), cell.get_x()) for cell in cells_of(hk.figures.decision_strip(table))]
     assert corners == sorted(corners)
     assert len({y for y, _ in corners}) == 2
     assert (
@@ -117,7 +117,8 @@ def test_steps_go_from_left_to_right_and_on_in_the_next_line(table):
             {
                 y
                 for y, _ in [
-                    (c.get_y(), 0) for c in cells_of(hk.decision_strip(table[table.step < 8]))
+                    (c.get_y(), 0)
+                    for c in cells_of(hk.figures.decision_strip(table[table.step < 8]))
                 ]
             }
         )
@@ -129,7 +130,7 @@ def test_no_text_leaves_its_cell_whatever_the_tokens(table):
     odd = table[table.row == 0].copy()
     names = dict(zip(dict.fromkeys(odd.token_id), ODD * 99, strict=False))
     odd["token"] = [repr(names[token]) for token in odd.token_id]
-    figure = hk.decision_strip(odd)
+    figure = hk.figures.decision_strip(odd)
     (axes, _), renderer = figure.axes, FigureCanvasAgg(figure).get_renderer()
     drawn(figure)
     frames = [cell.get_window_extent(renderer) for cell in cells_of(figure)]
@@ -147,14 +148,14 @@ def test_a_probability_is_not_rounded_to_0_or_1_and_nothing_else_left_is_a_margi
     run = hk.generate(
         smol, PROMPT, hk.force(" tea", margin=float("inf")), trace=hk.trace(), max_new_tokens=2
     )
-    figure = hk.decision_strip(hk.decoding(run), colour="margin")
+    figure = hk.figures.decision_strip(hk.candidates(run), colour="margin")
     assert texts_of(figure, 6.5)[1] == "∞"
     assert {"1"} == {text for text in texts_of(figure, 7) if text[0].isdigit()}
     drawn(figure)
 
 
 def test_the_same_table_gives_the_same_bytes(table):
-    assert drawn(hk.decision_strip(table)) == drawn(hk.decision_strip(table))
+    assert drawn(hk.figures.decision_strip(table)) == drawn(hk.figures.decision_strip(table))
 
 
 @pytest.mark.parametrize(
@@ -176,23 +177,23 @@ def test_the_same_table_gives_the_same_bytes(table):
 )
 def test_a_strip_that_cannot_be_drawn_is_refused(table, keywords, error, words):
     with pytest.raises(error, match=words):
-        hk.decision_strip(table, **keywords)
+        hk.figures.decision_strip(table, **keywords)
 
 
 def test_other_tables_are_refused(table, single):
     with pytest.raises(
         BadHook, match="drawn from decoding.run., and this table has no column 'stage', 'prob'"
     ):
-        hk.decision_strip(table.drop(columns=["stage", "prob"]))
+        hk.figures.decision_strip(table.drop(columns=["stage", "prob"]))
     with pytest.raises(BadHook, match="this table has none, or several: give it unfiltered"):
-        hk.decision_strip(table[~table.drawn])
+        hk.figures.decision_strip(table[~table.drawn])
     with pytest.raises(BadHook, match="this table has none, or several: give it unfiltered"):
-        hk.decision_strip(pd.concat([table, table]))
+        hk.figures.decision_strip(pd.concat([table, table]))
     with pytest.raises(
         NotCaptured,
         match=r"a margin needs the two first tokens of each step: record them with trace",
     ):
-        hk.decision_strip(single, colour="margin")
+        hk.figures.decision_strip(single, colour="margin")
 
 
 def test_strips_need_neither_torch_nor_a_display_nor_pyplot():

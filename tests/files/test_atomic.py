@@ -44,7 +44,7 @@ def swept(lm, folder):
         [[5, 6, 7]],
         grid,
         lambda layer: hk.ablate(hk.Site("z", layer)),
-        hk.prob(3),
+        hk.metrics.prob(3),
         save=folder,
         progress=False,
     )
@@ -63,7 +63,7 @@ def reported(lm, folder):
 def indexed(lm, folder):
     (folder / "one").mkdir(parents=True)
     (folder / "one" / "report.html").write_text("x")
-    hk.index(folder)
+    hk.results.write_index(folder)
 
 
 def vector_kept(lm, folder):
@@ -71,11 +71,13 @@ def vector_kept(lm, folder):
 
 
 def tensors_kept(lm, folder):
-    hk.save_tensors({"x": torch.ones(2)}, folder / "x.safetensors")
+    hk.results.save_tensors({"x": torch.ones(2)}, folder / "x.safetensors")
 
 
 def statistics_kept(lm, folder):
-    hk.statistics(lm, [[5, 6, 7]], "resid_post.1", progress=False).save(folder / "s.safetensors")
+    hk.activation_statistics(lm, [[5, 6, 7]], "resid_post.1", progress=False).save(
+        folder / "s.safetensors"
+    )
 
 
 WRITERS = {
@@ -252,12 +254,12 @@ def test_a_report_replaces_its_own_files_and_no_changed_one(tmp_path):
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b"])
 def test_a_part_whose_name_leaves_the_folder_is_refused(tmp_path, name):
     part = Part(TABLE, name)
-    for report in (hk.Report("R", (part,)), hk.Report("R", (), data=(part,))):
+    for report in (hk.types.Report("R", (part,)), hk.types.Report("R", (), data=(part,))):
         with pytest.raises(BadHook, match="cannot name a file"):
             report.write(tmp_path / "r")
     if name not in (".hidden", "a b"):
         with pytest.raises(BadHook, match="cannot name a file"):
-            hk.Report("R", (), files={name: "x"}).write(tmp_path / "r")
+            hk.types.Report("R", (), files={name: "x"}).write(tmp_path / "r")
     assert not [*tmp_path.iterdir()]
 
 
@@ -265,7 +267,7 @@ def test_a_harvest_deletes_no_file_that_only_looks_like_a_shard(small, tmp_path)
     harvested(small, tmp_path)
     lines = (tmp_path / "index.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "index.jsonl").write_text("".join(lines[:-1]))
-    hk.save_tensors({"weights": torch.ones(3)}, tmp_path / "99999.safetensors")
+    hk.results.save_tensors({"weights": torch.ones(3)}, tmp_path / "99999.safetensors")
     (tmp_path / ".notes.making").write_text("mine")
     harvested(small, tmp_path)
     assert {"99999.safetensors", ".notes.making"} <= {*contents(tmp_path)}

@@ -90,7 +90,7 @@ def test_a_file_of_hooks_that_is_a_bomb_is_refused_in_a_line(tmp_path, kind, tex
 def test_a_text_of_a_hook_that_is_a_bomb_is_refused_in_a_line(text):
     began = time.process_time()
     with pytest.raises(HookkitError) as raised:
-        hk.hook(text)
+        hk.parse_hook(text)
     assert time.process_time() - began < 2 and len(str(raised.value)) < 200_000
 
 
@@ -155,11 +155,11 @@ def test_a_safetensors_file_that_lies_is_refused_by_every_reader(tmp_path, llama
     path = tmp_path / "lies.safetensors"
     path.write_bytes(content)
     for read in (
-        hk.load_tensors,
+        hk.results.load_tensors,
         lambda path: hk.load_vector(llama, path),
         hk.load_lens,
-        hk.load_statistics,
-        lambda path: hk.hook(f"steer:{path}", lm=llama),
+        hk.results.load_statistics,
+        lambda path: hk.parse_hook(f"steer:{path}", lm=llama),
     ):
         with pytest.raises(HookkitError) as raised:
             read(path)
@@ -171,15 +171,17 @@ def test_words_in_a_vector_a_lens_and_statistics_that_are_none_are_refused(tmp_p
     for words in ("[" * DEEP, "[]", '{"site": 5, "norm": 1, "about": {}}', '{"site": "resid_post.1", "norm": 1}',
                   '{"site": "resid_post.1", "norm": "x", "about": {}}', '{"site": "nowhere.1", "norm": 1, "about": {}}',
                   '{"site": "resid_post.1", "norm": NaN, "about": {}}', '{"site": "resid_post.1", "norm": 1, "about": 3}'):  # fmt: skip
-        hk.save_tensors(ones, tmp_path / "v.safetensors", about={"vector": words})
+        hk.results.save_tensors(ones, tmp_path / "v.safetensors", about={"vector": words})
         with pytest.raises(HookkitError):
             hk.load_vector(llama, tmp_path / "v.safetensors", any_model=True)
-        hk.save_tensors(ones, tmp_path / "l.safetensors", about={"history": words, "about": words})
+        hk.results.save_tensors(
+            ones, tmp_path / "l.safetensors", about={"history": words, "about": words}
+        )
         with pytest.raises(HookkitError):
             hk.load_lens(tmp_path / "l.safetensors")
-        hk.save_tensors(ones, tmp_path / "s.safetensors", about={"statistics": words})
+        hk.results.save_tensors(ones, tmp_path / "s.safetensors", about={"statistics": words})
         with pytest.raises(HookkitError):
-            hk.load_statistics(tmp_path / "s.safetensors")
+            hk.results.load_statistics(tmp_path / "s.safetensors")
 
 
 # ---- a harvest whose files say something else
@@ -304,7 +306,7 @@ def result(tmp_path):
 )
 def test_a_result_whose_about_is_none_is_said(result, about):
     (result / "about.json").write_bytes(about.encode("latin-1"))
-    for look in (hk.results, hk.index):
+    for look in (hk.results.list_results, hk.results.write_index):
         with pytest.raises(BadFile):
             look(result.parent)
 
@@ -315,18 +317,18 @@ def test_pictures_and_tables_from_outside_the_result_are_not_shown(result, tmp_p
     PIL.Image.new("RGB", (2, 2)).save(tmp_path / "outside.png")
     for name in ("../../outside.png", str(tmp_path / "outside.png"), 5, None):
         (result / "about.json").write_text(json.dumps({"files": [name]}))
-        assert "data:image" not in hk.index(result.parent).read_text()
+        assert "data:image" not in hk.results.write_index(result.parent).read_text()
     (result / "linked.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(BadFile, match="leads out of its folder"):
-        hk.index(result.parent)
+        hk.results.write_index(result.parent)
     (result / "linked.png").unlink()
     (result / "not.png").write_text("no picture")
     with pytest.raises(BadFile, match="no picture in PNG"):
-        hk.index(result.parent)
+        hk.results.write_index(result.parent)
     (tmp_path / "t.csv").write_text("x\n1\n")
     (result / "t.csv").symlink_to(tmp_path / "t.csv")
     with pytest.raises(BadFile, match="leads out of its folder"):
-        hk.moved(result, result)
+        hk.results.compare_results(result, result)
 
 
 def test_the_address_of_a_page_runs_nothing(tmp_path):
@@ -334,7 +336,7 @@ def test_the_address_of_a_page_runs_nothing(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "report.html").write_text("x")
-    page = hk.index(tmp_path).read_text()
+    page = hk.results.write_index(tmp_path).read_text()
     assert (
         'href="javascript%3Aalert%281%29/report.html"' in page
         and 'href="a%3Fb%23c/report.html"' in page
@@ -346,7 +348,7 @@ def test_the_address_of_a_page_runs_nothing(tmp_path):
 def test_a_table_that_cannot_be_read_is_said(tmp_path, content):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(BadFile, match="t.csv"):
-        hk.moved(tmp_path, {"t": pd.DataFrame({"a": [1]})})
+        hk.results.compare_results(tmp_path, {"t": pd.DataFrame({"a": [1]})})
 
 
 def test_a_line_of_a_file_of_texts_that_is_a_bomb_is_named(tmp_path, llama):

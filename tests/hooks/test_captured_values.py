@@ -46,7 +46,7 @@ def test_a_head_of_a_site_captured_with_all_its_heads_is_taken_from_it(run):
     ],
 )
 def test_what_is_not_there_is_said(run, key, words):
-    with pytest.raises(hk.HookkitError, match=words):
+    with pytest.raises(hk.errors.HookkitError, match=words):
         run[key]
 
 

@@ -43,10 +43,10 @@ def holds(lm, when, *rows):
 
 def test_entropy_is_that_of_an_even_choice(lm):
     rows = even(2), even(10), even(N)
-    assert holds(lm, hk.entropy_above(math.log(10) * BELOW), *rows) == [False, True, True]
-    assert holds(lm, hk.entropy_above(math.log(10) * ABOVE), *rows) == [False, False, True]
-    assert holds(lm, hk.entropy_below(math.log(10) * BELOW), *rows) == [True, False, False]
-    assert holds(lm, hk.entropy_below(math.log(10) * ABOVE), *rows) == [True, True, False]
+    assert holds(lm, hk.when.entropy_above(math.log(10) * BELOW), *rows) == [False, True, True]
+    assert holds(lm, hk.when.entropy_above(math.log(10) * ABOVE), *rows) == [False, False, True]
+    assert holds(lm, hk.when.entropy_below(math.log(10) * BELOW), *rows) == [True, False, False]
+    assert holds(lm, hk.when.entropy_below(math.log(10) * ABOVE), *rows) == [True, True, False]
 
 
 def test_entropy_is_in_nats_over_all_tokens(lm):
@@ -55,33 +55,33 @@ def test_entropy_is_in_nats_over_all_tokens(lm):
     peak = torch.zeros(N)
     peak[5] = math.log(p / (1 - p) * (N - 1))
     entropy = -p * math.log(p) - (1 - p) * math.log((1 - p) / (N - 1))
-    assert holds(lm, hk.entropy_above(entropy * BELOW), peak) == [True]
-    assert holds(lm, hk.entropy_above(entropy * ABOVE), peak) == [False]
+    assert holds(lm, hk.when.entropy_above(entropy * BELOW), peak) == [True]
+    assert holds(lm, hk.when.entropy_above(entropy * ABOVE), peak) == [False]
 
 
 def test_margin_is_the_largest_logit_less_the_second(lm):
     rows = [torch.arange(N) * step for step in (0.25, 0.5, 2.0)]
-    assert holds(lm, hk.margin_above(0.375), *rows) == [False, True, True]
-    assert holds(lm, hk.margin_below(0.375), *rows) == [True, False, False]
-    assert holds(lm, hk.margin_above(0.5), *rows) == [False, False, True], (
+    assert holds(lm, hk.when.margin_above(0.375), *rows) == [False, True, True]
+    assert holds(lm, hk.when.margin_below(0.375), *rows) == [True, False, False]
+    assert holds(lm, hk.when.margin_above(0.5), *rows) == [False, False, True], (
         "just as large is not above"
     )
-    assert holds(lm, hk.margin_below(0.5), *rows) == [True, False, False], (
+    assert holds(lm, hk.when.margin_below(0.5), *rows) == [True, False, False], (
         "just as large is not below"
     )
-    assert holds(lm, hk.margin_below(0.01), torch.zeros(N)) == [True]
+    assert holds(lm, hk.when.margin_below(0.01), torch.zeros(N)) == [True]
 
 
 def test_rank_is_one_more_than_the_tokens_above(lm):
     rising, falling = torch.arange(N), -torch.arange(N)
     for token in (1, 100, N - 1):
         for row, rank in ((rising, N - token), (falling, token + 1)):
-            assert holds(lm, hk.rank_of(token, at_most=rank), row) == [True]
+            assert holds(lm, hk.when.rank_of(token, at_most=rank), row) == [True]
             if rank > 1:
-                assert holds(lm, hk.rank_of(token, at_most=rank - 1), row) == [False]
-            assert holds(lm, hk.rank_of(token, at_least=rank), row) == [True]
-            assert holds(lm, hk.rank_of(token, at_least=rank + 1), row) == [False]
-    assert holds(lm, hk.rank_of(7, at_most=1), torch.zeros(N)) == [True], (
+                assert holds(lm, hk.when.rank_of(token, at_most=rank - 1), row) == [False]
+            assert holds(lm, hk.when.rank_of(token, at_least=rank), row) == [True]
+            assert holds(lm, hk.when.rank_of(token, at_least=rank + 1), row) == [False]
+    assert holds(lm, hk.when.rank_of(7, at_most=1), torch.zeros(N)) == [True], (
         "tokens as large are not above"
     )
 
@@ -92,11 +92,15 @@ def test_probability_is_that_of_the_softmax(lm):
         row = torch.zeros(N)
         row[5] = math.log(p / (1 - p) * (N - 1))
         rows.append(row)
-    assert holds(lm, hk.prob_of(5, at_least=0.5 * BELOW), *rows) == [False, True, True]
-    assert holds(lm, hk.prob_of(5, at_least=0.5 * ABOVE), *rows) == [False, False, True]
-    assert holds(lm, hk.prob_of(5, at_most=0.5 * ABOVE), *rows) == [True, True, False]
-    assert holds(lm, hk.prob_of(6, at_most=0.5 / (N - 1) * ABOVE), *rows) == [False, True, True]
-    assert holds(lm, hk.prob_of(5, at_most=0.0), even(3)) == [True], (
+    assert holds(lm, hk.when.prob_of(5, at_least=0.5 * BELOW), *rows) == [False, True, True]
+    assert holds(lm, hk.when.prob_of(5, at_least=0.5 * ABOVE), *rows) == [False, False, True]
+    assert holds(lm, hk.when.prob_of(5, at_most=0.5 * ABOVE), *rows) == [True, True, False]
+    assert holds(lm, hk.when.prob_of(6, at_most=0.5 / (N - 1) * ABOVE), *rows) == [
+        False,
+        True,
+        True,
+    ]
+    assert holds(lm, hk.when.prob_of(5, at_most=0.0), even(3)) == [True], (
         "a banned token has probability 0"
     )
 
@@ -105,8 +109,8 @@ def test_a_token_may_be_named_by_its_text(lm):
     (milk,) = lm.tokenizer.encode(" milk")
     row = torch.zeros(N)
     row[milk] = 1.0
-    assert holds(lm, hk.rank_of(" milk", at_most=1), row) == [True]
-    assert holds(lm, hk.rank_of("a", at_most=1), row) == [False]
+    assert holds(lm, hk.when.rank_of(" milk", at_most=1), row) == [True]
+    assert holds(lm, hk.when.rank_of("a", at_most=1), row) == [False]
 
 
 def test_rows_of_the_vocabulary_without_a_token_are_not_ranked(small_tokenizer):
@@ -116,8 +120,8 @@ def test_rows_of_the_vocabulary_without_a_token_are_not_ranked(small_tokenizer):
     wide.resize_token_embeddings(N + 8)
     lm = hk.LM(wide, small_tokenizer)
     row = torch.cat([torch.arange(N) * 0.25, torch.full((8,), 1000.0)])
-    assert holds(lm, hk.rank_of(N - 1, at_most=1), row) == [True]
-    assert holds(lm, hk.margin_below(0.5), row) == [True]
+    assert holds(lm, hk.when.rank_of(N - 1, at_most=1), row) == [True]
+    assert holds(lm, hk.when.margin_below(0.5), row) == [True]
 
 
 def test_a_function_of_ones_own_is_given_logits_and_where_they_are(lm):
@@ -191,7 +195,7 @@ def test_every_edit_acts_in_the_rows_where_its_condition_holds_and_in_no_other(l
     ends = [plain.logits[row, length - 1] for row, length in enumerate(plain.lengths)]
     entropies = [float(torch.distributions.Categorical(logits=end).entropy()) for end in ends]
     limit = sorted(entropies)[1] * ABOVE
-    run = hk.forward(lm, PROMPTS, make(hk.entropy_below(limit)))
+    run = hk.forward(lm, PROMPTS, make(hk.when.entropy_below(limit)))
     held = [entropy < limit for entropy in entropies]
     assert sum(held) == 2, "some rows should be on each side"
     for row in range(3):
@@ -209,7 +213,7 @@ def test_a_condition_sees_what_the_edits_before_it_left(lm):
         PROMPTS[:1],
         known(*rows),
         boosted,
-        hk.ban(5, when=hk.rank_of(6, at_least=2)),
+        hk.ban(5, when=hk.when.rank_of(6, at_least=2)),
         logits="last",
     )
     assert first.logits[0, 0, 5] == -math.inf
@@ -217,7 +221,7 @@ def test_a_condition_sees_what_the_edits_before_it_left(lm):
         lm,
         PROMPTS[:1],
         known(*rows),
-        hk.ban(5, when=hk.rank_of(6, at_least=2)),
+        hk.ban(5, when=hk.when.rank_of(6, at_least=2)),
         boosted,
         logits="last",
     )
@@ -229,7 +233,9 @@ def test_the_log_of_a_generation_says_at_which_steps_the_condition_held(lm):
     plain = hk.generate(lm, PROMPTS[0], **settings)
     top = plain.logits[0].topk(2).values
     limit = float((top[:, 0] - top[:, 1]).median()) * ABOVE
-    run = hk.generate(lm, PROMPTS[0], hk.boost(7, by=1e-3, when=hk.margin_below(limit)), **settings)
+    run = hk.generate(
+        lm, PROMPTS[0], hk.boost(7, by=1e-3, when=hk.when.margin_below(limit)), **settings
+    )
     assert torch.equal(run.tokens, plain.tokens), "an edit too small to change a draw"
     held = (top[:, 0] - top[:, 1] < limit).tolist()
     assert 0 < sum(held) < 8
@@ -237,14 +243,14 @@ def test_the_log_of_a_generation_says_at_which_steps_the_condition_held(lm):
 
 
 CONDITIONS = [
-    hk.entropy_above(2.0),
-    hk.entropy_below(0.5),
-    hk.margin_above(1.0),
-    hk.margin_below(1),
-    hk.rank_of(" milk", at_most=10),
-    hk.rank_of(7, at_least=2),
-    hk.prob_of(" milk", at_least=0.05),
-    hk.prob_of(7, at_most=0.5),
+    hk.when.entropy_above(2.0),
+    hk.when.entropy_below(0.5),
+    hk.when.margin_above(1.0),
+    hk.when.margin_below(1),
+    hk.when.rank_of(" milk", at_most=10),
+    hk.when.rank_of(7, at_least=2),
+    hk.when.prob_of(" milk", at_least=0.05),
+    hk.when.prob_of(7, at_most=0.5),
 ]
 
 
@@ -252,8 +258,8 @@ CONDITIONS = [
 def test_a_condition_prints_as_the_call_that_makes_it_and_survives_json(when):
     assert eval(repr(when), {name: getattr(hk, name) for name in hk.__all__}) == when
     hook = hk.ban(3, when=when)
-    assert hk.Hook.from_json(hook.to_json()) == hook
-    assert hk.Hook.from_json(hook.to_json()).when == when
+    assert hk.types.Hook.from_json(hook.to_json()) == hook
+    assert hk.types.Hook.from_json(hook.to_json()).when == when
     assert hook != hk.ban(3)
     assert len(set(CONDITIONS)) == len(CONDITIONS)
 
@@ -268,29 +274,37 @@ def test_a_function_of_ones_own_is_named_in_print_and_does_not_come_back_from_js
         BadHook,
         match="has a user's function, .*unsure, of which JSON has the name and not the code",
     ):
-        hk.Hook.from_json(hook.to_json())
+        hk.types.Hook.from_json(hook.to_json())
 
 
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: hk.entropy_above("2"), BadHook, "nats='2' is not a finite number"),
-        (lambda: hk.entropy_below(math.nan), BadHook, "nats=nan is not a finite number"),
-        (lambda: hk.margin_above(math.inf), BadHook, "logits=inf is not a finite number"),
-        (lambda: hk.margin_below(True), BadHook, "logits=True is not a finite number"),
-        (lambda: hk.rank_of(7), BadHook, r"rank_of\(7\) needs one limit: at_most= or at_least="),
+        (lambda: hk.when.entropy_above("2"), BadHook, "nats='2' is not a finite number"),
+        (lambda: hk.when.entropy_below(math.nan), BadHook, "nats=nan is not a finite number"),
+        (lambda: hk.when.margin_above(math.inf), BadHook, "logits=inf is not a finite number"),
+        (lambda: hk.when.margin_below(True), BadHook, "logits=True is not a finite number"),
         (
-            lambda: hk.prob_of(" a", at_most=0.1, at_least=0.5),
+            lambda: hk.when.rank_of(7),
+            BadHook,
+            r"rank_of\(7\) needs one limit: at_most= or at_least=",
+        ),
+        (
+            lambda: hk.when.prob_of(" a", at_most=0.1, at_least=0.5),
             BadHook,
             r"prob_of\(' a'\) needs one limit",
         ),
-        (lambda: hk.prob_of(7, at_most="x"), BadHook, "at_most='x' is not a finite number"),
-        (lambda: hk.rank_of(7, top=3), UnknownKeyword, r"rank_of\(\) has no keyword 'top'"),
-        (lambda: hk.prob_of(7, above=3), UnknownKeyword, r"prob_of\(\) has no keyword 'above'"),
+        (lambda: hk.when.prob_of(7, at_most="x"), BadHook, "at_most='x' is not a finite number"),
+        (lambda: hk.when.rank_of(7, top=3), UnknownKeyword, r"rank_of\(\) has no keyword 'top'"),
+        (
+            lambda: hk.when.prob_of(7, above=3),
+            UnknownKeyword,
+            r"prob_of\(\) has no keyword 'above'",
+        ),
         (
             lambda: hk.boost(7, by=1.0, when="unsure"),
             BadHook,
-            "when='unsure' is no condition: give hk.entropy_above",
+            "when='unsure' is no condition: give hk.when.entropy_above",
         ),
     ],
 )
@@ -301,8 +315,8 @@ def test_a_condition_that_means_nothing_is_refused_when_it_is_made(make, error, 
 
 def test_a_condition_on_something_that_is_not_one_token_is_refused_before_the_forward(lm):
     with pytest.raises(NotOneToken, match="'coffee cup' is .* tokens here .*, and one is meant"):
-        hk.forward(lm, PROMPTS, hk.ban(3, when=hk.rank_of("coffee cup", at_most=3)))
+        hk.forward(lm, PROMPTS, hk.ban(3, when=hk.when.rank_of("coffee cup", at_most=3)))
     with pytest.raises(
         NotOneToken, match="token 320 was asked for, and the vocabulary has ids 0 to 319"
     ):
-        hk.forward(lm, PROMPTS, hk.ban(3, when=hk.prob_of(320, at_most=0.5)))
+        hk.forward(lm, PROMPTS, hk.ban(3, when=hk.when.prob_of(320, at_most=0.5)))

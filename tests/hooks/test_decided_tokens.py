@@ -36,7 +36,7 @@ def unsure() -> hk.LM:
     return hk.tiny("llama")
 
 
-def written(run: hk.Run) -> list[list[int]]:
+def written(run: hk.types.Run) -> list[list[int]]:
     """The tokens behind the prompt of each row."""
     rows = zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)
     return [row[start:end] for row, start, end in rows]
@@ -161,7 +161,7 @@ def test_a_constraint_of_the_callers_own_that_leaves_the_token_out_is_a_contradi
 
 
 def test_the_later_hook_has_the_last_word(unsure):
-    def first(*hooks: hk.Hook) -> list[int]:
+    def first(*hooks: hk.types.Hook) -> list[int]:
         run = hk.generate(
             unsure, PROMPTS, *hooks, do_sample=True, temperature=0.1, seed=0, max_new_tokens=1
         )
@@ -171,7 +171,9 @@ def test_the_later_hook_has_the_last_word(unsure):
     assert first(hk.ban(7), hk.force(7)) == [7, 7]
     assert first(hk.force(7), hk.restrict(8)) == [8, 8]
     assert 7 not in first(hk.force(7), hk.ban(7))
-    assert first(hk.force(7, when=hk.rank_of(7, at_least=2), rows=1), hk.boost(3, by=1.0))[1] == 7
+    assert (
+        first(hk.force(7, when=hk.when.rank_of(7, at_least=2), rows=1), hk.boost(3, by=1.0))[1] == 7
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -181,5 +183,5 @@ def test_in_a_forward_the_logit_is_the_largest_plus_ten(dtype):
     forced = hk.forward(lm, [[5, 6, 7]], hk.force(7)).logits[0, -1]
     assert forced[7] == plain.max() + 10.0
     assert hk.force(7).margin is None
-    assert hk.Hook.from_json(hk.force(7).to_json()) == hk.force(7) != hk.force(7, margin=10.0)
-    assert hk.hook(hk.spell(hk.force(7, margin=10.0))) == hk.force(7, margin=10.0)
+    assert hk.types.Hook.from_json(hk.force(7).to_json()) == hk.force(7) != hk.force(7, margin=10.0)
+    assert hk.parse_hook(hk.format_hook(hk.force(7, margin=10.0))) == hk.force(7, margin=10.0)

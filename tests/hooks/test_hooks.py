@@ -68,9 +68,9 @@ def test_a_hook_survives_json(text):
     hook = EXAMPLES[text]
     written = hook.to_json()
     json.loads(written)
-    assert hk.Hook.from_json(written) == hook
-    assert hash(hk.Hook.from_json(written)) == hash(hook)
-    assert hk.Hook.from_json(written).to_json() == written
+    assert hk.types.Hook.from_json(written) == hook
+    assert hash(hk.types.Hook.from_json(written)) == hash(hook)
+    assert hk.types.Hook.from_json(written).to_json() == written
 
 
 def test_hooks_are_equal_when_everything_in_them_is_equal():
@@ -91,7 +91,7 @@ def test_a_vector_that_changes_later_does_not_change_the_hook():
 def test_a_patch_survives_json_with_its_values(llama):
     source = hk.forward(llama, PROMPTS[0], hk.capture(["resid_post.1", "z.2"]))
     hook = hk.patch(["resid_post.1", "z.2"], source)
-    again = hk.Hook.from_json(hook.to_json())
+    again = hk.types.Hook.from_json(hook.to_json())
     assert again == hook
     expected = hk.forward(llama, PROMPTS[0], hk.ablate("mlp_out.0"), hook).logits
     assert torch.equal(
@@ -107,7 +107,7 @@ def test_json_holds_the_name_and_source_of_a_users_function_and_refuses_to_bring
         BadHook,
         match="has a user's function, .*as_a_function, of which JSON has the name and not the code",
     ):
-        hk.Hook.from_json(json.dumps(written))
+        hk.types.Hook.from_json(json.dumps(written))
 
 
 FACTOR = 3.0
@@ -150,7 +150,7 @@ def test_json_can_hold_digests_instead_of_tensors():
     assert digest["shape"] == [32]
     assert len(digest["sha256"]) == 64
     with pytest.raises(BadHook, match="has the hash of its tensor and not the numbers"):
-        hk.Hook.from_json(written)
+        hk.types.Hook.from_json(written)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_json_can_hold_digests_instead_of_tensors():
 )
 def test_json_that_is_no_hook_is_refused(text, words):
     with pytest.raises(BadHook, match=words):
-        hk.Hook.from_json(text)
+        hk.types.Hook.from_json(text)
 
 
 # ---- what they do
@@ -580,7 +580,7 @@ def test_some_units_of_a_site_are_replaced_and_the_others_are_not():
     others = [unit for unit in range(after.shape[-1]) if unit not in (2, 30)]
     assert (after[..., [2, 30]] == 0).all()
     assert torch.equal(after[..., others], before["mlp_post.1"][..., others])
-    assert hk.Hook.from_json(cut.to_json()) == cut
+    assert hk.types.Hook.from_json(cut.to_json()) == cut
 
 
 def test_a_unit_that_is_not_there_is_refused():

@@ -108,7 +108,7 @@ def test_a_key_that_is_not_there_is_refused(llama):
     ids=str,
 )
 def test_a_knockout_comes_back_from_json_and_prints_as_its_call(hook):
-    again = hk.Hook.from_json(hook.to_json())
+    again = hk.types.Hook.from_json(hook.to_json())
     assert again == hook and str(again) == str(hook)
     assert str(hook).startswith("knockout(")
 

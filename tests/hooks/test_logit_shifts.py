@@ -202,18 +202,18 @@ def test_amounts_come_from_a_csv_file_by_text_or_by_id(lm, tmp_path):
 CALLS = [
     hk.boost(" milk", 7, by=1.5),
     hk.boost(by={" milk": 2.0, 7: -1.0}),
-    hk.boost(by={0: 1.0}, rows=1, step=2, when=hk.rank_of(" milk", at_most=3)),
+    hk.boost(by={0: 1.0}, rows=1, step=2, when=hk.when.rank_of(" milk", at_most=3)),
     hk.cap(" milk", 7, logit=-1.0),
-    hk.cap(" milk", prob=0.25, when=hk.margin_above(1.0)),
+    hk.cap(" milk", prob=0.25, when=hk.when.margin_above(1.0)),
     hk.swap(" milk", 7, step=(1, 2)),
-    hk.set_rank(" milk", 3, pos=-1, when=hk.prob_of(7, at_least=0.5)),
+    hk.set_rank(" milk", 3, pos=-1, when=hk.when.prob_of(7, at_least=0.5)),
 ]
 
 
 @pytest.mark.parametrize("hook", CALLS, ids=str)
 def test_the_call_that_a_hook_prints_as_makes_it_again_and_json_does_too(hook):
     assert eval(str(hook), {name: getattr(hk, name) for name in hk.__all__}) == hook
-    again = hk.Hook.from_json(hook.to_json())
+    again = hk.types.Hook.from_json(hook.to_json())
     assert again == hook
     assert again.to_json() == hook.to_json()
 
@@ -344,7 +344,7 @@ def test_a_row_of_the_vocabulary_without_a_token_has_no_rank(llama, small_tokeni
 
 
 def test_where_a_condition_does_not_hold_nothing_is_asked_of_the_edit(lm):
-    never = hk.entropy_below(1e-9)
+    never = hk.when.entropy_below(1e-9)
     plain = hk.forward(lm, PROMPTS, hk.restrict(7, 8)).logits
     for hook in (hk.set_rank(9, 5, when=never), hk.cap(7, 8, prob=0.1, when=never)):
         assert torch.equal(hk.forward(lm, PROMPTS, hk.restrict(7, 8), hook).logits, plain)

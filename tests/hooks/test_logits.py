@@ -142,7 +142,7 @@ EDITS = {
         forced_phrase([7, 8, 9], [0, 3], INF),
     ),
     "force a phrase where unsure": (
-        hk.force(hk.phrase([7, 8]), when=hk.margin_below(0.6), margin=10.0),
+        hk.force(hk.phrase([7, 8]), when=hk.when.margin_below(0.6), margin=10.0),
         forced_when([7, 8], 0.6),
     ),
     "ban": (hk.ban(HALF), banned(HALF)),
@@ -291,7 +291,7 @@ def test_rows_with_an_edit_each_are_runs_of_one_row(lm, mode):
     rows, settings = rows_of(lm), MODES[mode]
     phrase = likely_phrases(lm, rows)[2]
     makes = [
-        lambda n: hk.force(hk.phrase([7, 8]), when=hk.margin_below(1.0), rows=n),
+        lambda n: hk.force(hk.phrase([7, 8]), when=hk.when.margin_below(1.0), rows=n),
         lambda n: hk.force(hk.phrase([9, 10, 11]), step=[0, 3], rows=n),
         lambda n: hk.ban(hk.phrase(phrase), rows=n),
     ]
@@ -333,7 +333,7 @@ def test_a_phrase_as_text_is_the_tokens_that_the_tokenizer_makes_of_it(lm):
 def test_a_condition_decides_at_which_of_the_named_steps_a_phrase_begins(lm):
     rows = rows_of(lm)[:1]
     plain = written(lm, rows)[0]
-    always, never = hk.entropy_above(-1.0), hk.entropy_below(1e-9)
+    always, never = hk.when.entropy_above(-1.0), hk.when.entropy_below(1e-9)
     assert written(lm, rows, hk.force(hk.phrase([7, 8, 9]), step=2, when=always))[0][:5] == [
         *plain[:2],
         7,
@@ -344,7 +344,7 @@ def test_a_condition_decides_at_which_of_the_named_steps_a_phrase_begins(lm):
 
 
 def test_where_a_condition_does_not_hold_nothing_is_asked_of_the_edit(lm):
-    never = hk.entropy_below(1e-9)
+    never = hk.when.entropy_below(1e-9)
     plain = hk.forward(lm, PROMPTS).logits
     for hook in (hk.ban(range(320), when=never), hk.restrict(3, when=never)):
         assert torch.equal(
@@ -356,26 +356,26 @@ def test_where_a_condition_does_not_hold_nothing_is_asked_of_the_edit(lm):
 CALLS = [
     hk.force(7),
     hk.force(" milk", margin=2.5, step=3, rows=1),
-    hk.force(7, margin=10.5, when=hk.prob_of(7, at_most=0.5)),
+    hk.force(7, margin=10.5, when=hk.when.prob_of(7, at_most=0.5)),
     hk.force(hk.phrase(" a cup of tea"), step=(3, 20)),
-    hk.force(hk.phrase([7, " a"]), when=hk.entropy_above(2.0)),
+    hk.force(hk.phrase([7, " a"]), when=hk.when.entropy_above(2.0)),
     hk.ban(" milk", 7),
     hk.ban(hk.phrase(" a cup"), hk.phrase([7, 8]), 3, rows=(0, 2)),
-    hk.restrict(" milk", 7, when=hk.rank_of(" milk", at_least=2)),
+    hk.restrict(" milk", 7, when=hk.when.rank_of(" milk", at_least=2)),
 ]
 
 
 @pytest.mark.parametrize("hook", CALLS, ids=str)
 def test_the_call_that_a_hook_prints_as_makes_it_again_and_json_does_too(hook):
     assert eval(str(hook), {name: getattr(hk, name) for name in hk.__all__}) == hook
-    again = hk.Hook.from_json(hook.to_json())
+    again = hk.types.Hook.from_json(hook.to_json())
     assert again == hook
     assert again.to_json() == hook.to_json()
 
 
 def test_json_keeps_an_unlimited_margin():
     hook = hk.force(7, margin=INF)
-    assert hk.Hook.from_json(hook.to_json()) == hook
+    assert hk.types.Hook.from_json(hook.to_json()) == hook
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_json_keeps_an_unlimited_margin():
         (
             lambda: hk.force(7, when=3),
             BadHook,
-            r"when=3 is no condition: give hk.entropy_above\(2.0\), hk.rank_of",
+            r"when=3 is no condition: give hk.when.entropy_above\(2.0\), hk.when.rank_of",
         ),
         (
             lambda: hk.force(hk.phrase([7, 8]), step=slice(2, None)),

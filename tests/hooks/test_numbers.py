@@ -28,7 +28,7 @@ def models() -> dict[torch.dtype, hk.LM]:
     return {dtype: lm_in(dtype) for dtype in (torch.float32, *SMALL)}
 
 
-def large_run(size: float) -> hk.Run:
+def large_run(size: float) -> hk.types.Run:
     """A float32 run in which one captured number is this large."""
     spike = torch.zeros(32)
     spike[3] = size
@@ -190,7 +190,7 @@ def test_on_other_devices_a_sweep_looks_at_the_results_too(models, monkeypatch):
             IDS,
             {"layer": [0, 1]},
             lambda layer: hk.scale(f"z.{layer}", 1e39 if layer else 2.0),
-            hk.prob(5),
+            hk.metrics.prob(5),
         )
 
 
@@ -317,7 +317,7 @@ def test_nan_logits_are_nan_in_every_table_and_leave_other_rows_alone(broken):
     }
     missing = {
         "ranks": ["logit", "logprob", "prob", "rank"],
-        "shift": ["logit_after", "prob_after", "rank_after", "rank_delta", "shift"],
+        "shift": ["logit_after", "prob_after", "rank_after", "rank_delta"],
         "summary": [
             "kl",
             "kl_reverse",
@@ -327,7 +327,7 @@ def test_nan_logits_are_nan_in_every_table_and_leave_other_rows_alone(broken):
             "margin_after",
             "top1_after",
             "top1_changed",
-            "kept",
+            "top_overlap",
         ],
         "uncertainty": [
             "entropy",
@@ -358,19 +358,24 @@ def test_nan_logits_are_nan_in_every_table_and_leave_other_rows_alone(broken):
 def test_nan_logits_are_nan_in_every_metric(broken):
     before, run = hk.forward(hk.tiny("llama"), ROWS), hk.forward(broken, ROWS)
     for metric in (
-        hk.entropy(),
-        hk.kl(before),
-        hk.prob(3),
-        hk.logprob(3),
-        hk.rank(3),
-        hk.logit_diff(3, 4),
-        hk.logit(3),
+        hk.metrics.entropy(),
+        hk.metrics.kl(before),
+        hk.metrics.prob(3),
+        hk.metrics.logprob(3),
+        hk.metrics.rank(3),
+        hk.metrics.logit_diff(3, 4),
+        hk.metrics.logit(3),
     ):
         first, second = metric(run).tolist()
         assert math.isnan(first) and math.isfinite(second), metric
     spoil = hk.edit("embed", lambda x, here: x)  # the same model, without an edit
     table = hk.sweep(
-        broken, [ROWS[0]], {"k": [1]}, lambda k: spoil, [hk.kl(), hk.top1_changed()], progress=False
+        broken,
+        [ROWS[0]],
+        {"k": [1]},
+        lambda k: spoil,
+        [hk.metrics.kl(), hk.metrics.top1_changed()],
+        progress=False,
     )
     assert table[["kl", "top1_changed"]].isna().all(axis=None)
 
@@ -382,7 +387,7 @@ def test_one_nan_logit_has_no_rank_and_nothing_is_first_beside_it():
     run.logits[0, -1, :4] = logits + 100
     table = hk.ranks(run, top=None).set_index("token_id")
     assert math.isnan(table.loc[1, "rank"]) and not (table["rank"] == 1).any()
-    assert hk.rank(1)(run).isnan().all() and hk.rank(0)(run).item() == 2
+    assert hk.metrics.rank(1)(run).isnan().all() and hk.metrics.rank(0)(run).item() == 2
 
 
 def test_edits_decisions_figures_and_reports_say_that_logits_are_nan(broken, tmp_path):
@@ -390,7 +395,7 @@ def test_edits_decisions_figures_and_reports_say_that_logits_are_nan(broken, tmp
         hk.force(3),
         hk.force(3, margin=2.0),
         hk.set_rank(3, 1),
-        hk.ban(3, when=hk.entropy_above(1.0)),
+        hk.ban(3, when=hk.when.entropy_above(1.0)),
     ):
         with pytest.raises(BadEdit, match="NaN"):
             hk.forward(broken, ROWS, hook)
@@ -401,10 +406,10 @@ def test_edits_decisions_figures_and_reports_say_that_logits_are_nan(broken, tmp
     traced = hk.generate(broken, ROWS, trace=hk.trace(), max_new_tokens=1, do_sample=False)
     spoilt, whole = hk.decisions(traced)["why"].tolist()
     assert "NaN" in spoilt and whole.startswith("greedy: first of ")
-    assert hk.decoding(traced)["rank"].isna().any()
+    assert hk.candidates(traced)["rank"].isna().any()
     shift = hk.rank_shift(hk.forward(hk.tiny("llama"), ROWS), hk.forward(broken, ROWS), top=3)
     with pytest.raises(HookkitError, match="logits are NaN"):
-        hk.rank_bump(shift[shift["row"] == 0])
+        hk.figures.rank_bump(shift[shift["row"] == 0])
     with pytest.raises(HookkitError, match="logits of row 0 are NaN"):
         hk.direct_logits(hk.forward(broken, ROWS), 7)
     report = hk.shift_report(broken, ROWS, hk.ban(7), watch=[3])

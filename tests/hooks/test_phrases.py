@@ -11,7 +11,7 @@ from test_logits import MODES, PLAIN, STEPS, by_transformers, rows_of, unedited,
 import hookkit as hk
 from hookkit.errors import BadHook, NeverFired, NotOneToken, OutOfRange, Unsupported
 
-ALWAYS = hk.entropy_above(-1.0)
+ALWAYS = hk.when.entropy_above(-1.0)
 
 
 def test_a_phrase_is_written_from_each_step_that_is_named(lm):

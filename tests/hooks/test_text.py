@@ -46,14 +46,16 @@ SHORT = {
     "force: coffee": hk.force(" coffee"),
     "force: coffee@0": hk.force(" coffee", step=0),
     "force: coffee@step=[0,2],margin=inf": hk.force(" coffee", step=[0, 2], margin=float("inf")),
-    "force: coffee@when=entropy_above(2.0)": hk.force(" coffee", when=hk.entropy_above(2.0)),
+    "force: coffee@when=entropy_above(2.0)": hk.force(" coffee", when=hk.when.entropy_above(2.0)),
     "force:phrase(' a cup, of tea')@3": hk.force(hk.phrase(" a cup, of tea"), step=3),
     "force: me@home": hk.force(" me@home"),
     "force:' @0'@1": hk.force(" @0", step=1),
     "force: don't@0": hk.force(" don't", step=0),
     "ban: coffee, tea": hk.ban(" coffee", " tea"),
     "ban:',',id(28),' \\n'": hk.ban(",", 28, " \n"),
-    "ban: tea@when=rank_of(' @,', at_most=3)": hk.ban(" tea", when=hk.rank_of(" @,", at_most=3)),
+    "ban: tea@when=rank_of(' @,', at_most=3)": hk.ban(
+        " tea", when=hk.when.rank_of(" @,", at_most=3)
+    ),
     "restrict: yes, no": hk.restrict(" yes", " no"),
     "boost: tea=2.5": hk.boost(" tea", by=2.5),
     "boost: tea=2.5, coffee=-1": hk.boost(by={" tea": 2.5, " coffee": -1}),
@@ -67,26 +69,26 @@ SHORT = {
 
 @pytest.mark.parametrize("text", SHORT)
 def test_a_text_means_what_the_function_of_its_verb_makes(text):
-    assert hk.hook(text) == SHORT[text]
+    assert hk.parse_hook(text) == SHORT[text]
 
 
 @pytest.mark.parametrize("made", SHORT.values(), ids=SHORT)
 def test_what_is_spelled_is_short_and_read_back_as_the_same_hook(made):
-    text = hk.spell(made)
-    assert text.startswith(f"{made.verb}:") and hk.hook(text) == made
+    text = hk.format_hook(made)
+    assert text.startswith(f"{made.verb}:") and hk.parse_hook(text) == made
 
 
 def test_a_hook_without_a_short_form_is_spelled_as_json():
     for made in (hk.steer("resid_post.6", torch.ones(4)), hk.project_out("resid_post.6", torch.ones(4)),
                  hk.ablate("z.1", to=torch.ones(4)), hk.ban(" tea", site="lm_head")):  # fmt: skip
-        assert json.loads(hk.spell(made))["hook"] == made.verb
-        assert hk.hook(hk.spell(made)) == made
+        assert json.loads(hk.format_hook(made))["hook"] == made.verb
+        assert hk.parse_hook(hk.format_hook(made)) == made
 
 
 def test_every_verb_but_that_of_a_function_can_be_written():
     assert {*PARSERS} == {*HOOK_TYPES} - {"edit", "randomised"}
     with pytest.raises(BadHook, match="an edit needs a function, which no text holds"):
-        hk.hook("edit:mlp_out.3")
+        hk.parse_hook("edit:mlp_out.3")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_every_verb_but_that_of_a_function_can_be_written():
         (
             "steer:resid_post.6:mood.safetensors",
             BadHook,
-            "is checked against a model: hk.hook(text, lm=lm)",
+            "is checked against a model: hk.parse_hook(text, lm=lm)",
         ),
         ("patch:resid_post.6", BadHook, "has no prompt to patch from"),
     ],
@@ -153,19 +155,23 @@ def test_every_verb_but_that_of_a_function_can_be_written():
 def test_a_text_that_is_no_hook_says_what_to_write(text, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error) as raised:
-        hk.hook(text)
+        hk.parse_hook(text)
     assert message in str(raised.value)
 
 
 def test_several_tokens_are_a_phrase_where_a_model_says_so_and_refused_where_one_is_meant(llama):
-    assert hk.hook("force: green tea@0", lm=llama) == hk.force(hk.phrase(" green tea"), step=0)
-    assert hk.hook("ban: coffee, green tea", lm=llama) == hk.ban(" coffee", hk.phrase(" green tea"))
+    assert hk.parse_hook("force: green tea@0", lm=llama) == hk.force(
+        hk.phrase(" green tea"), step=0
+    )
+    assert hk.parse_hook("ban: coffee, green tea", lm=llama) == hk.ban(
+        " coffee", hk.phrase(" green tea")
+    )
     with pytest.raises(NotOneToken, match="one is meant"):
-        hk.forward(llama, "I like", hk.hook("boost: green tea=2", lm=llama))
+        hk.forward(llama, "I like", hk.parse_hook("boost: green tea=2", lm=llama))
 
 
 def test_a_patch_takes_what_its_prompt_has_there(llama):
-    made = hk.hook("patch:resid_post.1:She takes green tea with@-1", lm=llama)
+    made = hk.parse_hook("patch:resid_post.1:She takes green tea with@-1", lm=llama)
     source = hk.forward(llama, "She takes green tea with", hk.capture("resid_post.1"))
     found = hk.forward(llama, "I like oat milk in my", made, logits="last").logits
     assert torch.equal(found, hk.forward(llama, "I like oat milk in my", hk.patch("resid_post.1", source, pos=-1), logits="last").logits)  # fmt: skip
@@ -174,26 +180,30 @@ def test_a_patch_takes_what_its_prompt_has_there(llama):
 def test_a_steering_vector_comes_from_its_file(llama, gpt2, tmp_path):
     vector = hk.mean_difference(llama, "I love it", "I hate it", "resid_post.1")[0]
     path = vector.save(tmp_path / "mood.safetensors")
-    assert hk.hook(f"steer:{path}*3", lm=llama) == vector.steer(scale=3.0)
-    assert hk.hook(f"steer:{path}@dose=0.3,pos=-1", lm=llama) == vector.steer(dose=0.3, pos=-1)
-    assert hk.hook(f"steer:resid_post.1:{path}", lm=llama) == vector.steer()
-    assert hk.hook(f"steer:resid_post.2:{path}*-2", lm=llama) == hk.steer(
+    assert hk.parse_hook(f"steer:{path}*3", lm=llama) == vector.steer(scale=3.0)
+    assert hk.parse_hook(f"steer:{path}@dose=0.3,pos=-1", lm=llama) == vector.steer(
+        dose=0.3, pos=-1
+    )
+    assert hk.parse_hook(f"steer:resid_post.1:{path}", lm=llama) == vector.steer()
+    assert hk.parse_hook(f"steer:resid_post.2:{path}*-2", lm=llama) == hk.steer(
         "resid_post.2", vector.tensor, scale=-2.0
     )
-    assert hk.hook(f"project_out:{path}", lm=llama) == hk.project_out("resid_post.1", vector.tensor)
+    assert hk.parse_hook(f"project_out:{path}", lm=llama) == hk.project_out(
+        "resid_post.1", vector.tensor
+    )
     for text, message in (
         ("*2@dose=1", "says twice how much"),
         ("*2@scale=1", "says twice how much"),
     ):
         with pytest.raises(BadHook, match=message):
-            hk.hook(f"steer:{path}{text}", lm=llama)
+            hk.parse_hook(f"steer:{path}{text}", lm=llama)
     with pytest.raises(BadHook, match="a dose is of the stream's length at resid_post.1"):
-        hk.hook(f"steer:resid_post.2:{path}@dose=1", lm=llama)
+        hk.parse_hook(f"steer:resid_post.2:{path}@dose=1", lm=llama)
     with pytest.raises(OtherModel):
-        hk.hook(f"steer:{path}", lm=gpt2)
+        hk.parse_hook(f"steer:{path}", lm=gpt2)
     (tmp_path / "other").write_text("no vector")
     with pytest.raises(BadFile, match="is no file of a vector that can be read"):
-        hk.hook(f"steer:{tmp_path / 'other'}", lm=llama)
+        hk.parse_hook(f"steer:{tmp_path / 'other'}", lm=llama)
 
 
 def test_a_file_has_short_texts_and_whatever_to_json_wrote(tmp_path):

@@ -210,7 +210,7 @@ def test_the_summary_says_where_a_token_first_leads_and_since_when(llama):
             for site, rank, prob in rows
         ]
     )
-    found = hk.lens_summary(lens).iloc[0]
+    found = hk.stats.lens_summary(lens).iloc[0]
     assert (found["best_rank"], found["best_site"], found["first"], found["since"]) == (
         1,
         "b",
@@ -219,7 +219,7 @@ def test_the_summary_says_where_a_token_first_leads_and_since_when(llama):
     )
     assert (found["last_rank"], found["last_prob"]) == (1, 0.7)
     with pytest.raises(hk.errors.BadHook, match="give what logit_lens gave"):
-        hk.lens_summary(lens.drop(columns="prob"))
+        hk.stats.lens_summary(lens.drop(columns="prob"))
 
 
 def test_chunks_make_no_difference(llama, monkeypatch):
@@ -262,14 +262,14 @@ def test_a_tuned_lens_does_better_than_the_logit_lens_on_text_that_it_has_not_se
     draws = torch.Generator().manual_seed(9)
     fresh = [torch.randint(2, lm.n_tokens, (20,), generator=draws).tolist() for _ in range(20)]
     plain = hk.logit_lens(lm, fresh, pos=None, top=1).groupby("layer")["kl"].mean()
-    tuned = hk.logit_lens(lm, fresh, pos=None, top=1, through=lens).groupby("layer")["kl"].mean()
+    tuned = hk.logit_lens(lm, fresh, pos=None, top=1, lens=lens).groupby("layer")["kl"].mean()
     assert (tuned[:-1] < plain[:-1]).all(), (tuned, plain)
     assert tuned[lm.n_layers - 1] == 0
 
 
 def test_a_tuned_lens_says_what_its_translator_and_the_models_end_say(trained):
     lm, lens, _ = trained
-    table = hk.logit_lens(lm, IDS[0], top=lm.n_tokens, through=lens)
+    table = hk.logit_lens(lm, IDS[0], top=lm.n_tokens, lens=lens)
     states = states_by_hand(lm.model, IDS[0])
     moved = (
         states[1, -1] + states[1, -1] @ lens.change["resid_post.0"] + lens.offset["resid_post.0"]
@@ -423,7 +423,7 @@ def test_a_saved_lens_is_the_same_and_knows_its_model(trained, tmp_path):
     pd.testing.assert_frame_equal(back.history, lens.history, check_exact=False)
     with pytest.raises(hk.errors.BadHook, match="whose weights are not those"):
         hk.load_lens(path, lm=hk.tiny("llama", seed=1))
-    hk.save_tensors({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    hk.results.save_tensors({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(hk.errors.BadHook, match="no tuned lens"):
         hk.load_lens(tmp_path / "other.safetensors")
 
@@ -431,7 +431,7 @@ def test_a_saved_lens_is_the_same_and_knows_its_model(trained, tmp_path):
 def test_a_tuned_lens_is_refused_where_it_was_not_trained(trained):
     lm, lens, _ = trained
     with pytest.raises(hk.errors.BadHook, match=r"not trained at resid_mid\.1"):
-        hk.logit_lens(lm, IDS, sites="resid_mid.1", through=lens)
+        hk.logit_lens(lm, IDS, sites="resid_mid.1", lens=lens)
     with pytest.raises(hk.errors.BadPrompt, match="give more text"):
         hk.train_lens(lm, [[5, 6, 7]], progress=False)
 
@@ -521,7 +521,7 @@ def test_a_patchscope_takes_one_state(llama):
 
 def test_the_kl_objective_is_the_divergence(trained):
     lm, lens, _ = trained
-    table = hk.logit_lens(lm, IDS[0], top=lm.n_tokens, through=lens)
+    table = hk.logit_lens(lm, IDS[0], top=lm.n_tokens, lens=lens)
     end, first = (asked(table, 0, 5, f"resid_post.{layer}") for layer in (lm.n_layers - 1, 0))
     logprobs = [torch.tensor(part["logprob"].tolist()) for part in (end, first)]
     wanted = functional.kl_div(logprobs[1], logprobs[0], log_target=True, reduction="sum")

@@ -25,7 +25,7 @@ class Fused(TorchFunctionMode):
 
 
 def test_only_the_layer_whose_pattern_is_edited_leaves_fused_attention(llama):
-    def calls(*hooks: hk.Hook) -> int:
+    def calls(*hooks: hk.types.Hook) -> int:
         with hk.attach(llama, *hooks), torch.no_grad():
             llama.model(
                 torch.tensor([IDS])
@@ -102,7 +102,7 @@ def test_scores_are_the_logarithm_of_the_pattern_and_hidden_keys_stay_hidden(lla
 def test_an_edit_is_given_rows_heads_queries_and_keys_in_the_rows_own_positions(llama):
     seen = []
 
-    def look(pattern: torch.Tensor, here: hk.Here) -> torch.Tensor:
+    def look(pattern: torch.Tensor, here: hk.types.EditContext) -> torch.Tensor:
         seen.append((tuple(pattern.shape), here.positions.tolist()))
         return pattern
 

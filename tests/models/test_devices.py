@@ -31,7 +31,7 @@ SOME = {
 }
 MODELS = {"llama": SOME, "gpt2": ALL, "gemma2": ALL, "mixtral": ALL}
 CLEAN, CORRUPTED = [[5, 6, 7, 8], [9, 10, 11, 12]], [[5, 6, 7, 9], [9, 10, 11, 13]]
-METRIC = hk.logit_diff(40, 50)
+METRIC = hk.metrics.logit_diff(40, 50)
 QUIET = {"progress": False}
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 VECTOR = torch.linspace(-1, 1, 32)
@@ -99,11 +99,11 @@ ASKED = {
         hk.forward(lm, PROMPTS, hk.skip_block(1), hk.project_out(last(lm), VECTOR))
     ),
     "attach": lambda lm: attached(lm),
-    "trace": lambda lm: hk.decoding(hk.generate(lm, PROMPTS[0], trace=hk.trace(), **GREEDY)),
-    "compare": lambda lm: hk.compare(lm, PROMPTS[0], hk.ban(40), **GREEDY).shifts,
+    "trace": lambda lm: hk.candidates(hk.generate(lm, PROMPTS[0], trace=hk.trace(), **GREEDY)),
+    "compare": lambda lm: hk.compare_generations(lm, PROMPTS[0], hk.ban(40), **GREEDY).shifts,
     "stream": lambda lm: [str(now.text) for now in hk.stream(lm, PROMPTS[0], **GREEDY)],
     "surprisal": lambda lm: hk.surprisal(hk.forward(lm, PROMPTS)),
-    "score": lambda lm: hk.score(lm, PROMPTS, window=8),
+    "score": lambda lm: hk.token_losses(lm, PROMPTS, window=8),
     "logit_lens": lambda lm: hk.logit_lens(
         lm, PROMPTS, hk.scale("mlp_out.1", 2.0), pos=None, watch=[40]
     ),
@@ -144,7 +144,9 @@ ASKED = {
         lm, ["I like tea"], "like", METRIC, samples=2, **QUIET
     ),
     "statistics": lambda lm: (
-        hk.statistics(lm, PROMPTS, "resid_post", covariance=True, **QUIET)[last(lm)].covariance
+        hk.activation_statistics(lm, PROMPTS, "resid_post", covariance=True, **QUIET)[
+            last(lm)
+        ].covariance
     ),
     "weights_hash": weights_hash,
 }

@@ -265,7 +265,7 @@ def test_the_model_is_left_as_found_and_its_own_hooks_notice_nothing():
             before[path][n] is after[path][n] or before[path][n] == after[path][n]
             for n in before[path]
         ), path
-    assert fired == [] and set(row.places) == set(lm.family.places)
+    assert fired == [] and set(row.locations) == set(lm.family.locations)
     handle.remove()
     assert not model.model.layers[1]._forward_hooks
 
@@ -318,9 +318,9 @@ def test_a_row_is_corrected_in_a_few_lines():
     row = hk.family(
         "mine",
         like=lm,
-        places={
-            "resid_mid": hk.place(".self_attn.o_proj"),
-            "k": hk.place(".self_attn.k_proj", cut="kv_head d_head"),
+        locations={
+            "resid_mid": hk.location(".self_attn.o_proj"),
+            "k": hk.location(".self_attn.k_proj", cut="kv_head d_head"),
         },
         missing={"mlp_out": "I do not trust it"},
         exceptions={"sum": "mine"},
@@ -341,7 +341,9 @@ def test_a_row_like_one_of_the_table_or_from_nothing():
     llama = hk.tiny("llama")
     row = hk.family("mine", like="llama", sizes={"kv_head": 2})
     assert hk.LM(llama.model, row=row).sites() == llama.sites()
-    bare = hk.family("mine", block="model.layers.{layer}", places={"resid_post": hk.place(".")})
+    bare = hk.family(
+        "mine", block="model.layers.{layer}", locations={"resid_post": hk.location(".")}
+    )
     lm = hk.LM(llama.model, row=bare)
     assert lm.layout.names == ["resid_post", "logits"]
     run = hk.forward(lm, IDS, hk.capture("resid_post.2"))
@@ -353,7 +355,7 @@ def test_a_row_like_one_of_the_table_or_from_nothing():
 def test_a_place_may_hold_in_some_blocks_only():
     lm = hk.tiny("llama")
     row = hk.family(
-        "mine", like="llama", places={"attn_out": hk.place(".self_attn", layers=(0, 2))}
+        "mine", like="llama", locations={"attn_out": hk.location(".self_attn", layers=(0, 2))}
     )
     assert hk.LM(lm.model, row=row).layout.layers("attn_out") == [0, 2]
 
@@ -361,7 +363,7 @@ def test_a_place_may_hold_in_some_blocks_only():
 def test_every_mistake_in_a_row_says_what_is_there():
     llama = hk.tiny("llama")
     with pytest.raises(UnknownSite, match="no site 'atn_out'; did you mean 'attn_out'"):
-        hk.family("mine", places={"atn_out": hk.place(".")})
+        hk.family("mine", locations={"atn_out": hk.location(".")})
     with pytest.raises(UnknownSite, match="no site 'nothing'"):
         hk.family("mine", missing={"nothing": "it is not there"})
     with pytest.raises(
@@ -371,11 +373,11 @@ def test_every_mistake_in_a_row_says_what_is_there():
     with pytest.raises(BadHook, match="depends on the configuration"):
         hk.family("mine", like="falcon")
     with pytest.raises(BadHook, match=r"make one with hk\.place"):
-        hk.family("mine", places={"attn_out": ".self_attn"})
+        hk.family("mine", locations={"attn_out": ".self_attn"})
     with pytest.raises(BadHook, match="say one of them"):
-        hk.family("mine", places={"k": hk.place(".")}, missing={"k": "none"})
+        hk.family("mine", locations={"k": hk.location(".")}, missing={"k": "none"})
     with pytest.raises(UnknownSite, match=r"no module 'model\.layers\.0\.atn'"):
-        hk.family("mine", like=llama, places={"attn_out": hk.place(".atn")})
+        hk.family("mine", like=llama, locations={"attn_out": hk.location(".atn")})
     with pytest.raises(BadHook, match="where the number stands"):
         hk.family("mine", block="model.layers")
     with pytest.raises(BadHook, match="attention='mine' is unknown: say 'interface' or 'own'"):
@@ -390,12 +392,12 @@ def test_every_mistake_in_a_row_says_what_is_there():
 
 def test_every_mistake_in_a_place_says_what_is_there():
     with pytest.raises(BadHook, match="side='inputs'"):
-        hk.place(".", side="inputs")
+        hk.location(".", side="inputs")
     with pytest.raises(BadHook, match="name one of query, key"):
-        hk.place(".self_attn", side="inside", item="queries")
+        hk.location(".self_attn", side="inside", item="queries")
     with pytest.raises(BadHook, match="has the word 'heads'; did you mean 'head'"):
-        hk.place(".q", cut="heads d_head")
+        hk.location(".q", cut="heads d_head")
     with pytest.raises(BadHook, match="part=2 was asked for"):
-        hk.place(".q", cut="head: d_head | d_head", part=2)
+        hk.location(".q", cut="head: d_head | d_head", part=2)
     with pytest.raises(UnknownKeyword):
-        hk.place(".q", path2=".")
+        hk.location(".q", path2=".")

@@ -12,7 +12,7 @@ from hookkit.models.sites import AXES
 def test_every_place_is_in_the_model_and_every_site_has_a_place_or_a_reason(model_type):
     lm = hk.tiny(model_type)
     family = lm.family
-    assert set(family.places) | set(family.missing) == set(AXES)
+    assert set(family.locations) | set(family.missing) == set(AXES)
     for name in AXES:
         assert (name in lm.layout.names) or family.missing.get(name), name
         if lm.layout.layers(name) not in (None, list(range(lm.n_layers))):

@@ -183,7 +183,7 @@ def test_a_model_of_ones_own_is_swept_cell_by_cell(gives):
         [ROWS[0][:4]] * 2,
         {"factor": [1.0, 2.0]},
         lambda factor: hk.scale(site, factor),
-        hk.prob(7),
+        hk.metrics.prob(7),
     )
     for factor, rows in table.groupby("factor"):
         with torch.no_grad():

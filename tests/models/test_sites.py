@@ -109,7 +109,7 @@ def test_a_bare_name_means_every_layer(lm):
 
 def test_all_sites_of_a_model_can_be_selected(lm):
     every = lm.sites()
-    assert {site.name for site in every} == set(lm.family.places)
+    assert {site.name for site in every} == set(lm.family.locations)
     assert all(site.layer is not None for site in lm.sites(layers=[1]))
 
 

@@ -143,11 +143,11 @@ def test_a_continuation_has_the_tokens_that_it_has_behind_the_prompt(spaced, pro
         [prompt],
         {"by": [1.0]},
         lambda by: hk.scale("embed", by),
-        hk.loss(after),
+        hk.metrics.loss(after),
         progress=False,
     )
     assert table["loss"].item() == pytest.approx(right / (len(whole) - len(before)), abs=1e-4)
-    scored = hk.score(spaced, [after], after=prompt)
+    scored = hk.token_losses(spaced, [after], after=prompt)
     assert scored["loss"].sum() == pytest.approx(right, abs=1e-4)
     assert scored["token_id"].tolist() == whole[len(before) :]
 
@@ -206,7 +206,7 @@ def test_the_loss_of_a_continuation_of_any_length(after):
         prompts,
         {"k": [1]},
         lambda k: hk.ablate(hk.Site("mlp_out", k)),
-        hk.loss(after),
+        hk.metrics.loss(after),
         progress=False,
     )
     handle = lm.model.model.layers[1].mlp.register_forward_hook(
@@ -238,14 +238,14 @@ def test_tensors_that_share_memory_are_saved_as_they_are(tmp_path):
         "none either": torch.zeros(0),
         "with gradient": torch.ones(3, requires_grad=True),
     }
-    path = hk.save_tensors(tensors, tmp_path / "t.safetensors")
-    loaded = hk.load_tensors(path)
+    path = hk.results.save_tensors(tensors, tmp_path / "t.safetensors")
+    loaded = hk.results.load_tensors(path)
     assert list(loaded) == sorted(tensors) or set(loaded) == set(tensors)
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor.detach()) and loaded[name].dtype == tensor.dtype
     for wrong in (base.to_sparse(), torch.empty(3, device="meta"), [1.0, 2.0]):
         with pytest.raises(BadHook, match="'wrong'"):
-            hk.save_tensors({"wrong": wrong}, tmp_path / "wrong.safetensors")
+            hk.results.save_tensors({"wrong": wrong}, tmp_path / "wrong.safetensors")
 
 
 @pytest.mark.filterwarnings(
@@ -262,9 +262,11 @@ def test_a_layer_that_gives_no_gradient_is_named():
         "unembedding": lambda: hk.unembedding(lm, 7),
         "capture": lambda: hk.forward(lm, ids, hk.capture("resid_post.0", grad=True)),
         "attribution": lambda: hk.attribution(
-            lm, ids, [[5, 9, 13, 18]], "resid_post", hk.logit_diff(7, 8)
+            lm, ids, [[5, 9, 13, 18]], "resid_post", hk.metrics.logit_diff(7, 8)
         ),
-        "fit_vector": lambda: hk.fit_vector(lm, "resid_post.1", ids, hk.logprob(7), steps=1),
+        "fit_vector": lambda: hk.fit_vector(
+            lm, "resid_post.1", ids, hk.metrics.logprob(7), steps=1
+        ),
     }
     for name, ask in asks.items():
         with pytest.raises(Unsupported, match="give no gradient, as quantised layers do"):

@@ -63,7 +63,7 @@ def test_a_lens_has_finite_numbers_however_large_such_a_row_is(small_tokenizer):
 
 def test_a_report_says_which_token_was_first(wide):
     count = len(wide.tokenizer)
-    tables = hk.shift_report(wide, IDS, {"cut": EDIT}, watch=40, drawn=0).tables
+    tables = hk.shift_report(wide, IDS, {"cut": EDIT}, watch=40, figures=0).tables
     before = [by_hand.logits(wide.model, ids)[0, -1, :count] for ids in IDS]
     after = [without_attention(wide, ids)[0, -1, :count] for ids in IDS]
     first = tables["watched"][tables["watched"]["watched"] == "what was first"]
@@ -85,7 +85,7 @@ def test_a_report_says_which_token_was_first(wide):
 def test_a_difference_of_models_is_one_of_their_tokens(wide):
     count = len(wide.tokenizer)
     other = hk.LM(wide.model, wide.tokenizer, "cut")
-    found = hk.diff(wide, other, IDS, hooks_after=EDIT, sites="embed")
+    found = hk.model_diff(wide, other, IDS, hooks_after=EDIT, sites="embed")
     for row, ids in enumerate(IDS):
         before, after = (
             by_hand.logits(wide.model, ids)[0, :, :count],
@@ -117,7 +117,7 @@ def test_a_condition_on_the_margin_is_between_the_two_first_tokens(wide, above):
     of_all = logits.topk(2).values
     assert abs((best - second) - float(of_all[0] - of_all[1])) > 0.01
     limit = (best - second) * (0.99 if above else 1.01)
-    run = hk.forward(wide, IDS[0], hk.boost(7, by=1.0, when=hk.margin_above(limit)))
+    run = hk.forward(wide, IDS[0], hk.boost(7, by=1.0, when=hk.when.margin_above(limit)))
     assert float(run.logits[0, -1, 7] - logits[7]) == pytest.approx(1.0 if above else 0.0, abs=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_a_token_that_is_set_to_a_rank_has_it_among_the_tokens(wide):
         run = hk.forward(wide, IDS[0], hk.set_rank(7, rank))
         logits = run.logits[0, -1]
         assert 1 + int((logits[:count] > logits[7]).sum()) == rank
-    condition = hk.rank_of(7, at_most=3)
+    condition = hk.when.rank_of(7, at_most=3)
     run = hk.forward(wide, IDS[0], hk.set_rank(7, 3), hk.ban(7, when=condition))
     assert run.logits[0, -1, 7] == -torch.inf, "a condition counts the same rank"
 
@@ -138,7 +138,7 @@ def test_what_was_decided_is_listed_among_the_tokens(wide):
     settings = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
     run = hk.generate(wide, IDS[0], hk.ban(unused), trace=hk.trace(top=3), **settings)
     logits = by_hand.logits(wide.model, IDS[0])[0, -1, :count]
-    listed = hk.decoding(run)
+    listed = hk.candidates(run)
     top = listed[listed["why"].str.contains("top")]
     first = top[(top["step"] == 0) & (top["stage"] == "model")]
     assert first["token_id"].tolist() == logits.topk(3).indices.tolist()

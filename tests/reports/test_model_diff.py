@@ -101,7 +101,7 @@ def test_cka_keeps_rows_or_sums_and_both_ways_are_tried_above():
 
 def test_every_site_is_as_alike_as_hooks_written_by_hand_say(two):
     before, after = two
-    found = hk.diff(
+    found = hk.model_diff(
         before,
         after,
         PROMPTS,
@@ -136,7 +136,7 @@ def test_every_site_is_as_alike_as_hooks_written_by_hand_say(two):
 
 
 def test_what_is_said_after_each_token_is_what_plain_transformers_says(two):
-    found = hk.diff(*two, PROMPTS, rank_pos=None, top=4, watch=40, sites="embed")
+    found = hk.model_diff(*two, PROMPTS, rank_pos=None, top=4, watch=40, sites="embed")
     for row, ids in enumerate(tokens_of(two[0])):
         p, q = (by_hand.logits(lm.model, ids)[0].double().log_softmax(-1) for lm in two)
         mine = found.tokens[found.tokens["row"] == row]
@@ -207,7 +207,7 @@ EDITS = {
 @pytest.mark.parametrize("site", EDITS)
 def test_an_edit_of_weights_is_found_where_it_was_made(site):
     lm = deep(tie_word_embeddings=False)
-    found = hk.diff(lm, copied(lm, EDITS[site]), PROMPTS)
+    found = hk.model_diff(lm, copied(lm, EDITS[site]), PROMPTS)
     assert str(found.first) == site and f"part at {site}" in repr(found)
     assert set(found.parting["site"]) == {site} and found.parting["pos"].tolist() == [0, 0, 0]
     assert found.parting["layer"].tolist() == [3 if "." in site else pd.NA] * 3
@@ -220,7 +220,7 @@ def test_an_edit_of_one_token_parts_at_that_token_and_in_no_other_prompt():
     lm = deep(tie_word_embeddings=False)
     oat = lm.tokenizer.encode(PROMPTS[0])[2]
     after = copied(lm, lambda model: model.model.embed_tokens.weight[oat].mul_(2.0))
-    found = hk.diff(lm, after, [PROMPTS[0], [5, 6, 7]])
+    found = hk.model_diff(lm, after, [PROMPTS[0], [5, 6, 7]])
     assert found.parting["site"].tolist() == ["embed", ""] and found.parting["pos"].tolist() == [
         2,
         pd.NA,
@@ -230,7 +230,7 @@ def test_an_edit_of_one_token_parts_at_that_token_and_in_no_other_prompt():
 
 
 def test_two_copies_never_part(two):
-    found = hk.diff(two[0], copied(two[0]), PROMPTS)
+    found = hk.model_diff(two[0], copied(two[0]), PROMPTS)
     assert found.first is None and "never part" in repr(found)
     assert (found.tokens["kl"] == 0).all() and (found.sites["difference_max"] == 0).all()
     assert found.parting["site"].tolist() == ["", "", ""]
@@ -239,14 +239,14 @@ def test_two_copies_never_part(two):
 
 def test_bfloat16_parts_at_the_embedding_by_what_bfloat16_rounds(two):
     rounded = hk.LM(copy.deepcopy(two[0].model).to(torch.bfloat16), two[0].tokenizer, two[0].name)
-    found = hk.diff(two[0], rounded, PROMPTS)
+    found = hk.model_diff(two[0], rounded, PROMPTS)
     assert str(found.first) == "embed" and found.names[1].endswith("in bfloat16")
     weight = two[0].model.model.embed_tokens.weight.detach()
     ids = torch.tensor([token for row in tokens_of(two[0]) for token in row])
     lost = (weight[ids].bfloat16().float() - weight[ids]).norm(dim=-1) / weight[ids].norm(dim=-1)
     assert found.sites["difference_max"].iloc[0] == pytest.approx(float(lost.max()), rel=1e-4)
     assert 1e-4 < found.sites["difference"].iloc[0] < 4e-3
-    assert hk.diff(two[0], rounded, PROMPTS, tolerance=1.0).first is None
+    assert hk.model_diff(two[0], rounded, PROMPTS, tolerance=1.0).first is None
 
 
 def adapted():
@@ -262,8 +262,8 @@ def adapted():
 def test_an_adapter_is_compared_on_and_off_in_one_model_and_with_a_copy_of_its_base():
     model, words, base = adapted(), tokenizer(), hk.tiny("llama", tokenizer=tokenizer())
     lm = hk.LM(model, words)
-    one = hk.diff(lm, lm, PROMPTS, while_before=model.disable_adapter)
-    other = hk.diff(base, lm, PROMPTS)
+    one = hk.model_diff(lm, lm, PROMPTS, while_before=model.disable_adapter)
+    other = hk.model_diff(base, lm, PROMPTS)
     ids = words.encode(PROMPTS[0])
     with torch.no_grad():
         q = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
@@ -277,14 +277,14 @@ def test_an_adapter_is_compared_on_and_off_in_one_model_and_with_a_copy_of_its_b
         "adapters"
     ] == ["default"]
     with pytest.raises(BadHook, match="both are one model.*disable_adapter"):
-        hk.diff(base, base, PROMPTS)
+        hk.model_diff(base, base, PROMPTS)
 
 
 def test_hooks_on_one_side_act_on_the_rows_that_they_name(llama):
     edit = hk.steer("resid_post.1", torch.ones(32), rows=[2])
-    found = hk.diff(llama, llama, PROMPTS, hooks_after=edit, batch_tokens=1)
+    found = hk.model_diff(llama, llama, PROMPTS, hooks_after=edit, batch_tokens=1)
     assert found.parting["site"].tolist() == ["", "", "resid_post.1"]
-    banned = hk.diff(llama, llama, PROMPTS[:1], hooks_after=hk.ban(7, pos=slice(None)))
+    banned = hk.model_diff(llama, llama, PROMPTS[:1], hooks_after=hk.ban(7, pos=slice(None)))
     assert math.isinf(banned.tokens["kl"].iloc[0]) and str(banned.first) == "logits"
     assert "edited" in banned.shifts.set_index("token_id").loc[7, "why"]
     assert "∞" in banned.page().html()
@@ -293,23 +293,23 @@ def test_hooks_on_one_side_act_on_the_rows_that_they_name(llama):
 @pytest.mark.parametrize("side", ["hooks_before", "hooks_after"])
 def test_the_rows_that_a_hook_names_are_the_prompts_however_few_tokens_run_together(llama, side):
     hook = hk.ablate("attn_out.1", rows=[2])
-    found = hk.diff(llama, llama, PROMPTS, sites="embed", batch_tokens=4, **{side: hook})
+    found = hk.model_diff(llama, llama, PROMPTS, sites="embed", batch_tokens=4, **{side: hook})
     kl = found.prompts.set_index("row")["kl_max"]
     assert kl[2] > 1e-4 and kl[0] == kl[1] == 0
 
 
-@pytest.mark.parametrize(("asked", "rows"), [({}, {0, 1, 2}), ({"shown": 1}, {0})])
+@pytest.mark.parametrize(("asked", "rows"), [({}, {0, 1, 2}), ({"details": 1}, {0})])
 def test_the_stream_token_by_token_is_that_of_the_prompts_that_are_shown(two, asked, rows):
-    found = hk.diff(*two, [*PROMPTS, "Tea"], sites=["resid_post.1", "mlp_out.1"], **asked)
+    found = hk.model_diff(*two, [*PROMPTS, "Tea"], sites=["resid_post.1", "mlp_out.1"], **asked)
     assert set(found.stream["row"]) == rows and set(found.stream["layer"]) == {1}
     assert len(found.stream) == sum(len(tokens_of(two[0])[row]) for row in rows)
 
 
 def test_models_of_other_depth_are_compared_by_the_names_that_both_have():
     one, other = deep(), deep(num_hidden_layers=3)
-    found = hk.diff(one, other, PROMPTS)
+    found = hk.model_diff(one, other, PROMPTS)
     said = found.left_out.set_index("what")["why"]
-    back = hk.diff(other, one, PROMPTS[:1], sites=None).left_out["why"].tolist()
+    back = hk.model_diff(other, one, PROMPTS[:1], sites=None).left_out["why"].tolist()
     assert "only the second model has it" in back and "only the first model has it" not in back
     assert "only the first model has it" in said.tolist() and any(
         "layer" not in str(s) and ".3" in str(s) for s in said.index
@@ -325,7 +325,7 @@ def test_of_models_of_other_width_cka_alone_is_given():
     one, other = (
         hk.tiny("llama", tokenizer=tokenizer(), config={"hidden_size": size}) for size in (32, 64)
     )
-    found = hk.diff(one, other, PROMPTS, sites=["resid_post", "k"])
+    found = hk.model_diff(one, other, PROMPTS, sites=["resid_post", "k"])
     table = found.sites.set_index("site")
     x, y = (at_site(lm, "resid_post", 1) for lm in (one, other))
     assert table.loc["resid_post.1", "cka"] == pytest.approx(definition(x, y), abs=1e-4)
@@ -343,7 +343,8 @@ def test_of_models_of_other_width_cka_alone_is_given():
 def test_the_same_comes_of_small_batches_and_little_memory(two):
     asked = {"sites": ["resid_post", "z", "q.1"], "cka": ["resid_post", "z"]}
     whole, pieces = (
-        hk.diff(*two, PROMPTS, **asked, **small) for small in ({}, {"batch_tokens": 1, "memory": 1})
+        hk.model_diff(*two, PROMPTS, **asked, **small)
+        for small in ({}, {"batch_tokens": 1, "memory": 1})
     )
     for name in ("tokens", "shifts", "sites", "parting", "stream"):
         pd.testing.assert_frame_equal(
@@ -358,13 +359,13 @@ def test_the_same_comes_of_small_batches_and_little_memory(two):
 )
 def test_as_few_forwards_run_as_memory_and_batch_allow(two, memory, batch_tokens, forwards):
     counts, sites = [], ["embed", "resid_post.0", "mlp_out.1", "resid_post.2"]
-    hk.diff(*two, PROMPTS, sites="embed")  # what is tried once for a model has been tried
+    hk.model_diff(*two, PROMPTS, sites="embed")  # what is tried once for a model has been tried
     handles = [
         lm.model.model.embed_tokens.register_forward_hook(lambda m, a, o: counts.append(len(o)))
         for lm in two
     ]
     try:
-        hk.diff(*two, PROMPTS, sites=sites, memory=memory, batch_tokens=batch_tokens)
+        hk.model_diff(*two, PROMPTS, sites=sites, memory=memory, batch_tokens=batch_tokens)
     finally:
         for handle in handles:
             handle.remove()
@@ -376,7 +377,7 @@ def test_as_few_forwards_run_as_memory_and_batch_allow(two, memory, batch_tokens
 
 
 def test_positions_and_sites_are_those_asked_for(two):
-    found = hk.diff(*two, PROMPTS, pos=slice(1, None), sites=["z.1", "z.2.3"], cka=False)
+    found = hk.model_diff(*two, PROMPTS, pos=slice(1, None), sites=["z.1", "z.2.3"], cka=False)
     assert (
         found.sites["site"].tolist() == ["z.1", "z.2.3", "logits"]
         and found.sites["cka"].isna().all()
@@ -392,7 +393,7 @@ def test_positions_and_sites_are_those_asked_for(two):
 
 def test_the_first_token_of_the_vocabulary_has_a_loss_as_any_other(two):
     bare = [hk.LM(lm.model) for lm in two]
-    found = hk.diff(*bare, [[7, 0, 1, 0]], sites="embed")
+    found = hk.model_diff(*bare, [[7, 0, 1, 0]], sites="embed")
     p, q = (by_hand.logits(lm.model, [7, 0, 1, 0])[0].double().log_softmax(-1) for lm in two)
     for name, said in (("loss_before", p), ("loss_after", q)):
         losses = [-float(said[place, following]) for place, following in enumerate([0, 1, 0])]
@@ -401,17 +402,17 @@ def test_the_first_token_of_the_vocabulary_has_a_loss_as_any_other(two):
 
 
 def test_a_difference_shows_itself_in_a_notebook_with_the_site_where_the_models_part(two):
-    found = hk.diff(*two, PROMPTS, shown=0)
+    found = hk.model_diff(*two, PROMPTS, details=0)
     assert found.stream.empty, "of no prompt the stream is kept"
     page = found._repr_html_()
     assert "part first at" in page and str(found.first) in page
-    same = hk.diff(two[0], hk.LM(copy.deepcopy(two[0].model), two[0].tokenizer), PROMPTS)
+    same = hk.model_diff(two[0], hk.LM(copy.deepcopy(two[0].model), two[0].tokenizer), PROMPTS)
     assert "no site" in same._repr_html_()
 
 
 def test_models_without_tokenizers_and_modules_by_path_are_compared(two):
     bare = [hk.LM(lm.model) for lm in two]
-    found = hk.diff(
+    found = hk.model_diff(
         *bare, [[3, 4, 5], [6]], sites=[hk.module("model.layers.1.mlp.gate_proj"), "embed"]
     )
     assert found.tokens["read"].tolist() == ["'<3>'", "'<4>'", "'<5>'", "'<6>'"]
@@ -420,7 +421,7 @@ def test_models_without_tokenizers_and_modules_by_path_are_compared(two):
         "is a module"
         in found.left_out.set_index("what").loc["the site where they part first", "why"]
     )
-    one_reads = hk.diff(hk.LM(two[0].model), two[1], PROMPTS[0])
+    one_reads = hk.model_diff(hk.LM(two[0].model), two[1], PROMPTS[0])
     assert one_reads.tokens["read"].iloc[1] == "' like'" or one_reads.tokens["read"].iloc[
         1
     ].startswith("'")
@@ -438,17 +439,17 @@ def reordered():
 def test_models_that_do_not_read_the_same_tokens_are_refused(two):
     larger = hk.tiny("llama", config={"vocab_size": 330})
     with pytest.raises(OtherVocabulary, match="vocabularies of 320 and 330 tokens"):
-        hk.diff(two[0], larger, PROMPTS)
+        hk.model_diff(two[0], larger, PROMPTS)
     more = tokenizer()
     more.add_tokens(["<extra>"])
     with pytest.raises(
         OtherVocabulary,
         match="differ in 1 tokens: id 320 is 'not there' in the first and '<extra>'",
     ):
-        hk.diff(two[0], hk.LM(two[1].model, more), PROMPTS)
+        hk.model_diff(two[0], hk.LM(two[1].model, more), PROMPTS)
     words = r"read prompt 0, .*, as different tokens: at position \d+ '.+' \(id \d+\) and '.+' \(id \d+\)"
     with pytest.raises(OtherVocabulary, match=words):
-        hk.diff(two[0], hk.LM(two[1].model, reordered()), [" ".join(PROMPTS)])
+        hk.model_diff(two[0], hk.LM(two[1].model, reordered()), [" ".join(PROMPTS)])
 
 
 @pytest.mark.parametrize(
@@ -456,7 +457,7 @@ def test_models_that_do_not_read_the_same_tokens_are_refused(two):
     [
         ({"sites": "resid_pots"}, hk.errors.UnknownSite, "did you mean 'resid_post'"),
         ({"sites": "pos_embed"}, MissingSite, "pos_embed"),
-        ({"sites": "pattern"}, BadHook, "hk.diff keeps as many numbers for every token"),
+        ({"sites": "pattern"}, BadHook, "hk.model_diff keeps as many numbers for every token"),
         ({"sites": "z", "cka": "q"}, BadHook, "which is not compared: name it in sites="),
         ({"hooks_after": hk.capture("embed")}, BadHook, "which changes nothing"),
         ({"top": 0}, OutOfRange, "top=0: give a whole number, at least 1"),
@@ -469,7 +470,7 @@ def test_models_that_do_not_read_the_same_tokens_are_refused(two):
 )
 def test_a_wish_that_cannot_be_is_refused(two, settings, error, words):
     with pytest.raises(error, match=words):
-        hk.diff(*two, PROMPTS, **settings)
+        hk.model_diff(*two, PROMPTS, **settings)
 
 
 def test_the_page_says_it_all_again_and_runs_nothing_of_the_tokens(tmp_path):
@@ -480,8 +481,8 @@ def test_the_page_says_it_all_again_and_runs_nothing_of_the_tokens(tmp_path):
         for seed in (0, 1)
     )
     ids = [words.convert_tokens_to_ids(word) for word in NASTY]
-    found = hk.diff(one, other, [ids, [5, 6]], watch=ids, names=("<b>one", "other"))
-    page = found.page(question="<i>Which?</i>", drawn=2).write(tmp_path)
+    found = hk.model_diff(one, other, [ids, [5, 6]], watch=ids, names=("<b>one", "other"))
+    page = found.page(question="<i>Which?</i>", figures=2).write(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert text.count("<script>") == 1 and "<b>one" not in text and "<i>" not in text
     assert "&lt;script&gt;alert(1)" in text
@@ -504,7 +505,7 @@ def test_the_page_says_it_all_again_and_runs_nothing_of_the_tokens(tmp_path):
 
 
 def test_the_page_says_which_model_is_which(two):
-    found = hk.diff(*two, PROMPTS[:1], sites="embed", hooks_after=hk.ablate("z.1"))
+    found = hk.model_diff(*two, PROMPTS[:1], sites="embed", hooks_after=hk.ablate("z.1"))
     text = found.page().html()
     before, after = (text.split(f"{when}: ")[1].splitlines()[0] for when in ("Before", "After"))
     assert "seed 0" in before and "hook" not in before
@@ -526,7 +527,7 @@ def test_the_command_prints_what_the_call_gives(two, tmp_path):
     command = [sys.executable, "-c", "from hookkit.cli import app; app(prog_name='hookkit')"]
     done = subprocess.run([*command, *words, "--csv"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = hk.diff(*two, PROMPTS[:2])
+    found = hk.model_diff(*two, PROMPTS[:2])
     table = pd.read_csv(io.StringIO(done.stdout))
     assert list(table) == list(found.tokens) and len(table) == len(found.tokens)
     assert table["kl"].tolist() == pytest.approx(found.tokens["kl"].tolist(), rel=1e-4)
@@ -544,7 +545,7 @@ def test_logits_that_are_nan_are_said_and_no_mean_passes_over_them(tmp_path):
     broken = copy.deepcopy(before.model)
     with torch.no_grad():
         broken.model.embed_tokens.weight[9] = torch.nan  # 0 times NaN is NaN: all of its row
-    found = hk.diff(before, hk.LM(broken), [[5, 6, 7], [5, 9, 7]])
+    found = hk.model_diff(before, hk.LM(broken), [[5, 6, 7], [5, 9, 7]])
     nan = found.tokens["kl"].isna().tolist()
     assert nan == [False] * 3 + [True] * 3
     assert found.tokens["top1_after"].isna().tolist() == nan

@@ -16,7 +16,7 @@ def record(folder, lm, fail=False):
         run = results.run("forced", hk.forward(lm, PROMPTS[0], hk.force(3), hk.capture("z.1")))
         plain = hk.forward(lm, PROMPTS[0])
         shift = results.table("shift", hk.rank_shift(plain, run), caption="after minus before")
-        results.figure("bump", hk.rank_bump(shift))
+        results.figure("bump", hk.figures.rank_bump(shift))
         results.text("# Heading")
         results.tensors("z", run)
         if fail:
@@ -54,7 +54,7 @@ def test_a_record_writes_page_tables_pictures_tensors_and_how(tmp_path, llama):
     } <= set(about)
     forced = about["runs"]["forced"]
     assert forced["prompts"] == [PROMPTS[0]]
-    assert hk.Hook.from_json(forced["hooks"][0]) == hk.force(3)
+    assert hk.types.Hook.from_json(forced["hooks"][0]) == hk.force(3)
 
 
 def test_the_same_record_twice_has_the_same_tables_byte_for_byte(tmp_path, llama):

@@ -68,7 +68,7 @@ def test_a_readme_of_ones_own_stays_as_it_is_and_an_own_one_is_replaced(tmp_path
         with hk.record(tmp_path / "one" if write == "index" else tmp_path) as results:
             results.answer(answer)
         if write == "index":
-            hk.index(tmp_path)
+            hk.results.write_index(tmp_path)
 
     readme = tmp_path / "README.md"
     readme.write_text("# My project\n")
@@ -89,10 +89,10 @@ def test_results_without_their_pages_are_listed_and_shown(tmp_path, hookkit):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README.md").write_text("by hand")
     (tmp_path / "oat milk" / "report.html").unlink()
-    assert hk.results(tmp_path)[["result", "page"]].to_numpy().tolist() == [
+    assert hk.results.list_results(tmp_path)[["result", "page"]].to_numpy().tolist() == [
         ["oat milk", "oat milk/README.md"]
     ]
-    assert 'href="oat%20milk/README.md"' in hk.index(tmp_path).read_text()
+    assert 'href="oat%20milk/README.md"' in hk.results.write_index(tmp_path).read_text()
     readme = (tmp_path / "README.md").read_text()
     assert 'src="oat%20milk/bump.png"' in readme and "Coffee." in readme
     assert "Coffee." in hookkit("show", str(tmp_path / "oat milk")).stdout

@@ -14,7 +14,7 @@ TABLE = pd.DataFrame({"token": [" a", " b"], "logit": [1.0, 2000.0], "rank": [1,
 
 
 def only(before: pd.DataFrame, after: pd.DataFrame, **settings) -> dict:
-    return hk.moved({"t": before}, {"t": after}, **settings).iloc[0].to_dict()
+    return hk.results.compare_results({"t": before}, {"t": after}, **settings).iloc[0].to_dict()
 
 
 def test_a_table_is_the_same_as_itself():
@@ -42,7 +42,10 @@ def test_a_text_that_differs_and_a_number_that_is_missing_or_infinite_moved():
     assert (
         only(sure, unsure)["moved"] == 1 and only(sure, unsure)["column"] == ""
     )  # which is of numbers
-    assert describe_changes(hk.moved({"t": TABLE}, {"t": gone})) == "t: 1 of 6 cells moved"
+    assert (
+        describe_changes(hk.results.compare_results({"t": TABLE}, {"t": gone}))
+        == "t: 1 of 6 cells moved"
+    )
 
 
 def test_other_rows_columns_and_tables_are_named():
@@ -54,7 +57,7 @@ def test_other_rows_columns_and_tables_are_named():
         "e": TABLE[TABLE.columns[::-1]],
         "f": TABLE,
     }
-    found = hk.moved(before, after)
+    found = hk.results.compare_results(before, after)
     assert found["table"].tolist() == ["a", "b", "c", "e", "f", "d"]
     assert describe_changes(found) == (
         "a: has 1 rows, and had 2; b: has other columns: rank; c: is gone; e: has its columns in another order; "
@@ -69,10 +72,10 @@ def test_folders_are_compared_by_their_csv_files_in_folders_below_too(tmp_path):
     TABLE.to_csv(
         tmp_path / "two" / "deep" / ".last" / "t.csv", index=False
     )  # of the run before: not compared
-    found = hk.moved(tmp_path / "one", str(tmp_path / "two"))
+    found = hk.results.compare_results(tmp_path / "one", str(tmp_path / "two"))
     assert found["table"].tolist() == ["deep/t"] and found["same"].all()
     with pytest.raises(BadHook, match="there is no folder .*three.*name a folder of results"):
-        hk.moved(tmp_path / "one", tmp_path / "three")
+        hk.results.compare_results(tmp_path / "one", tmp_path / "three")
 
 
 def test_a_folder_is_compared_with_what_git_has_of_it_also_when_it_is_gone(tmp_path, monkeypatch):
@@ -88,11 +91,13 @@ def test_a_folder_is_compared_with_what_git_has_of_it_also_when_it_is_gone(tmp_p
     TABLE.assign(rank=[1, 3]).to_csv(result / "t.csv", index=False)
     for folder, within in ((result, tmp_path), ("results/oat", tmp_path), (".", result)):
         monkeypatch.chdir(within)
-        assert hk.moved(f"{folder}@HEAD", folder)[["table", "moved"]].values.tolist() == [["t", 1]]
+        assert hk.results.compare_results(f"{folder}@HEAD", folder)[
+            ["table", "moved"]
+        ].values.tolist() == [["t", 1]]
     monkeypatch.chdir(tmp_path)
     (result / "t.csv").rename(tmp_path / "t.csv")
     result.rmdir()
-    assert hk.moved("results/oat@HEAD", {"t": TABLE})["same"].all()
+    assert hk.results.compare_results("results/oat@HEAD", {"t": TABLE})["same"].all()
     for wrong in ("results/oat@nothing", "results/none@HEAD"):
         with pytest.raises(BadHook, match="git has no 'results/(oat|none)' at"):
-            hk.moved(wrong, tmp_path)
+            hk.results.compare_results(wrong, tmp_path)

@@ -70,7 +70,7 @@ def check(row, before, after):
         assert row[f"{name}_delta"] == pytest.approx(
             row[f"{name}_after"] - row[f"{name}_before"], abs=5e-5
         )  # CSV has six digits
-    assert row["shift"] == row["rank_before"] - row["rank_after"]
+    assert row["rank_delta"] == row["rank_after"] - row["rank_before"]
 
 
 def test_every_number_in_the_files_is_that_of_a_hook_written_by_hand(llama, tmp_path):
@@ -147,14 +147,16 @@ def test_decades_are_powers_of_ten_between_the_ranks(llama):
     ranks = pd.DataFrame({"rank_before": [100, 1, 7, 3], "rank_after": [10, 1000, 7, 1]})
     for name in ("logit", "logprob", "prob"):
         ranks[f"{name}_before"] = ranks[f"{name}_after"] = 0.0
-    assert add_deltas(ranks)["decades"].tolist() == pytest.approx([1, -3, 0, 0.47712125], abs=1e-8)
-    assert add_deltas(ranks)["shift"].tolist() == [90, -999, 0, 2]
-    made = hk.shift_report(llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), drawn=0)
+    assert add_deltas(ranks)["log10_rank_ratio"].tolist() == pytest.approx(
+        [1, -3, 0, 0.47712125], abs=1e-8
+    )
+    assert add_deltas(ranks)["rank_delta"].tolist() == [-90, 999, 0, -2]
+    made = hk.shift_report(llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), figures=0)
     watched = made.tables["watched"]
     wanted = [
         math.log(row.rank_before / row.rank_after) / math.log(10) for row in watched.itertuples()
     ]
-    assert watched["decades"].tolist() == pytest.approx(wanted, abs=1e-9)
+    assert watched["log10_rank_ratio"].tolist() == pytest.approx(wanted, abs=1e-9)
     assert max(map(abs, wanted)) > 0.01
 
 
@@ -199,13 +201,13 @@ def test_the_components_that_moved_most_and_all_the_others_are_the_whole_sum():
 def test_the_last_layer_of_the_lens_says_what_the_model_says_and_the_edited_block_is_marked(llama):
     _, before, after = ablated(llama)
     layers = hk.shift_report(
-        llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=40, shown=2
+        llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=40, details=2
     ).tables["layers"]
     assert set(layers["row"]) == {0, 1}
     assert set(layers[layers["edited"]]["layer"]) == {HEAD[0]}
     for row in layers[layers["layer"] == 2].to_dict("records"):
         check(
-            row | {"shift": row["rank_before"] - row["rank_after"]},
+            row | {"rank_delta": row["rank_after"] - row["rank_before"]},
             before[row["row"]],
             after[row["row"]],
         )
@@ -233,7 +235,7 @@ def test_a_random_control_changes_as_much_and_depends_on_the_seed_alone(llama):
     vector = torch.arange(32.0) / 8
     edit = {"steered": hk.steer("resid_post.1", vector, pos=-1)}
     one, two, other = (
-        hk.shift_report(llama, PROMPTS, edit, controls="random", watch=40, seed=seed, drawn=0)
+        hk.shift_report(llama, PROMPTS, edit, controls="random", watch=40, seed=seed, figures=0)
         for seed in (1, 1, 2)
     )
     watched = one.tables["watched"]
@@ -242,7 +244,7 @@ def test_a_random_control_changes_as_much_and_depends_on_the_seed_alone(llama):
     assert set(watched[watched["edit"] == "steered (random)"]["control"]) == {"steered"}
     about = json.loads(one.files["about.json"])
     assert len(about["hooks"]["steered (random)"]) == about["draws"] == 5
-    hook = hk.Hook.from_json(json.dumps(about["hooks"]["steered (random)"][0]))
+    hook = hk.types.Hook.from_json(json.dumps(about["hooks"]["steered (random)"][0]))
     plain, moved = (
         hk.forward(llama, PROMPTS, *hooks, hk.capture("resid_post.1", pos=-1))["resid_post.1"]
         for hooks in ((), (hook,))
@@ -255,7 +257,7 @@ def test_a_random_control_changes_as_much_and_depends_on_the_seed_alone(llama):
 
 def test_a_random_control_is_the_mean_of_its_draws_over_the_prompts(llama):
     edit = {"steered": hk.steer("resid_post.1", torch.arange(32.0) / 8)}
-    made = hk.shift_report(llama, PROMPTS, edit, controls="random", draws=4, watch=40, drawn=1)
+    made = hk.shift_report(llama, PROMPTS, edit, controls="random", draws=4, watch=40, figures=1)
     watched, summary = made.tables["watched"], made.tables["summary"]
     mine = watched[
         (watched["control"] == "steered") & (watched["watched"] == token_literal(llama, 40))
@@ -281,7 +283,7 @@ def test_below_ten_prompts_the_figure_of_means_has_the_prompts_in_place_of_inter
     edit = {"steered": hk.steer("resid_post.1", torch.arange(32.0) / 8)}
     for count, points in ((3, 3), (12, 0)):
         tables = hk.shift_report(
-            llama, (PROMPTS * 4)[:count], edit, watch=40, drawn=0, shown=1
+            llama, (PROMPTS * 4)[:count], edit, watch=40, figures=0, details=1
         ).tables
         axes = mean_changes(tables["summary"], tables["watched"]).axes[0]
         dots = [line for line in axes.get_lines() if line.get_marker() == "."]
@@ -292,7 +294,7 @@ def test_below_ten_prompts_the_figure_of_means_has_the_prompts_in_place_of_inter
 def test_a_summary_has_the_means_over_prompts_with_intervals_edits_beside_controls(llama):
     edits = {"steered": hk.steer("resid_post.1", torch.ones(32)), "banned": hk.ban(7)}
     controls = {"another": hk.ban(9)}
-    made = hk.shift_report(llama, PROMPTS, edits, controls=controls, watch=40, drawn=1)
+    made = hk.shift_report(llama, PROMPTS, edits, controls=controls, watch=40, figures=1)
     summary, watched = made.tables["summary"], made.tables["watched"]
     mine = summary[
         (summary["edit"] == "steered") & (summary["watched"] == token_literal(llama, 40))
@@ -321,7 +323,7 @@ def test_a_baseline_is_what_the_edits_are_compared_with(llama):
         lambda _m, _a, out: (out[0] if isinstance(out, tuple) else out) + 1,
     )
     edit, base = hk.ablate(hk.Site("z", *HEAD)), hk.steer("resid_post.0", torch.ones(32))
-    made = hk.shift_report(llama, PROMPTS, edit, baseline=base, watch=40, drawn=0)
+    made = hk.shift_report(llama, PROMPTS, edit, base_hooks=base, watch=40, figures=0)
     for row in made.tables["watched"].to_dict("records"):
         check(row, steered[row["row"]], after[row["row"]])
 
@@ -331,10 +333,10 @@ def test_the_texts_part_where_their_tokens_first_differ(llama):
     written = plain.tokens[0, plain.prompt_lengths[0] :].tolist()
     at = max(written.index(token) for token in written)
     assert at > 0, "a text that says one token only has nothing to part from"
-    made = hk.shift_report(llama, PROMPTS, {"other": hk.ban(written[at])}, generate=6, drawn=0)
+    made = hk.shift_report(llama, PROMPTS, {"other": hk.ban(written[at])}, generate=6, figures=0)
     texts = made.tables["texts"]
     row = texts[texts["row"] == 1].iloc[0]
-    assert row["before"] == plain.generated[0] and row["parts_at"] == at
+    assert row["before"] == plain.generated[0] and row["first_difference"] == at
     assert row["both"] == llama.text(written[:at]) and row["then_before"] == llama.text(
         written[at:]
     )
@@ -410,7 +412,7 @@ def test_a_part_of_a_character_is_shown_as_its_bytes(llama, smol):
 
 
 def test_where_a_model_allows_no_sum_or_lens_the_page_says_why(llama):
-    page = hk.shift_report(llama, PROMPTS[:1], hk.ban(7), drawn=0)
+    page = hk.shift_report(llama, PROMPTS[:1], hk.ban(7), figures=0)
     assert "why" not in page.tables and "there is no sum" in page.html()
     alone = hk.LM(torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)))
     made = hk.shift_report(alone, [[1, 2, 3]], hk.scale(hk.module("0"), 2.0), watch=3)
@@ -436,7 +438,7 @@ def test_the_same_report_twice_is_the_same_bytes_and_says_how_it_was_made(llama,
     assert one == two
     about = json.loads(one["about.json"])
     assert about["prompts"] == PROMPTS and about["seed"] == 0 and about["versions"]["torch"]
-    assert hk.Hook.from_json(json.dumps(about["hooks"]["steered"][0])) == edit["steered"]
+    assert hk.types.Hook.from_json(json.dumps(about["hooks"]["steered"][0])) == edit["steered"]
 
 
 @pytest.mark.parametrize(
@@ -451,7 +453,7 @@ def test_the_same_report_twice_is_the_same_bytes_and_says_how_it_was_made(llama,
         ((hk.knockout(1, key=0, query=-1),), {"controls": "random"}, BadHook, "needs vectors"),
         (({"a": hk.ban(3)},), {"controls": {"a": hk.ban(4)}}, BadHook, "the name of another"),
         ((hk.ban(3),), {"top": 0}, OutOfRange, "top=0: give a whole number, at least 1"),
-        ((hk.ban(3),), {"shown": True}, BadArgument, "shown=True"),
+        ((hk.ban(3),), {"details": True}, BadArgument, "details=True"),
     ],
     ids=str,
 )
@@ -466,7 +468,7 @@ def test_in_a_browser_the_headings_sort_and_nothing_else_runs(nasty, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("there is no chromium")
-    page = hk.shift_report(nasty, PROMPTS[:1], hk.force(nasty.token(NASTY[0])), drawn=0).write(
+    page = hk.shift_report(nasty, PROMPTS[:1], hk.force(nasty.token(NASTY[0])), figures=0).write(
         tmp_path
     )
     text = page.read_text()
@@ -489,7 +491,7 @@ def test_the_page_says_at_which_position_an_edit_acts(llama):
     vector = torch.ones(32)
     edits = {str(pos): hk.steer("resid_post.1", vector, pos=pos) for pos in (-1, 2)}
     edits["all"] = hk.steer("resid_post.1", vector)
-    text = hk.shift_report(llama, PROMPTS, edits, watch=" milk", drawn=0).html()
+    text = hk.shift_report(llama, PROMPTS, edits, watch=" milk", figures=0).html()
     assert "resid_post.1, at the last position" in text
     assert "resid_post.1, at position 2" in text
     assert "at every position" not in text
@@ -497,7 +499,7 @@ def test_the_page_says_at_which_position_an_edit_acts(llama):
 
 def test_the_columns_of_why_a_token_moved_begin_with_what_a_row_is_about(llama):
     report = hk.shift_report(
-        llama, PROMPTS, {"head off": hk.ablate("z.1.2")}, watch=" milk", drawn=0
+        llama, PROMPTS, {"head off": hk.ablate("z.1.2")}, watch=" milk", figures=0
     )
     columns = ["row", "edit", "token", "token_id", "component", "kind", "layer", "head"]
     columns += ["logit_before", "logit_after", "logit_delta"]
@@ -512,8 +514,8 @@ def test_of_the_tokens_in_the_figure_those_that_lead_are_named_before_those_that
             "token": f" m{n}",
             "rank_before": 10 + n,
             "rank_after": 1000 + n,
-            "decades": -2.0 + n / 100,
-            "shift": -990,
+            "log10_rank_ratio": -2.0 + n / 100,
+            "rank_delta": 990,
             "why": "moved",
         }
         for n in range(NAMED - 1)
@@ -522,8 +524,8 @@ def test_of_the_tokens_in_the_figure_those_that_lead_are_named_before_those_that
         "token": " first",
         "rank_before": 1,
         "rank_after": 1,
-        "decades": 0.0,
-        "shift": 0,
+        "log10_rank_ratio": 0.0,
+        "rank_delta": 0,
         "why": "first",
     }
     second = leads | {"token": " second", "rank_before": 2, "rank_after": 2}
@@ -560,7 +562,7 @@ def test_forwards_that_begin_at_the_edited_block_say_what_whole_ones_do(family, 
     for worth in (0, 10**9):
         monkeypatch.setattr("hookkit.reports.shift.before_after.MIN_TOKENS", worth)
         made[worth] = hk.shift_report(
-            lm, PROMPTS, edits, watch=" milk", controls="random", drawn=0, shown=2
+            lm, PROMPTS, edits, watch=" milk", controls="random", figures=0, details=2
         ).tables
     assert made[0].keys() == made[10**9].keys()
     for name, table in made[0].items():

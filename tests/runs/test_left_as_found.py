@@ -185,7 +185,7 @@ def test_sweeps_and_lenses_of_threads_are_those_of_one(llama):
             [IDS],
             {"layer": [0, 1, 2]},
             lambda layer: hk.ablate(f"mlp_out.{layer}"),
-            hk.prob(9),
+            hk.metrics.prob(9),
         )
 
     want, results, unedited = (lens(), sweep()), [[], [], []], plain(llama)

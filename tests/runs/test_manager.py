@@ -888,7 +888,7 @@ def test_a_module_that_runs_several_times_is_refused_in_every_kind_of_run():
     runs = [
         lambda hook: hk.forward(lm, [[5, 6, 7]], hook),
         lambda hook: hk.generate(lm, [[5, 6, 7]], hook, max_new_tokens=2, do_sample=False),
-        lambda hook: hk.sweep(lm, [[5, 6, 7]], {"x": [1]}, lambda x: hook, hk.prob(3)),
+        lambda hook: hk.sweep(lm, [[5, 6, 7]], {"x": [1]}, lambda x: hook, hk.metrics.prob(3)),
     ]
     for run_ in runs:
         with pytest.raises(Unsupported, match="ran twice or more in one forward"):

@@ -86,7 +86,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def rows_once(found: hk.Harvest) -> bool:
+def rows_once(found: hk.types.Harvest) -> bool:
     """True where every token of every text is there once, in order."""
     wanted = [
         (text, pos, token)
@@ -150,10 +150,10 @@ def test_a_standard_grid_passes_its_engine_on_with_its_sources_and_cells_that_ru
     given = {
         "pos": [-1, -2],
         "control": "random",
-        "under": hk.scale("mlp_out.0", 0.5),
+        "base_hooks": hk.scale("mlp_out.0", 0.5),
         "progress": False,
     }
-    words = [gpt2, clean, corrupted, "resid_pre", [hk.logit_diff(5, 7), hk.kl()]]
+    words = [gpt2, clean, corrupted, "resid_pre", [hk.metrics.logit_diff(5, 7), hk.metrics.kl()]]
     here, there = (
         hk.patching(*words, **given, engine=engine) for engine in (None, hk.Ray(actors=1))
     )
@@ -233,7 +233,9 @@ def test_actors_killed_while_they_sweep_lose_no_cell_double_none_and_blame_no_ot
             hk.scale(hk.Site("resid_pre", layer), by, pos=pos),
         ]
         settings |= {"memory": 1, "progress": False}  # so little that each cell is a unit
-        return hk.sweep(small, killing_sweeps.PROMPTS, grid, edits, hk.logit_diff(5, 7), **settings)
+        return hk.sweep(
+            small, killing_sweeps.PROMPTS, grid, edits, hk.metrics.logit_diff(5, 7), **settings
+        )
 
     here = swept()
     for cell in ("0 -3 1", "0 -3 2", "2 -1 2"):
@@ -282,7 +284,7 @@ def test_work_that_kills_every_actor_is_named_and_given_up(cluster, small, monke
             [[1, 2, 3]],
             {"layer": [1]},
             lambda layer: hk.edit(hk.Site("z", layer), kill),
-            hk.prob(5),
+            hk.metrics.prob(5),
             engine=hk.Ray(actors=1),
         )
 
@@ -310,7 +312,7 @@ def test_a_users_error_keeps_its_type_names_its_cells_and_leaves_what_was_done(
         grid = {"layer": range(3), "site": ["z", "mlp_out"]}
         edits = lambda layer, site: hk.edit(hk.Site(site, layer), lambda v: turn(layer, v), pos=-1)  # noqa: E731
         settings |= {"memory": 1, "progress": False}
-        return hk.sweep(small, killing_sweeps.PROMPTS, grid, edits, hk.prob(5), **settings)
+        return hk.sweep(small, killing_sweeps.PROMPTS, grid, edits, hk.metrics.prob(5), **settings)
 
     for folder, engine in (("here", None), ("there", hk.Ray(actors=1))):
         with pytest.raises(Sour, match="milk is sour: 7") as raised:
@@ -465,7 +467,7 @@ def test_a_model_that_cannot_be_had_twice_is_refused_before_anything_is_written(
             [[1, 2]],
             {"layer": [0]},
             lambda layer: hk.ablate(hk.Site("z", layer)),
-            hk.prob(3),
+            hk.metrics.prob(3),
             engine="ray",
         )
     assert not (tmp_path / "a").exists()
@@ -479,7 +481,7 @@ def test_what_cannot_be_sent_is_said(cluster, small):
             [[1, 2]],
             {"layer": [0]},
             lambda layer: hk.edit(hk.Site("z", layer), lambda v: v * (2 + lock.locked())),
-            hk.prob(3),
+            hk.metrics.prob(3),
             engine=hk.Ray(actors=1),
         )
 
@@ -531,8 +533,8 @@ lm = hk.tiny("llama")
 at = lambda layer: hk.ablate(hk.Site("z", layer))
 for work in (
     lambda: hk.harvest(lm, [[1, 2]], "resid_post.1", sys.argv[1], engine="ray"),
-    lambda: hk.sweep(lm, [[1, 2]], {"layer": [0]}, at, hk.prob(3), engine=hk.Ray(actors=2)),
-    lambda: hk.ablations(lm, [[1, 2]], "z", hk.prob(3), engine="ray"),
+    lambda: hk.sweep(lm, [[1, 2]], {"layer": [0]}, at, hk.metrics.prob(3), engine=hk.Ray(actors=2)),
+    lambda: hk.ablations(lm, [[1, 2]], "z", hk.metrics.prob(3), engine="ray"),
 ):
     try:
         work()

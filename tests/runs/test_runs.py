@@ -78,7 +78,7 @@ def test_the_last_logits_alone_are_those_of_the_whole_matrix(lm):
         ([hk.capture("embed")], []),
     ],
     ids=lambda value: (
-        str([str(hook) for hook in value]) if value and isinstance(value[0], hk.Hook) else ""
+        str([str(hook) for hook in value]) if value and isinstance(value[0], hk.types.Hook) else ""
     ),
 )
 def test_a_forward_without_logits_stops_where_the_last_hook_is_done(lm, hooks, expected):
@@ -162,7 +162,7 @@ def test_a_value_that_was_not_kept_is_asked_for_in_vain(llama, ask, words):
         hk.capture("z.1", name="a"),
         hk.capture("z.1", name="b"),
     )
-    with pytest.raises((NotCaptured, hk.HookkitError), match=words):
+    with pytest.raises((NotCaptured, hk.errors.HookkitError), match=words):
         ask(run)
 
 

@@ -253,7 +253,7 @@ def test_a_trace_changes_no_draw(llama, way):
 
 def test_probabilities_of_the_whole_vocabulary_sum_to_one(llama):
     run = hk.generate(llama, TWO, hk.ban(7), trace=ALL, seed=3, **SAMPLED, top_k=0, top_p=0.6)
-    table = hk.decoding(run)
+    table = hk.candidates(run)
     sums = table.groupby(["row", "step", "stage"])["prob"].sum()
     assert len(sums) == len(TWO) * STEPS * 3
     assert (sums - 1).abs().max() < 1e-5

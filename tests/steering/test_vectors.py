@@ -28,7 +28,7 @@ from hookkit.errors import (
 from hookkit.models.families.table import FAMILIES
 from hookkit.tables import intervals
 
-METRIC = hk.logit_diff(5, 7)
+METRIC = hk.metrics.logit_diff(5, 7)
 SITE, LAYER = "resid_post.1", 1
 
 
@@ -325,7 +325,7 @@ def test_a_vector_of_another_model_is_refused_unless_asked_for(tmp_path):
         hk.load_vector(one, vector(one).save(tmp_path / "by_hand"))
     with pytest.raises(OutOfRange, match="2"):
         hk.load_vector(hk.tiny("llama", config={"num_hidden_layers": 2}), path, any_model=True)
-    hk.save_tensors({"vector": torch.ones(3)}, tmp_path / "else")
+    hk.results.save_tensors({"vector": torch.ones(3)}, tmp_path / "else")
     with pytest.raises(BadHook, match="no steering vector"):
         hk.load_vector(one, tmp_path / "else")
     with pytest.raises(OtherModel, match="different models"):
@@ -412,7 +412,7 @@ def test_the_loss_of_a_continuation_falls_as_in_plain_torch(small, pos):
             small,
             SITE,
             MORE,
-            hk.loss(behind),
+            hk.metrics.loss(behind),
             pos=pos,
             steps=4,
             lr=0.05,
@@ -433,7 +433,9 @@ def test_texts_are_continuations(lm):
     one = hk.fit_vector(lm, SITE, given, [" coffee", " and milk"], **settings)
     assert torch.equal(
         one.tensor,
-        hk.fit_vector(lm, SITE, given, hk.loss([" coffee", " and milk"]), **settings).tensor,
+        hk.fit_vector(
+            lm, SITE, given, hk.metrics.loss([" coffee", " and milk"]), **settings
+        ).tensor,
     )
     assert one.about["target"] == "Loss(continuation=[' coffee', ' and milk'])"
     same = hk.fit_vector(lm, SITE, given, " sugar", **settings)
@@ -469,10 +471,14 @@ def test_a_fit_is_the_same_twice_and_a_seed_changes_its_start(llama_ids):
 
 
 def test_a_metric_that_compares_is_told_what_was_there_before(llama_ids):
-    found = hk.fit_vector(llama_ids, SITE, MORE, hk.kl(), steps=3, seed=0, batch=2, progress=False)
+    found = hk.fit_vector(
+        llama_ids, SITE, MORE, hk.metrics.kl(), steps=3, seed=0, batch=2, progress=False
+    )
     before = hk.forward(llama_ids, MORE)
     after = hk.forward(llama_ids, MORE, found.steer())
-    assert found.about["curve"][-1] == pytest.approx(float(hk.kl(before)(after).mean()), rel=1e-3)
+    assert found.about["curve"][-1] == pytest.approx(
+        float(hk.metrics.kl(before)(after).mean()), rel=1e-3
+    )
     assert found.about["curve"][-1] > found.about["curve"][0]
 
 
@@ -503,9 +509,9 @@ def test_a_vector_can_be_learnt_in_every_family(model_type):
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"target": hk.rank(5)}, BadHook, "Rank.*has no gradient"),
-        ({"target": hk.top1_changed()}, BadHook, "no gradient"),
-        ({"target": [METRIC, hk.prob(5)]}, BadHook, "2 targets"),
+        ({"target": hk.metrics.rank(5)}, BadHook, "Rank.*has no gradient"),
+        ({"target": hk.metrics.top1_changed()}, BadHook, "no gradient"),
+        ({"target": [METRIC, hk.metrics.prob(5)]}, BadHook, "2 targets"),
         ({"site": "resid_post"}, BadHook, "3 sites"),
         ({"site": "z.1"}, BadHook, "name one head"),
         ({"site": "pattern.1.0"}, BadHook, "pattern.1.0"),
@@ -521,7 +527,7 @@ def test_a_vector_can_be_learnt_in_every_family(model_type):
         ({"dose": 0}, BadHook, "dose=0"),
         ({"batch": 0}, BadHook, "batch=0"),
         ({"pos": slice(6, 7)}, EmptySelection, "prompt 0 has no token"),
-        ({"target": hk.loss([(5,)])}, BadPrompt, "1 continuations"),
+        ({"target": hk.metrics.loss([(5,)])}, BadPrompt, "1 continuations"),
         ({"position": -1}, UnknownKeyword, "position"),
     ],
 )
@@ -603,7 +609,7 @@ def test_what_acts_under_every_dose_acts_in_prompts_and_neutral_text(llama_ids):
         doses=[0.5],
         samples=0,
         neutral=NEUTRAL,
-        under=cut,
+        base_hooks=cut,
         pos=-1,
         progress=False,
     )
@@ -621,7 +627,7 @@ def test_what_acts_under_every_dose_acts_in_prompts_and_neutral_text(llama_ids):
         doses=[0.5],
         samples=0,
         neutral=NEUTRAL[:1],
-        under=cut,
+        base_hooks=cut,
         pos=-1,
         progress=False,
     )
@@ -713,7 +719,7 @@ def made_up() -> pd.DataFrame:
 
 
 def test_vectors_are_compared_where_they_damage_equally_much():
-    found = hk.at_damage(made_up(), 0.025)
+    found = hk.stats.effect_at_damage(made_up(), 0.025)
     doses = found.groupby(["vector", "control", "sample"], sort=False)["dose_there"].first()
     there = {
         ("v", False): 0.1 + 0.1 * (0.025 - 0.01) / 0.03,
@@ -739,33 +745,39 @@ def test_vectors_are_compared_where_they_damage_equally_much():
         assert own.loc[("w", False, 0), "m_gain"] == pytest.approx(
             there["v", False] * (row + 1) - random
         )
-    means = hk.over_prompts(found, by=["vector", "control"])
+    means = hk.stats.mean_over_prompts(found, by=["vector", "control"])
     assert means["n"].tolist() == [2, 2, 2]
-    little = hk.at_damage(made_up(), 0.005)  # before the first dose: from nothing at all
+    little = hk.stats.effect_at_damage(
+        made_up(), 0.005
+    )  # before the first dose: from nothing at all
     assert little["dose_there"].iloc[0] == pytest.approx(0.05) and little["m_delta"].iloc[
         0
     ] == pytest.approx(0.5)
-    assert hk.at_damage(made_up(), 0.01, toward=-1)["m_delta"].iloc[0] == pytest.approx(-0.5)
+    assert hk.stats.effect_at_damage(made_up(), 0.01, toward=-1)["m_delta"].iloc[
+        0
+    ] == pytest.approx(-0.5)
 
 
 def test_tables_may_be_put_together():
     table = made_up()
     both = pd.concat([table[table["vector"] == name].reset_index(drop=True) for name in ("v", "w")])
-    pd.testing.assert_frame_equal(hk.at_damage(both, 0.025), hk.at_damage(table, 0.025))
-    pd.testing.assert_frame_equal(hk.over_doses(both), hk.over_doses(table))
-    assert len(hk.damage_curves(both).axes[0].get_lines()) == len(
-        hk.damage_curves(table).axes[0].get_lines()
+    pd.testing.assert_frame_equal(
+        hk.stats.effect_at_damage(both, 0.025), hk.stats.effect_at_damage(table, 0.025)
+    )
+    pd.testing.assert_frame_equal(hk.stats.mean_over_doses(both), hk.stats.mean_over_doses(table))
+    assert len(hk.figures.damage_curves(both).axes[0].get_lines()) == len(
+        hk.figures.damage_curves(table).axes[0].get_lines()
     )
 
 
 def test_without_random_vectors_there_is_no_gain():
     table = made_up()
-    alone = hk.at_damage(table[~table["control"]], 0.01)
+    alone = hk.stats.effect_at_damage(table[~table["control"]], 0.01)
     assert np.isnan(alone["m_gain"]).all() and set(alone["random_vectors"]) == {0}
 
 
 def test_means_over_doses_take_random_vectors_together():
-    means = hk.over_doses(made_up())
+    means = hk.stats.mean_over_doses(made_up())
     cell = means[(means["vector"] == "v") & means["control"] & (means["dose"] == 0.2)].iloc[0]
     assert cell["n"] == 2 and cell["samples"] == 2 and cell["damage_kl"] == pytest.approx(0.02)
     assert cell["m_delta"] == pytest.approx(0.9) and cell["interval"].startswith("t, two-way")
@@ -832,19 +844,21 @@ def test_a_random_vector_is_called_an_effect_in_3_to_8_percent_of_experiments(pr
 
 
 def test_a_gain_has_an_interval_over_prompts_and_random_vectors():
-    table = hk.at_damage(null_experiment(np.random.default_rng(0), 16, 8), 0.1)
+    table = hk.stats.effect_at_damage(null_experiment(np.random.default_rng(0), 16, 8), 0.1)
     deltas = table[table["control"]].pivot_table(index="sample", columns="row", values="m_delta")
     spread = deltas.mean(axis=1).std() * (1 + 1 / 8) ** 0.5
     assert set(table["random_vectors"]) == {8}
     for some in (table, table[~table["control"]]):  # also where the random ones were left out
-        cell = hk.over_prompts(some, by=["vector", "control"]).query("not control").iloc[0]
+        cell = (
+            hk.stats.mean_over_prompts(some, by=["vector", "control"]).query("not control").iloc[0]
+        )
         own = table.query("not control")["m_delta"].mean()
         assert cell["m_gain"] == pytest.approx(own - deltas.to_numpy().mean())
         assert cell["m_gain_se"] == pytest.approx(spread) and cell["interval"] == "t; t, two-way"
         assert cell["m_gain_high"] - cell["m_gain"] == pytest.approx(
             scipy.stats.t.ppf(0.975, 7) * spread
         )
-    random = hk.over_prompts(table, by=["vector", "control"]).query("control").iloc[0]
+    random = hk.stats.mean_over_prompts(table, by=["vector", "control"]).query("control").iloc[0]
     assert random["m_gain"] == pytest.approx(0) and random["m_gain_low"] == pytest.approx(
         -random["m_gain_high"]
     )
@@ -857,7 +871,7 @@ def test_a_gain_that_differs_from_prompt_to_prompt_has_that_in_its_interval():
     table.loc[own, "m_delta"] += np.linspace(-20, 20, 16)
     table["m"] = table["m_delta"]
     cell = (
-        hk.over_prompts(hk.at_damage(table, 0.1), by=["vector", "control"])
+        hk.stats.mean_over_prompts(hk.stats.effect_at_damage(table, 0.1), by=["vector", "control"])
         .query("not control")
         .iloc[0]
     )
@@ -866,46 +880,56 @@ def test_a_gain_that_differs_from_prompt_to_prompt_has_that_in_its_interval():
 
 def test_one_random_vector_is_no_control_and_the_same_ones_beside_two_vectors_count_once():
     draws = np.random.default_rng(1)
-    one = hk.over_prompts(hk.at_damage(null_experiment(draws, 5, 1), 0.1), by=["vector", "control"])
+    one = hk.stats.mean_over_prompts(
+        hk.stats.effect_at_damage(null_experiment(draws, 5, 1), 0.1), by=["vector", "control"]
+    )
     assert one["m_gain_low"].isna().all() and one["m_delta_low"].notna().all()
     table = null_experiment(draws, 5, 4)
-    both = hk.at_damage(pd.concat([table, table.assign(vector="w")]), 0.1)
-    alone = hk.at_damage(table, 0.1)
+    both = hk.stats.effect_at_damage(pd.concat([table, table.assign(vector="w")]), 0.1)
+    alone = hk.stats.effect_at_damage(table, 0.1)
     for name in ("random_vectors", "m_random_sd", "m_random_rest"):
         assert both[name].iloc[0] == pytest.approx(alone[name].iloc[0])
     sites = pd.concat([table, table.assign(site="resid_post.2")])
     with pytest.raises(BadHook, match="name 'site' in by="):
-        hk.over_prompts(hk.at_damage(sites, 0.1), by=["vector", "control"])
+        hk.stats.mean_over_prompts(hk.stats.effect_at_damage(sites, 0.1), by=["vector", "control"])
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),
     [
-        (lambda table: hk.at_damage(table, 1.0), OutOfRange, "reaches 0.16.*dose further"),
         (
-            lambda table: hk.at_damage(table, 0.1, toward=-1),
+            lambda table: hk.stats.effect_at_damage(table, 1.0),
+            OutOfRange,
+            "reaches 0.16.*dose further",
+        ),
+        (
+            lambda table: hk.stats.effect_at_damage(table, 0.1, toward=-1),
             OutOfRange,
             "'v' at resid_post.1 reaches 0.04",
         ),
         (
-            lambda table: hk.at_damage(table[table["dose"] > 0], 0.1, toward=-1),
+            lambda table: hk.stats.effect_at_damage(table[table["dose"] > 0], 0.1, toward=-1),
             EmptySelection,
             "no negative dose",
         ),
-        (lambda table: hk.at_damage(table, 0), BadHook, "damage=0"),
-        (lambda table: hk.at_damage(table.drop(columns="damage_kl"), 0.1), BadHook, "neutral="),
+        (lambda table: hk.stats.effect_at_damage(table, 0), BadHook, "damage=0"),
         (
-            lambda table: hk.at_damage(table, 0.1, by="damage_lk"),
+            lambda table: hk.stats.effect_at_damage(table.drop(columns="damage_kl"), 0.1),
+            BadHook,
+            "neutral=",
+        ),
+        (
+            lambda table: hk.stats.effect_at_damage(table, 0.1, by="damage_lk"),
             BadHook,
             "did you mean 'damage_kl'",
         ),
         (
-            lambda table: hk.over_doses(table.drop(columns="vector")),
+            lambda table: hk.stats.mean_over_doses(table.drop(columns="vector")),
             BadHook,
             "what dose_response gave",
         ),
-        (lambda table: hk.damage_curves(table, by="perplexity"), BadHook, "perplexity"),
-        (lambda table: hk.damage_curves(table, value="n_delta"), BadHook, "n_delta"),
+        (lambda table: hk.figures.damage_curves(table, by="perplexity"), BadHook, "perplexity"),
+        (lambda table: hk.figures.damage_curves(table, value="n_delta"), BadHook, "n_delta"),
     ],
 )
 def test_comparing_says_what_is_wrong(wrong, error, words):
@@ -914,7 +938,7 @@ def test_comparing_says_what_is_wrong(wrong, error, words):
 
 
 def test_the_figure_has_a_line_for_each_vector_and_one_for_each_random_one(tmp_path):
-    figure = hk.damage_curves(made_up(), title="What it costs")
+    figure = hk.figures.damage_curves(made_up(), title="What it costs")
     figure.savefig(tmp_path / "damage.png")
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
@@ -930,7 +954,7 @@ def test_the_figure_has_a_line_for_each_vector_and_one_for_each_random_one(tmp_p
     ]
     many = pd.concat([made_up().assign(row=row, prompt=row) for row in range(5)])
     many = pd.concat([many, many.assign(row=many["row"] + 5, prompt=many["row"] + 5)])
-    (axes,) = hk.damage_curves(many[many["vector"] == "v"]).axes
+    (axes,) = hk.figures.damage_curves(many[many["vector"] == "v"]).axes
     assert len(axes.collections) == 2  # from 10 prompts on a band on either side of no dose
 
 

@@ -28,7 +28,7 @@ from hookkit.errors import (
 from hookkit.sweeps.causal_tracing import embedding_std, noise_generator
 from hookkit.sweeps.cells import Randomised
 
-METRIC = hk.logit_diff(5, 7)
+METRIC = hk.metrics.logit_diff(5, 7)
 LAYERS, HEADS, WIDTH = range(3), range(4), 8
 
 
@@ -216,7 +216,7 @@ def test_positions_may_have_names_and_be_each_prompts_own(llama_ids):
 def test_the_settings_of_a_sweep_are_those_of_a_grid(llama_ids, tmp_path):
     under = [hk.ablate("z.0.1")]
     settings = {
-        "under": under,
+        "base_hooks": under,
         "control": "random",
         "draws": 1,
         "save": tmp_path,
@@ -244,7 +244,13 @@ def test_the_settings_of_a_sweep_are_those_of_a_grid(llama_ids, tmp_path):
 def test_the_loss_of_a_continuation_may_be_patched_for(llama_ids):
     behind = (8, 9)
     table = hk.patching(
-        llama_ids, CLEAN[:1], CORRUPTED[:1], "resid_post", hk.loss(behind), layers=[1], pos=[3, -1]
+        llama_ids,
+        CLEAN[:1],
+        CORRUPTED[:1],
+        "resid_post",
+        hk.metrics.loss(behind),
+        layers=[1],
+        pos=[3, -1],
     )
 
     def loss(ids: list[int]) -> float:
@@ -486,12 +492,12 @@ def test_a_map_says_over_what_it_is_a_mean(lm):
     table = traced(lm, pos=[-2, -1], layers=[0, 1])
     for shown, words in (
         (table, "logit diff effect, mean of 2 prompts x 3 draws of noise"),
-        (hk.over_prompts(table), "logit diff effect, mean of 2 prompts"),
+        (hk.stats.mean_over_prompts(table), "logit diff effect, mean of 2 prompts"),
         (table[table["prompt"] == 0], "logit diff effect, mean of 3 draws of noise"),
         (table.drop(columns="sample"), "logit diff effect, mean of 6 prompts"),
         (table[table["row"] == 0], "logit diff effect"),
     ):
-        assert hk.heat_map(shown).axes[-1].get_ylabel() == words
+        assert hk.figures.heat_map(shown).axes[-1].get_ylabel() == words
 
 
 def test_noise_is_the_same_alone_and_among_others_and_another_in_each_sample(lm):
@@ -562,7 +568,7 @@ def test_the_noise_of_a_scaled_embedding_is_that_of_what_the_model_reads():
 def test_causal_tracing_under_other_hooks_and_at_named_positions(llama):
     cut = [("z", 0, lambda values: values.clone().index_fill_(2, torch.arange(8, 16), 0))]
     table = traced(
-        llama, under=[hk.ablate("z.0.1")], layers=[1], pos={"subject": [3, 2], "end": -1}
+        llama, base_hooks=[hk.ablate("z.0.1")], layers=[1], pos={"subject": [3, 2], "end": -1}
     )
     for prompt, sample, pos, found in table[["prompt", "sample", "pos", "logit_diff"]].itertuples(
         index=False
@@ -682,7 +688,7 @@ def test_path_patching_under_other_hooks(small):
     for receivers in ((), (("q", 2, 1),)):
         table = hk.path_patching(
             small, CLEAN, CORRUPTED, METRIC, receivers=[hk.Site(*each) for each in receivers] or None, heads=[0, 2],
-            under=[hk.ablate("z.0.1")],
+            base_hooks=[hk.ablate("z.0.1")],
         )  # fmt: skip
         for layer, head, row, found in table[["layer", "head", "row", "logit_diff"]].itertuples(
             index=False
@@ -712,7 +718,7 @@ def test_path_patching_of_a_little_memory_and_without_shortcuts_is_the_same(llam
 def test_the_loss_may_be_patched_along_a_path(llama_ids):
     for receivers in (None, [hk.Site("q", 2, 1)]):
         table = hk.path_patching(
-            llama_ids, CLEAN, CORRUPTED, [hk.loss((8, 9)), METRIC], receivers=receivers
+            llama_ids, CLEAN, CORRUPTED, [hk.metrics.loss((8, 9)), METRIC], receivers=receivers
         )
         lone = hk.path_patching(llama_ids, CLEAN, CORRUPTED, METRIC, receivers=receivers)
         assert table["logit_diff"].tolist() == pytest.approx(lone["logit_diff"].tolist(), abs=1e-4)
@@ -770,7 +776,9 @@ def test_a_random_control_changes_as_much_in_another_direction(llama_ids, hook):
     )
     changed = real.norm(dim=-1) > 1e-4
     assert torch.cosine_similarity(real[changed], control[changed]).abs().max() < 0.95
-    assert hk.Hook.from_json(random.to_json()) == random and str(random) == f"randomised({hook})"
+    assert (
+        hk.types.Hook.from_json(random.to_json()) == random and str(random) == f"randomised({hook})"
+    )
 
 
 def test_a_random_control_has_a_direction_of_its_own_at_each_position_prompt_site_and_seed(
@@ -902,7 +910,7 @@ def test_a_control_is_drawn_ten_times_unless_told_otherwise_from_the_user_s_seed
     assert not set(other[other["control"]]["logit_diff"].round(6)) & set(
         table[table["control"]]["logit_diff"].round(6)
     )
-    means = hk.over_prompts(table)
+    means = hk.stats.mean_over_prompts(table)
     assert means["n"].tolist() == [2, 2] and "draw" not in means.columns
     each = table[table["control"]].groupby("row")["logit_diff_delta"].mean()
     control = means[means["control"]].iloc[0]
@@ -958,7 +966,7 @@ def many(count: int = 5) -> pd.DataFrame:
 
 def test_means_have_their_standard_errors_and_intervals():
     table = many()
-    found = hk.over_prompts(table, confidence=0.9)
+    found = hk.stats.mean_over_prompts(table, confidence=0.9)
     assert (
         list(found.columns[:6]) == ["layer", "pos", "n", "prob", "prob_se", "prob_low"]
         and len(found) == 2
@@ -973,18 +981,20 @@ def test_means_have_their_standard_errors_and_intervals():
             assert tails == pytest.approx(0.1)  # the long tail is on the side of the sample's own
             assert (away[1] > away[0]) == (scipy.stats.skew(numbers) > 0)
     assert set(found["interval"]) == {"t"}
-    pd.testing.assert_frame_equal(hk.over_prompts(table), hk.over_prompts(table))
+    pd.testing.assert_frame_equal(
+        hk.stats.mean_over_prompts(table), hk.stats.mean_over_prompts(table)
+    )
 
 
 def test_one_prompt_has_a_mean_and_no_interval():
-    found = hk.over_prompts(many(1))
+    found = hk.stats.mean_over_prompts(many(1))
     assert found["prob"].notna().all() and found["n"].tolist() == [1, 1]
     assert found[["prob_se", "prob_low", "prob_high"]].isna().all(axis=None)
 
 
 def test_samples_of_noise_are_no_prompts(llama):
     table = traced(llama, pos=[-1], layers=[0, 1])
-    found = hk.over_prompts(table)
+    found = hk.stats.mean_over_prompts(table)
     assert found["n"].tolist() == [2, 2] and list(found.columns[:3]) == ["layer", "pos", "n"]
     each = table[table["layer"] == 1].groupby("prompt")["logit_diff_delta"].mean().tolist()
     assert found["logit_diff_delta"][1] == pytest.approx(sum(each) / 2)
@@ -993,12 +1003,12 @@ def test_samples_of_noise_are_no_prompts(llama):
 
 def test_means_of_a_control_and_by_columns_of_ones_choice(llama_ids):
     table = hk.ablations(llama_ids, CLEAN, "mlp_out", METRIC, control="random")
-    found = hk.over_prompts(table)
+    found = hk.stats.mean_over_prompts(table)
     assert list(found.columns[:3]) == ["layer", "control", "n"] and len(found) == 6
-    by_row = hk.over_prompts(table, by=["row"])
+    by_row = hk.stats.mean_over_prompts(table, by=["row"])
     assert by_row["n"].tolist() == [3 + 30, 3 + 30]
     assert by_row["logit_diff"][0] == pytest.approx(table[table["row"] == 0]["logit_diff"].mean())
-    lists = hk.over_prompts(
+    lists = hk.stats.mean_over_prompts(
         table.assign(layer=[[0, 1], [2]] * 33, control=[slice(0, 3), slice(3, 4)] * 33)
     )
     assert lists["layer"].tolist() == [(0, 1), (2,)] and lists["n"].tolist() == [
@@ -1010,7 +1020,7 @@ def test_means_of_a_control_and_by_columns_of_ones_choice(llama_ids):
         (table, "confidence=2(.0)? is no share"),
     ):
         with pytest.raises(BadHook, match=words):
-            hk.over_prompts(wrong, confidence=2 if wrong is table else 0.9)
+            hk.stats.mean_over_prompts(wrong, confidence=2 if wrong is table else 0.9)
 
 
 # ---- what a plan says
@@ -1053,7 +1063,7 @@ def test_the_numbers_of_a_plan_are_those_of_the_sweep(small, site, memory):
     def hooks(layer, pos):
         return hk.patch(hk.Site(site, None if site == "embed" else layer), source, pos=pos)
 
-    plan = hk.plan(small, corrupted, grid, hooks, METRIC, memory=memory)
+    plan = hk.sweep_plan(small, corrupted, grid, hooks, METRIC, memory=memory)
     with counting(small) as (tokens, forwards):
         table = hk.sweep(small, corrupted, grid, hooks, METRIC, memory=memory)
     assert plan.layer_tokens == sum(tokens) and plan.forwards == len(forwards)
@@ -1074,7 +1084,7 @@ def test_a_plan_of_cells_that_run_alone_counts_them_whole():
         hk.module("model.layers.1.mlp.experts"), lambda values: values * 0.5
     )  # [batch * pos, d_model]
     hooks = lambda n: experts if n else hk.scale("mlp_out.1", 0.5)  # noqa: E731
-    plan = hk.plan(lm, CLEAN, {"n": [0, 1]}, hooks, METRIC)
+    plan = hk.sweep_plan(lm, CLEAN, {"n": [0, 1]}, hooks, METRIC)
     assert (
         "alone           1 cell: model.layers.1.mlp.experts:output has no axes batch and pos"
         in repr(plan)
@@ -1104,7 +1114,7 @@ def test_a_wave_keeps_to_the_memory(llama_ids):
     grid, most = {"layer": LAYERS, "pos": range(0, 40, 3)}, {}
     hooks = lambda layer, pos: hk.scale(hk.Site("resid_pre", layer), 0.5, pos=pos)  # noqa: E731
     for memory in (3 * 10**5, 10**7):
-        plan = hk.plan(llama_ids, prompts, grid, hooks, METRIC, memory=memory)
+        plan = hk.sweep_plan(llama_ids, prompts, grid, hooks, METRIC, memory=memory)
         with counting(llama_ids) as (tokens, forwards):
             hk.sweep(llama_ids, prompts, grid, hooks, METRIC, memory=memory)
         most[memory] = max(forwards)
@@ -1113,11 +1123,11 @@ def test_a_wave_keeps_to_the_memory(llama_ids):
 
 
 def test_a_plan_runs_nothing_but_a_trial(llama_ids):
-    hk.plan(
+    hk.sweep_plan(
         llama_ids, CLEAN, {"layer": LAYERS}, lambda layer: hk.ablate(hk.Site("z", layer)), METRIC
     )
     with counting(llama_ids) as (_, forwards):
-        hk.plan(
+        hk.sweep_plan(
             llama_ids,
             CLEAN,
             {"layer": LAYERS},

@@ -13,7 +13,7 @@ from hookkit.errors import BadArgument, BadHook, DroppedOut, NeverFired
 from hookkit.sweeps.shortcuts import shortcuts
 
 VECTOR = torch.linspace(-1, 1, 32)
-METRIC = hk.logit_diff(5, 7)
+METRIC = hk.metrics.logit_diff(5, 7)
 LAYERS = (0, 1, 2)
 
 
@@ -73,7 +73,7 @@ def by_hand(model: nn.Module, ids: list[int], layer: int, pos: int, look: int = 
     return float(logits[5] - logits[7])
 
 
-def steered(layer: int, pos) -> hk.Hook:
+def steered(layer: int, pos) -> hk.types.Hook:
     return hk.steer(hk.Site("resid_pre", layer), VECTOR, pos=pos)
 
 
@@ -167,7 +167,12 @@ def test_a_position_may_be_the_tokens_that_cover_a_text(llama):
 
 def test_one_hook_under_every_cell_needs_no_list(small):
     one = hk.sweep(
-        small, PROMPTS, {"pos": [-1]}, lambda pos: steered(1, pos), METRIC, under=hk.ablate("z.0.1")
+        small,
+        PROMPTS,
+        {"pos": [-1]},
+        lambda pos: steered(1, pos),
+        METRIC,
+        base_hooks=hk.ablate("z.0.1"),
     )
     listed = hk.sweep(
         small,
@@ -175,11 +180,11 @@ def test_one_hook_under_every_cell_needs_no_list(small):
         {"pos": [-1]},
         lambda pos: steered(1, pos),
         METRIC,
-        under=[hk.ablate("z.0.1")],
+        base_hooks=[hk.ablate("z.0.1")],
     )
     assert one["logit_diff"].tolist() == listed["logit_diff"].tolist()
     grid = hk.ablations(
-        small, PROMPTS, "z", METRIC, under=hk.ablate("z.0.1"), layers=[0], heads=[1]
+        small, PROMPTS, "z", METRIC, base_hooks=hk.ablate("z.0.1"), layers=[0], heads=[1]
     )
     assert (grid["logit_diff_delta"].abs() < 1e-5).all()
 
@@ -208,17 +213,17 @@ def test_a_small_memory_takes_the_prompts_a_part_at_a_time(small):
     under = [hk.scale("mlp_out.0", 0.5), hk.steer("resid_post.0", VECTOR, pos=-1, rows=[1, 4])]
     hooks = lambda layer, pos: steered(layer, pos)  # noqa: E731
     grid = {"layer": LAYERS, "pos": [-3, -1]}
-    metrics = [METRIC, hk.kl(), hk.top1_changed()]
+    metrics = [METRIC, hk.metrics.kl(), hk.metrics.top1_changed()]
     for target in (others, others[0], hk.forward(small, others)):
-        whole = hk.sweep(small, prompts, grid, hooks, metrics, under=under, target=target)
-        assert hk.plan(small, prompts, grid, hooks, metrics, memory=60_000).forwards > 12
+        whole = hk.sweep(small, prompts, grid, hooks, metrics, base_hooks=under, target=target)
+        assert hk.sweep_plan(small, prompts, grid, hooks, metrics, memory=60_000).forwards > 12
         parts = hk.sweep(
             small,
             prompts,
             grid,
             hooks,
             metrics,
-            under=under,
+            base_hooks=under,
             target=target,
             memory=60_000,
             verify=6,
@@ -248,11 +253,11 @@ def test_the_targets_prompts_are_run_under_the_hooks_of_every_cell(small):
         {"layer": LAYERS},
         lambda layer: steered(layer, -2),
         METRIC,
-        under=under,
+        base_hooks=under,
         target=others,
     )
     run = hk.sweep(
-        small, prompts, {"layer": LAYERS}, lambda layer: steered(layer, -2), METRIC, under=under,
+        small, prompts, {"layer": LAYERS}, lambda layer: steered(layer, -2), METRIC, base_hooks=under,
         target=hk.forward(small, others, *under),
     )  # fmt: skip
     assert table["logit_diff_effect"].tolist() == pytest.approx(
@@ -350,7 +355,7 @@ def test_the_logits_may_be_edited_in_every_cell(small):
         PROMPTS,
         {"edit": list(edits)},
         lambda edit: edits[edit],
-        [hk.logit(5), hk.logit(7), hk.rank(5)],
+        [hk.metrics.logit(5), hk.metrics.logit(7), hk.metrics.rank(5)],
     )
     with torch.no_grad():
         alone = [small.model(torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]
@@ -454,7 +459,7 @@ def test_a_function_under_every_cell_is_given_all_that_it_wants(small):
         9, 9
     )  # of one length, since the function takes the filled-up cells for real ones
     table = hk.sweep(
-        small, prompts, {"layer": [1, 2], "pos": [-2, -1]}, steered, METRIC, under=under
+        small, prompts, {"layer": [1, 2], "pos": [-2, -1]}, steered, METRIC, base_hooks=under
     )
     for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(
         index=False
@@ -476,7 +481,7 @@ def test_behind_a_function_that_mixes_positions_every_position_of_the_last_block
         {"pos": [2, 5]},
         lambda pos: hk.scale("mlp_out.2", 3.0, pos=pos),
         METRIC,
-        under=under,
+        base_hooks=under,
     )
     for pos, found in table[["pos", "logit_diff"]].itertuples(index=False):
 
@@ -558,7 +563,7 @@ def test_an_edit_at_a_module_that_never_runs_is_no_cell_without_an_effect():
     ):
         hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: unused, METRIC)
     with pytest.raises(NeverFired, match="which is to act under every cell, never fired"):
-        hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: steered(0, -1), METRIC, under=[unused])
+        hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: steered(0, -1), METRIC, base_hooks=[unused])
 
 
 def test_an_edit_at_a_module_that_never_runs_raises_wherever_it_was_to_act():
@@ -583,7 +588,7 @@ def test_an_edit_at_a_module_that_never_runs_raises_wherever_it_was_to_act():
                 lambda n: steered(0, -2),
                 METRIC,
                 pos=-2,
-                under=[unused(pos)],
+                base_hooks=[unused(pos)],
             )
     called = hk.scale(hk.module("model.layers.1.mlp.up_proj"), 2, pos=-1)
     table = hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: called, METRIC, pos=-2)
@@ -748,7 +753,7 @@ def test_an_edit_at_any_module_acts_in_the_rows_of_its_cell(kind, site, alone):
     lm = hk.tiny(kind)
     prompts = drawn(9, 9)
     hooks = lambda by: [hk.scale(site, by), steered(0, -2)]  # noqa: E731
-    plan = hk.plan(lm, prompts, {"by": [0.5, 2.0]}, hooks, METRIC)
+    plan = hk.sweep_plan(lm, prompts, {"by": [0.5, 2.0]}, hooks, METRIC)
     assert len(plan.alone) == (2 if alone else 0)
     table = hk.sweep(lm, prompts, {"by": [0.5, 2.0]}, hooks, METRIC)
     for by, found in table.groupby("by"):

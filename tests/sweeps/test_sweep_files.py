@@ -17,7 +17,7 @@ import hookkit as hk
 from hookkit.errors import BadHook, Interrupted, Unsupported
 
 PROMPTS = killing_sweeps.PROMPTS
-METRIC = hk.logit_diff(5, 7)
+METRIC = hk.metrics.logit_diff(5, 7)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -273,10 +273,10 @@ def ran(lm, folder, **changes):
             "cells",
         ),
         ({"metrics": METRIC}, "metrics"),
-        ({"metrics": [hk.logit_diff(5, 8), loud]}, "metrics"),
+        ({"metrics": [hk.metrics.logit_diff(5, 8), loud]}, "metrics"),
         ({"metrics": [METRIC, louder]}, "metrics"),
         ({"pos": -2}, "pos"),
-        ({"under": [hk.ablate("z.0.1")]}, "under"),
+        ({"base_hooks": [hk.ablate("z.0.1")]}, "base_hooks"),
         ({"control": "random"}, "cells"),
     ],
 )
@@ -319,9 +319,9 @@ def test_a_prompt_that_goes_on_behind_the_metrics_position_is_another_prompt(sma
 
 def test_the_numbers_of_a_reference_run_are_part_of_the_sweep(small, tmp_path):
     plain, edited = hk.forward(small, PROMPTS), hk.forward(small, PROMPTS, hk.ablate("mlp_out.1"))
-    ran(small, tmp_path, metrics=hk.kl(plain))
-    ran(small, tmp_path, metrics=hk.kl(hk.forward(small, PROMPTS)))
-    for other in (hk.kl(edited), hk.kl(plain, pos=-2), hk.kl()):
+    ran(small, tmp_path, metrics=hk.metrics.kl(plain))
+    ran(small, tmp_path, metrics=hk.metrics.kl(hk.forward(small, PROMPTS)))
+    for other in (hk.metrics.kl(edited), hk.metrics.kl(plain, pos=-2), hk.metrics.kl()):
         with pytest.raises(BadHook, match="it differs in metrics"):
             ran(small, tmp_path, metrics=other)
 

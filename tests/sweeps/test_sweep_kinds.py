@@ -53,7 +53,7 @@ def test_numbers_of_every_library_are_numbers_in_a_grid(lm, kind):
     layers, positions = GRIDS[kind]
     hooks = lambda layer, pos: hk.ablate(hk.Site("mlp_out", layer), pos=pos)  # noqa: E731
     table = hk.sweep(
-        lm, [LONG], {"layer": layers, "pos": positions}, hooks, hk.logit(7), progress=False
+        lm, [LONG], {"layer": layers, "pos": positions}, hooks, hk.metrics.logit(7), progress=False
     )
     assert table["layer"].tolist() == [0, 0, 1, 1] and table["pos"].tolist() == [-2, -1] * 2
     for layer, pos, logit in table[["layer", "pos", "logit"]].itertuples(index=False):
@@ -77,7 +77,7 @@ def test_a_grid_of_doses_from_linspace_has_pythons_numbers(lm):
         return hk.steer("resid_post.1", vector, scale=scale)
 
     table = hk.sweep(
-        lm, [LONG], {"scale": np.linspace(0, 2, 3)}, hooks, hk.logit(7), progress=False
+        lm, [LONG], {"scale": np.linspace(0, 2, 3)}, hooks, hk.metrics.logit(7), progress=False
     )
     assert given == [float] * 3 and table["scale"].tolist() == [0.0, 1.0, 2.0]
     wanted = [
@@ -96,7 +96,7 @@ def test_texts_vectors_and_slices_are_values_as_they_are(lm):
             seen.append(one)
             return hk.steer("resid_post.1", torch.ones(32), pos=-1)
 
-        hk.sweep(lm, [LONG], {"one": values}, hooks, hk.logit(7), progress=False)
+        hk.sweep(lm, [LONG], {"one": values}, hooks, hk.metrics.logit(7), progress=False)
         assert all(
             mine is theirs or torch.equal(mine, theirs)
             for mine, theirs in zip(seen, values, strict=True)
@@ -129,7 +129,9 @@ WRONG = [
 @pytest.mark.parametrize(("grid", "error", "words"), WRONG, ids=lambda value: str(value)[:30])
 def test_a_grid_that_is_none_is_refused_in_words(lm, grid, error, words):
     with pytest.raises(error, match=words):
-        hk.sweep(lm, [LONG], grid, lambda n: hk.ablate("mlp_out.0"), hk.logit(7), progress=False)
+        hk.sweep(
+            lm, [LONG], grid, lambda n: hk.ablate("mlp_out.0"), hk.metrics.logit(7), progress=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -137,14 +139,19 @@ def test_a_grid_that_is_none_is_refused_in_words(lm, grid, error, words):
 )
 def test_what_is_no_hook_is_refused_in_words(lm, hooks):
     with pytest.raises(HookkitError, match="is no hook|a function|[Gg]ive"):
-        hk.sweep(lm, [LONG], {"n": [0]}, hooks, hk.logit(7), progress=False)
+        hk.sweep(lm, [LONG], {"n": [0]}, hooks, hk.metrics.logit(7), progress=False)
 
 
 @pytest.mark.parametrize("memory", [0, -1, 1.5, True, "1GB"])
 def test_memory_is_a_number_of_bytes(lm, memory):
     with pytest.raises(HookkitError, match="memory="):
         hk.sweep(
-            lm, [LONG], {"n": [0]}, lambda n: hk.ablate("mlp_out.0"), hk.logit(7), memory=memory
+            lm,
+            [LONG],
+            {"n": [0]},
+            lambda n: hk.ablate("mlp_out.0"),
+            hk.metrics.logit(7),
+            memory=memory,
         )
 
 
@@ -157,7 +164,7 @@ def test_a_sweep_with_little_memory_has_the_same_numbers(lm, memory, pos):
         [LONG, SHORT],
         {"cell": list(cells), "layer": [0, 2]},
         lambda cell, layer: hk.edit(hk.Site("resid_post", layer), cells[cell], pos=slice(0, None)),
-        hk.logit(7),
+        hk.metrics.logit(7),
         pos=pos,
         memory=memory,
         progress=False,
@@ -177,11 +184,11 @@ def test_a_machine_without_memory_is_told_in_words():
         lm.model.set_attn_implementation("eager")
         hk.forward(lm, [list(range(9))])
         hooks = lambda n: hk.ablate("mlp_out.0")
-        hk.sweep(lm, [list(range(9))], {"n": [0]}, hooks, hk.logit(7), progress=False)
+        hk.sweep(lm, [list(range(9))], {"n": [0]}, hooks, hk.metrics.logit(7), progress=False)
         taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, taken + 2**29))
         try:
-            hk.sweep(lm, [[7] * 20000], {"n": [0]}, hooks, hk.logit(7), progress=False)
+            hk.sweep(lm, [[7] * 20000], {"n": [0]}, hooks, hk.metrics.logit(7), progress=False)
         except TooLittleMemory as error:
             print("told:", error)
     """
@@ -208,7 +215,7 @@ def test_modules_that_take_a_view_of_what_they_are_given_work_in_a_sweep(family)
         prompts,
         {"n": [0]},
         lambda n: hk.edit("resid_post.0", torch.tanh),
-        hk.logit(7),
+        hk.metrics.logit(7),
         pos=-2,
         progress=False,
     )
@@ -241,8 +248,8 @@ def test_an_embedding_that_is_changed_under_every_cell_reaches_rows_that_join_la
         prompts,
         {"layer": [0, last]},
         lambda layer: hk.scale(hk.Site("resid_post", layer), 0.5),
-        hk.logit(7),
-        under=hk.steer("embed", vector),
+        hk.metrics.logit(7),
+        base_hooks=hk.steer("embed", vector),
         progress=False,
     )
     for layer, row, logit in table[["layer", "row", "logit"]].itertuples(index=False):
@@ -266,14 +273,14 @@ def test_an_edit_of_logits_that_the_metric_does_not_read_is_accepted_as_in_a_for
     plain = by_hand(lm, LONG, 5)
     for hook in hooks:
         hk.forward(lm, [LONG], hook)
-        for settings in ({}, {"under": hook}):
+        for settings in ({}, {"base_hooks": hook}):
             cell = hk.ablate("mlp_out.0", pos=7) if settings else hook
             table = hk.sweep(
                 lm,
                 [LONG],
                 {"n": [0]},
                 lambda n, cell=cell: cell,
-                hk.logit(7),
+                hk.metrics.logit(7),
                 pos=5,
                 progress=False,
                 **settings,
@@ -290,8 +297,8 @@ def test_a_function_under_every_cell_carries_no_logits_to_other_positions(lm):
             [LONG],
             {"n": [0]},
             lambda n, cell=cell: cell,
-            hk.logit(7),
-            under=under,
+            hk.metrics.logit(7),
+            base_hooks=under,
             progress=False,
         )
         wanted = by_hand(lm, LONG, -1, ("model.layers.1.mlp", lambda output: output / 2))
@@ -306,7 +313,7 @@ def test_a_function_of_the_logits_is_given_all_of_its_positions(lm):
         [LONG, SHORT],
         {"n": [0]},
         lambda n: hk.edit("logits", summed),
-        hk.logit(7),
+        hk.metrics.logit(7),
         progress=False,
     )
     for row, ids in enumerate([LONG, SHORT]):
@@ -334,7 +341,14 @@ def test_hooks_that_are_refused_in_a_forward_are_refused_in_a_sweep_in_the_same_
         with pytest.raises(Exception) as alone:
             hk.forward(lm, [LONG], hook)
         with pytest.raises(type(alone.value)) as swept:
-            hk.sweep(lm, [LONG], {"n": [0]}, lambda n, hook=hook: hook, hk.logit(7), progress=False)
+            hk.sweep(
+                lm,
+                [LONG],
+                {"n": [0]},
+                lambda n, hook=hook: hook,
+                hk.metrics.logit(7),
+                progress=False,
+            )
         assert str(swept.value) == str(alone.value)
 
 
@@ -362,7 +376,12 @@ def test_an_edit_at_an_early_position_of_a_block_that_shares_keys_is_accepted_in
     inner = hk.module("model.layers.2.mlp.down_proj", side="input")
     for hook in (hk.ablate(inner, pos=slice(0, 2)), hk.edit("resid_post.2", lambda x: x.cumsum(1))):
         table = hk.sweep(
-            lm, [LONG, SHORT], {"n": [0]}, lambda n, hook=hook: hook, hk.logit(7), progress=False
+            lm,
+            [LONG, SHORT],
+            {"n": [0]},
+            lambda n, hook=hook: hook,
+            hk.metrics.logit(7),
+            progress=False,
         )
         run = hk.forward(lm, [LONG, SHORT], hook)
         for row, ids in enumerate([LONG, SHORT]):
@@ -378,7 +397,7 @@ def test_a_modules_heads_are_not_taken_for_the_positions_whose_logits_are_kept()
     prompts = [[218, 107, 53, 247, 212], [128, 235]]
     cells = [hk.edit(site, torch.tanh), hk.edit("lm_head", lambda x: x.cumsum(1))]
     table = hk.sweep(
-        lm, prompts, {"n": [0, 1]}, lambda n: cells[n], hk.logit(7), pos=1, progress=False
+        lm, prompts, {"n": [0, 1]}, lambda n: cells[n], hk.metrics.logit(7), pos=1, progress=False
     )
 
     def squashed(module, args):
@@ -401,7 +420,7 @@ def test_a_hook_at_the_heads_module_sees_every_position(lm):
         hk.scale(given, 0.5, pos=-1),
     ]
     table = hk.sweep(
-        lm, [LONG, SHORT], {"n": range(3)}, lambda n: cells[n], hk.logit(7), progress=False
+        lm, [LONG, SHORT], {"n": range(3)}, lambda n: cells[n], hk.metrics.logit(7), progress=False
     )
     for number, cell in enumerate(cells):
         run = hk.forward(lm, [LONG, SHORT], cell)
@@ -429,8 +448,8 @@ def test_a_query_that_attends_to_later_keys_does_so_in_a_sweep_too(family, under
         for prompts in ([LONG], [LONG, SHORT * 2]):
             base, own = ([hook], [other]) if under else ([], [hook])
             table = hk.sweep(
-                lm, prompts, {"n": [0]}, lambda n, own=own: own, hk.logit(7), pos=-2,
-                under=base, progress=False, verify=1,
+                lm, prompts, {"n": [0]}, lambda n, own=own: own, hk.metrics.logit(7), pos=-2,
+                base_hooks=base, progress=False, verify=1,
             )  # fmt: skip
             runs = [hk.forward(lm, [ids], *base, *own) for ids in prompts]
             expected = [float(run.logits[0, -2, 7]) for run in runs]

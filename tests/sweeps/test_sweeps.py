@@ -8,7 +8,7 @@ from hookkit.models.families.table import FAMILIES
 from hookkit.sweeps.reach import FirstEffect
 from hookkit.sweeps.shortcuts import shortcuts
 
-METRICS = [hk.logit_diff(5, 7), hk.kl()]
+METRICS = [hk.metrics.logit_diff(5, 7), hk.metrics.kl()]
 
 
 def texts(lm):
@@ -21,17 +21,17 @@ def texts(lm):
     return [long, short], [other, another]
 
 
-def by_loop(lm, prompts, hooks, metric, *, under=()):
+def by_loop(lm, prompts, hooks, metric, *, base_hooks=()):
     """The metric of a whole forward with these hooks: a value for each prompt."""
     run = hk.forward(lm, prompts, *under, *hooks)
     return metric(run).tolist()
 
 
-def assert_equal_to_the_loop(lm, prompts, table, hooks, axes, *, under=(), limit=1e-4):
+def assert_equal_to_the_loop(lm, prompts, table, hooks, axes, *, base_hooks=(), limit=1e-4):
     for at, found in table.groupby(axes):
         made = hooks(**dict(zip(axes, at, strict=True)))
         wanted = by_loop(
-            lm, prompts, made if isinstance(made, list) else [made], METRICS[0], under=under
+            lm, prompts, made if isinstance(made, list) else [made], METRICS[0], base_hooks=under
         )
         assert found["logit_diff"].tolist() == pytest.approx(wanted, abs=limit), at
 
@@ -104,7 +104,7 @@ def test_a_patch_of_the_stream_equals_a_hand_written_hook(family, block):
             block.format(layer),
             lambda m, a, o, n=layer: kept.__setitem__(n, o.clone()),
         )
-    table = hk.patching(lm, [clean], [corrupted], "resid_post", hk.logit_diff(5, 7))
+    table = hk.patching(lm, [clean], [corrupted], "resid_post", hk.metrics.logit_diff(5, 7))
     for layer, pos, found in table[["layer", "pos", "logit_diff"]].itertuples(index=False):
 
         def put(module, args, output, layer=layer, pos=pos):
@@ -120,7 +120,7 @@ def test_a_patch_of_the_stream_equals_a_hand_written_hook(family, block):
 def test_ablating_each_head_equals_a_hand_written_hook():
     lm = hk.tiny("llama")
     (clean, _), _ = texts(lm)
-    table = hk.ablations(lm, [clean], "z", hk.logit_diff(5, 7))
+    table = hk.ablations(lm, [clean], "z", hk.metrics.logit_diff(5, 7))
     width = lm.sizes["d_head"]
     for layer, head, found in table[["layer", "head", "logit_diff"]].itertuples(index=False):
 
@@ -174,7 +174,7 @@ def test_as_many_cells_are_verified_as_were_asked_for(lm, monkeypatch):
 def test_cells_before_the_first_token_that_differs_are_not_run(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
-    plan = hk.plan(lm, corrupted, grid, hooks, METRICS[0])
+    plan = hk.sweep_plan(lm, corrupted, grid, hooks, METRICS[0])
     assert (
         plan.filled == 3 * 3 + 1 * 3
     )  # the short pair differs from its fourth token of six, the long from 5 of 9
@@ -207,8 +207,8 @@ def test_hooks_under_every_cell_act_in_the_baseline_too(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
     under = [hk.ablate("z.1.2"), hk.steer("resid_post.0", torch.ones(lm.sizes["d_model"]), pos=-2)]
-    table = hk.sweep(lm, corrupted, grid, hooks, METRICS, under=under)
-    assert_equal_to_the_loop(lm, corrupted, table, hooks, ["layer", "pos"], under=under)
+    table = hk.sweep(lm, corrupted, grid, hooks, METRICS, base_hooks=under)
+    assert_equal_to_the_loop(lm, corrupted, table, hooks, ["layer", "pos"], base_hooks=under)
     baseline = METRICS[0](hk.forward(lm, corrupted, *under)).tolist()
     assert table["logit_diff_before"].tolist()[:2] == pytest.approx(baseline, abs=1e-5)
 
@@ -280,7 +280,11 @@ def test_the_loss_of_a_continuation_equals_a_forward_over_the_whole_text(lm):
     behind = [(8, 9, 10), (11, 12)]
     _, _, hooks = patch_grid(lm, clean)
     table = hk.sweep(
-        lm, corrupted, {"layer": [0, 1], "pos": [-2, -1]}, hooks, [hk.loss(behind), METRICS[0]]
+        lm,
+        corrupted,
+        {"layer": [0, 1], "pos": [-2, -1]},
+        hooks,
+        [hk.metrics.loss(behind), METRICS[0]],
     )
     for row, more in enumerate(behind):
         for (layer, pos), found in table[table["row"] == row].groupby(["layer", "pos"]):
@@ -321,7 +325,8 @@ def test_a_small_budget_means_more_forwards_and_the_same_numbers(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
     small, large = (
-        hk.plan(lm, corrupted, grid, hooks, METRICS, memory=memory) for memory in (60_000, 10**9)
+        hk.sweep_plan(lm, corrupted, grid, hooks, METRICS, memory=memory)
+        for memory in (60_000, 10**9)
     )
     assert small.forwards > large.forwards and small.memory < large.memory
     found = hk.sweep(lm, corrupted, grid, hooks, METRICS, memory=60_000)
@@ -347,7 +352,7 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
             **{name: False},
             why={**bare.trial_results[key].why, name: "because"},
         )
-        assert words in repr(hk.plan(bare, corrupted, grid, hooks, METRICS))
+        assert words in repr(hk.sweep_plan(bare, corrupted, grid, hooks, METRICS))
         found = hk.sweep(bare, corrupted, grid, hooks, METRICS)
         assert found["logit_diff"].tolist() == pytest.approx(
             wanted["logit_diff"].tolist(), abs=1e-5
@@ -358,7 +363,7 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
 def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
     ids = texts(lm)[0][0]
     hooks = {
-        name: hk.hook(name)
+        name: hk.parse_hook(name)
         for name in ("ablate:z.1.0", "ablate:z.2.0", "scale:mlp_in.2*3", "ablate:mlp_post.2")
     }
     hooks["mixed"] = hk.edit(
@@ -391,7 +396,7 @@ def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
 def test_hooks_of_the_users_own_see_whole_batches_of_one_cell(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
-    hk.plan(
+    hk.sweep_plan(
         lm, corrupted, grid, hooks, METRICS
     )  # whether the model reads ahead is found out once, by three rows
     seen = []
@@ -400,7 +405,7 @@ def test_hooks_of_the_users_own_see_whole_batches_of_one_cell(lm):
     )
     try:
         table = hk.sweep(lm, corrupted, grid, hooks, METRICS)
-        plan = hk.plan(lm, corrupted, grid, hooks, METRICS)
+        plan = hk.sweep_plan(lm, corrupted, grid, hooks, METRICS)
     finally:
         handle.remove()
     assert set(seen) == {2} and "hooks that are not hookkit's" in repr(plan)
@@ -449,7 +454,7 @@ def carried(model):
         ({"grid": {"layer": [99]}}, hk.errors.OutOfRange, "layer|layers"),
         ({"pos": 30}, hk.errors.OutOfRange, "the metric looks at position 30"),
         ({"metrics": []}, hk.errors.BadHook, "no metric"),
-        ({"metrics": hk.logit_diff([5], [7])}, hk.errors.BadPrompt, "one entry for each"),
+        ({"metrics": hk.metrics.logit_diff([5], [7])}, hk.errors.BadPrompt, "one entry for each"),
         (
             {"hooks": lambda layer: hk.capture(hk.Site("z", layer))},
             hk.errors.BadHook,
@@ -480,7 +485,7 @@ def test_a_sweep_inside_a_block_is_refused(lm):
     _, corrupted = texts(lm)
     with hk.attach(lm, hk.scale("z.0", 0.5)):
         hk.forward(lm, corrupted)
-        with pytest.raises(hk.errors.Unsupported, match="under="):
+        with pytest.raises(hk.errors.Unsupported, match="base_hooks="):
             hk.sweep(
                 lm, corrupted, {"layer": [0]}, lambda layer: hk.ablate(hk.Site("z", layer)), METRICS
             )

@@ -17,11 +17,11 @@ NOTHING = hk.boost(3, by=0.0)
 
 def test_both_texts_are_those_of_two_generates(lm):
     hook = hk.boost(7, by=30.0, step=2)
-    both = hk.compare(lm, PROMPTS, hook, **GREEDY)
+    both = hk.compare_generations(lm, PROMPTS, hook, **GREEDY)
     alone, edited = hk.generate(lm, PROMPTS, **GREEDY), hk.generate(lm, PROMPTS, hook, **GREEDY)
     assert both.texts["baseline"].tolist() == alone.generated
     assert both.texts["edited"].tolist() == edited.generated
-    for row, parts_at in enumerate(both.texts["parts_at"]):
+    for row, parts_at in enumerate(both.texts["first_difference"]):
         one, two = (run.tokens[row, run.prompt_lengths[row] :].tolist() for run in (alone, edited))
         differ = [step for step in range(5) if one[step] != two[step]]
         assert (parts_at is pd.NA and not differ) or parts_at == differ[0]
@@ -29,7 +29,7 @@ def test_both_texts_are_those_of_two_generates(lm):
 
 def test_an_edit_that_changes_nothing_draws_the_same_in_both(lm):
     for seed in range(5):
-        both = hk.compare(
+        both = hk.compare_generations(
             lm,
             PROMPTS,
             NOTHING,
@@ -39,7 +39,7 @@ def test_an_edit_that_changes_nothing_draws_the_same_in_both(lm):
             temperature=1.5,
             seed=seed,
         )
-        assert both.texts["parts_at"].isna().all()
+        assert both.texts["first_difference"].isna().all()
 
 
 def test_the_shared_draws_are_distributed_as_softmax_says(llama):
@@ -48,7 +48,7 @@ def test_the_shared_draws_are_distributed_as_softmax_says(llama):
     expected = logits.softmax(dim=-1)
     drawn = torch.cat(
         [
-            hk.compare(
+            hk.compare_generations(
                 llama,
                 prompts,
                 NOTHING,
@@ -69,7 +69,7 @@ def test_the_shared_draws_are_distributed_as_softmax_says(llama):
 @pytest.mark.parametrize("along", ["baseline", "edited"])
 def test_steps_are_compared_where_both_read_the_same_text(lm, along):
     hook = hk.steer("resid_post.1", torch.ones(32))
-    both = hk.compare(lm, PROMPTS[:2], hook, along=along, **GREEDY)
+    both = hk.compare_generations(lm, PROMPTS[:2], hook, along=along, **GREEDY)
     for row, prompt in enumerate(PROMPTS[:2]):
         ids = lm.tokenizer.encode(prompt)
         text = [*ids, *both.tokens(row, along)]
@@ -94,7 +94,7 @@ def test_steps_are_compared_where_both_read_the_same_text(lm, along):
 
 
 def test_hooks_of_single_rows_stay_with_their_rows(lm):
-    both = hk.compare(lm, PROMPTS[:2], hk.force(7, rows=1), **GREEDY)
+    both = hk.compare_generations(lm, PROMPTS[:2], hk.force(7, rows=1), **GREEDY)
     assert both.tokens(1, "edited") == [7] * 5
     assert both.tokens(0, "edited") == both.tokens(0, "baseline")
 
@@ -119,7 +119,7 @@ def test_a_fork_says_the_same_until_its_step_and_then_goes_its_own_way(lm):
     text = torch.tensor([other.tokens[1, : other.lengths[1]].tolist()])
     with torch.no_grad():
         plain = lm.model(text).logits[0, start + 3 : -1]
-    mine = hk.decoding(other, rows=1).query("stage == 'model' and drawn and step > 3")["logit"]
+    mine = hk.candidates(other, rows=1).query("stage == 'model' and drawn and step > 3")["logit"]
     drawn = other.tokens[1, start + 4 : other.lengths[1]]
     assert mine.tolist() == pytest.approx(plain.gather(1, drawn[:, None])[:, 0].tolist(), abs=1e-4)
 
@@ -133,14 +133,14 @@ def test_a_fork_to_the_token_that_was_said_is_the_run_again(lm):
 def test_what_cannot_be_compared_or_forked_is_refused(lm):
     run = hk.generate(lm, PROMPTS[0], max_new_tokens=3, do_sample=False, eos_token_id=None)
     for make, error, words in (
-        (lambda: hk.compare(lm, "Tea", max_new_tokens=2), BadHook, "was given no hook"),
+        (lambda: hk.compare_generations(lm, "Tea", max_new_tokens=2), BadHook, "was given no hook"),
         (
-            lambda: hk.compare(lm, "Tea", NOTHING, along="both", max_new_tokens=2),
+            lambda: hk.compare_generations(lm, "Tea", NOTHING, along="both", max_new_tokens=2),
             BadHook,
             "along='both' is unknown",
         ),
         (
-            lambda: hk.compare(lm, "Tea", NOTHING, num_beams=2),
+            lambda: hk.compare_generations(lm, "Tea", NOTHING, num_beams=2),
             Unsupported,
             "one text for each prompt is needed",
         ),
@@ -193,7 +193,7 @@ def test_what_is_asked_for_prompts_or_rows_sees_those_of_the_user(llama):
         lambda: {"logits_processor": [PerRow()]},
         lambda: {"stopping_criteria": [Second()]},
     ):
-        both = hk.compare(llama, prompts, NOTHING, **more(), **settings)
+        both = hk.compare_generations(llama, prompts, NOTHING, **more(), **settings)
         alone = hk.generate(llama, prompts, **more(), **settings)
         for row in (0, 1):
             expected = alone.tokens[row, alone.prompt_lengths[row] : alone.lengths[row]].tolist()
@@ -212,10 +212,10 @@ def test_what_is_asked_for_prompts_or_rows_sees_those_of_the_user(llama):
 )
 def test_what_has_a_row_for_each_prompt_is_refused(llama, name, value):
     with pytest.raises(HookkitError, match=name):
-        hk.compare(llama, [[5, 9, 13], [6, 7, 8]], NOTHING, **{name: value}, **GREEDY)
+        hk.compare_generations(llama, [[5, 9, 13], [6, 7, 8]], NOTHING, **{name: value}, **GREEDY)
 
 
 def test_several_sequences_in_a_generation_config_are_refused_too(llama):
     config = GenerationConfig(max_new_tokens=2, num_beams=2, do_sample=False)
     with pytest.raises(Unsupported, match="num_beams is 2"):
-        hk.compare(llama, [[5, 9, 13]], NOTHING, generation_config=config)
+        hk.compare_generations(llama, [[5, 9, 13]], NOTHING, generation_config=config)

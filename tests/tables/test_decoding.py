@@ -103,7 +103,7 @@ def whole(llama):
 
 def test_decoding_has_every_number_of_every_candidate(whole, llama):
     run, expected = whole
-    table = hk.decoding(run)
+    table = hk.candidates(run)
     assert list(table.columns) == CANDIDATES
     found = dict(list(table.groupby(["row", "step", "stage"])))
     assert found.keys() == expected.keys()
@@ -156,7 +156,7 @@ def test_the_tables_show_the_top_the_watched_the_named_and_the_drawn(llama):
     hooks = [hk.ban(7), hk.swap(9, 11, rows=1)]
     settings = {**GREEDY, "do_sample": True, "temperature": 3.0, "seed": 1}
     run = hk.generate(llama, PROMPTS[:2], *hooks, trace=hk.trace(top=4, watch=[5, 7]), **settings)
-    table = hk.decoding(run)
+    table = hk.candidates(run)
     drawn = table[table["drawn"]]
     assert [(line.row, line.step, line.stage) for line in drawn.itertuples()] == [
         (row, step, name) for row in range(2) for step in range(3) for name in STAGES
@@ -180,8 +180,8 @@ def test_the_tables_show_the_top_the_watched_the_named_and_the_drawn(llama):
 
 def test_fewer_of_the_top_and_some_of_the_rows_can_be_shown(llama):
     run = hk.generate(llama, PROMPTS, trace=hk.trace(top=4), **GREEDY)
-    assert hk.decoding(run).groupby(["row", "step", "stage"]).size().unique() == [4]
-    short = hk.decoding(run, top=1, rows=[2, 0])
+    assert hk.candidates(run).groupby(["row", "step", "stage"]).size().unique() == [4]
+    short = hk.candidates(run, top=1, rows=[2, 0])
     assert list(short["row"]) == [row for row in (0, 2) for _ in range(9)]
     assert (short["rank"] == 1).all() and short["drawn"].all()
     assert hk.decisions(run, rows=1)["row"].tolist() == [1, 1, 1]
@@ -195,10 +195,10 @@ def test_more_or_less_of_the_top_than_is_on_record_is_refused(llama, top):
     with pytest.raises(
         OutOfRange, match=f"top={top!r}: 4 tokens of each stage are on record, so give 1 to 4"
     ):
-        hk.decoding(run, top=top)
+        hk.candidates(run, top=top)
 
 
-@pytest.mark.parametrize("table", [hk.decoding, hk.decisions])
+@pytest.mark.parametrize("table", [hk.candidates, hk.decisions])
 def test_a_run_without_a_trace_has_no_steps_to_show(llama, table):
     words = (
         r"this run kept no record of its steps: make it with hk.generate\(..., trace=hk.trace\(\)\)"
@@ -295,11 +295,11 @@ CASES = {
         "greedy: first of 49152; boost(' tea', by=100.0, step=0) moved it from rank {m[ tea]} to 1",
     ),
     "a condition that holds": (
-        [hk.force(" tea", when=hk.entropy_above(0.1))], {}, 0, " tea",
+        [hk.force(" tea", when=hk.when.entropy_above(0.1))], {}, 0, " tea",
         "forced by force(' tea', when=entropy_above(0.1)): rank {m[ tea]} for the model",
     ),
     "a condition that does not hold": (
-        [hk.force(" tea", when=hk.rank_of(" tea", at_most=1))], {}, 0, " Paris", "greedy: first of 49152",
+        [hk.force(" tea", when=hk.when.rank_of(" tea", at_most=1))], {}, 0, " Paris", "greedy: first of 49152",
     ),
     "a function that says no": ([hk.ban(" Paris", when=never)], {}, 0, " Paris", "greedy: first of 49152"),
     "banned, and first": ([hk.ban(" Paris")], {}, 0, " the", "greedy: first of 49151; banned ' Paris' was first for the model"),

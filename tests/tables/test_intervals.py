@@ -18,7 +18,9 @@ def coverage(values: np.ndarray, true: float, **settings) -> float:
     table = pd.DataFrame(
         {"cell": np.repeat(np.arange(cells), count), "row": np.tile(np.arange(count), cells)}
     )
-    means = hk.over_prompts(table.assign(m=values.ravel()), by=["cell"], values=["m"], **settings)
+    means = hk.stats.mean_over_prompts(
+        table.assign(m=values.ravel()), by=["cell"], values=["m"], **settings
+    )
     assert (means["n"] == count).all() and len(means) == cells
     return float(((means["m_low"] <= true) & (true <= means["m_high"])).mean())
 
@@ -126,7 +128,7 @@ def test_a_ratio_over_something_that_may_be_0_has_no_interval():
 def test_a_share_has_wilson_s_interval(hits, count):
     right = [True] * hits + [False] * (count - hits)
     table = pd.DataFrame({"cell": 0, "row": range(count), "right": right})
-    found = hk.over_prompts(table, by=["cell"], values=["right"]).iloc[0]
+    found = hk.stats.mean_over_prompts(table, by=["cell"], values=["right"]).iloc[0]
     true = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
     assert (found["right_low"], found["right_high"]) == pytest.approx(
         (true.low, true.high), abs=1e-12
@@ -187,13 +189,13 @@ def test_samples_that_each_prompt_draws_for_itself_are_no_second_way_to_vary():
     shared = pd.DataFrame({"cell": 0, "row": prompts, "sample": samples, "m": values.ravel()})
     own = shared.assign(prompt=prompts, row=np.arange(48))
     within = intervals.means(values.mean(axis=1)[None], 0.95, 10_000, 0)
-    means = hk.over_prompts(own, by=["cell"], values=["m"])
+    means = hk.stats.mean_over_prompts(own, by=["cell"], values=["m"])
     assert means["n"].item() == 12
     assert means[["m_low", "m_high"]].iloc[0].tolist() == pytest.approx(
         [within.low[0], within.high[0]]
     )
     half = intervals.two_way(values, 0.95)[1]
-    crossed = hk.over_prompts(shared, by=["cell"], values=["m"])
+    crossed = hk.stats.mean_over_prompts(shared, by=["cell"], values=["m"])
     assert (crossed["m_high"] - crossed["m_low"]).item() == pytest.approx(2 * half)
 
 
@@ -214,7 +216,7 @@ def pairs(count: int = 6) -> pd.DataFrame:
 
 def test_a_pair_that_hardly_differs_does_not_decide_the_effect():
     table = pairs()
-    found = hk.over_prompts(table).iloc[0]
+    found = hk.stats.mean_over_prompts(table).iloc[0]
     way = table["m_target"] - table["m_before"]
     assert (
         found["m_effect"] == pytest.approx(table["m_delta"].sum() / way.sum())
@@ -224,7 +226,7 @@ def test_a_pair_that_hardly_differs_does_not_decide_the_effect():
         found["m_effect_low"] < found["m_effect"] < found["m_effect_high"]
         and found["m_effect_n"] == 6
     )
-    own = hk.over_prompts(table, effects="mean_of_ratios").iloc[0]
+    own = hk.stats.mean_over_prompts(table, effects="mean_of_ratios").iloc[0]
     assert (
         own["m_effect"] == pytest.approx(table["m_effect"].mean()) and abs(own["m_effect"]) > 1000
     )
@@ -234,20 +236,22 @@ def test_a_pair_that_does_not_differ_is_counted_for_what_it_is():
     table = pairs()
     table.loc[5, ["m", "m_delta", "m_target"]] = [table["m_before"][5], 0.0, table["m_before"][5]]
     table.loc[5, "m_effect"] = np.nan
-    found = hk.over_prompts(table).iloc[0]
+    found = hk.stats.mean_over_prompts(table).iloc[0]
     way = table["m_target"] - table["m_before"]
     assert found["m_effect"] == pytest.approx(table["m_delta"].sum() / way.sum())
     assert (found["n"], found["m_delta_n"], found["m_effect_n"]) == (6, 6, 5)
-    own = hk.over_prompts(table, effects="mean_of_ratios").iloc[0]
+    own = hk.stats.mean_over_prompts(table, effects="mean_of_ratios").iloc[0]
     assert own["m_effect"] == pytest.approx(table["m_effect"][:5].mean()) and own["m_effect_n"] == 5
-    none = hk.over_prompts(table.assign(m_target=table["m_before"])).iloc[0]
+    none = hk.stats.mean_over_prompts(table.assign(m_target=table["m_before"])).iloc[0]
     assert np.isnan(none["m_effect"]) and none["m_effect_n"] == 0 and none["m_delta_n"] == 6
 
 
 def test_what_is_no_number_does_not_count_and_what_is_infinite_does():
     table = pd.DataFrame({"cell": [0] * 4 + [1] * 4, "row": [*range(4)] * 2})
     table["m"] = [1.0, np.nan, 3.0, 5.0, 1.0, -np.inf, 2.0, 3.0]
-    first, second = (row for _, row in hk.over_prompts(table, by=["cell"], values=["m"]).iterrows())
+    first, second = (
+        row for _, row in hk.stats.mean_over_prompts(table, by=["cell"], values=["m"]).iterrows()
+    )
     assert (
         first["n"] == first["m_n"] == 3 and first["m"] == 3 and first["m_low"] < 3 < first["m_high"]
     )
@@ -256,7 +260,7 @@ def test_what_is_no_number_does_not_count_and_what_is_infinite_does():
         and second["m_n"] == 4
         and np.isnan([second["m_low"], second["m_se"]]).all()
     )
-    nothing = hk.over_prompts(table.assign(m=np.nan), by=["cell"], values=["m"])
+    nothing = hk.stats.mean_over_prompts(table.assign(m=np.nan), by=["cell"], values=["m"])
     assert (
         nothing["n"].tolist() == [0, 0]
         and nothing["m"].isna().all()
@@ -269,10 +273,10 @@ def test_several_rows_of_one_prompt_are_one_prompt():
     table = pd.DataFrame(
         {"layer": np.repeat(range(4), 5), "row": np.tile(range(5), 4), "m": values.ravel()}
     )
-    found = hk.over_prompts(table.assign(all=1), by=["all"], values=["m"]).iloc[0]
+    found = hk.stats.mean_over_prompts(table.assign(all=1), by=["all"], values=["m"]).iloc[0]
     true = intervals.means(values.mean(axis=0)[None], 0.95, 100, 0)
     assert found["n"] == 5 and found["m_low"] == pytest.approx(true.low[0])
-    assert hk.over_prompts(table, by=["row"], values=["m"])["n"].tolist() == [4] * 5
+    assert hk.stats.mean_over_prompts(table, by=["row"], values=["m"])["n"].tolist() == [4] * 5
 
 
 def test_a_cell_s_interval_does_not_depend_on_the_other_cells():
@@ -280,8 +284,8 @@ def test_a_cell_s_interval_does_not_depend_on_the_other_cells():
     table = pd.DataFrame(
         {"layer": np.repeat(range(3), 40), "row": np.tile(range(40), 3), "m": values.ravel()}
     )
-    every = hk.over_prompts(table, by=["layer"], values=["m"])
-    alone = hk.over_prompts(table[table["layer"] == 2], by=["layer"], values=["m"])
+    every = hk.stats.mean_over_prompts(table, by=["layer"], values=["m"])
+    alone = hk.stats.mean_over_prompts(table[table["layer"] == 2], by=["layer"], values=["m"])
     pd.testing.assert_frame_equal(every.iloc[2:].reset_index(drop=True), alone)
 
 
@@ -296,9 +300,9 @@ def test_a_cell_s_interval_does_not_depend_on_the_other_cells():
 )
 def test_misuse_says_what_is_wrong(settings, error, words):
     with pytest.raises(error, match=words):
-        hk.over_prompts(pairs(), **settings)
+        hk.stats.mean_over_prompts(pairs(), **settings)
     with pytest.raises(EmptySelection, match="no row"):
-        hk.over_prompts(pairs().head(0))
+        hk.stats.mean_over_prompts(pairs().head(0))
 
 
 # ---- the strongest cells
@@ -316,40 +320,43 @@ def null_cells(draws: np.random.Generator, cells: int, count: int) -> pd.DataFra
 def test_the_strongest_of_many_cells_are_chosen_on_one_half_and_measured_on_the_other():
     draws, hits, chosen = np.random.default_rng(0), 0, []
     for _ in range(300):
-        best = hk.strongest(null_cells(draws, 60, 16), top=1).iloc[0]
+        best = hk.stats.strongest(null_cells(draws, 60, 16), top=1).iloc[0]
         hits += best["m_delta_low"] <= 0 <= best["m_delta_high"]
         chosen.append(best["m_delta_chosen"])
     assert 0.92 <= hits / 300 <= 0.98, "the interval has nothing of the choice in it"
     assert np.abs(chosen).mean() > 0.7, "which on the half that chose is large"
     table = null_cells(draws, 60, 16)
-    means = hk.over_prompts(table[table["row"] % 2 == 0]).set_index("head")["m_delta"]
-    best = hk.strongest(table, top=3)
+    means = hk.stats.mean_over_prompts(table[table["row"] % 2 == 0]).set_index("head")["m_delta"]
+    best = hk.stats.strongest(table, top=3)
     assert (
         best["head"].tolist() == means.abs().nlargest(3).index.tolist()
         and best["n"].tolist() == [8] * 3
     )
     assert best["m_delta_chosen"].tolist() == pytest.approx(means[best["head"]].tolist())
-    other = hk.over_prompts(table[table["row"] % 2 == 1]).set_index("head")
+    other = hk.stats.mean_over_prompts(table[table["row"] % 2 == 1]).set_index("head")
     assert best["m_delta_low"].tolist() == pytest.approx(
         other.loc[best["head"], "m_delta_low"].tolist()
     )
     for toward, wanted in (("up", means.nlargest(3)), ("down", means.nsmallest(3))):
-        assert hk.strongest(table, top=3, toward=toward)["head"].tolist() == wanted.index.tolist()
+        assert (
+            hk.stats.strongest(table, top=3, toward=toward)["head"].tolist()
+            == wanted.index.tolist()
+        )
 
 
 def test_a_control_is_not_among_the_strongest_and_few_prompts_are_refused():
     table = null_cells(np.random.default_rng(0), 6, 8)
     control = table.assign(control=True, m_delta=100.0)
     both = pd.concat([table.assign(control=False), control])
-    assert set(hk.strongest(both, top=9)["control"]) == {False}
+    assert set(hk.stats.strongest(both, top=9)["control"]) == {False}
     with pytest.raises(OutOfRange, match="3 prompts: cells are chosen on one half.*at least 4"):
-        hk.strongest(table[table["row"] < 3])
+        hk.stats.strongest(table[table["row"] < 3])
     with pytest.raises(HookkitError, match="no column 'q_delta'"):
-        hk.strongest(table, value="q_delta")
+        hk.stats.strongest(table, value="q_delta")
     with pytest.raises(HookkitError, match="top=0"):
-        hk.strongest(table, top=0)
+        hk.stats.strongest(table, top=0)
     with pytest.raises(HookkitError, match="toward='big'"):
-        hk.strongest(table, toward="big")
+        hk.stats.strongest(table, toward="big")
 
 
 # ---- figures
@@ -362,17 +369,22 @@ def layers(count: int) -> pd.DataFrame:
 
 def test_lines_have_a_band_from_10_prompts_on_and_points_below():
     for count, bands, points in ((9, 0, 27), (10, 1, 0), (40, 1, 0)):
-        for table, shown in ((layers(count), points), (hk.over_prompts(layers(count)), 0)):
-            axes = hk.interval_lines(table, value="m_delta").axes[0]
+        for table, shown in (
+            (layers(count), points),
+            (hk.stats.mean_over_prompts(layers(count)), 0),
+        ):
+            axes = hk.figures.interval_lines(table, value="m_delta").axes[0]
             assert len(axes.collections) == bands
             dots = [line for line in axes.get_lines() if line.get_marker() == "."]
             assert sum(len(line.get_xdata()) for line in dots) == shown  # pyright: ignore[reportArgumentType]
-    means = hk.over_prompts(layers(9))["m_delta"]
-    line = hk.interval_lines(layers(9), value="m_delta").axes[0].get_lines()[0]
+    means = hk.stats.mean_over_prompts(layers(9))["m_delta"]
+    line = hk.figures.interval_lines(layers(9), value="m_delta").axes[0].get_lines()[0]
     assert line.get_ydata() == pytest.approx(means.to_numpy())  # pyright: ignore[reportArgumentType]
 
 
 def test_a_map_has_the_ratio_of_the_means_in_its_cells():
     table = layers(6).assign(pos=0)
-    drawn = hk.heat_map(table, named=1).axes[0].texts[0].get_text()
-    assert drawn == f"{hk.over_prompts(table)['m_effect'][0]:.2g}" and abs(float(drawn)) < 1
+    drawn = hk.figures.heat_map(table, named=1).axes[0].texts[0].get_text()
+    assert (
+        drawn == f"{hk.stats.mean_over_prompts(table)['m_effect'][0]:.2g}" and abs(float(drawn)) < 1
+    )

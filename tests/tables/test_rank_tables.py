@@ -19,11 +19,10 @@ SHIFT = [
     "token",
     "token_id",
     *(f"{n}_{w}" for n in NAMES for w in ("before", "after", "delta")),
-    "shift",
     "why",
 ]
 SUMMARY = ["row", "pos", "kl", "kl_reverse", "js", "tv", "entropy_before", "entropy_after", "entropy_delta", "margin_before",
-           "margin_after", "margin_delta", "top1_before", "top1_after", "top1_changed", "kept"]  # fmt: skip
+           "margin_after", "margin_delta", "top1_before", "top1_after", "top1_changed", "top_overlap"]  # fmt: skip
 SURE = [
     "row",
     "pos",
@@ -132,7 +131,7 @@ def test_a_shift_is_after_minus_before_and_positive_for_a_token_that_rose(runs):
     table = hk.rank_shift(before, after, rows=0, watch=9)
     for name in NAMES:
         assert np.allclose(table[f"{name}_delta"], table[f"{name}_after"] - table[f"{name}_before"])
-    assert (table["shift"] == table["rank_before"] - table["rank_after"]).all()
+    assert (table["rank_delta"] == table["rank_after"] - table["rank_before"]).all()
     for when, run in (("before", before), ("after", after)):
         logits = run.logits[0, run.lengths[0] - 1]
         assert np.allclose(table[f"logit_{when}"], logits[torch.tensor(table["token_id"].tolist())])
@@ -196,7 +195,7 @@ def test_divergences_are_their_closed_forms(runs):
         for name, value in expected.items():
             assert table[name][row] == pytest.approx(float(value), abs=1e-5), name
         assert table["top1_changed"][row] == bool(p.argmax() != q.argmax())
-        assert table["kept"][row] == len(
+        assert table["top_overlap"][row] == len(
             {*p.topk(10).indices.tolist()} & {*q.topk(10).indices.tolist()}
         )
 

@@ -16,7 +16,7 @@ def test_the_steps_are_those_of_generate_with_a_trace(lm):
     hooks = [hk.ban(5, 6), hk.force(7, step=2)]
     whole = hk.generate(lm, PROMPTS, *hooks, trace=hk.trace(top=3, watch=9), **SETTINGS)
     steps = hk.stream(lm, PROMPTS, *hooks, trace=hk.trace(top=3, watch=9), **SETTINGS)
-    decided, shown = hk.decisions(whole), hk.decoding(whole)
+    decided, shown = hk.decisions(whole), hk.candidates(whole)
     for number, now in enumerate(steps):
         assert now.step == number
         mine = decided.query("step == @number").reset_index(drop=True)

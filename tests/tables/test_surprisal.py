@@ -225,7 +225,7 @@ def test_rows_of_the_vocabulary_that_are_no_tokens_have_no_rank(small_tokenizer)
 
 
 def test_two_models_with_the_same_tokens_can_be_compared(llama, gpt2):
-    table = hk.surprisal_shift(hk.score(llama, LONG), hk.score(gpt2, LONG))
+    table = hk.surprisal_shift(hk.token_losses(llama, LONG), hk.token_losses(gpt2, LONG))
     ids = llama.tokenizer.encode(LONG)
     assert table["loss_before"][:100].tolist() == pytest.approx(
         plain_losses(llama, ids[:101]), abs=2e-4
@@ -239,7 +239,7 @@ def test_two_models_with_the_same_tokens_can_be_compared(llama, gpt2):
 def test_a_long_text_is_scored_as_the_loop_by_hand_scores_it(lm, window, stride):
     ids = lm.tokenizer.encode(LONG)
     assert len(ids) > 100
-    table = hk.score(lm, LONG, window=window, stride=stride)
+    table = hk.token_losses(lm, LONG, window=window, stride=stride)
     assert table["token_id"].tolist() == ids[1:] and table["pos"].tolist() == list(
         range(1, len(ids))
     )
@@ -252,7 +252,7 @@ def test_a_long_text_is_scored_as_the_loop_by_hand_scores_it(lm, window, stride)
 def test_every_token_of_a_long_text_has_the_context_that_was_promised(llama):
     """A token far behind is scored as the last one of a text that begins as far before it as the window did."""
     ids = llama.tokenizer.encode(LONG)
-    table = hk.score(llama, LONG, window=20, stride=8)
+    table = hk.token_losses(llama, LONG, window=20, stride=8)
     for place in (19, 20, 27, 28, 60):
         start = 0 if place < 20 else 8 * ((place - 20) // 8 + 1)
         assert place - start >= 12
@@ -263,10 +263,10 @@ def test_every_token_of_a_long_text_has_the_context_that_was_promised(llama):
 
 def test_texts_of_all_lengths_are_scored_together_as_one_by_one(lm):
     texts = [*PROMPTS, LONG, *TEXTS]
-    together = hk.score(lm, texts, window=24, stride=10, batch_tokens=100, top=2)
+    together = hk.token_losses(lm, texts, window=24, stride=10, batch_tokens=100, top=2)
     for row, text in enumerate(texts):
         if len(lm.tokenizer.encode(text)) > 1:
-            alone = hk.score(lm, text, window=24, stride=10, batch_tokens=1, top=2).drop(
+            alone = hk.token_losses(lm, text, window=24, stride=10, batch_tokens=1, top=2).drop(
                 columns="row"
             )
             mine = together[together["row"] == row].drop(columns="row").reset_index(drop=True)
@@ -285,19 +285,19 @@ def test_no_forward_has_more_tokens_than_asked_for(llama, monkeypatch):
     lm = hk.LM(llama.model, llama.tokenizer)
     lm.takes  # noqa: B018  read before the forward is watched
     monkeypatch.setattr(llama.model, "forward", watched)
-    hk.score(lm, [*PROMPTS, LONG, *TEXTS], window=24, batch_tokens=100)
+    hk.token_losses(lm, [*PROMPTS, LONG, *TEXTS], window=24, batch_tokens=100)
     assert max(seen) <= 100 and len(seen) > 3
 
 
 def test_short_texts_are_scored_as_a_forward_says(lm):
     pd.testing.assert_frame_equal(
-        hk.score(lm, PROMPTS), hk.surprisal(hk.forward(lm, PROMPTS)), atol=1e-5, rtol=1e-5
+        hk.token_losses(lm, PROMPTS), hk.surprisal(hk.forward(lm, PROMPTS)), atol=1e-5, rtol=1e-5
     )
 
 
 def test_windows_begin_with_the_token_that_begins_texts(llama):
     ids = [0, *llama.tokenizer.encode(LONG)]
-    table = hk.score(llama, [ids], window=20, stride=8)
+    table = hk.token_losses(llama, [ids], window=20, stride=8)
     second = [0, *ids[8:27]]  # the second window: the beginning token, and 19 more
     assert table["token_id"].tolist() == ids[1:]
     assert table["loss"][19:26].tolist() == pytest.approx(
@@ -307,7 +307,7 @@ def test_windows_begin_with_the_token_that_begins_texts(llama):
 
 def test_a_text_behind_a_prompt_is_scored_as_a_part_of_the_whole(lm):
     prompts, texts = PROMPTS[:2], [" coffee, tea", " and milk"]
-    table = hk.score(lm, texts, after=prompts, window=16, stride=4)
+    table = hk.token_losses(lm, texts, after=prompts, window=16, stride=4)
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         before, ids = lm.tokenizer.encode(prompt), lm.tokenizer.encode(text)
         mine = table[table["row"] == row]
@@ -317,7 +317,7 @@ def test_a_text_behind_a_prompt_is_scored_as_a_part_of_the_whole(lm):
             strided_losses(lm, before + ids, 16, 4)[len(before) - 1 :], abs=2e-4
         )
         assert mine["mean_loss"].iloc[-1] == pytest.approx(mine["loss"].mean())
-    same = hk.score(lm, texts, after=prompts[0])
+    same = hk.token_losses(lm, texts, after=prompts[0])
     assert same[same["row"] == 1]["pos"].iloc[0] == len(lm.tokenizer.encode(prompts[0]))
 
 
@@ -327,11 +327,11 @@ def test_an_edit_acts_in_every_window(llama):
         hk.steer("resid_post.0", torch.ones(32)),
         hk.ban(7, pos=slice(None)),
     ]
-    table = hk.score(llama, LONG, *edits, window=20, stride=8)
+    table = hk.token_losses(llama, LONG, *edits, window=20, stride=8)
     ids = llama.tokenizer.encode(LONG)
     by_hand = hk.surprisal(hk.forward(llama, [ids[8:28]], *edits))
     assert table["loss"][19:27].tolist() == pytest.approx(by_hand["loss"][11:].tolist(), abs=2e-4)
-    assert hk.score(llama, PROMPTS[0], hk.ban(7, pos=0))["row"].tolist()
+    assert hk.token_losses(llama, PROMPTS[0], hk.ban(7, pos=0))["row"].tolist()
 
 
 def test_the_default_models_numbers_are_transformers_own(smol):
@@ -340,7 +340,7 @@ def test_the_default_models_numbers_are_transformers_own(smol):
     assert hk.surprisal(hk.forward(smol, text))["loss"].tolist() == pytest.approx(
         plain_losses(smol, ids), abs=1e-4
     )
-    strided = hk.score(smol, text, window=8, stride=4)["loss"].tolist()
+    strided = hk.token_losses(smol, text, window=8, stride=4)["loss"].tolist()
     assert strided == pytest.approx(strided_losses(smol, ids, 8, 4), abs=1e-4)
 
 
@@ -360,7 +360,7 @@ def test_the_default_models_numbers_are_transformers_own(smol):
             EmptySelection,
             "logits='last' of a forward predict what follows the last",
         ),
-        (lambda m, r: hk.score(m, [[5], [6]]), EmptySelection, "the first token of a text has nothing before it"),
+        (lambda m, r: hk.token_losses(m, [[5], [6]]), EmptySelection, "the first token of a text has nothing before it"),
         (
             lambda m, r: hk.surprisal_shift(r, hk.forward(m, [PROMPTS[0], PROMPTS[2], PROMPTS[1]])),
             OutOfRange,
@@ -373,40 +373,40 @@ def test_the_default_models_numbers_are_transformers_own(smol):
         ),
         (lambda m, r: hk.surprisal_shift(r, "x"), BadArgument, "after='x': give a run: .*, or a pandas table"),
         (lambda m, r: hk.surprisal_shift(r, hk.ranks(r)), BadHook, "was given a table without loss"),
-        (lambda m, r: hk.score(m, LONG, window=999), BadHook, "window=999 was asked for, and the model's context is 128"),
-        (lambda m, r: hk.score(m, LONG, window=16, stride=16), BadHook, "give a stride that is smaller than the window"),
-        (lambda m, r: hk.score(m, LONG, window=1), BadHook, "window=1: give a number of tokens, at least 2"),
-        (lambda m, r: hk.score(m, LONG, stride=0), BadHook, "stride=0: give a number of tokens, at least 1"),
-        (lambda m, r: hk.score(m, LONG, batch_tokens=0), BadHook, "batch_tokens=0"),
-        (lambda m, r: hk.score(m, ""), BadPrompt, "prompt 0 is empty"),
-        (lambda m, r: hk.score(m, [[5, 999]]), BadPrompt, "token id 999, and the vocabulary has ids 0 to 319"),
-        (lambda m, r: hk.score(m, PROMPTS, after=["a", "b"]), BadPrompt, r"there are 3 texts and 2 prompts in after="),
-        (lambda m, r: hk.score(m, PROMPTS, hk.capture("embed")), BadHook, "keeps no captures; see hk.harvest"),
-        (lambda m, r: hk.score(m, PROMPTS, "embed"), BadArgument, "hooks='embed': give hooks"),
-        (lambda m, r: hk.score(m, PROMPTS, hk.ban(7)), BadHook, r"not scored: say pos=slice\(None\)"),
-        (lambda m, r: hk.score(m, PROMPTS, hk.ablate("embed", rows=0)), BadHook, "names rows, and score makes batches"),
+        (lambda m, r: hk.token_losses(m, LONG, window=999), BadHook, "window=999 was asked for, and the model's context is 128"),
+        (lambda m, r: hk.token_losses(m, LONG, window=16, stride=16), BadHook, "give a stride that is smaller than the window"),
+        (lambda m, r: hk.token_losses(m, LONG, window=1), BadHook, "window=1: give a number of tokens, at least 2"),
+        (lambda m, r: hk.token_losses(m, LONG, stride=0), BadHook, "stride=0: give a number of tokens, at least 1"),
+        (lambda m, r: hk.token_losses(m, LONG, batch_tokens=0), BadHook, "batch_tokens=0"),
+        (lambda m, r: hk.token_losses(m, ""), BadPrompt, "prompt 0 is empty"),
+        (lambda m, r: hk.token_losses(m, [[5, 999]]), BadPrompt, "token id 999, and the vocabulary has ids 0 to 319"),
+        (lambda m, r: hk.token_losses(m, PROMPTS, after=["a", "b"]), BadPrompt, r"there are 3 texts and 2 prompts in after="),
+        (lambda m, r: hk.token_losses(m, PROMPTS, hk.capture("embed")), BadHook, "keeps no captures; see hk.harvest"),
+        (lambda m, r: hk.token_losses(m, PROMPTS, "embed"), BadArgument, "hooks='embed': give hooks"),
+        (lambda m, r: hk.token_losses(m, PROMPTS, hk.ban(7)), BadHook, r"not scored: say pos=slice\(None\)"),
+        (lambda m, r: hk.token_losses(m, PROMPTS, hk.ablate("embed", rows=0)), BadHook, "names rows, and score makes batches"),
         (
-            lambda m, r: hk.score(m, LONG, hk.ablate("embed", pos=3), window=16),
+            lambda m, r: hk.token_losses(m, LONG, hk.ablate("embed", pos=3), window=16),
             BadHook,
             "names positions, and there are texts that are read in several windows",
         ),
         (
-            lambda m, r: hk.score(m, LONG, hk.knockout(1, key=3, query=slice(4, None)), window=16),
+            lambda m, r: hk.token_losses(m, LONG, hk.knockout(1, key=3, query=slice(4, None)), window=16),
             BadHook,
             "names positions",
         ),
         (
-            lambda m, r: hk.score(m, PROMPTS, hk.patch("embed", hk.forward(m, PROMPTS, hk.capture("embed")), pos=0)),
+            lambda m, r: hk.token_losses(m, PROMPTS, hk.patch("embed", hk.forward(m, PROMPTS, hk.capture("embed")), pos=0)),
             BadHook,
             "puts in values for each row or position",
         ),
         (
-            lambda m, r: hk.score(m, PROMPTS, hk.steer("embed", torch.ones(3, 32), pos=slice(0, 1))),
+            lambda m, r: hk.token_losses(m, PROMPTS, hk.steer("embed", torch.ones(3, 32), pos=slice(0, 1))),
             BadHook,
             "puts in values for each row or position",
         ),
         (
-            lambda m, r: hk.score(m, LONG, hk.ablate("embed", to="mean", over=[LONG[:80]], per="position"), window=16),
+            lambda m, r: hk.token_losses(m, LONG, hk.ablate("embed", to="mean", over=[LONG[:80]], per="position"), window=16),
             BadHook,
             "puts in values for each row or position",
         ),

@@ -28,7 +28,7 @@ WARPED = [
 BINS = ["bin", "low", "high", "count", "confidence", "accuracy", "gap", "error"]
 
 
-def saying(lm: hk.LM, *probs: float) -> hk.Run:
+def saying(lm: hk.LM, *probs: float) -> hk.types.Run:
     """A run whose last position gives the first tokens these probabilities, and the others nothing."""
 
     def shaped(logits):
@@ -78,7 +78,7 @@ def test_a_text_has_positions_of_several_scenarios(smol):
 
 def test_temperature_is_its_closed_form_and_changes_no_rank(llama):
     run = hk.forward(llama, PROMPTS)
-    table = hk.warped(run, temperature=(0.5, 1, 2), top=320)
+    table = hk.sampling_distributions(run, temperature=(0.5, 1, 2), top=320)
     assert list(table.columns) == WARPED
     for row, length in enumerate(run.lengths):
         logits = run.logits[row, length - 1].double()
@@ -103,7 +103,7 @@ def test_temperature_is_its_closed_form_and_changes_no_rank(llama):
 
 def test_top_k_and_top_p_keep_what_they_say_and_share_it_out(llama):
     run = saying(llama, 0.5, 0.3, 0.15, 0.05)
-    table = hk.warped(run, top_k=(1, 2, 9), top_p=(0.4, 0.75, 0.85, 1.0), top=4)
+    table = hk.sampling_distributions(run, top_k=(1, 2, 9), top_p=(0.4, 0.75, 0.85, 1.0), top=4)
     expected = {
         "as it is": (0.5, 0.3, 0.15, 0.05), "top_k=1": (1, 0, 0, 0), "top_k=2": (0.625, 0.375, 0, 0),
         "top_k=9": (0.5, 0.3, 0.15, 0.05), "top_p=0.4": (1, 0, 0, 0), "top_p=0.75": (0.625, 0.375, 0, 0),
@@ -130,7 +130,7 @@ def test_a_warped_distribution_is_what_generate_draws_from(llama, rules):
         output_scores=True, eos_token_id=None, pad_token_id=0, **words
     )  # fmt: skip
     probs = output.scores[0][0].softmax(-1)
-    table = hk.warped(hk.forward(llama, PROMPTS[0]), **rules, top=320)
+    table = hk.sampling_distributions(hk.forward(llama, PROMPTS[0]), **rules, top=320)
     mine = table[table["setting"] != "as it is"]
     assert mine["prob"].tolist() == pytest.approx(
         probs[torch.tensor(mine["token_id"].tolist())].tolist(), abs=1e-6
@@ -158,12 +158,12 @@ def test_a_warped_distribution_is_what_generate_draws_from(llama, rules):
 )
 def test_a_setting_that_cannot_be_is_refused(llama, words, error, said):
     with pytest.raises(error, match=said):
-        hk.warped(hk.forward(llama, PROMPTS[0]), **words)
+        hk.sampling_distributions(hk.forward(llama, PROMPTS[0]), **words)
 
 
 def test_calibration_is_counted_as_by_hand():
     sure, right = [0.0, 0.1, 0.15, 0.55, 0.6, 0.95, 1.0, 1.0], [0, 1, 0, 1, 0, 1, 1, 0]
-    table = hk.calibration(sure, right)
+    table = hk.stats.calibration(sure, right)
     assert list(table.columns) == BINS and table["bin"].tolist() == list(range(10))
     assert table["count"].tolist() == [2, 1, 0, 0, 0, 2, 0, 0, 0, 3]
     assert table["accuracy"][[0, 1, 5, 9]].tolist() == pytest.approx([0.5, 0, 0.5, 2 / 3])
@@ -183,9 +183,11 @@ def test_a_confidence_that_is_a_probability_has_no_calibration_error():
     generator = np.random.default_rng(0)
     sure = generator.uniform(size=200_000)
     right = generator.uniform(size=200_000) < sure
-    assert hk.calibration(sure, right, bins=15).attrs["ece"] < 0.01
-    assert hk.calibration(np.ones(10), np.zeros(10), bins=3).attrs["ece"] == 1
-    assert hk.calibration(pd.Series([0.25] * 4), [True, False, False, False]).attrs["ece"] == 0
+    assert hk.stats.calibration(sure, right, bins=15).attrs["ece"] < 0.01
+    assert hk.stats.calibration(np.ones(10), np.zeros(10), bins=3).attrs["ece"] == 1
+    assert (
+        hk.stats.calibration(pd.Series([0.25] * 4), [True, False, False, False]).attrs["ece"] == 0
+    )
 
 
 def test_roc_is_the_part_of_pairs_that_are_in_order():
@@ -193,15 +195,15 @@ def test_roc_is_the_part_of_pairs_that_are_in_order():
     right = generator.uniform(size=60) < 0.4
     score = np.round(generator.normal(size=60) + right, 1)  # with ties
     pairs = [(a > b) + (a == b) / 2 for a in score[right] for b in score[~right]]
-    table = hk.roc(score, right)
+    table = hk.stats.roc(score, right)
     assert table.attrs["auc"] == pytest.approx(np.mean(pairs))
     assert table.iloc[0].tolist() == [math.inf, 0, 0] and table.iloc[-1].tolist()[1:] == [1, 1]
     for threshold, false, true in table.itertuples(index=False, name=None):
         assert (false, true) == pytest.approx(
             ((score[~right] >= threshold).mean(), (score[right] >= threshold).mean())
         )
-    assert hk.roc(-score, right).attrs["auc"] == pytest.approx(1 - np.mean(pairs))
-    assert hk.roc([1, 1, 1], [1, 0, 0]).attrs["auc"] == 0.5
+    assert hk.stats.roc(-score, right).attrs["auc"] == pytest.approx(1 - np.mean(pairs))
+    assert hk.stats.roc([1, 1, 1], [1, 0, 0]).attrs["auc"] == 0.5
 
 
 def test_roc_is_that_of_scikit_learn():
@@ -209,7 +211,7 @@ def test_roc_is_that_of_scikit_learn():
     generator = np.random.default_rng(2)
     right, score = generator.uniform(size=80) < 0.5, np.round(generator.normal(size=80), 1)
     false, true, thresholds = metrics.roc_curve(right, score, drop_intermediate=False)
-    table = hk.roc(score, right)
+    table = hk.stats.roc(score, right)
     assert table.to_numpy().tolist() == np.stack([thresholds, false, true], 1).tolist()
     assert table.attrs["auc"] == pytest.approx(metrics.roc_auc_score(right, score))
 
@@ -218,24 +220,44 @@ def test_roc_is_that_of_scikit_learn():
     ("ask", "error", "said"),
     [
         (
-            lambda: hk.calibration([0.5, 1.2], [1, 0]),
+            lambda: hk.stats.calibration([0.5, 1.2], [1, 0]),
             OutOfRange,
             "a probability, 0 to 1, and one is 1.2",
         ),
-        (lambda: hk.calibration([0.5], [1, 0]), BadHook, "there are 1 numbers and 2 answers"),
-        (lambda: hk.calibration([0.5], ["Paris"]), BadHook, "True or False, and one is 'Paris'"),
-        (lambda: hk.calibration([], []), EmptySelection, "there is no answer to judge"),
-        (lambda: hk.calibration([math.nan], [1]), OutOfRange, "number 0 is NaN"),
-        (lambda: hk.calibration([0.5], [1], bins=0), OutOfRange, "bins=0: give how many bins"),
+        (lambda: hk.stats.calibration([0.5], [1, 0]), BadHook, "there are 1 numbers and 2 answers"),
         (
-            lambda: hk.roc([0.5, 0.6], [1, 1]),
+            lambda: hk.stats.calibration([0.5], ["Paris"]),
+            BadHook,
+            "True or False, and one is 'Paris'",
+        ),
+        (lambda: hk.stats.calibration([], []), EmptySelection, "there is no answer to judge"),
+        (lambda: hk.stats.calibration([math.nan], [1]), OutOfRange, "number 0 is NaN"),
+        (
+            lambda: hk.stats.calibration([0.5], [1], bins=0),
+            OutOfRange,
+            "bins=0: give how many bins",
+        ),
+        (
+            lambda: hk.stats.roc([0.5, 0.6], [1, 1]),
             EmptySelection,
             "all 2 answers are right, so there is nothing to tell",
         ),
-        (lambda: hk.reliability_diagram(hk.roc([1, 2], [0, 1])), BadHook, "drawn from calibration"),
-        (lambda: hk.roc_curves({}), EmptySelection, "there is no curve to draw"),
-        (lambda: hk.roc_curves({"a": pd.DataFrame()}), BadHook, r"drawn from roc\(score, right\)"),
-        (lambda: hk.surprisal_strip(pd.DataFrame({"row": [0]})), BadHook, "has no column 'pos'"),
+        (
+            lambda: hk.figures.reliability_diagram(hk.stats.roc([1, 2], [0, 1])),
+            BadHook,
+            "drawn from calibration",
+        ),
+        (lambda: hk.figures.roc_curves({}), EmptySelection, "there is no curve to draw"),
+        (
+            lambda: hk.figures.roc_curves({"a": pd.DataFrame()}),
+            BadHook,
+            r"drawn from roc\(score, right\)",
+        ),
+        (
+            lambda: hk.figures.surprisal_strip(pd.DataFrame({"row": [0]})),
+            BadHook,
+            "has no column 'pos'",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_refused(ask, error, said):
@@ -245,8 +267,8 @@ def test_what_cannot_be_judged_is_refused(ask, error, said):
 
 def test_the_figures_say_what_the_tables_say(llama):
     sure, right = [0.15, 0.55, 0.6, 0.95], [False, True, False, True]
-    calibrated = hk.calibration(sure, right)
-    reliability = hk.reliability_diagram(calibrated)
+    calibrated = hk.stats.calibration(sure, right)
+    reliability = hk.figures.reliability_diagram(calibrated)
     above, below = reliability.axes
     assert (
         f"{calibrated.attrs['ece']:.3f}" in reliability.get_suptitle()
@@ -254,16 +276,18 @@ def test_the_figures_say_what_the_tables_say(llama):
     )
     assert [bar.get_height() for bar in above.patches[:3]] == pytest.approx([0, 0.5, 1])
     assert sum(bar.get_height() for bar in below.patches) == 4
-    curves = hk.roc_curves({"router": hk.roc(sure, right), "other": hk.roc([1, 1, 1, 1], right)})
+    curves = hk.figures.roc_curves(
+        {"router": hk.stats.roc(sure, right), "other": hk.stats.roc([1, 1, 1, 1], right)}
+    )
     labels = [line.get_label() for line in curves.axes[0].lines]
     assert labels == ["chance  0.500", "router  0.750", "other  0.500"]
     run = hk.forward(llama, TEXTS)
     table = hk.surprisal(run)
-    strip = hk.surprisal_strip(table, row=1)
+    strip = hk.figures.surprisal_strip(table, row=1)
     written = [text.get_text() for text in strip.axes[0].texts]
     assert len(written) == 3 * int((table["row"] == 1).sum()) + 1  # and the caption
     assert f"{table[table['row'] == 1]['loss'].iloc[0]:.1f}" in written
     with pytest.raises(OutOfRange, match="row 7 is not in the table, which has rows"):
-        hk.surprisal_strip(table, row=7)
+        hk.figures.surprisal_strip(table, row=7)
     with pytest.raises(OutOfRange, match="has 1,200 tokens, and 600 can be read"):
-        hk.surprisal_strip(pd.concat([table[table["row"] == 0].head(1)] * 1200))
+        hk.figures.surprisal_strip(pd.concat([table[table["row"] == 0].head(1)] * 1200))

@@ -48,7 +48,7 @@ def growing(
             started, used = time.perf_counter(), time.process_time()
             source = hk.forward(lm, clean, hk.capture("resid_pre"), logits=False)
 
-            def hooks(layer: int, pos: int, source: hk.Run = source) -> hk.Hook:
+            def hooks(layer: int, pos: int, source: hk.types.Run = source) -> hk.types.Hook:
                 return hk.patch(hk.Site("resid_pre", layer), source, pos=pos)
 
             given = (
@@ -56,11 +56,11 @@ def growing(
                 corrupted,
                 {"layer": range(lm.n_layers), "pos": range(width)},
                 hooks,
-                hk.logit_diff(right, wrong),
+                hk.metrics.logit_diff(right, wrong),
             )
             hk.sweep(*given)
             clock, used = time.perf_counter() - started, time.process_time() - used
-            plan = hk.plan(*given)
+            plan = hk.sweep_plan(*given)
             ran, naive = plan.layer_tokens, plan.naive_layer_tokens
             loop = forward * count * len(plan.cells)
             found.append(

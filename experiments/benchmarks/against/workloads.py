@@ -52,12 +52,12 @@ def swept(lm: hk.LM) -> tuple[Source, Way]:
             "place": sorted({place for _, place in cells}),
         }
 
-        def hooks(layer: int, place: int) -> hk.Hook:
+        def hooks(layer: int, place: int) -> hk.types.Hook:
             if clean is None:
                 return hk.ablate(hk.Site("z", layer, place))
             return hk.patch(hk.Site("resid_pre", layer), clean, pos=place)
 
-        metric = hk.logit_diff(task["right"], task["wrong"])
+        metric = hk.metrics.logit_diff(task["right"], task["wrong"])
         return hk.sweep(lm, [task["prompt"]], grid, hooks, metric)["logit_diff"].tolist()
 
     return source, sweep

@@ -23,7 +23,7 @@ from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.prompts import Prompts, Row, as_batch, check_prompt, shorten
 from ...models.tokens import check_token
 from ...runs.forward import forward
-from ...tables.token_metrics import LogitDiff, logit_diff
+from ...tables.metrics.token_metrics import LogitDiff, logit_diff
 
 Prompt: TypeAlias = str | Row
 
@@ -120,7 +120,8 @@ class Pairs:
         return rows
 
     def metric(self) -> LogitDiff:
-        """Returns `hk.logit_diff(answers, wrong)`: the answers' logits minus those of `wrong`.
+        """Returns `hk.metrics.logit_diff(answers, wrong)`: the answers' logits minus those of
+        `wrong`.
 
         >>> pairs = datasets.indirect_object(lm, 4)
         >>> bool((pairs.metric()(forward(lm, pairs.clean)) > 0).all())

@@ -377,13 +377,13 @@ class Harvest:
         *,
         sites: Sequence[str | AnySite] | None = None,
         seed: int | None = None,
-        whole: bool = False,
+        drop_last: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
         """Returns an iterator over all rows, `size` at a time.
 
         A batch has a tensor for each site (all sites by default), and text, piece, pos and token.
         With a `seed` the rows are shuffled over the whole harvest, in the same way for the same
-        seed. `whole` leaves out a last batch of fewer rows.
+        seed. `drop_last` leaves out a last batch of fewer rows.
         """
         if size < 1:
             raise BadHook(f"a batch of {size} rows was asked for: give 1 or more")
@@ -392,7 +392,7 @@ class Harvest:
         order = None
         if seed is not None:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        end = len(self) // size * size if whole else len(self)
+        end = len(self) // size * size if drop_last else len(self)
         return _iterate_batches(self.shards, columns, size, order, end)
 
     @check_arguments
@@ -404,7 +404,8 @@ class Harvest:
         covariance: bool = False,
         top: int = 0,
     ) -> Statistics:
-        """Returns the statistics of these sites (all by default) over the rows, as `hk.statistics`.
+        """Returns the statistics of these sites (all by default) over the rows, as
+        `hk.activation_statistics`.
 
         `pos` selects the rows at some positions. The values are those on the disk, rounded to their
         dtype.

@@ -29,7 +29,7 @@ from ...models.positions import PosLike
 from ...models.provenance import about_model
 from ...models.sites import AnySite, Site, Sites, SitesLike, parse_site
 from .stored_values import Progress, compute_values, probe_sites
-from .texts import COLUMNS, Long, TextReader, TextsLike, Unfit, read_rules, token_columns
+from .texts import COLUMNS, Long, OnError, TextReader, TextsLike, read_rules, token_columns
 
 TOKEN_COLUMNS = ("text", "piece", "pos", "token_id")  # of `SiteStatistics.top`
 REQUIRED = ("mean", "spread", "norm_mean", "norm_spread", "norm_min", "norm_max")
@@ -271,7 +271,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
 
     Raises `DamagedHarvest` for another file.
 
-    >>> found = hk.statistics(lm, ["Tea with milk"], "resid_post.6", progress=False)
+    >>> found = hk.activation_statistics(lm, ["Tea with milk"], "resid_post.6", progress=False)
     >>> load_statistics(found.save("means.safetensors"))["resid_post.6"].mean.shape
     torch.Size([576])
     """
@@ -440,7 +440,7 @@ def _check_values(site: AnySite, values: Tensor, tokens: Tensor) -> None:
 
 
 @check_arguments
-def statistics(
+def activation_statistics(
     lm: LM,
     texts: TextsLike,
     sites: SitesLike,
@@ -450,7 +450,7 @@ def statistics(
     top: int = 0,
     context: int | None = None,
     long: Long = "error",
-    unfit: Unfit = "error",
+    on_error: OnError = "error",
     batch_tokens: int = 2048,
     progress: bool = True,
 ) -> Statistics:
@@ -464,13 +464,13 @@ def statistics(
     without the model, use `Harvest.statistics`.
 
     >>> texts, sites = ["Tea with milk", "Coffee with milk"], ["z.9", "mlp_post.3"]
-    >>> found = statistics(lm, texts, sites, top=2, progress=False)
+    >>> found = activation_statistics(lm, texts, sites, top=2, progress=False)
     >>> found["z.9.3"].mean.shape, found["mlp_post.3"].top(7)["text"].tolist()
     (torch.Size([64]), [...])
     >>> print(ablate("z.9.3", to=found))
     ablate(z.9.3, to=means)
     """
-    rules = read_rules(lm, pos, context, long, unfit, batch_tokens)
+    rules = read_rules(lm, pos, context, long, on_error, batch_tokens)
     expanded = Sites(tuple(probe_sites(lm, sites, "a statistic")))
     reader, total = TextReader(lm, texts, rules), StatisticsSum(covariance, top)
     rows = left_out = 0

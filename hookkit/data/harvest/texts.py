@@ -48,7 +48,7 @@ from ...models.prompts import (
 
 TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 Long: TypeAlias = Literal["error", "truncate", "split"]
-Unfit: TypeAlias = Literal["error", "skip"]
+OnError: TypeAlias = Literal["error", "skip"]
 
 COLUMNS = ("text", "piece", "pos", "token", "read")  # of each row
 TOKENS = ("ids", "starts")  # of each sequence
@@ -64,7 +64,8 @@ NO_TEXT = object()  # marks the end of the texts
 
 @dataclass(frozen=True)
 class Rules:
-    """Which positions are kept, what happens to texts that are too long or unfit, and batches.
+    """Which positions are kept, what happens to texts that are too long or cannot be read, and
+    batches.
 
     `one_length` is for models that take no mask: all sequences of a batch are then equally long.
     """
@@ -72,13 +73,13 @@ class Rules:
     where: Where
     context: int | None
     long: Long
-    unfit: Unfit
+    on_error: OnError
     batch_tokens: int
     one_length: bool
 
 
 def read_rules(
-    lm: LM, pos: PosLike, context: int | None, long: Long, unfit: Unfit, batch_tokens: int
+    lm: LM, pos: PosLike, context: int | None, long: Long, on_error: OnError, batch_tokens: int
 ) -> Rules:
     """Returns the rules of these arguments. The context is the model's own limit by default."""
     if context is None:
@@ -97,7 +98,7 @@ def read_rules(
         raise BadHook(f"context={context!r}: give how many tokens a row may have, at least 2")
     if batch_tokens < 1:
         raise BadHook(f"batch_tokens={batch_tokens!r}: give 1 or more")
-    return Rules(where, context, long, unfit, batch_tokens, one_length=lm.config is None)
+    return Rules(where, context, long, on_error, batch_tokens, one_length=lm.config is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,13 +276,13 @@ class TextReader:
                 find = partial(positions_of_text, self.lm, row)
                 positions.append(positions_of_row(row, self.rules.where, find))
         except (BadPrompt, BadHook, OutOfRange) as error:
-            if self.rules.unfit == "skip":
+            if self.rules.on_error == "skip":
                 return []
             message = str(error)
             if not isinstance(error, BadPrompt):
                 message = f"text {self.text}: {error}"
             raise type(error)(
-                f"{message}. unfit='skip' leaves out every text that cannot be harvested"
+                f"{message}. on_error='skip' leaves out every text that cannot be harvested"
             ) from None
         sequences: list[TokenSequence] = []
         for piece, (row, row_positions) in enumerate(zip(rows, positions, strict=True)):

@@ -39,7 +39,7 @@ from .folder import (
 )
 from .harvest import Harvest, open_harvest
 from .stored_values import Progress, ValueComputation, ValueKind, probe_sites
-from .texts import Batch, Long, TextReader, TextsLike, Unfit, Window, read_rules, token_columns
+from .texts import Batch, Long, OnError, TextReader, TextsLike, Window, read_rules, token_columns
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -56,7 +56,7 @@ def harvest(
     dtype: torch.dtype | str | None = None,
     context: int | None = None,
     long: Long = "error",
-    unfit: Unfit = "error",
+    on_error: OnError = "error",
     batch_tokens: int = 2048,
     shard_size: int | None = None,
     progress: bool = True,
@@ -73,7 +73,7 @@ def harvest(
     dtype         of the values on disk: "float32", "bfloat16", "float16"; by default the model's
     context       the largest number of tokens of a text; the model's own limit by default
     long          what happens to a longer text: "error", "truncate", or "split" into pieces
-    unfit         what happens to a text that is empty or lacks a position: "error" or "skip"
+    on_error      what happens to a text that is empty or lacks a position: "error" or "skip"
     batch_tokens  the number of tokens that run together, padding included
     shard_size    the number of rows of a shard (by default 128 MiB); memory holds three at most
     engine        "ray", or `Ray(…)`: actors that hold the model each compute the batches
@@ -89,7 +89,7 @@ def harvest(
     (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
     ray = read_engine(engine, lm)
-    rules = read_rules(lm, pos, context, long, unfit, batch_tokens)
+    rules = read_rules(lm, pos, context, long, on_error, batch_tokens)
     kinds = _stored_kinds(probe_sites(lm, sites, "a harvest"), dtype)
     if shard_size is None:
         shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
@@ -102,7 +102,7 @@ def harvest(
         "pos": repr(rules.where.pos),
         "context": rules.context,
         "long": long,
-        "unfit": unfit,
+        "on_error": on_error,
         "batch_tokens": batch_tokens,
         "shard_size": shard_size,
     }

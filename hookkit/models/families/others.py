@@ -53,12 +53,12 @@ def gpt_bigcode(config: Any) -> Family:
     if config.multi_query:
         cut, sizes = FUSED, {"kv_head": 1}
     sites = {**GPT2_SITES, **fused_qkv(".attn.c_attn", cut)}
-    return replace(GPT2, places=sites, sizes=lambda config, layer: sizes)
+    return replace(GPT2, locations=sites, sizes=lambda config, layer: sizes)
 
 
 GPT_NEO = replace(
     GPT2,
-    places={
+    locations={
         **GPT2_SITES,
         **attention_sites(".attn.attention", "out_proj"),
         **separate_qkv(".attn.attention"),
@@ -77,14 +77,14 @@ GPTJ_SITES: Mapping[str, ModuleLocation] = {
 }
 GPTJ = replace(
     GPT2,
-    places=GPTJ_SITES,
+    locations=GPTJ_SITES,
     missing={**ROTARY, **PARALLEL_BLOCK, **OWN_ATTENTION, **NO_ROUTER},
     attention="own",
 )
 FOUR_SLICES = "4: quarter d_head | quarter d_head | quarter d_head"
 # The projection has four slices, for four devices: the queries, values and keys of their heads.
 CODEGEN = replace(
-    GPTJ, places={**GPTJ_SITES, **fused_qkv(".attn.qkv_proj", FOUR_SLICES, order="qvk")}
+    GPTJ, locations={**GPTJ_SITES, **fused_qkv(".attn.qkv_proj", FOUR_SLICES, order="qvk")}
 )
 
 
@@ -177,7 +177,7 @@ def bloom(config: Any) -> Family:
         sites.pop("resid_mid")
         missing["resid_mid"] = AFTER_NORM
         exceptions = dict.fromkeys(("sum", "one stream attn_out"), AFTER_NORM)
-    return replace(GPT2, places=sites, missing=missing, attention="own", exceptions=exceptions)
+    return replace(GPT2, locations=sites, missing=missing, attention="own", exceptions=exceptions)
 
 
 def falcon(config: Any) -> Family:
@@ -211,7 +211,7 @@ def falcon(config: Any) -> Family:
         sites["resid_mid"] = input_of(".post_attention_layernorm", shared=True)
     return replace(
         GPT2,
-        places=sites,
+        locations=sites,
         missing=missing,
         attention="own",
         sizes=lambda config, layer: {"kv_head": kv_heads},

@@ -106,7 +106,7 @@ SizeCorrections: TypeAlias = Callable[[Any, int | None], Mapping[str, int | None
 class Family:
     """The facts about one family.
 
-    places      the locations of each site
+    locations   the locations of each site
     missing     the reason why the family, or some of its blocks, does not have a site
     block       the path of the blocks; `{layer}` stands for the number
     attention   where `scores` and `pattern` are computed: in transformers' attention "interface",
@@ -118,7 +118,7 @@ class Family:
     """
 
     name: str
-    places: SiteLocations
+    locations: SiteLocations
     missing: Mapping[str, str] = field(default_factory=dict)
     block: str = "model.layers.{layer}"
     attention: Literal["interface", "own"] = "interface"
@@ -128,7 +128,7 @@ class Family:
 
     def at(self, site: str, layer: int | None) -> list[ModuleLocation]:
         """Returns the possible locations of a site in a block, with full paths."""
-        locations = self.places.get(site, ())
+        locations = self.locations.get(site, ())
         if isinstance(locations, ModuleLocation):
             locations = (locations,)
         block = self.block.format(layer=layer)

@@ -1,1 +1,1 @@
-"""hk.diff: what two models do differently on the same texts."""
+"""hk.model_diff: what two models do differently on the same texts."""

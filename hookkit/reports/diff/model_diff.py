@@ -1,4 +1,4 @@
-"""`hk.diff`: two models, or two states of one, on the same prompts, as tables and as a page."""
+"""`hk.model_diff`: two models, or two states of one, on the same prompts."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -130,19 +130,19 @@ class Difference:
         losses: Any = groups[["loss_before", "loss_after", "loss_delta"]].mean()
         table = table.join(losses.where(table["kl"].notna()))
         if not self.parting.empty:
-            table["parts_at"] = self.parting.set_index("row")["site"]
+            table["first_difference"] = self.parting.set_index("row")["site"]
         return table.reset_index()
 
-    def page(self, *, title: str = "", question: str = "", drawn: int = 1) -> Report:
-        """One page of the comparison; the first `drawn` prompts have figures.
+    def page(self, *, title: str = "", question: str = "", figures: int = 1) -> Report:
+        """One page of the comparison; the first `figures` prompts have figures.
 
         `write` writes its tables as CSV, JSON, Markdown and LaTeX beside it.
         """
         prompts = self.prompts
         parts = [*_write_prompts(self, prompts)]
         parts += [*_write_parting(self), *_write_sites(self)]
-        for row in range(min(int(self.about["shown"]), len(prompts))):
-            parts += _write_prompt(self, row, drawn=row < drawn)
+        for row in range(min(int(self.about["details"]), len(prompts))):
+            parts += _write_prompt(self, row, with_figures=row < figures)
         if not self.left_out.empty:
             parts.append("# What was not compared")
             parts.append(Part(self.left_out, "left_out_shown", "", file="left_out"))
@@ -257,12 +257,12 @@ def _write_sites(difference: Difference) -> Iterable[Content]:
     yield Part(pd.DataFrame(table[SITE_COLUMNS]), "sites_shown", caption, file="sites")
 
 
-def _write_prompt(difference: Difference, row: int, *, drawn: bool) -> Iterable[Content]:
+def _write_prompt(difference: Difference, row: int, *, with_figures: bool) -> Iterable[Content]:
     tokens = _select_row(difference.tokens, row)
     shifts = _select_row(difference.shifts, row)
     stream = _select_row(difference.stream, row)
     yield f"# {_quote_prompt(difference, row)}"
-    if drawn and not tokens.empty:
+    if with_figures and not tokens.empty:
         figure = token_bars(tokens, title="How far apart they are after each token")
         yield Part(figure, f"tokens_{row}")
     table = pd.DataFrame(tokens[TOKEN_COLUMNS])
@@ -271,7 +271,7 @@ def _write_prompt(difference: Difference, row: int, *, drawn: bool) -> Iterable[
         caption = "The first tokens of each, the largest movers, and why each is here."
         table = pd.DataFrame(shifts[["pos", *comparison.SHIFT_COLUMNS]])
         yield Part(table, f"shifts_{row}", caption, file="shifts")
-    if drawn:
+    if with_figures:
         figure = stream_map(stream, title="The stream behind each layer")
         if figure is not None:
             caption = "‖after − before‖ / ‖before‖ at resid_post."
@@ -303,12 +303,12 @@ def _describe_side(about: Mapping[str, Any]) -> str:
 
 
 @check_arguments
-def diff(
+def model_diff(
     before: LM,
     after: LM,
     prompts: Prompts,
     *,
-    hooks_before: Hooks = (),
+    base_hooks: Hooks = (),
     hooks_after: Hooks = (),
     while_before: Around | None = None,
     while_after: Around | None = None,
@@ -319,7 +319,7 @@ def diff(
     top: int = 10,
     watch: Iterable[Token] | Token = (),
     tolerance: float = 1e-4,
-    shown: int = 3,
+    details: int = 3,
     names: tuple[str, str] | None = None,
     batch_tokens: int = 512,
     memory: int = 2**30,
@@ -330,7 +330,8 @@ def diff(
     an edit of its weights (one of the two is a copy). Both have to read the same tokens: other
     vocabularies, tokenizers or token ids raise `OtherVocabulary`. One model in two states is given
     twice, with hooks on one side, or with a `with` block around the forwards of one side:
-    `while_before=model.disable_adapter` for an adapter of PEFT, off and on. Without either, the
+    `while_before=model.disable_adapter` for an adapter of PEFT, off and on. `base_hooks` act in the
+    runs of both sides, before `hooks_after`. Without a hook or a block on one side, the
     same model given twice raises `BadHook`.
 
     `sites` are compared, by default all vectors that both models have. `cka` selects the sites
@@ -346,24 +347,25 @@ def diff(
     Forwards have at most `batch_tokens` tokens (with hooks: one forward of all prompts, so that the
     hooks' rows are the prompts), and keep at most about `memory` bytes of activations and sums
     beside the logits; further sites are read in another pass over the prompts. The stream is kept
-    token by token for the first `render_html` prompts.
+    token by token for the first `details` prompts.
 
     >>> sites = ["resid_post", "attn_out"]
-    >>> result = diff(lm, lm, "I like oat milk in my", hooks_after=skip_block(17), sites=sites)
+    >>> prompt, edit = "I like oat milk in my", skip_block(17)
+    >>> result = model_diff(lm, lm, prompt, sites=sites, hooks_after=edit)
     >>> str(result.first), round(float(result.tokens["kl"].iloc[-1]), 3)
     ('resid_post.17', 0.082)
     """
     check_integer(batch_tokens, "batch_tokens", least=1)
     check_integer(memory, "memory", least=1)
     check_integer(top, "top", least=1)
-    check_integer(shown, "shown", least=0)
+    check_integer(details, "details", least=0)
     meaning = "a part of a vector's length, such as 1e-4,"
     tolerance = check_number(tolerance, "tolerance", least=0.0, meaning=meaning, error=OutOfRange)
-    side_before = Side(
-        before, as_edit_hooks(hooks_before, "hooks_before"), while_before or nullcontext
-    )
-    side_after = Side(after, as_edit_hooks(hooks_after, "hooks_after"), while_after or nullcontext)
-    is_stated = side_before.hooks or side_after.hooks or while_before or while_after
+    in_both = as_edit_hooks(base_hooks, "base_hooks")
+    edits = as_edit_hooks(hooks_after, "hooks_after")
+    side_before = Side(before, in_both, while_before or nullcontext)
+    side_after = Side(after, (*in_both, *edits), while_after or nullcontext)
+    is_stated = edits or while_before or while_after
     if before.root is after.root and not is_stated:
         raise BadHook(
             "both are one model: an edit of its weights is in both. Give a copy, "
@@ -378,7 +380,7 @@ def diff(
     cka_sites = _select_cka_sites(cka, shared, before, all_sites=sites is not None)
     request = DiffRequest(
         Where(read_position(pos)), Where(read_position(rank_pos)), top, watched,
-        tuple(dict.fromkeys(named)), cka_sites, float(tolerance), shown, batch_tokens, memory,
+        tuple(dict.fromkeys(named)), cka_sites, float(tolerance), details, batch_tokens, memory,
     )  # fmt: skip
     runs = PairedRuns(reader, side_before, side_after, rows, shared, request)
     runs.read()
@@ -435,7 +437,7 @@ def _build_about(runs: PairedRuns) -> dict[str, Any]:
         "top": request.top,
         "watch": list(request.watched),
         "tolerance": request.tolerance,
-        "shown": request.shown,
+        "details": request.details,
         "batch_tokens": request.batch_tokens,
         "cka": sorted(map(str, request.cka)),
         "prompts": [runs.reader.text(row) for row in runs.rows],

@@ -95,7 +95,7 @@ class DiffRequest:
     named: tuple[int, ...]  # tokens that hooks name
     cka: frozenset[AnySite]
     tolerance: float
-    shown: int
+    details: int
     batch_tokens: int
     memory: int  # bytes
 
@@ -234,8 +234,8 @@ class PairedRuns:
     def _keep_stream(
         self, site: AnySite, tokens: pd.DataFrame, token_differences: similarity.TokenDistances
     ) -> None:
-        """Keep the differences of the stream after each block for the shown prompts."""
-        is_shown = (tokens["row"] < self.request.shown).to_numpy()
+        """Keep the differences of the stream after each block for the first `details` prompts."""
+        is_shown = (tokens["row"] < self.request.details).to_numpy()
         if isinstance(site, Site) and site.name == "resid_post" and is_shown.any():
             table = tokens.assign(
                 layer=site.layer,

@@ -174,8 +174,8 @@ def _probe_kinds(
     before: LM, after: LM, sites: Sites, *, named: bool
 ) -> dict[AnySite, tuple[ValueKind, ValueKind]]:
     """What the sites hold. Whole numbers have no cosine: they raise `BadHook` if `named`."""
-    probed_before = probe_sites(before, sites, "hk.diff")
-    probed_after = probe_sites(after, sites, "hk.diff")
+    probed_before = probe_sites(before, sites, "hk.model_diff")
+    probed_after = probe_sites(after, sites, "hk.model_diff")
     kinds, whole_numbers = {}, []
     for site in sites:
         pair = probed_before[site], probed_after[site]

@@ -133,10 +133,10 @@ def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
 class NextTokenLogits:
     """The logits after each prompt, and the run, which keeps only the shown rows."""
 
-    edit: Edit  # with the base hooks for what edits are compared with
+    edit: Edit  # its hooks include the base hooks
     run: Run
     logits: Logits  # float32, on the CPU
-    shown: int
+    details: int
 
     @property
     def lm(self) -> LM:
@@ -189,9 +189,9 @@ class NextTokenLogits:
 
     @cached_property
     def distributions(self) -> list[Distribution]:
-        """The distributions after the shown prompts."""
+        """The distributions after the details prompts."""
         result = []
-        for row in range(self.shown):
+        for row in range(self.details):
             position = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
             result.append(Distribution(self.lm, position, self.logits[row]))
         return result
@@ -202,37 +202,37 @@ def run_prompts(
     rows: Sequence[Row],
     edit: Edit,
     sites: Sequence[Site],
-    shown: int,
+    details: int,
     start: int = 0,
     unedited: Captures | None = None,
 ) -> NextTokenLogits:
-    """One forward over all prompts with an edit. Captures `sites` of the first `shown` prompts.
+    """One forward over all prompts with an edit. Captures `sites` of the first `details` prompts.
 
     For a forward that begins at block `start`, the captures before it are taken from `unedited`.
     """
     prompts = [list(row) for row in rows]
     computed = [site for site in sites if site.layer is None or site.layer >= start]
-    captures = [_capture_last(computed, shown)] if computed else []
+    captures = [_capture_last(computed, details)] if computed else []
     run = forward(lm, prompts, *edit.hooks, *captures, logits="last")
     last_logits = run.captured_logits()
     logits = last_logits.values[:, 0].detach().float().cpu()
     assert last_logits.positions is not None
     shown_logits = replace(
         last_logits,
-        values=last_logits.values[:shown].clone(),
-        positions=last_logits.positions[:shown],
-        rows=last_logits.rows[:shown],
-        prompts=last_logits.prompts[:shown],
+        values=last_logits.values[:details].clone(),
+        positions=last_logits.positions[:details],
+        rows=last_logits.rows[:details],
+        prompts=last_logits.prompts[:details],
     )
-    hooks = (*edit.hooks, _capture_last(sites, shown)) if sites else edit.hooks
+    hooks = (*edit.hooks, _capture_last(sites, details)) if sites else edit.hooks
     run = replace(run, hooks=hooks, output=None, kept_logits=shown_logits)
     if unedited is not None and sites:
         run = replace(run, captures=_add_unedited(run.captures, unedited))
-    return NextTokenLogits(edit, run, logits, shown)
+    return NextTokenLogits(edit, run, logits, details)
 
 
-def _capture_last(sites: Sequence[Site], shown: int) -> Hook:
-    return capture(list(sites), pos=-1, rows=range(shown), name="hookkit.shifts")
+def _capture_last(sites: Sequence[Site], details: int) -> Hook:
+    return capture(list(sites), pos=-1, rows=range(details), name="hookkit.shifts")
 
 
 def _add_unedited(captures: Captures, unedited: Captures) -> Captures:
@@ -248,7 +248,7 @@ def watched_of(
     """Every prompt's watched tokens, and its most likely token before, before and after one edit.
 
     Columns: row, edit, control, draw (of a random control), watched, token, token_id; logit,
-    logprob, prob and rank, each with _before, _after and _delta; shift; decades (log10 of rank
+    logprob, prob and rank, each with _before, _after and _delta; log10_rank_ratio (log10 of rank
     before over rank after: 1 for a rise from 100 to 10).
     """
     tokens_by_name = {}
@@ -274,12 +274,12 @@ def _rows_of(after: NextTokenLogits) -> pd.DataFrame:
 
 
 def add_deltas(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with after minus before of all compared numbers, and with shift and decades."""
+    """The table with after minus before of all compared numbers, and with log10_rank_ratio."""
     table = rank_tables.add_deltas(table, COMPARED)
-    return table.assign(shift=-table["rank_delta"], decades=decades_of(table))
+    return table.assign(log10_rank_ratio=log10_rank_ratio(table))
 
 
-def decades_of(table: pd.DataFrame) -> Any:
+def log10_rank_ratio(table: pd.DataFrame) -> Any:
     """log10 of rank before over rank after."""
     return np.log10(table["rank_before"] / table["rank_after"])
 
@@ -307,39 +307,39 @@ def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFram
 
 
 def texts_of(
-    lm: LM, rows: Sequence[Row], baseline: tuple[Hook, ...], edits: Sequence[Edit], count: int
+    lm: LM, rows: Sequence[Row], base_hooks: tuple[Hook, ...], edits: Sequence[Edit], count: int
 ) -> pd.DataFrame:
     """Greedy texts of `count` tokens after every prompt, without and with each edit.
 
-    Columns: row, edit, before, after (the texts), parts_at (the first token that differs, counted
-    from 0; empty where none differs), both (the text up to there), then_before, then_after (the
-    texts from there on).
+    Columns: row, edit, before, after (the texts), first_difference (the first token that differs,
+    counted from 0; empty where none differs), both (the text up to there), then_before, then_after
+    (the texts from there on).
     """
     prompts = [list(row) for row in rows]
     settings = {"max_new_tokens": count, "do_sample": False, "logits": False}
-    before = generate(lm, prompts, *baseline, **settings)
+    before = generate(lm, prompts, *base_hooks, **settings)
     records = []
     for edit in edits:
-        after = generate(lm, prompts, *edit.hooks, **settings)
+        after = generate(lm, prompts, *base_hooks, *edit.hooks, **settings)
         for row in range(len(prompts)):
             records.append({"row": row, "edit": edit.name} | _compare_texts(before, after, row))
-    return pd.DataFrame(records).astype({"parts_at": "Int64"})
+    return pd.DataFrame(records).astype({"first_difference": "Int64"})
 
 
 def _compare_texts(before: Run, after: Run, row: int) -> dict[str, object]:
     lm, start = before.lm, before.prompt_lengths[row]
     tokens_before = before.tokens[row, start : before.lengths[row]].tolist()
     tokens_after = after.tokens[row, start : after.lengths[row]].tolist()
-    parts_at = first_difference(tokens_before, tokens_after)
-    common = tokens_before[:parts_at]
+    differs_at = first_difference(tokens_before, tokens_after)
+    common = tokens_before[:differs_at]
     then_before, then_after = "", ""
-    if parts_at is not None:
-        then_before = lm.added(common, tokens_before[parts_at:])
-        then_after = lm.added(common, tokens_after[parts_at:])
+    if differs_at is not None:
+        then_before = lm.added(common, tokens_before[differs_at:])
+        then_after = lm.added(common, tokens_after[differs_at:])
     return {
         "before": before.generated[row],
         "after": after.generated[row],
-        "parts_at": parts_at,
+        "first_difference": differs_at,
         "both": lm.text(common),
         "then_before": then_before,
         "then_after": then_after,

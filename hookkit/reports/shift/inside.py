@@ -62,7 +62,7 @@ def layers_of(
     rows: Sequence[Row],
     sites: LensSites,
     watch: Sequence[int],
-    shown: int,
+    details: int,
 ) -> pd.DataFrame:
     """The logit lens before and after each edit. Raises `HookkitError` if there is none.
 
@@ -72,14 +72,14 @@ def layers_of(
     """
     if sites.no_lens:
         raise Unsupported(sites.no_lens)
-    shown_tokens = [*watch, *before.top_tokens[:shown]]
+    shown_tokens = [*watch, *before.top_tokens[:details]]
     all_tokens = list(shown_tokens)
     for after in edited:
-        all_tokens += after.top_tokens[:shown]
+        all_tokens += after.top_tokens[:details]
     lens_before = _lens(before, rows, sites, all_tokens)
     parts = []
     for after in edited:
-        lens_after = _lens(after, rows, sites, [*shown_tokens, *after.top_tokens[:shown]])
+        lens_after = _lens(after, rows, sites, [*shown_tokens, *after.top_tokens[:details]])
         parts.append(_join_lenses(lens_before, lens_after, before, after, watch))
     return pd.concat(parts, ignore_index=True)
 

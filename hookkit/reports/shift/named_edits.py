@@ -98,10 +98,10 @@ def named_edits(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
                 f"the edit {edit.name!r} has no hook: give one, several, or "
                 "{'name': hook or hooks}"
             )
-        if edit.name == "baseline":
+        if edit.name == "base_hooks":
             raise BadHook(
-                "an edit is named 'baseline', as about.json names the hooks that act in both runs: "
-                "give it another name"
+                "an edit is named 'base_hooks', as about.json names the hooks that act in "
+                "both runs: give it another name"
             )
     if not edits:
         raise BadHook("there is no edit to report on: give hooks, or {'name': hook or hooks}")

@@ -4,7 +4,7 @@ The file measures (`shift_report`, `_measure`), and writes the sections of the p
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...hooks.logits import named_tokens
 from ...models.lm import LM, Token
 from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
-from ...sweeps.summary import over_prompts
+from ...sweeps.summary import mean_over_prompts
 from ...tables.intervals import MIN_FOR_INTERVAL
 from ...tables.rank_tables import Pair, watched_ids
 from .. import comparison
@@ -48,7 +48,7 @@ NORM_NOTE = (
 COMPONENTS = 10  # that are shown by name
 MOVERS = 5  # tokens that moved most, in the table of shifts
 LONGEST_JSON = 200_000  # letters of a hook in JSON; a longer one has its tensors as digests
-CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
+CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "log10_rank_ratio"]
 DISTANCES = ["kl", "entropy_delta", "top1_changed"]
 CAPTIONS = {
     "shifts": "first tokens before and after, and movers",
@@ -66,8 +66,8 @@ CAPTIONS = {
 class ShiftTables:
     """What a report measures, and its tables by the names of their files, which `_measure` fills.
 
-    `ranks` has the ranks of all tokens before and after, by prompt and edit, for the drawn prompts.
-    `refusals` has the reasons why a table could not be made, "" where it could.
+    `ranks` has the ranks of all tokens before and after, by prompt and edit, for the prompts that
+    have figures. `refusals` has the reasons why a table could not be made, "" where it could.
     """
 
     lm: LM
@@ -78,8 +78,8 @@ class ShiftTables:
     watch: list[int]
     top: int
     heads: bool
-    shown: int
-    drawn: int
+    details: int
+    figures: int
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     ranks: dict[tuple[int, str], tuple[Any, ...]] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def _write_opening(measured: ShiftTables) -> Iterable[Content]:
     plural = "s" if n_prompts > 1 else ""
     caption = f"What was done, over {n_prompts} prompt{plural}."
     if measured.base_hooks:
-        caption += f" The baseline has {' + '.join(map(str, measured.base_hooks))}."
+        caption += f" Every run has the base hooks {' + '.join(map(str, measured.base_hooks))}."
     yield Part(measured.tables["edits"], "edits", caption)
 
 
@@ -144,9 +144,9 @@ def _write_means(measured: ShiftTables) -> Iterable[Content]:
     n_prompts, summary = len(measured.rows), measured.tables["summary"]
     yield f"# Over {n_prompts} prompts"
     caption = (
-        f"Means over {n_prompts} prompts with 95 % intervals. decades: log10 of rank before over "
-        "rank after. A control stands beside its edit, the mean of its draws; its dot is hollow in "
-        "the figure."
+        f"Means over {n_prompts} prompts with 95 % intervals. log10_rank_ratio: log10 of rank "
+        "before over rank after. A control stands beside its edit, the mean of its draws; its dot is "
+        "hollow in the figure."
     )
     table = _merge_intervals(summary, ["edit", "control", "watched", "n"])
     yield Part(table, "summary_shown", caption, file="summary")
@@ -177,8 +177,8 @@ def _merge_intervals(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return table
 
 
-def _write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
-    """The section of one prompt, with figures if `drawn`."""
+def _write_prompt(measured: ShiftTables, row: int, *, with_figures: bool) -> Iterable[Content]:
+    """The section of one prompt, with figures if `with_figures`."""
     yield f"# “{measured.prompt(row)}”"
     yield "## The watched tokens"
     caption = (
@@ -204,11 +204,11 @@ def _write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[C
             "The model's logits are NaN after this prompt, with an edit or without: there are no "
             "figures of it."
         )
-        drawn = False
-    if drawn:
+        with_figures = False
+    if with_figures:
         yield _draw_ranks(measured, row)
-    yield from _write_layers(measured, row, drawn=drawn)
-    yield from _write_components(measured, row, drawn=drawn)
+    yield from _write_layers(measured, row, with_figures=with_figures)
+    yield from _write_components(measured, row, with_figures=with_figures)
     yield from _write_texts(measured, row)
 
 
@@ -226,12 +226,12 @@ def _draw_ranks(measured: ShiftTables, row: int) -> Part:
     )
 
 
-def _write_layers(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
+def _write_layers(measured: ShiftTables, row: int, *, with_figures: bool) -> Iterable[Content]:
     yield "## Through the layers"
     refusal = measured.refusals["layers"]
     if refusal:
         yield f"There is no lens of this model: {refusal}"
-    elif drawn:
+    elif with_figures:
         names = [edit.name for edit in measured.edits[: figures.PANELS]]
         table = measured.of("layers", row)
         figure = figures.through_layers(table, names, title="What each layer would say")
@@ -245,7 +245,7 @@ def _write_layers(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[C
         yield "The ranks at every layer are in layers.csv."
 
 
-def _write_components(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
+def _write_components(measured: ShiftTables, row: int, *, with_figures: bool) -> Iterable[Content]:
     yield "## Why: the change as a sum"
     largest: dict[str, pd.DataFrame] = {}
     for number, edit in enumerate(measured.edits):
@@ -262,7 +262,7 @@ def _write_components(measured: ShiftTables, row: int, *, drawn: bool) -> Iterab
             f"Rounding left {residuals.abs().to_numpy().max():.1e}. {NORM_NOTE}"
         )
         yield Part(largest[edit.name], f"why_{row}_{number}", caption, file="why")
-    if drawn and largest:
+    if with_figures and largest:
         panels = dict(list(largest.items())[: figures.PANELS])
         figure = figures.component_bars(panels, title="What made the change")
         yield Part(figure, f"why_bars_{row}", "The last bar is the sum.")
@@ -273,7 +273,7 @@ def _write_texts(measured: ShiftTables, row: int) -> Iterable[Content]:
     if texts.empty:
         return
     yield "## The text"
-    table: Any = texts[["edit", "parts_at", "both", "then_before", "then_after"]]
+    table: Any = texts[["edit", "first_difference", "both", "then_before", "then_after"]]
     literals = {name: table[name].map(repr) for name in ("both", "then_before", "then_after")}
     caption = (
         "Greedy text, the same in both up to where it parts (a token, counted from 0), and how "
@@ -289,7 +289,7 @@ def _write_settings(measured: ShiftTables, about: dict[str, Any]) -> Iterable[Co
             texts = [comparison.indented_json(comparison.hook_as_json(hook)) for hook in edit.hooks]
             hooks[edit.name] = "\n".join(texts)
     model = f"Model {comparison.describe_model(about)}; seed {about['seed']}"
-    note = ", the hooks with their tensors; hk.Hook.from_json reads them back"
+    note = ", the hooks with their tensors; hk.types.Hook.from_json reads them back"
     return comparison.write_settings(model, about, hooks, note)
 
 
@@ -298,42 +298,42 @@ def shift_report(
     lm: LM,
     prompts: Prompts,
     *edits: Hook | Mapping[str, Hooks],
-    baseline: Hooks = (),
+    base_hooks: Hooks = (),
     controls: Controls = None,
     draws: int | None = None,
     watch: Iterable[Token] | Token = (),
     top: int = 10,
     heads: bool = False,
     generate: int = 0,
-    shown: int = 3,
-    drawn: int = 1,
+    details: int = 3,
+    figures: int = 1,
     title: str = "",
     question: str = "",
     seed: int = 0,
 ) -> Report:
     """A page on what edits did to the next token: which tokens rose and fell, where, and why.
 
-    `edits` are hooks, which act together, or one mapping {name: hook or hooks}. `baseline` are the
-    hooks of the run that edits are compared with, none by default. `controls` is a mapping like
-    that of edits, or "random": for each edit changes of the same size at the same sites and
-    positions, in random directions, drawn `draws` times (by default 5). The page is about the token
-    after each prompt; with `generate` also about that many tokens of greedy text.
+    `edits` are hooks, which act together, or one mapping {name: hook or hooks}. `base_hooks`
+    act in every run, also in the one that edits are compared with; none by default. `controls` is a
+    mapping like that of edits, or "random": for each edit changes of the same size at the same
+    sites and positions, in random directions, drawn `draws` times (by default 5). The page is about
+    the token after each prompt; with `generate` also about that many tokens of greedy text.
 
     Every prompt has its `watch`ed tokens, the tokens that hooks name, and its most likely token
-    before. The first `shown` prompts also have the `top` tokens and largest movers, the logit lens,
-    and the exact sum of one token's change over components (with `heads` over heads). That token is
-    the first that is watched or named, else the most likely one after the edit. The first `drawn`
-    prompts have figures. Each edit and control takes one forward over all prompts, which are one
-    batch. With many prompts it begins at the first block that the edit touches, if the model allows
-    it.
+    before. The first `details` prompts also have the `top` tokens and largest movers, the logit
+    lens, and the exact sum of one token's change over components (with `heads` over heads). That
+    token is the first that is watched or named, else the most likely one after the edit. The first
+    `figures` prompts have figures. Each edit and control takes one forward over all prompts, which
+    are one batch. With many prompts it begins at the first block that the edit touches, if the
+    model allows it.
 
     `tables` of the result has edits, shifts, watched and distances, and where they can be made
     layers, why, texts, summary and summary_distances (means over prompts, of a control over its
-    draws too, with the intervals of `over_prompts`). `write` writes each as CSV, JSON, Markdown and
-    LaTeX, and about.json. If a model allows no lens or no sum, the page says why.
+    draws too, with the intervals of `mean_over_prompts`). `write` writes each as CSV, JSON,
+    Markdown and LaTeX, and about.json. If a model allows no lens or no sum, the page says why.
 
     >>> prompt = "The capital of France is"
-    >>> page = shift_report(lm, prompt, force(" coffee"), watch=" Paris", drawn=0)
+    >>> page = shift_report(lm, prompt, force(" coffee"), watch=" Paris", figures=0)
     >>> page.tables["watched"][["watched", "rank_before", "rank_after"]]
               watched  rank_before  rank_after
     0        ' Paris'            1           2
@@ -342,9 +342,10 @@ def shift_report(
     """
     check_integer(top, "top", least=1)
     check_integer(generate, "generate", least=0)
-    check_integer(shown, "shown", least=1)
-    check_integer(drawn, "drawn", least=0)
-    all_edits, base_hooks = named_edits(edits), as_edit_hooks(baseline, "the baseline")
+    check_integer(details, "details", least=1)
+    check_integer(figures, "figures", least=0)
+    all_edits = named_edits(edits)
+    all_base_hooks = as_edit_hooks(base_hooks, "base_hooks")
     draws = check_draws(draws, controls)
     all_controls = named_controls(controls, all_edits, seed, draws)
     if len({edit.name for edit in all_edits}) < len(all_edits):
@@ -354,32 +355,32 @@ def shift_report(
     for edit in all_edits:
         tokens += named_tokens(lm, edit.hooks)
     measured = ShiftTables(
-        lm, rows, base_hooks, all_edits, all_controls, list(dict.fromkeys(tokens)), top, heads,
-        min(shown, len(rows)), drawn,
+        lm, rows, all_base_hooks, all_edits, all_controls, list(dict.fromkeys(tokens)), top, heads,
+        min(details, len(rows)), figures,
     )  # fmt: skip
     with torch.no_grad():
         _measure(measured)
         if generate:
             measured.tables["texts"] = before_after.texts_of(
-                lm, rows, base_hooks, all_edits, generate
+                lm, rows, all_base_hooks, all_edits, generate
             )
     tables = measured.tables
     if len(rows) > 1:
         by = ["edit", "control"]
-        over_rows = partial(over_prompts, seed=seed)
+        over_rows = partial(mean_over_prompts, seed=seed)
         tables["summary"] = over_rows(tables["watched"], by=[*by, "watched"], values=CHANGES)
         tables["summary_distances"] = over_rows(tables["distances"], by=by, values=DISTANCES)
     title = title or "What moved, and why"
     control_kind = controls if isinstance(controls, str) else None
-    settings = {"top": top, "heads": heads, "generate": generate, "shown": shown, "drawn": drawn,
-                "seed": seed, "controls": control_kind,
+    settings = {"top": top, "heads": heads, "generate": generate, "details": details,
+                "figures": figures, "seed": seed, "controls": control_kind,
                 "draws": draws if control_kind else None}  # fmt: skip
     answer = "\n".join(_write_sentence(measured, edit) for edit in measured.edits)
     about = {"title": title, "question": question, "answer": answer}
     about |= _build_about(measured, settings)
     parts: list[Content] = [*_write_opening(measured), *_write_means(measured)]
-    for row in range(measured.shown):
-        parts += _write_prompt(measured, row, drawn=row < drawn)
+    for row in range(measured.details):
+        parts += _write_prompt(measured, row, with_figures=row < figures)
     parts += _write_settings(measured, about)
     footer = "Deltas are after minus before. Rank 1 is the likeliest."
     return comparison.compose_page(parts, tables, CAPTIONS, about, footer)
@@ -387,24 +388,23 @@ def shift_report(
 
 def _measure(measured: ShiftTables) -> None:
     """Run all forwards, and make all tables but those of texts and means."""
-    lm, rows, shown = measured.lm, measured.rows, measured.shown
+    lm, rows, details, base = measured.lm, measured.rows, measured.details, measured.base_hooks
     sites = lens_sites(lm, heads=measured.heads)
     edits = [*measured.edits, *measured.controls]
-    # Edits act without the base hooks, so that a forward with base hooks is no start for them.
-    resumable = [] if measured.base_hooks else [edit.hooks for edit in edits]
+    # A forward that begins at a later block would skip the base hooks of earlier blocks.
+    resumable = [] if base else [edit.hooks for edit in edits]
     plan = before_after.plan_resuming(lm, rows, resumable)
     with plan.record_outputs():
-        before = before_after.run_prompts(
-            lm, rows, Edit("", measured.base_hooks), sites.sites, shown
-        )
+        before = before_after.run_prompts(lm, rows, Edit("", base), sites.sites, details)
     edited: list[before_after.NextTokenLogits] = []
     parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
     decompositions: dict[tuple[int, ...], pd.DataFrame] = {}
     for number, edit in enumerate(edits):
         start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
+        with_base = replace(edit, hooks=(*base, *edit.hooks))
         with plan.resume_at(start):
             after = before_after.run_prompts(
-                lm, rows, edit, edit_sites, shown, start, before.run.captures
+                lm, rows, with_base, edit_sites, details, start, before.run.captures
             )
         parts["watched"].append(before_after.watched_of(before, after, measured.watch))
         parts["distances"].append(before_after.distances_of(before, after))
@@ -413,29 +413,31 @@ def _measure(measured: ShiftTables) -> None:
         pairs = list(zip(before.distributions, after.distributions, strict=True))
         parts["shifts"].append(_build_shifts(pairs, edit, measured))
         ids = torch.arange(lm.n_tokens or after.logits.shape[-1])
-        for row, pair in enumerate(pairs[: measured.drawn]):
+        for row, pair in enumerate(pairs[: measured.figures]):
             measured.ranks[row, edit.name] = tuple(side.ranks(ids).numpy() for side in pair)
-        tokens = measured.watch[:1] * shown or after.top_tokens[:shown]
+        tokens = measured.watch[:1] * details or after.top_tokens[:details]
         why, measured.refusals[f"why {edit.name}"] = attempt(
             pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
         )
         parts["why"].append(why)
-        edited.append(before_after.NextTokenLogits(edit, after.run, after.logits[:shown], shown))
+        edited.append(
+            before_after.NextTokenLogits(with_base, after.run, after.logits[:details], details)
+        )
     measured.tables["edits"] = table_of(edits)
     for name, list_of_tables in parts.items():
         measured.tables[name] = _concatenate(list_of_tables)
     measured.tables["layers"], measured.refusals["layers"] = attempt(
-        pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, shown
+        pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, details
     )
 
 
 def _build_shifts(pairs: list[Pair], edit: Edit, measured: ShiftTables) -> pd.DataFrame:
-    """The table of `rank_shift` with the edit's name and with decades."""
+    """The table of `rank_shift` with the edit's name and with log10_rank_ratio."""
     named = named_tokens(measured.lm, edit.hooks)
     table = comparison.literal_shifts(pairs, measured.top, MOVERS, measured.watch, named)
     table.insert(2, "edit", edit.name)
     reasons = table.pop("why")
-    return table.assign(decades=before_after.decades_of(table), why=reasons)
+    return table.assign(log10_rank_ratio=before_after.log10_rank_ratio(table), why=reasons)
 
 
 def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
@@ -453,7 +455,7 @@ def _build_about(measured: ShiftTables, settings: dict[str, Any]) -> dict[str, A
         "git_commit": git_commit(),
         "watch": list(measured.watch),
         **settings,
-        "hooks": {"baseline": list(map(_json_of, measured.base_hooks)), **edit_hooks},
+        "hooks": {"base_hooks": list(map(_json_of, measured.base_hooks)), **edit_hooks},
         "prompts": [measured.lm.text(row) for row in measured.rows],
         "tokens": [list(row) for row in measured.rows],
     }

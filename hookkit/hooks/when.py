@@ -1,10 +1,10 @@
 """Conditions on logits, which say when a logit edit acts; and phrases, tokens in a row.
 
-    hk.force(" coffee", when=hk.entropy_above(2.0))
-    hk.ban(" tea", when=hk.rank_of(" tea", at_most=3))
+    hk.force(" coffee", when=hk.when.entropy_above(2.0))
+    hk.ban(" tea", when=hk.when.rank_of(" tea", at_most=3))
 
-A user's function is a condition too: it receives the logits [row, pos, vocab] and their `hk.Here`,
-and returns True or False, for all or for each row and position.
+A user's function is a condition too: it receives the logits [row, pos, vocab] and their
+`hk.types.EditContext`, and returns True or False, for all or for each row and position.
 """
 
 import math
@@ -23,10 +23,20 @@ from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, rank_among, ranks_for_table, token_logits
 from ..models.tokens import Token, check_token, check_tokens
-from .base import Here, set_field
+from .base import EditContext, set_field
+
+__all__ = [
+    "Condition",
+    "entropy_above",
+    "entropy_below",
+    "margin_above",
+    "margin_below",
+    "prob_of",
+    "rank_of",
+]
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
-BoundCondition: TypeAlias = Callable[[Logits, Here], Bool[Tensor, "row pos"]]
+BoundCondition: TypeAlias = Callable[[Logits, EditContext], Bool[Tensor, "row pos"]]
 
 COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "above": torch.gt,
@@ -41,6 +51,10 @@ LIMITS = {
     "rank": (1, math.inf),
 }
 UNITS = {"entropy": "nats", "margin": "logits"}  # the names of the limit's argument
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ When: TypeAlias = Condition | Callable[[Any, Any], Any]
 def _bind(condition: Condition, lm: LM) -> BoundCondition:
     token = None if condition.token is None else lm.token(condition.token)
 
-    def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
+    def holds(logits: Logits, here: EditContext) -> Bool[Tensor, "row pos"]:
         values = _measure(condition.quantity, logits, token, lm.n_tokens)
         is_nan = here.real_cells(values.isnan())
         if bool(is_nan.any()):
@@ -129,7 +143,7 @@ def bind_condition(when: When, lm: LM) -> BoundCondition:
     if isinstance(when, Condition):
         return _bind(when, lm)
 
-    def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
+    def holds(logits: Logits, here: EditContext) -> Bool[Tensor, "row pos"]:
         result = when(logits.clone(), here)
         shape = logits.shape[:2]
         if isinstance(result, bool):
@@ -247,7 +261,7 @@ def phrase(words: str | Sequence[Token]) -> Phrase:
 
 def phrase_offsets(
     length: int, condition: BoundCondition, steps: Sequence[int] | None
-) -> Callable[[Logits, Here], Int[Tensor, "row pos"]]:
+) -> Callable[[Logits, EditContext], Int[Tensor, "row pos"]]:
     """Returns the function that says which token of a phrase is due at each cell; -1 for none.
 
     The phrase begins where the condition holds, at any step or at one of `steps`. The function owns
@@ -264,7 +278,7 @@ def phrase_offsets(
             return 0
         return -1
 
-    def offsets(logits: Logits, here: Here) -> Int[Tensor, "row pos"]:
+    def offsets(logits: Logits, here: EditContext) -> Int[Tensor, "row pos"]:
         if here.cells.text.beams > 1:
             raise Unsupported(
                 "a phrase that begins when a condition holds has no place in beam search, which "

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import as_items, check_keywords, describe
-from ..errors import BadHook, BadPrompt, EmptySelection
-from ..hooks.base import as_tuple, set_field
-from ..models.batch_positions import pad_rows
-from ..models.lm import LM, Token
-from ..models.next_token import rank_among, ranks_for_table, token_logits
-from ..models.tokens import check_token, check_tokens
-from .metrics import Metric, Said
+from ...arguments import as_items, check_keywords, describe
+from ...errors import BadHook, BadPrompt, EmptySelection
+from ...hooks.base import as_tuple, set_field
+from ...models.batch_positions import pad_rows
+from ...models.lm import LM, Token
+from ...models.next_token import rank_among, ranks_for_table, token_logits
+from ...models.tokens import check_token, check_tokens
+from .metric import Metric, MetricInput
 
 Answers: TypeAlias = Token | tuple[Token, ...] | list[Token] | list[Token | tuple[Token, ...]]
 
@@ -38,7 +38,7 @@ class Ids:
         ids, mask = self.ids[index].to(values.device), self.mask[index].to(values.device)
         return values.gather(1, ids).masked_fill(~mask, fill)
 
-    def mean(self, inputs: Said) -> Tensor:
+    def mean(self, inputs: MetricInput) -> Tensor:
         """Returns the mean logit of these tokens in each row."""
         counts = self.mask[torch.as_tensor(inputs.rows)].sum(-1).to(inputs.logits.device)
         return self.of(inputs.logits, inputs.rows, 0.0).sum(-1) / counts
@@ -121,7 +121,7 @@ class LogitDiff(Metric):
     def prepare(self, lm: LM, count: int) -> tuple[Ids, Ids]:
         return ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
 
-    def measure(self, lm: LM, prepared: tuple[Ids, Ids], inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: tuple[Ids, Ids], inputs: MetricInput) -> Tensor:
         right, wrong = prepared
         return right.mean(inputs) - wrong.mean(inputs)
 
@@ -157,7 +157,7 @@ class Logit(TokenMetric):
 
     name: ClassVar[str] = "logit"
 
-    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: Ids, inputs: MetricInput) -> Tensor:
         return prepared.mean(inputs)
 
 
@@ -172,7 +172,7 @@ class Logprob(TokenMetric):
 
     name: ClassVar[str] = "logprob"
 
-    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: Ids, inputs: MetricInput) -> Tensor:
         return prepared.of(inputs.logits.log_softmax(-1), inputs.rows, -math.inf).logsumexp(-1)
 
 
@@ -187,7 +187,7 @@ class Prob(TokenMetric):
 
     name: ClassVar[str] = "prob"
 
-    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: Ids, inputs: MetricInput) -> Tensor:
         return prepared.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
 
 
@@ -202,7 +202,7 @@ class Rank(TokenMetric):
 
     name: ClassVar[str] = "rank"
 
-    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: Ids, inputs: MetricInput) -> Tensor:
         largest = prepared.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
         ranks = rank_among(token_logits(inputs.logits, lm.n_tokens), largest)
         return ranks_for_table(ranks).float()

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import (
+from ...arguments import (
     as_integer,
     as_items,
     check_arguments,
@@ -23,16 +23,16 @@ from ..arguments import (
     check_keywords,
     describe,
 )
-from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
-from ..models.lm import LM
-from ..models.next_token import entropy_of, exact_logprobs, kl_divergence, token_logits, values_at
-from ..models.prompts import check_prompts, shorten
-from ..runs.run import Run
-from .distributions import distributions
+from ...errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
+from ...models.lm import LM
+from ...models.next_token import entropy_of, exact_logprobs, kl_divergence, token_logits, values_at
+from ...models.prompts import check_prompts, shorten
+from ...runs.run import Run
+from ..distributions import distributions
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class MetricInput:
     """The logits of some prompts, which a metric measures.
 
     logits  [row, vocab]        float32, at the position that is measured
@@ -49,7 +49,7 @@ class Said:
     after: Sequence[Float[Tensor, "pos vocab"]] | None = None
 
 
-Measure: TypeAlias = Callable[[Said], Float[Tensor, " row"]]
+Measure: TypeAlias = Callable[[MetricInput], Float[Tensor, " row"]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Metric:
     def prepare(self, lm: LM, count: int) -> Any:
         """Returns what `measure` needs beside the logits of these prompts, such as token ids."""
 
-    def measure(self, lm: LM, prepared: Any, inputs: Said) -> Float[Tensor, " row"]:
+    def measure(self, lm: LM, prepared: Any, inputs: MetricInput) -> Float[Tensor, " row"]:
         """Returns the metric of each row."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
@@ -84,7 +84,7 @@ class Metric:
         pos = check_integer(pos, "pos", meaning=meaning, error=BadHook)
         measure = self.bind(run.lm, len(run.lengths))
         logits = logits_at(run, pos)
-        return measure(Said(logits, range(len(logits)))).cpu()
+        return measure(MetricInput(logits, range(len(logits)))).cpu()
 
 
 def logits_at(run: Run, pos: int = -1) -> Float[Tensor, "row vocab"]:
@@ -102,7 +102,7 @@ class FunctionMetric(Metric):
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return getattr(self.fn, "__name__", "metric").replace("<lambda>", "metric")
 
-    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: None, inputs: MetricInput) -> Tensor:
         numbers = self.fn(inputs.logits.clone())  # the function may write into its argument
         if isinstance(numbers, Tensor) and numbers.shape == (len(inputs.rows),):
             return numbers.float()
@@ -124,7 +124,7 @@ def as_metrics(metrics: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]
         return (_as_metric(metrics),)
     if not items:
         raise BadHook(
-            "no metric was given: give at least one, such as hk.logit_diff(' Mary', ' John')"
+            "no metric was given: give one, such as hk.metrics.logit_diff(' Mary', ' John')"
         )
     return tuple([_as_metric(item) for item in items])
 
@@ -137,8 +137,8 @@ def _as_metric(item: Any) -> Metric:
         raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
     if not callable(item):
         raise BadHook(
-            f"{describe(item)} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function "
-            "of logits [row, vocab]"
+            f"{describe(item)} is no metric: give hk.metrics.logit_diff(…), hk.metrics.prob(…) …, "
+            "or a function of logits [row, vocab]"
         )
     return FunctionMetric(item)  # pyright: ignore[reportArgumentType]
 
@@ -159,7 +159,7 @@ class Entropy(Metric):
 
     name: ClassVar[str] = "entropy"
 
-    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: None, inputs: MetricInput) -> Tensor:
         return entropy_of(inputs.logits.log_softmax(-1))
 
 
@@ -193,7 +193,7 @@ class KL(Metric):
             )
         return reference.expand(count, -1)
 
-    def measure(self, lm: LM, prepared: Tensor | None, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: Tensor | None, inputs: MetricInput) -> Tensor:
         before = inputs.before
         if prepared is not None:
             before = prepared[list(inputs.rows)].to(inputs.logits.device)
@@ -228,7 +228,7 @@ class Top1Changed(Metric):
     name: ClassVar[str] = "top1_changed"
     compares: ClassVar[bool] = True
 
-    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: None, inputs: MetricInput) -> Tensor:
         if inputs.before is None:
             raise Unsupported(
                 "top1_changed compares a sweep's cells with no edit, and a run has none to "
@@ -280,7 +280,7 @@ class Loss(Metric):
             )
         return [_tokens_of(lm, entry) for entry in entries]
 
-    def measure(self, lm: LM, prepared: list[tuple[int, ...]], inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: list[tuple[int, ...]], inputs: MetricInput) -> Tensor:
         if inputs.after is None:
             raise Unsupported(
                 "loss reads a continuation, which a sweep feeds to the model; a run has none: "

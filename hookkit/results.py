@@ -1,0 +1,25 @@
+"""What is on disk: folders of results, saved tensors and saved statistics.
+
+    hk.results.list_results("results")[["result", "answer"]]
+    hk.results.compare_results("results/old", "results/new")
+
+`hk.record` writes a folder of results.
+"""
+
+from .data.harvest.statistics import load_statistics
+from .files.tensors import load_tensors, save_tensors
+from .reports.gallery import list_results, write_index
+from .reports.results_diff import compare_results
+
+__all__ = [
+    "compare_results",
+    "list_results",
+    "load_statistics",
+    "load_tensors",
+    "save_tensors",
+    "write_index",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

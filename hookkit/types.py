@@ -1,0 +1,59 @@
+"""The classes of what hookkit returns and accepts, for annotations and `isinstance`.
+
+def first_token(run: hk.types.Run) -> str: ...
+"""
+
+from .attributions.backward import Gradients
+from .checks.doctor import Checkup
+from .data.datasets.pairs import Pairs
+from .data.harvest.harvest import Harvest
+from .data.harvest.statistics import Statistics
+from .hooks.base import EditContext, Hook
+from .hooks.captured_values import Captured
+from .hooks.vector import Vectors
+from .hooks.when import Condition
+from .lenses.tuned_lens import TunedLens
+from .models.families.schema import ModuleLocation
+from .models.sites import ModuleSite, Sites
+from .reports.diff.model_diff import Difference
+from .reports.page import Report
+from .reports.record import Record
+from .runs.manager import HookManager
+from .runs.run import Run
+from .runs.trace import Trace
+from .sweeps.plan import Plan
+from .tables.comparison import Comparison
+from .tables.metrics.metric import Metric, MetricInput
+from .tables.streaming import Stream
+
+__all__ = [
+    "Captured",
+    "Checkup",
+    "Comparison",
+    "Condition",
+    "Difference",
+    "EditContext",
+    "Gradients",
+    "Harvest",
+    "Hook",
+    "HookManager",
+    "Metric",
+    "MetricInput",
+    "ModuleLocation",
+    "ModuleSite",
+    "Pairs",
+    "Plan",
+    "Record",
+    "Report",
+    "Run",
+    "Sites",
+    "Statistics",
+    "Stream",
+    "Trace",
+    "TunedLens",
+    "Vectors",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
