@@ -25,7 +25,17 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from .errors import (
     BadArgument,
@@ -401,13 +411,16 @@ def check_fields(kind: Class) -> Class:
 def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
     title = title or str(function.__name__)
     signature = inspect.signature(function)
-    keywords, annotations, takes_any = _read_parameters(signature)
+    settings = _read_settings(signature, function.__globals__)
+    keywords, takes_any = _read_keywords(signature, settings)
 
     @functools.cache
     def kinds_by_name() -> dict[str, list[Kind] | None]:
         """Evaluates the annotations at the first call, when every module is imported."""
-        names = function.__globals__
-        return {name: kinds_of(_evaluate(text, names)) for name, text in annotations.items()}
+        hints = get_type_hints(settings) if settings else {}
+        for name, parameter in signature.parameters.items():
+            hints[name] = _evaluate(parameter.annotation, function.__globals__)
+        return {name: kinds_of(hint) for name, hint in hints.items()}
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -433,22 +446,26 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
     return checked
 
 
-def _read_parameters(signature: inspect.Signature) -> tuple[list[str], dict[str, Any], bool]:
-    """Returns a function's keywords, its annotations by name, and if it takes any keyword."""
+def _read_settings(signature: inspect.Signature, names: dict[str, Any]) -> Any:
+    """Returns the TypedDict of `**settings: Unpack[Settings]`; None if a function has none."""
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            typed_dicts = get_args(_evaluate(parameter.annotation, names))
+            return typed_dicts[0] if typed_dicts else None
+    return None
+
+
+def _read_keywords(signature: inspect.Signature, settings: Any) -> tuple[list[str], bool]:
+    """Returns the keywords that a function takes, and whether it takes any other keyword."""
     keywords: list[str] = []
-    annotations: dict[str, Any] = {}
     takes_any = False
     for name, parameter in signature.parameters.items():
-        annotations[name] = parameter.annotation
         if parameter.kind is parameter.VAR_KEYWORD:
-            typed_dicts = get_args(parameter.annotation)
-            takes_any = not typed_dicts
-            for typed_dict in typed_dicts:
-                keywords += typed_dict.__annotations__
-                annotations |= typed_dict.__annotations__
+            takes_any = settings is None
+            keywords += settings.__annotations__ if settings else ()
         elif parameter.kind is not parameter.VAR_POSITIONAL and name != "self":
             keywords.append(name)
-    return keywords, annotations, takes_any
+    return keywords, takes_any
 
 
 def _evaluate(annotation: Any, names: dict[str, Any]) -> Any:

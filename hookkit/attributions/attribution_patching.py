@@ -11,6 +11,8 @@ gradient there), and one backward computes the gradient everywhere.
 hk.stats.compare_attributions measures how well such an estimate agrees with patching.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias

@@ -7,6 +7,8 @@ backward. The weights are frozen meanwhile.
     result.values("resid_pre.6")      # the values themselves
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -66,13 +68,13 @@ class PromptMetric:
         """True if the metric reads a continuation after the prompts."""
         return isinstance(self.metric, Loss)
 
-    def batches(self, size: int) -> Iterator["PromptMetric"]:
+    def batches(self, size: int) -> Iterator[PromptMetric]:
         """Yields the prompts that run together: all of them if hooks may name rows."""
         size = len(self.rows) if self.hooks else size
         for start in range(0, len(self.rows), size):
             yield replace(self, rows=self.rows[start : start + size])
 
-    def with_embeddings(self, values: Tensor) -> "PromptMetric":
+    def with_embeddings(self, values: Tensor) -> PromptMetric:
         """Returns the metric of the same prompts with other embeddings."""
         return replace(self, hooks=(edit("embed", lambda _: values), *self.hooks))
 

@@ -14,6 +14,8 @@ products of a vector with a Jacobian, which autograd computes from the run, so t
 the family has to be known except its sites.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal

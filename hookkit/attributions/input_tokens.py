@@ -1,6 +1,8 @@
 """hk.token_attribution: how much each token of a prompt contributes to the metric, measured at the
 embeddings."""
 
+from __future__ import annotations
+
 from typing import Any, Literal
 
 import pandas as pd

@@ -4,6 +4,8 @@ It runs the laws on the model, and reads the facts that decide what works: weigh
 tokenizer. The `Checkup` says which sites can be captured and edited, what does not work, and why.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from typing import Any

@@ -5,6 +5,8 @@ that reads batches and generates. The function of a law yields a `Finding` for e
 checks. `LAWS` lists the laws, and `check_laws` runs them all.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -320,7 +322,7 @@ UNFINISHED = "this law ended in an error, and was not checked at this site to th
 def check_laws(
     lm: LM,
     *,
-    prompts: "list[list[int]] | list[str] | None" = None,
+    prompts: list[list[int]] | list[str] | None = None,
     layers: Iterable[int] | None = None,
 ) -> pd.DataFrame:
     """Returns the laws checked on a model, one row for each law and site: the worst of its layers.

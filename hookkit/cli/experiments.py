@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 from typer import Argument, Option
 
-import hookkit as hk
-
 from ..errors import BadFile, BadHook
 from ..files.atomic import write_new
 from ..files.untrusted import check_mapping, path_inside, read_json, read_table

@@ -1,5 +1,7 @@
 """The attention patterns of a layer's heads, drawn by circuitsvis for a notebook."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ class AttentionView:
 
 @check_arguments
 def attention_view(
-    run: "Run", layer: int, *, row: int = 0, heads: Collection[int] | None = None, cdn: bool = False
+    run: Run, layer: int, *, row: int = 0, heads: Collection[int] | None = None, cdn: bool = False
 ) -> AttentionView:
     """The attention patterns of a layer's heads for one prompt, drawn by circuitsvis.
 

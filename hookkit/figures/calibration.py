@@ -4,6 +4,8 @@ hk.figures.reliability_diagram(hk.stats.calibration(confidence, right)).savefig(
 hk.figures.roc_curves({"router": hk.stats.roc(probability, right)}).savefig("roc.png")
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -7,6 +7,8 @@
 steps. Every figure is about one row.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor
@@ -81,7 +83,7 @@ def has_reason(why: str, reason: str) -> bool:
 def rank_lines(
     decoding_table: pd.DataFrame,
     *,
-    watch: "Iterable[str | int] | str | int" = (),
+    watch: Iterable[str | int] | str | int = (),
     row: int = 0,
     stage: str = "model",
     title: str = "",
@@ -269,7 +271,7 @@ def _figure_width(steps: int) -> float:
 
 
 def _select_watched(
-    table: pd.DataFrame, watch: "Iterable[str | int] | str | int"
+    table: pd.DataFrame, watch: Iterable[str | int] | str | int
 ) -> Sequence[str | int]:
     """The watched tokens, or all that were recorded because they were watched or named."""
     tokens = check_tokens(watch, "watch")

@@ -6,6 +6,8 @@
 `lens_map` is layer x position. `logit_bars` has a bar for each component of a logit. No torch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

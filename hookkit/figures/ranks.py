@@ -7,6 +7,8 @@ Every figure is about one position of one row. Tokens are in quotes, so that a l
 seen. A character that the font lacks is written as its code.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +33,7 @@ PANELS = (  # column, label of the axis, title, tokens that get their names
 
 @check_arguments
 def logit_scatter(
-    table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = ""
+    table: pd.DataFrame, *, watch: Iterable[str | int] | str | int = (), title: str = ""
 ) -> Figure:
     """Every token's logit at one position, by token id. Watched tokens are marked, the top named.
 
@@ -47,7 +49,7 @@ def logit_scatter(
 
 @check_arguments
 def logit_panels(
-    table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = ""
+    table: pd.DataFrame, *, watch: Iterable[str | int] | str | int = (), title: str = ""
 ) -> Figure:
     """The same tokens three times: raw logits, after softmax, after log-softmax.
 
@@ -176,7 +178,7 @@ def _check_one_position(table: pd.DataFrame, column: str) -> None:
         )
 
 
-def _select_watched(table: pd.DataFrame, watch: "Iterable[str | int] | str | int") -> pd.DataFrame:
+def _select_watched(table: pd.DataFrame, watch: Iterable[str | int] | str | int) -> pd.DataFrame:
     parts = [table.head(0)]
     for token in check_tokens(watch, "watch"):
         column, name = ("token_id", token) if isinstance(token, int) else ("token", repr(token))

@@ -8,6 +8,8 @@
 token of a text surprised the model. Every figure is about one row.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import ceil, floor, inf
 from textwrap import wrap

@@ -8,6 +8,8 @@
 Cells are green where the value is positive and red where it is negative, the stronger the larger.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Tensors in safetensors files: `save_tensors` and `load_tensors`."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from pathlib import Path

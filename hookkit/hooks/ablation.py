@@ -1,5 +1,7 @@
 """Hooks that replace values: `ablate` and `patch`."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,7 +41,7 @@ TO = "give 'zero', 'mean', 'resample', a tensor, statistics or a run"
 class HasCaptures(Protocol):
     """An object with captured values: a Run or a HookManager."""
 
-    def captured(self, site: "str | AnySite", name: str | None = None) -> Captured: ...
+    def captured(self, site: str | AnySite, name: str | None = None) -> Captured: ...
     @property
     def sites(self) -> Sites: ...
 

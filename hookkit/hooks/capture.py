@@ -1,5 +1,7 @@
 """The hook that copies values: `capture`."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

@@ -1,5 +1,7 @@
 """Hooks that change inner values by a rule: edit, steer, scale, project_out … and knockout."""
 
+from __future__ import annotations
+
 import inspect
 import itertools
 from collections.abc import Callable, Iterable

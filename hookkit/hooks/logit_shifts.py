@@ -1,5 +1,7 @@
 """Hooks that move tokens up or down in the ranking: `boost`, `cap`, `swap` and `set_rank`."""
 
+from __future__ import annotations
+
 import csv
 import io
 import math

@@ -5,6 +5,8 @@ decoding rules of `generate`. By default they act at the prompt's last position 
 generated step; with `when=`, at those of them where a condition on the logits holds.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace

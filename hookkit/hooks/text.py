@@ -3,6 +3,8 @@
 `load_hooks` reads the hooks of a file. `text_grammar` has the grammar.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import os

@@ -11,6 +11,8 @@ as long as the stream. To remove a direction from every layer (Arditi et al. 202
     hk.forward(lm, prompts, hk.project_out(lm.sites(["resid_pre", "resid_post"]), vector.tensor))
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -118,13 +120,13 @@ class Vector:
         """The vector's length as a fraction of the stream's norm."""
         return self.length / self.norm
 
-    def unit(self) -> "Vector":
+    def unit(self) -> Vector:
         """Returns the same direction with length 1. Raises `BadHook` for a vector of zeros."""
         if not self.length:
             raise BadHook(f"the vector at {self.site} is zero, and has no direction")
         return self._derive(self.tensor / self.length, f"unit of {self.method}")
 
-    def cosine(self, other: "Vector") -> float:
+    def cosine(self, other: Vector) -> float:
         """Returns the cosine of the angle between two vectors, which may be at different sites."""
         if self.tensor.shape != other.tensor.shape:
             raise BadHook(
@@ -133,7 +135,7 @@ class Vector:
             )
         return float(self.unit().tensor.double() @ other.unit().tensor.double())
 
-    def random(self, *, seed: int = 0) -> "Vector":
+    def random(self, *, seed: int = 0) -> Vector:
         """Returns a random vector of equal length, which depends on the seed and the site only."""
         digest = hashlib.sha256(repr((seed, str(self.site))).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -178,26 +180,26 @@ class Vector:
         """The name of the method by which the vector was computed."""
         return str(self.about.get("method", "a vector made by hand"))
 
-    def __add__(self, other: "Vector") -> "Vector":
+    def __add__(self, other: Vector) -> Vector:
         return self._add(other, 1, "+")
 
-    def __sub__(self, other: "Vector") -> "Vector":
+    def __sub__(self, other: Vector) -> Vector:
         return self._add(other, -1, "-")
 
-    def __mul__(self, by: float) -> "Vector":
+    def __mul__(self, by: float) -> Vector:
         return self._derive(self.tensor * check_number(by, "the factor"), f"{by:g} * {self.method}")
 
     __rmul__ = __mul__
 
-    def __truediv__(self, by: float) -> "Vector":
+    def __truediv__(self, by: float) -> Vector:
         return self._derive(
             self.tensor / check_number(by, "the divisor"), f"{self.method} / {by:g}"
         )
 
-    def __neg__(self) -> "Vector":
+    def __neg__(self) -> Vector:
         return self._derive(-self.tensor, f"-{self.method}")
 
-    def _add(self, other: "Vector", sign: int, word: str) -> "Vector":
+    def _add(self, other: Vector, sign: int, word: str) -> Vector:
         """Returns the sum. Its norm is the mean of both, its data hash that of both hashes."""
         if not isinstance(other, Vector):
             return NotImplemented
@@ -221,7 +223,7 @@ class Vector:
         tensor = self.tensor + sign * other.tensor
         return Vector(self.site, tensor, (self.norm + other.norm) / 2, about)
 
-    def _derive(self, tensor: Tensor, method: str) -> "Vector":
+    def _derive(self, tensor: Tensor, method: str) -> Vector:
         return replace(self, tensor=tensor, about={**self.about, "method": method})
 
     def _repr_html_(self) -> str:
@@ -256,8 +258,8 @@ class Vectors(Sequence[Vector]):
     @overload
     def __getitem__(self, index: int | str | AnySite) -> Vector: ...
     @overload
-    def __getitem__(self, index: slice) -> "Vectors": ...
-    def __getitem__(self, index: int | str | AnySite | slice) -> "Vector | Vectors":
+    def __getitem__(self, index: slice) -> Vectors: ...
+    def __getitem__(self, index: int | str | AnySite | slice) -> Vector | Vectors:
         if isinstance(index, slice):
             return Vectors(self.all[index])
         number = as_integer(index)

@@ -7,6 +7,8 @@ A user's function is a condition too: it receives the logits [row, pos, vocab] a
 `hk.types.EditContext`, and returns True or False, for all or for each row and position.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,6 +4,8 @@
 `unembedding` is the direction along which a logit grows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

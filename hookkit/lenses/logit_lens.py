@@ -3,6 +3,8 @@
 `logit_path` shows the whole way of one prompt, from its tokens to the next one.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Patchscopes: a hidden state of one prompt, patched into another prompt that decodes it."""
 
+from __future__ import annotations
+
 import pandas as pd
 
 from ..arguments import check_arguments

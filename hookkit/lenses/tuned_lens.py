@@ -1,5 +1,7 @@
 """The tuned lens: an affine translator for each layer, for a better reading of its states."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping, Sequence

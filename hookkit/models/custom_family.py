@@ -7,6 +7,8 @@ row = hk.family("mine", like=lm, locations={"attn_out": hk.location(".post_norm"
 lm = hk.LM(model, tokenizer, row=row)
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 

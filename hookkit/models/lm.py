@@ -9,6 +9,8 @@ that the model has, for a notebook to complete. The functions after it add colum
 `LM.describe`: adapters, devices of the weights, and how the model is split among processes.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -47,7 +49,7 @@ class SiteNames:
     `lm.sites("z", layers=[3])` is a selection, and `lm.sites.z` the selection of all layers.
     """
 
-    def __init__(self, lm: "LM") -> None:
+    def __init__(self, lm: LM) -> None:
         self._lm = lm
 
     def __call__(
@@ -91,7 +93,7 @@ class SiteNames:
 
 @check_keywords
 def sites(
-    of: "LM",
+    of: LM,
     names: str | Iterable[str] | None = None,
     *,
     layers: Collection[int] | None = None,
@@ -126,7 +128,7 @@ def _at_each(sites: Sites, axis: Literal["layer", "head"], numbers: Iterable[int
     return as_sites(selected)
 
 
-def _devices(lm: "LM", weights: dict[str, str], name: str) -> str:
+def _devices(lm: LM, weights: dict[str, str], name: str) -> str:
     """Returns where the weights of the modules of a site are; for the logits, those of the head."""
     storages: dict[int | None, str] = {}
     for site, location in _locations(lm, name).items():
@@ -135,7 +137,7 @@ def _devices(lm: "LM", weights: dict[str, str], name: str) -> str:
     return describe_storages(storages.items())
 
 
-def _splits(lm: "LM", ranks: Ranks, name: str) -> str:
+def _splits(lm: LM, ranks: Ranks, name: str) -> str:
     """Returns the axis along which a site is split among processes, and the size of each part."""
     texts: list[str] = []
     for site, location in _locations(lm, name).items():
@@ -151,14 +153,14 @@ def _splits(lm: "LM", ranks: Ranks, name: str) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-def _adapters(lm: "LM", name: str) -> str:
+def _adapters(lm: LM, name: str) -> str:
     names: list[str] = []
     for location in _locations(lm, name).values():
         names += layer_adapter_names(lm.submodule(location.path))
     return ", ".join(dict.fromkeys(names))
 
 
-def _locations(lm: "LM", name: str) -> dict[Site, ModuleLocation]:
+def _locations(lm: LM, name: str) -> dict[Site, ModuleLocation]:
     """Returns the locations of the sites of one name; empty if the model does not have it."""
     if name not in lm.layout.names:
         return {}

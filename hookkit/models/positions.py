@@ -6,6 +6,8 @@ generated text. `resolve_positions` resolves these values into the positions of 
 `resolve_rows` into rows.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -8,6 +8,8 @@ As text these are "resid_post.6", "z.9.3" and "model.layers.3.mlp.gate_proj:outp
 without a layer, such as "resid_post", stands for every layer.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,8 +223,8 @@ class Sites(Sequence[AnySite]):
     @overload
     def __getitem__(self, index: int) -> AnySite: ...
     @overload
-    def __getitem__(self, index: slice) -> "Sites": ...
-    def __getitem__(self, index: int | slice) -> "AnySite | Sites":
+    def __getitem__(self, index: slice) -> Sites: ...
+    def __getitem__(self, index: int | slice) -> AnySite | Sites:
         return Sites(self.sites[index]) if isinstance(index, slice) else self.sites[index]
 
     def __len__(self) -> int:
@@ -231,7 +233,7 @@ class Sites(Sequence[AnySite]):
     def __iter__(self) -> Iterator[AnySite]:
         return iter(self.sites)
 
-    def __add__(self, other: "SitesLike") -> "Sites":
+    def __add__(self, other: SitesLike) -> Sites:
         return Sites(self.sites + as_sites(other).sites)
 
     def _repr_html_(self) -> str:

@@ -4,6 +4,8 @@ It needs no network and takes milliseconds. The laws are tested on it, and tests
 can use it too.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -3,6 +3,8 @@
 It is written as a page, and as README.md for a code host.
 """
 
+from __future__ import annotations
+
 import base64
 import io
 import os

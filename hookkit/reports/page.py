@@ -9,6 +9,8 @@ escaped: a token may be "<script>". The only script on the page sorts tables; th
 names it by its hash, so that the browser runs no other.
 """
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import io

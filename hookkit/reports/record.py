@@ -7,6 +7,8 @@ with hk.record("results/oat_milk", title="Oat milk", lm=lm, seed=0) as record:
     record.answer("It takes 0.6 logits.")
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shlex
@@ -71,7 +73,7 @@ class Record:
     _origin: dict[str, Any] = field(default_factory=dict)  # the command, the commit, the versions
     _started: float = 0.0
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> Record:
         self._started = time.perf_counter()
         self._conditions = {"seed": self.seed, "settings": dict(self.settings)}
         if self.lm is not None:

@@ -5,6 +5,8 @@ hk.results.compare_results("results/oat_milk@HEAD", "results/oat_milk")   # the 
 files on disk
 """
 
+from __future__ import annotations
+
 import io
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """hk.forward: runs the model once over the prompts, with hooks."""
 
+from __future__ import annotations
+
 import functools
 import time
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """hk.generate: transformers' generate, with hooks, a seed of its own and a record of every step."""
 
+from __future__ import annotations
+
 import copy
 import inspect
 import time

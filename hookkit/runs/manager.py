@@ -6,6 +6,8 @@ block runs again in the backward pass, with the hooks that acted in its forward)
 Compiled code runs uncompiled while a block is open: what was compiled before would not call hooks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import sys
@@ -44,7 +46,7 @@ LIBRARIES = ("transformers", "accelerate", "peft", "torch")  # whose hooks are n
 
 
 @check_arguments
-def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
+def attach(model: LM | nn.Module, *hooks: Hook) -> HookManager:
     """Returns a context manager: in its block, the hooks act in every forward of a model.
 
     `model` is an LM, or any `nn.Module`, whose sites are named with `hk.module(path)`. The hooks
@@ -212,7 +214,7 @@ class HookBlock:
             module.register_forward_hook(hook, prepend=True, with_kwargs=hook_point.reads_input)
             let_outer_blocks_go_first(module._forward_hooks)
 
-    def register_at_input(self, module: nn.Module, hook: "RegisteredHook") -> None:
+    def register_at_input(self, module: nn.Module, hook: RegisteredHook) -> None:
         """Registers a hook that acts before all others at a module's input."""
         self.overrides.remove_hook_on_exit(module, "_forward_pre_hooks", hook)
         module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)

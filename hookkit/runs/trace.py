@@ -9,6 +9,8 @@ watched, named and drawn ones are stored, with a few sums over the vocabulary: n
 times the steps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,7 +104,7 @@ class Step:
                 if isinstance(value, Tensor):
                     setattr(record, name, value.cpu())
 
-    def decision(self, row: int, step: int, length: int, token: int, model_row: int) -> "Decision":
+    def decision(self, row: int, step: int, length: int, token: int, model_row: int) -> Decision:
         """Returns the choice of a token in a row whose prompt has this length."""
         hooks = tuple(change.hook for change in self.changes if change.rows[model_row])
         return Decision(row, step, length - 1 + step, token, model_row, self, hooks)

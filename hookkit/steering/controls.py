@@ -8,6 +8,8 @@ nats a token
 No torch is needed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any

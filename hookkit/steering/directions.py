@@ -7,6 +7,8 @@ Prompts run a few at a time. Of each site, only each prompt's mean and the lengt
 kept, at the prompt's own positions, without padding.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

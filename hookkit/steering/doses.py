@@ -4,6 +4,8 @@ The random vectors have the same length and are the control. The damage is measu
 how much worse the model predicts it, and how far its predictions moved.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias

@@ -8,6 +8,8 @@ vector.about["curve"]           # the target before each step, and after the las
 `Aim` computes the target of a fit and its gradient, and `_descend` takes the steps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

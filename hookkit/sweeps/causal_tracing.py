@@ -1,6 +1,8 @@
 """Causal tracing: noise blurs the subject, and one clean state at a time is restored (Meng et al.
 2022)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat

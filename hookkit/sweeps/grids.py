@@ -6,6 +6,8 @@ metric, to="mean", over=prompts) # layer x head hk.dose(lm, prompts, "resid_post
 metric, scales=[0, 2, 4])
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product

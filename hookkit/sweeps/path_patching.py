@@ -11,6 +11,8 @@
 Without receivers, the logits receive.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack

@@ -1,5 +1,7 @@
 """Summaries of a sweep's table over its prompts: means with intervals, and the strongest cells."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias

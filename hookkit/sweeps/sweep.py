@@ -7,6 +7,8 @@
 Every cell has the numbers of one forward with its hooks. The plan decides how they are computed.
 """
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Sequence

@@ -10,6 +10,8 @@ These are two questions: a confidence can be ordered well and be no probability,
 Confidences and answers are lists, arrays or columns of any table; no torch is needed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 

@@ -5,6 +5,8 @@ both.texts                     # both texts, and the step from which on they dif
 both.shifts, both.summary      # how far the distributions are apart, step by step along one text
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -7,6 +7,8 @@
 `pos` is the position whose logits chose the token, as in all tables.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import replace

@@ -13,6 +13,8 @@ divergences and the token's rank (a column of ranks then has floating-point numb
 then named as the most likely one.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -6,6 +6,8 @@ precede each scored token: the method of Hugging Face's page on the perplexity o
 models. Without overlap, the first tokens of each window would be predicted from no context.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any

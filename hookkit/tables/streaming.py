@@ -8,6 +8,8 @@ body of the loop runs, the generation is paused and the model has no hooks of th
 the loop early, by `break` or Ctrl-C, ends the generation and removes its hooks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass

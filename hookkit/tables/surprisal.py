@@ -10,6 +10,8 @@ of its probability, in nats; its mean over a text is what training minimizes, an
 the perplexity.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 

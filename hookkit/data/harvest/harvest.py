@@ -9,6 +9,8 @@ for batch in harvest.batches(4096, seed=0):
 A `Column` has the rows of all shards at one site, one shard after another.
 """
 
+from __future__ import annotations
+
 import itertools
 import os
 from bisect import bisect_right
@@ -42,7 +44,7 @@ CHUNK = 4096  # rows that statistics add at once
 
 
 @check_arguments
-def open_harvest(folder: str | os.PathLike[str]) -> "Harvest":
+def open_harvest(folder: str | os.PathLike[str]) -> Harvest:
     """Returns the harvest in a folder. An unfinished harvest has the rows of its complete shards.
 
     Raises `DamagedHarvest` if the folder has no harvest.
@@ -159,7 +161,7 @@ class Column:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Column({self.name}{head}, {list(self.shape)}, {dtype})"
 
-    def __getitem__(self, rows: RowsLike) -> Shaped[Tensor, "..."]:
+    def __getitem__(self, rows: RowsLike) -> Shaped[Tensor, ...]:
         if isinstance(rows, slice) and rows.step in (None, 1):
             start, stop, _ = rows.indices(len(self))
             return self._slice(start, stop)
@@ -204,7 +206,7 @@ class Column:
 # ---- selections of rows
 
 
-def resolve_rows(rows: RowsLike, count: int) -> Int[Tensor, "..."]:
+def resolve_rows(rows: RowsLike, count: int) -> Int[Tensor, ...]:
     """Returns row numbers from 0. Raises `OutOfRange` for a row that does not exist."""
     if isinstance(rows, slice):
         return torch.arange(*rows.indices(count))

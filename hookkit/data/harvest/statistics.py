@@ -7,6 +7,8 @@ where a mean is large and a variance small. Of equal values the earlier token co
 the result does not depend on batches.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping
@@ -47,17 +49,17 @@ class Moments:
     """
 
     count: int
-    mean: Float[Tensor, "..."]
-    spread: Float[Tensor, "..."]
+    mean: Float[Tensor, ...]
+    spread: Float[Tensor, ...]
     products: Float[Tensor, "... n n"] | None = None
 
     @property
-    def variance(self) -> Float[Tensor, "..."]:
+    def variance(self) -> Float[Tensor, ...]:
         """The mean of squared deviations (divided by the count)."""
         return self.spread / self.count
 
 
-def to_float64(values: Tensor) -> Float[Tensor, "..."]:
+def to_float64(values: Tensor) -> Float[Tensor, ...]:
     """Returns the values in float64, on the CPU if the device has no float64."""
     if values.device.type == "mps":
         values = values.cpu()
@@ -100,10 +102,10 @@ TOP = ("top_values", "top_rows", "top_places")
 class Norms:
     """The lengths of a site's vectors along its last axis: one number, or one for each head."""
 
-    mean: Float[Tensor, "..."]
-    std: Float[Tensor, "..."]
-    min: Float[Tensor, "..."]
-    max: Float[Tensor, "..."]
+    mean: Float[Tensor, ...]
+    std: Float[Tensor, ...]
+    min: Float[Tensor, ...]
+    max: Float[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,15 +123,15 @@ class SiteStatistics:
     tensors: Mapping[str, Tensor]  # by their names in the file
 
     @property
-    def mean(self) -> Float[Tensor, "..."]:
+    def mean(self) -> Float[Tensor, ...]:
         return self.tensors["mean"]
 
     @property
-    def variance(self) -> Float[Tensor, "..."]:
+    def variance(self) -> Float[Tensor, ...]:
         return self.tensors["spread"] / self.count
 
     @property
-    def std(self) -> Float[Tensor, "..."]:
+    def std(self) -> Float[Tensor, ...]:
         return self.variance.sqrt()
 
     @property
@@ -180,7 +182,7 @@ class SiteStatistics:
             )
         return tuple(index)
 
-    def head(self, head: int) -> "SiteStatistics":
+    def head(self, head: int) -> SiteStatistics:
         """Returns the statistics of one head of a site that has all heads."""
         heads = self.mean.shape[0] if self.mean.ndim > 1 else 0
         if not isinstance(self.site, Site) or self.site.head is not None or head >= heads:
@@ -222,7 +224,7 @@ class Statistics:
                 return all_heads.head(site.head)
         raise NotCaptured(f"there are no statistics of {site}: there are those of {self.sites}")
 
-    def mean_of(self, site: AnySite) -> Float[Tensor, "..."]:
+    def mean_of(self, site: AnySite) -> Float[Tensor, ...]:
         """Returns the mean at a site, for `hk.ablate`."""
         return self[site].mean
 

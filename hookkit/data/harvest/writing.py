@@ -4,6 +4,8 @@ A harvest that was interrupted continues after its last complete shard, and its 
 equal, byte for byte, to those of a harvest without interruption.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,5 +1,7 @@
 """`hk.model_diff`: two models, or two states of one, on the same prompts."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext

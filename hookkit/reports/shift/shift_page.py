@@ -3,6 +3,8 @@
 The file measures (`shift_report`, `_measure`), and writes the sections of the page.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -145,8 +147,8 @@ def _write_means(measured: ShiftTables) -> Iterable[Content]:
     yield f"# Over {n_prompts} prompts"
     caption = (
         f"Means over {n_prompts} prompts with 95 % intervals. log10_rank_ratio: log10 of rank "
-        "before over rank after. A control stands beside its edit, the mean of its draws; its dot is "
-        "hollow in the figure."
+        "before over rank after. A control stands beside its edit, the mean of its draws; its dot "
+        "is hollow in the figure."
     )
     table = _merge_intervals(summary, ["edit", "control", "watched", "n"])
     yield Part(table, "summary_shown", caption, file="summary")

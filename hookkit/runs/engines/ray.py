@@ -3,6 +3,8 @@
 Ray is imported inside functions, so that hookkit does not need it otherwise.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Iterator, Mapping

@@ -6,6 +6,8 @@ the loss of a continuation (`loss`) are in this file. The metrics of tokens are 
 `token_metrics.py`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -4,6 +4,8 @@ A metric names one token, several tokens that all count (a tuple), or an entry f
 list). `read_answers` reads what the user passes, and `ids_of` looks the tokens up in a model.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
