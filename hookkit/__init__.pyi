@@ -50,12 +50,12 @@ from .models.custom_family import family as family
 from .models.custom_family import location as location
 from .models.lm import LM as LM
 from .models.loading import load as load
+from .models.loading import tiny as tiny
 from .models.positions import GENERATED as GENERATED
 from .models.positions import PROMPT as PROMPT
 from .models.positions import at as at
 from .models.sites import Site as Site
 from .models.sites import module as module
-from .models.tiny import tiny as tiny
 from .reports.diff.model_diff import model_diff as model_diff
 from .reports.page import report as report
 from .reports.record import record as record

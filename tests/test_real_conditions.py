@@ -188,7 +188,7 @@ def test_the_default_model_in_bfloat16_patched_with_itself_is_the_same(smol_in_b
 
 @pytest.fixture(scope="module")
 def smol_in_bfloat16() -> hk.LM:
-    from hookkit.models import loading as zoo
+    from hookkit.models import cache as zoo
 
     if not any(zoo.cache_folder().glob(f"{zoo.DEFAULT}-*/config.json")):
         pytest.skip("the default model is not on this machine")

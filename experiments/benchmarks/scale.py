@@ -26,7 +26,7 @@ import torch
 
 import hookkit as hk
 from hookkit.files.atomic import write_tensors
-from hookkit.models.tensor_parallel import Split
+from hookkit.models.devices import Split
 
 QUESTION = (
     "What would a model of 70 billion parameters and a corpus of ten billion tokens take, and what "
@@ -121,7 +121,7 @@ def gathering() -> dict[str, float]:
 
 
 def gather(path: Path) -> None:
-    from hookkit.models.tensor_parallel import Ranks
+    from hookkit.models.devices import Ranks
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")

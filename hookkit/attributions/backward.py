@@ -25,9 +25,9 @@ from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, Captures, LazyCapture
 from ..hooks.edits import edit
 from ..models.lm import LM
+from ..models.model_setup import freeze_weights
 from ..models.prompts import Prompts
 from ..models.sites import LOGIT_SITES, AnySite, Site, Sites, SitesLike
-from ..models.training import freeze_weights
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..sweeps.cells import as_hooks

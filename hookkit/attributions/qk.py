@@ -20,9 +20,9 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured
+from ..models.layout import is_hidden
 from ..models.lm import LM
 from ..models.sites import SITES_WITH_KEY_HEADS, AnySite, Site
-from ..models.views import is_hidden
 from .backward import CAPTURE_NAME, PromptMetric, as_float, compute_gradients
 
 QK_SITES = ("q", "k", "q_rot", "k_rot")

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..errors import BadPrompt
 from ..hooks.base import Hook
 from ..hooks.capture import capture
+from ..models.layout import is_hidden
 from ..models.lm import LM
 from ..models.sites import QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
-from ..models.views import is_hidden
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..runs.taps import forward_of_site

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice, check_seed, describe
 from ..errors import BadHook, BadPrompt
+from ..models.layout import unseen_value
 from ..models.lm import LM
 from ..models.positions import Where, resolve_positions
 from ..models.prompts import check_prompts, positions_of_text
 from ..models.sites import QUERY_KEY_SITES, ModuleSite, Sites
-from ..models.views import unseen_value
 from .base import Binding, Change, Constant, EditContext, check_constant, set_field
 from .captured_values import Captured, positions_of
 from .values import check_shape, convert_like, convert_once, fit_to_values

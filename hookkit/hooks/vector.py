@@ -31,11 +31,11 @@ from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, 
 from ..files.tensors import save_tensors
 from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..models.lm import LM
+from ..models.model_setup import active_adapter_names
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Row
 from ..models.provenance import about_model, config_hash, weights_hash
 from ..models.sites import AnySite, ModuleSite, Site, Sites, parse_site
-from ..models.wrappers import active_adapter_names
 from .base import as_constant
 from .edits import Steer, steer
 

@@ -18,11 +18,10 @@ from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.capture import Capture, capture
 from ..models.devices import device_of
-from ..models.lm import LM, Token
+from ..models.lm import LM, Token, refuse_no_gradient
 from ..models.next_token import values_at
 from ..models.positions import PosLike
 from ..models.sites import Site
-from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.distributions import token_texts

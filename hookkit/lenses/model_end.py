@@ -18,9 +18,8 @@ from ..errors import Unsupported
 from ..hooks.base import Hook
 from ..hooks.captured_values import Captured
 from ..models.batch_positions import ForwardPass, SequenceBatch
-from ..models.lm import LM
+from ..models.lm import LM, logits_of
 from ..models.overrides import MethodReplacement, skip_hooks
-from ..models.padding import logits_of
 from ..models.prompts import Row, pad_id, positions_of_text
 from ..models.sites import Site
 from ..runs.manager import HookBlock, RegisteredHook, capture_reference

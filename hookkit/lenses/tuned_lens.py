@@ -18,12 +18,11 @@ from ..arguments import check_arguments, check_integer, check_number, check_seed
 from ..errors import BadFile, BadHook, BadPrompt
 from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..hooks.capture import capture
-from ..models.lm import LM
+from ..models.lm import LM, refuse_no_gradient
 from ..models.next_token import kl_divergence
 from ..models.prompts import Prompts, as_rows
 from ..models.provenance import about_model, weights_hash
 from ..models.sites import Site, SitesLike
-from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
 from .logit_lens import stream_sites
 from .model_end import model_end_of

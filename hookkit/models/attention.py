@@ -26,8 +26,8 @@ from torch.overrides import (
 )
 
 from ..errors import Unsupported
+from .layout import is_hidden
 from .overrides import Overrides
-from .views import is_hidden
 
 NAME = "hookkit"  # the attention implementation that is registered with transformers
 

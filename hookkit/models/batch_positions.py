@@ -392,6 +392,17 @@ def pad_rows(
     return torch.tensor(filled)
 
 
+def pad_batch(
+    rows: Sequence[Sequence[int]], fill: int, side: Side
+) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Returns rows of token ids as one tensor, and each token's position, -1 in the padding."""
+    ids, lengths = pad_rows(rows, fill, side), torch.tensor(list(map(len, rows)))[:, None]
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    if side == "left":
+        positions = positions - (ids.shape[1] - lengths)
+    return ids, positions.where((positions >= 0) & (positions < lengths), -1)
+
+
 def expand_mask(mask: Tensor, values: Tensor) -> Tensor:
     """Returns a mask [row, pos] with as many axes as the values, on their device."""
     return mask.to(values.device).reshape(*mask.shape, *[1] * (values.ndim - 2))

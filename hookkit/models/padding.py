@@ -12,44 +12,25 @@ It runs without gradients and in evaluation mode, and it calls neither the user'
 hookkit's.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from .batch_positions import Side, pad_rows
-from .lm import LM
-from .overrides import Overrides
+from .batch_positions import Side, pad_batch
+from .lm import LM, logits_of
+from .overrides import Overrides, enter_padding_trial, in_padding_trial
 
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 NOISE_FACTOR = 5  # padding may change logits by this multiple of what an unpadded batch changes
 # a model needs the hooks of these
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "hookkit")
-_thread = threading.local()
-
-
-def in_padding_trial() -> bool:
-    """True in the forwards of a trial, which hooks must ignore."""
-    return getattr(_thread, "in_trial", False)
-
-
-def pad_batch(
-    rows: Sequence[Sequence[int]], fill: int, side: Side
-) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Returns rows of token ids as one tensor, and each token's position, -1 in the padding."""
-    ids, lengths = pad_rows(rows, fill, side), torch.tensor(list(map(len, rows)))[:, None]
-    positions = torch.arange(ids.shape[1]).expand(ids.shape)
-    if side == "left":
-        positions = positions - (ids.shape[1] - lengths)
-    return ids, positions.where((positions >= 0) & (positions < lengths), -1)
 
 
 @dataclass(frozen=True)
@@ -344,16 +325,6 @@ def _forward(lm: LM, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits_of(output).float()
 
 
-def logits_of(output: Any) -> Tensor:
-    """Returns an output's item `logits`, a tuple's first tensor, or the tensor itself."""
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(logits, Mapping):
-        logits = logits.values()
-    return next(value for value in logits if isinstance(value, Tensor))
-
-
 def _relative_difference(logits: Tensor, expected: Tensor) -> float:
     """Returns the norm of the difference over that of `expected`, each with its mean removed."""
     logits, expected = logits.float(), expected.float()
@@ -378,8 +349,7 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(devices=[]))
         else:
             stack.enter_context(torch.random.fork_rng([lm.device], device_type=lm.device.type))
-        overrides.add_cleanup(partial(setattr, _thread, "in_trial", False))
-        _thread.in_trial = True
+        enter_padding_trial(overrides)
         for module in modules:
             if module.training:
                 overrides.replace_attribute(module, "training", lambda _: False)

@@ -11,9 +11,10 @@ from ..arguments import as_bool, as_integer, as_items, as_number, describe, is_m
 from ..arguments import shorten as shorten
 from ..errors import BadPrompt, OutOfRange, Unsupported
 from .batch_positions import Side as Side
+from .batch_positions import pad_batch
 from .batch_positions import pad_rows as pad_rows
 from .lm import LM
-from .padding import pad_batch, padding_scheme
+from .padding import padding_scheme
 from .positions import At
 
 Prompts: TypeAlias = (

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from .devices import count_parameters, weights_of
+from .devices import count_parameters, gather_weight, weights_of
 from .lm import LM
-from .tensor_parallel import gather_weight
 
 PACKAGES = "hookkit torch transformers tokenizers numpy pandas matplotlib einops"
 

@@ -79,7 +79,7 @@ def write_index(folder: str | os.PathLike[str], *, title: str = "Results") -> Pa
     rows: list[Any] = list_results(folder).to_dict("records")
     rows.sort(key=lambda row: not row["question"])
     # This import brings torch, which results that are only listed do not need.
-    from ..models.tensor_parallel import is_writing_process
+    from ..models.devices import is_writing_process
 
     page = Path(folder) / "index.html"
     if os.path.lexists(page) and not is_own_page(page):

@@ -124,7 +124,7 @@ class Report:
         was not written by a report, or was changed since.
         """
         # These imports bring torch, which a page that is only read does not need.
-        from ..models.tensor_parallel import is_writing_process
+        from ..models.devices import is_writing_process
 
         target = Path(folder)
         page = target / PAGE
@@ -145,7 +145,7 @@ class Report:
 
     def write_page(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.html alone, into a folder that has the files already. Returns its path."""
-        from ..models.tensor_parallel import is_writing_process
+        from ..models.devices import is_writing_process
 
         page = Path(folder) / PAGE
         if is_writing_process():

@@ -38,9 +38,9 @@ from ..files.atomic import (
 )
 from ..files.tensors import MADE_BY, save_new_tensors
 from ..files.untrusted import check_folder, check_mapping, is_bare_name, read_json
+from ..models.devices import is_writing_process
 from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
-from ..models.tensor_parallel import is_writing_process
 from ..runs.run import Run
 from .page import PAGE, Report, has_hash, report
 from .parts import Part, check_name, encode_text, part_files

@@ -17,9 +17,9 @@ from ..hooks.capture import Capture, CaptureLast
 from ..hooks.captured_values import CapturedChunk, swap_head_and_query
 from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
+from ..models.layout import SiteView
 from ..models.positions import Where
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, ModuleSite
-from ..models.views import SiteView
 from .taps import BoundHook, HookPoint
 
 Firing: TypeAlias = tuple[BoundHook, int, Selection | None, torch.Size, Tensor | None]

@@ -15,11 +15,17 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass
+from ..models.layout import full_sizes
 from ..models.lm import LM
-from ..models.padding import in_padding_trial
-from ..models.scopes import CURRENT_SCOPES, PROGRESS, Scope, adopt_attached_scopes, has_open_scope
+from ..models.overrides import (
+    CURRENT_SCOPES,
+    PROGRESS,
+    Scope,
+    adopt_attached_scopes,
+    has_open_scope,
+    in_padding_trial,
+)
 from ..models.sites import Site
-from ..models.views import full_sizes
 from .taps import HookPoint, find_input, pick_output, replace_input, replace_output
 from .tracking import arguments_by_name
 
@@ -69,7 +75,7 @@ class HookStrategy(Protocol):
 class HookDispatcher:
     """Passes the calls of a model's modules to a strategy, from when a block is entered to its end.
 
-    The hooks act in the context that entered the block (see `models.scopes`). If `attached`, a
+    The hooks act in the context that entered the block (see `models.overrides`). If `attached`, a
     forward of other code raises, unless another block or run of hookkit covers it; otherwise such
     a forward is a plain forward of the model. While a hook's own function runs, the modules that
     it calls are not hooked.

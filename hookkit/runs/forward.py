@@ -16,12 +16,12 @@ from ..errors import BadPrompt, EmptySelection, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured
-from ..models.lm import LM
-from ..models.padding import can_pad, logits_of
+from ..models.lm import LM, logits_of
+from ..models.model_setup import warn_of_dropout
+from ..models.padding import can_pad
 from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site
-from ..models.training import warn_of_dropout
 from .manager import HookManager
 from .run import Run
 from .texts import Stop
@@ -100,7 +100,7 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     with_gradients = any(isinstance(hook, Capture) and hook.grad for hook in hooks)
     if with_gradients:
         manager.refuse_checkpoints()
-    warn_of_dropout(lm)
+    warn_of_dropout(lm.root)
     output, started = None, time.perf_counter()
     try:
         with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):

@@ -15,11 +15,11 @@ from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture, CaptureLast
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
+from ..models.model_setup import warn_of_dropout
 from ..models.padding import check_generation
 from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site, Sites
-from ..models.training import warn_of_dropout
 from .forward import (
     Logits,
     LogitsOption,
@@ -95,7 +95,7 @@ def generate_with_tracer(
         check_seed(draws.seed)
     config = _effective_config(lm, arguments)
     _check_effects(config.get_generation_mode().value, arguments)
-    warn_of_dropout(lm)
+    warn_of_dropout(lm.root)
     option = read_logits_option(logits)
     draws.sampling = bool(config.do_sample)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)

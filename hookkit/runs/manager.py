@@ -30,12 +30,16 @@ from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, Captures, merge_captures
 from ..models.attention import current_modes, intercept_tensors, remove_modes_except
 from ..models.lm import LM, as_lm
-from ..models.overrides import Overrides
+from ..models.model_setup import (
+    checkpointing_parents,
+    is_in_checkpointed_block,
+    refuse_virtual_tokens,
+    warn_of_dropout,
+    wrappers_to_hook,
+)
+from ..models.overrides import Overrides, enter_scope, leave_scope, suspend_scope
 from ..models.prompts import Batch, as_batch
-from ..models.scopes import enter_scope, leave_scope, suspend_scope
 from ..models.sites import AnySite, Sites
-from ..models.training import checkpointing_parents, is_in_checkpointed_block, warn_of_dropout
-from ..models.wrappers import refuse_virtual_tokens, wrappers_to_hook
 from .dispatch import HookDispatcher, HookStrategy
 from .taps import HookPoint, build_hook_points, logits_hook_point
 from .texts import CaptureStore, Stop, TextHooks
@@ -66,7 +70,7 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> HookManager:
     torch.Size([1, 9, 576])
     """
     manager = HookManager(as_lm(model), hooks, attached=True)
-    warn_of_dropout(manager.lm)
+    warn_of_dropout(manager.lm.root)
     return manager
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import Unsupported
 from ..models.lm import LM
-from ..models.scopes import PROGRESS
+from ..models.overrides import PROGRESS
 
 _TURN = threading.RLock()
 PATIENCE = 20.0  # seconds without a forward in any thread after which waiting ends

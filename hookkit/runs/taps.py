@@ -22,11 +22,10 @@ from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured, CapturedChunk
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
-from ..models.lm import LM
+from ..models.layout import SiteView, view_of
+from ..models.lm import LM, refuse_no_gradient
 from ..models.positions import Where
 from ..models.sites import LOGIT_SITES, AnySite, Site
-from ..models.training import refuse_no_gradient
-from ..models.views import SiteView, view_of
 from .generation import Generation
 
 Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]

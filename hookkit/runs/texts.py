@@ -29,12 +29,12 @@ from ..hooks.captured_values import (
 from ..hooks.decided_tokens import Decisions
 from ..hooks.logits import Force
 from ..models.batch_positions import ForwardPass, Selection, SequenceBatch
+from ..models.layout import unseen_value
 from ..models.lm import LM
+from ..models.overrides import CURRENT_SCOPES, Scope
 from ..models.positions import PositionRange
 from ..models.prompts import positions_of_text
-from ..models.scopes import CURRENT_SCOPES, Scope
 from ..models.sites import AnySite, Site
-from ..models.views import unseen_value
 from .acting import Firing, apply_hook, forget, settle
 from .generation import (
     GenerationWatch,

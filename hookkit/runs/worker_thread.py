@@ -16,8 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from ..models.overrides import holds_override_lock
-from ..models.scopes import adopt_attached_scopes
+from ..models.overrides import adopt_attached_scopes, holds_override_lock
 
 Value = TypeVar("Value")
 

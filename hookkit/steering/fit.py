@@ -24,12 +24,11 @@ from ..errors import BadHook, EmptySelection
 from ..hooks.base import Hook, as_where, require_vectors
 from ..hooks.edits import edit
 from ..hooks.vector import Vector
-from ..models.lm import LM
-from ..models.padding import logits_of
+from ..models.lm import LM, logits_of, refuse_no_gradient
+from ..models.model_setup import freeze_weights, warn_of_dropout
 from ..models.positions import PosLike
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import AnySite
-from ..models.training import freeze_weights, refuse_no_gradient, warn_of_dropout
 from ..runs.manager import HookManager
 from ..sweeps.cell_metrics import CellMetrics
 from ..sweeps.inputs import SweepInputs, read_inputs
@@ -221,7 +220,7 @@ def fit_vector(
     stream = collect_statistics(lm, rows, [fit_aim.site], pos, batch)[fit_aim.site]
     norm, width = median_length(stream.lengths), stream.means.shape[1]
     longest = None if dose is None else dose * norm
-    warn_of_dropout(lm)
+    warn_of_dropout(lm.root)
     with torch.inference_mode(False), freeze_weights(lm.root):
         start = torch.zeros(width)
         if seed is not None:

@@ -21,9 +21,8 @@ from torch import Tensor, cat
 
 from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass, SequenceBatch
-from ..models.lm import LM
+from ..models.lm import LM, logits_of
 from ..models.overrides import Overrides
-from ..models.padding import logits_of
 from ..models.sites import Site
 from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
 from ..runs.taps import HookPoint

@@ -31,8 +31,8 @@ from ..files.atomic import (
 )
 from ..files.untrusted import check_folder, check_mapping, parse_json, path_inside, read_json
 from ..hooks import serialization as codec
+from ..models.model_setup import active_adapter_names
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
-from ..models.wrappers import active_adapter_names
 from ..runs.run import Run
 from ..tables.metrics.metric import column_names
 from .cell_metrics import UNEDITED, Values

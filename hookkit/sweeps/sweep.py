@@ -23,9 +23,9 @@ from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, Interrupted, Unsupported
 from ..hooks.base import Hook
 from ..models.lm import LM
+from ..models.model_setup import user_stacklevel, warn_of_dropout
 from ..models.prompts import Prompts
 from ..models.sites import ModuleSite
-from ..models.training import user_stacklevel, warn_of_dropout
 from ..runs.engines.ray import EngineLike, Ray, read_engine
 from ..runs.manager import find_user_hooks
 from ..runs.run import Run
@@ -290,7 +290,7 @@ def sweep(
         control_seed=control_seed,
         memory=memory,
     )
-    warn_of_dropout(lm)
+    warn_of_dropout(lm.root)
     settings = {
         "pos": pos,
         "base_hooks": [hook.to_json(tensors="digest") for hook in as_hooks(base_hooks)],

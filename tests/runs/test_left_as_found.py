@@ -122,11 +122,11 @@ def test_a_compiled_model_runs_compiled_again_after_the_last_block(llama):
 
 
 def test_a_thousand_blocks_and_dropped_streams_keep_nothing(llama):
-    from hookkit.models import overrides, scopes
+    from hookkit.models import overrides
 
     def count():
         gc.collect()
-        kinds = (overrides.WrappedMethod, overrides.Overrides, scopes.Scope, threading.Thread)
+        kinds = (overrides.WrappedMethod, overrides.Overrides, overrides.Scope, threading.Thread)
         return sum(type(thing) in kinds for thing in gc.get_objects()) + len(overrides._SHARED)
 
     def use():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..families.schema import ModuleLocation, split_axis
-from ..views import FusedView
+from ..layout import FusedView
 
 RELATIVE_TOLERANCE = 1e-5
 

@@ -1,7 +1,8 @@
-"""Training mode: dropout, layers without a gradient, gradient checkpointing and frozen weights.
+"""How a model is set up: compiled, with adapters, in training mode, with checkpointing.
 
-In training mode, dropout changes the output from call to call, and checkpointed blocks run a second
-time in the backward pass.
+torch.compile and PEFT wrap a model. PEFT is not imported here, because a model that it wraps has
+imported it. In training mode, dropout changes the output from call to call, and checkpointed blocks
+run a second time in the backward pass.
 """
 
 import sys
@@ -15,14 +16,117 @@ from torch import nn
 
 from ..errors import DroppedOut, Unsupported
 from .devices import device_of
-from .lm import LM
+
+DISTRIBUTING = ("torch.nn.parallel", "torch.distributed", "deepspeed")  # packages of such wrappers
 
 
-def warn_of_dropout(lm: LM) -> None:
+def wrapper_chain(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Returns the model and the models inside it, from the outermost to transformers' own.
+
+    For example a PeftModelForCausalLM, its LoraModel and its LlamaForCausalLM. Raises `Unsupported`
+    for a wrapper that copies or splits the model.
+    """
+    package = type(model).__module__
+    if isinstance(getattr(model, "module", None), nn.Module) and package.startswith(DISTRIBUTING):
+        raise Unsupported(
+            f"the model is inside {type(model).__name__}, which wraps it for several devices: give "
+            "hookkit the model itself, model.module. Hooks on it act in the wrapper's forwards too "
+            "where those run it in this process"
+        )
+    inner = model._modules.get("_orig_mod") or _inside_peft(model)
+    return (model,) if inner is None else (model, *wrapper_chain(inner))
+
+
+def wrappers_to_hook(wrapping: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """Returns the wrappers whose forward may call the next one's without its hooks.
+
+    Hooks must be registered on these too.
+    """
+    return tuple(module for module in wrapping[:-1] if "_orig_mod" not in module._modules)
+
+
+def _inside_peft(model: Any) -> nn.Module | None:
+    """Returns the model inside a model of PEFT, or None."""
+    if "peft" not in sys.modules:
+        return None
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if isinstance(model, PeftModel | PeftMixedModel):
+        return model.base_model
+    return model.model if isinstance(model, BaseTuner) else None
+
+
+def _adapter_layers(modules: Iterable[nn.Module]) -> list[Any]:
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
+
+def adapter_names(wrapping: tuple[nn.Module, ...]) -> list[str]:
+    """Returns the names of a model's adapters.
+
+    PEFT wraps them around it; transformers adds them inside.
+    """
+    names: list[str] = []
+    for module in wrapping:
+        names += _adapter_configs(module)
+    return list(dict.fromkeys(names))
+
+
+def layer_adapter_names(module: nn.Module) -> list[str]:
+    """Returns the names of the adapters of one layer."""
+    names: list[str] = []
+    for layer in _adapter_layers([module]):
+        for attribute in layer.adapter_layer_names:
+            part: Any = getattr(layer, attribute, None)
+            if hasattr(part, "keys"):
+                names += part.keys()
+    return list(dict.fromkeys(names))
+
+
+def active_adapter_names(model: nn.Module) -> list[str]:
+    """Returns the names of the adapters that are active in some layer and not disabled there."""
+    names: set[str] = set()
+    for layer in _adapter_layers(model.modules()):
+        if not layer.disable_adapters:
+            names.update(layer.active_adapters)
+    return sorted(names)
+
+
+def _adapter_configs(module: Any) -> dict[str, Any]:
+    configs = getattr(module, "peft_config", None)
+    return configs if isinstance(configs, dict) else {}
+
+
+def refuse_virtual_tokens(wrapping: tuple[nn.Module, ...]) -> None:
+    """Raises `Unsupported` if the active adapter puts virtual tokens before the text."""
+    for module in wrapping:
+        configs = _adapter_configs(module)
+        name: Any = getattr(module, "active_adapter", None) if configs else None
+        if not isinstance(name, str) or name not in configs:
+            continue
+        config = configs[name]
+        if not config.is_prompt_learning or getattr(module, "_adapters_disabled", False):
+            continue
+        raise Unsupported(
+            f"the adapter {name!r} ({config.peft_type.value}) puts {config.num_virtual_tokens} "
+            "tokens of its own in front of every text, so positions would mean others than the "
+            "text's: use an adapter in the layers such as LoRA, or run inside `with "
+            "model.disable_adapter():`"
+        )
+
+
+# ---- training mode
+
+
+def warn_of_dropout(model: nn.Module) -> None:
     """Warns `DroppedOut` at the user's line if the model is in training mode and has dropout."""
-    if not lm.root.training:
+    if not model.training:
         return
-    for path, module in lm.root.named_modules():
+    for path, module in model.named_modules():
         dropout = _describe_dropout(module)
         if dropout is not None:
             warnings.warn(
@@ -47,21 +151,7 @@ def _describe_dropout(module: nn.Module) -> str | None:
     return None
 
 
-def refuse_no_gradient(lm: LM) -> None:
-    """Raises `Unsupported` for layers without a gradient, such as dynamically quantised ones."""
-    if "without gradient" not in lm.trial_results:
-        lm.trial_results["without gradient"] = _without_gradient(lm.root)
-    paths = lm.trial_results["without gradient"]
-    if paths:
-        kind = type(lm.root.get_submodule(paths[0])).__name__
-        raise Unsupported(
-            f"{paths[0]} ({kind}) and {len(paths) - 1} other layers give no gradient, as quantised "
-            "layers do, so that what is asked for cannot be computed through them: load the model "
-            "in float32 or bfloat16"
-        )
-
-
-def _without_gradient(root: nn.Module) -> list[str]:
+def layers_without_gradient(root: nn.Module) -> list[str]:
     """Returns the paths of the layers through which autograd finds no gradient."""
     gives_gradient: dict[type, bool] = {}
     paths = []
