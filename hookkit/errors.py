@@ -141,4 +141,5 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def __dir__() -> list[str]:
-    return [name for name, value in globals().items() if isinstance(value, type)]
+    classes = [value for value in globals().values() if isinstance(value, type)]
+    return [value.__name__ for value in classes if value.__module__ == __name__]

@@ -67,7 +67,64 @@ def test_every_name_of_the_catalogue_is_there():
     assert "force" in fresh("import hookkit as hk; print(dir(hk))")
 
 
-PUBLIC_MODULES = {"datasets", "errors", "figures"}
+PUBLIC_MODULES = {
+    "datasets",
+    "errors",
+    "figures",
+    "metrics",
+    "results",
+    "stats",
+    "types",
+    "when",
+}
+
+
+def test_at_most_ninety_names_are_flat_and_the_others_are_completed_in_their_modules():
+    code = """
+import hookkit as hk
+for name in {modules}:
+    module = getattr(hk, name)
+    assert all(getattr(module, entry) is not None for entry in dir(module)), name
+    print(name, *(entry for entry in dir(module) if entry != "__all__"))
+print("hk", *dir(hk))
+"""
+    names = {}
+    for line in fresh(code.format(modules=sorted(PUBLIC_MODULES))).splitlines():
+        module, *entries = line.split()
+        names[module] = set(entries)
+    assert len(names["hk"]) <= 90
+    assert {"logit_diff", "prob", "MetricInput"} <= names["metrics"]
+    assert {"heat_map", "rank_bump"} <= names["figures"]
+    assert names["when"] == {
+        "Condition",
+        "entropy_above",
+        "entropy_below",
+        "margin_above",
+        "margin_below",
+        "prob_of",
+        "rank_of",
+    }
+    assert {"HookkitError", "BadPrompt"} <= names["errors"] and "Iterable" not in names["errors"]
+    assert {"indirect_object", "Pairs"} <= names["datasets"] and "pairs" not in names["datasets"]
+    for module in PUBLIC_MODULES - {"types", "errors"}:
+        assert not names[module] & names["hk"], "a name has one place"
+
+
+def test_help_shows_the_names_of_types_and_not_their_unions():
+    code = """
+import inspect
+import hookkit as hk
+modules = [hk, hk.metrics, hk.stats, hk.results, hk.when, hk.figures]
+for module in modules:
+    for name in dir(module):
+        function = getattr(module, name)
+        if inspect.isfunction(function):
+            print(name, inspect.signature(function))
+"""
+    signatures = dict(line.split(" ", 1) for line in fresh(code).splitlines())
+    assert "clean: 'Prompts'" in signatures["patching"]
+    for name, signature in signatures.items():
+        assert "collections.abc" not in signature and "hookkit." not in signature, name
 
 
 def test_no_module_bears_the_name_of_a_public_function():

@@ -290,12 +290,22 @@ def test_hooks_on_one_side_act_on_the_rows_that_they_name(llama):
     assert "∞" in banned.page().html()
 
 
-@pytest.mark.parametrize("side", ["hooks_before", "hooks_after"])
-def test_the_rows_that_a_hook_names_are_the_prompts_however_few_tokens_run_together(llama, side):
+def test_the_rows_that_a_hook_names_are_the_prompts_however_few_tokens_run_together(llama):
     hook = hk.ablate("attn_out.1", rows=[2])
-    found = hk.model_diff(llama, llama, PROMPTS, sites="embed", batch_tokens=4, **{side: hook})
+    found = hk.model_diff(llama, llama, PROMPTS, sites="embed", batch_tokens=4, hooks_after=hook)
     kl = found.prompts.set_index("row")["kl_max"]
     assert kl[2] > 1e-4 and kl[0] == kl[1] == 0
+
+
+def test_base_hooks_act_on_both_sides(llama):
+    base, edit = hk.steer("resid_post.0", torch.ones(32)), hk.ablate("attn_out.1")
+    found = hk.model_diff(llama, llama, PROMPTS[:1], base_hooks=base, hooks_after=edit)
+    before = hk.forward(llama, PROMPTS[:1], base).logits[0].log_softmax(-1)
+    after = hk.forward(llama, PROMPTS[:1], base, edit).logits[0].log_softmax(-1)
+    wanted = (before.exp() * (before - after)).sum(-1)
+    assert found.tokens["kl"].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+    with pytest.raises(BadHook, match="both are one model"):
+        hk.model_diff(llama, llama, PROMPTS[:1], base_hooks=base)
 
 
 @pytest.mark.parametrize(("asked", "rows"), [({}, {0, 1, 2}), ({"details": 1}, {0})])

@@ -314,18 +314,27 @@ def test_a_summary_has_the_means_over_prompts_with_intervals_edits_beside_contro
     assert made.tables["summary_distances"]["edit"].tolist() == ["steered", "banned", "another"]
 
 
-def test_a_baseline_is_what_the_edits_are_compared_with(llama):
-    rows, _, after = ablated(llama)
-    steered = last_logits(
-        llama.model,
-        rows,
-        llama.model.model.layers[0],
-        lambda _m, _a, out: (out[0] if isinstance(out, tuple) else out) + 1,
-    )
+def test_base_hooks_act_in_both_runs_of_a_comparison(llama):
+    rows = [llama.tokenizer.encode(prompt) for prompt in PROMPTS]
+    block = llama.model.model.layers[0]
+    projection = llama.model.model.layers[HEAD[0]].self_attn.o_proj
+
+    def steered(_module, _args, output):
+        return (output[0] if isinstance(output, tuple) else output) + 1
+
+    before = last_logits(llama.model, rows, block, steered)
+    handle = block.register_forward_hook(steered)
+    after = last_logits(llama.model, rows, projection, without_head, before=True)
+    handle.remove()
     edit, base = hk.ablate(hk.Site("z", *HEAD)), hk.steer("resid_post.0", torch.ones(32))
-    made = hk.shift_report(llama, PROMPTS, edit, base_hooks=base, watch=40, figures=0)
-    for row in made.tables["watched"].to_dict("records"):
-        check(row, steered[row["row"]], after[row["row"]])
+    made = hk.shift_report(
+        llama, PROMPTS, edit, base_hooks=base, watch=40, figures=0, controls="random", draws=1
+    )
+    watched = made.tables["watched"]
+    for row in watched[watched["control"] == ""].to_dict("records"):
+        check(row, before[row["row"]], after[row["row"]])
+    kl = made.tables["distances"].groupby("control")["kl"].mean()
+    assert kl.max() < 2 * kl[""], "the control has the base hooks too"
 
 
 def test_the_texts_part_where_their_tokens_first_differ(llama):
