@@ -45,6 +45,8 @@ def words(smol):
     torch.manual_seed(0)
     lm = smol
     given = {name: getattr(hk, name) for name in hk.__all__}
+    for module in (hk.metrics, hk.stats, hk.results, hk.when, hk.figures):
+        given |= {name: getattr(module, name) for name in dir(module)}
     run = hk.forward(lm, "I like oat milk in my", hk.capture("resid_post.6"))
     other = hk.forward(lm, "She takes green tea with", hk.capture("resid_post.6"))
     inputs = lm.tokenizer("I like oat milk in my", return_tensors="pt")

@@ -59,8 +59,7 @@ weights, the dtype and the attention implementation.
   `logits="last"` or `logits=False`.
 - Captures hold every position by default. `pos=-1` holds one token per prompt.
 - Sweeps and lenses run in batches that fit, and halve a batch that does not. `hk.sweep_plan`
-returns the
-  cost of a sweep before it runs.
+  returns the cost of a sweep before it runs.
 - The activations of a corpus do not fit in memory: `hk.harvest` writes them to disk in shards.
 - If the model does not fit, use `hk.load(name, device_map="auto")`, or `tp_plan="auto"` under
   torchrun for tensor parallelism.
