@@ -181,9 +181,9 @@ def _when(values: dict[str, Any]) -> str:
         return ""
     kind, token, limit = values["when"]
     if token is None:
-        return f", when=hk.{kind}({limit})"
+        return f", when=hk.when.{kind}({limit})"
     quantity, compare = kind.split("_", 1)
-    return f", when=hk.{quantity}_of({token}, {compare}={limit})"
+    return f", when=hk.when.{quantity}_of({token}, {compare}={limit})"
 
 
 def hooks_of(lm: hk.LM, acts: Sequence[Act]) -> list[hk.types.Hook]:

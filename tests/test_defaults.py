@@ -11,14 +11,14 @@ from hookkit.cli import app
 CALLS: dict[str, dict[str, object]] = {
     "ablate": {"to": "zero"},
     "ablations": {"to": "zero"},
-    "agreement": {"top": 10},
-    "at_damage": {"by": "damage_kl", "toward": 1},
+    "compare_attributions": {"top": 10},
+    "effect_at_damage": {"by": "damage_kl", "toward": 1},
     "attribution": {"direction": "denoise", "method": "gradient"},
     "calibration": {"bins": 10},
     "capture": {"grad": False},
     "causal_tracing": {"site": "resid_post", "window": 1, "noise": 3.0, "samples": 10, "seed": 0},
-    "compare": {"along": "baseline", "top": 5},
-    "diff": {"cka": True, "rank_pos": -1, "top": 10, "tolerance": 1e-4, "shown": 3},
+    "compare_generations": {"along": "baseline", "top": 5},
+    "model_diff": {"cka": True, "rank_pos": -1, "top": 10, "tolerance": 1e-4, "details": 3},
     "direct_logits": {"pos": -1, "heads": False, "neurons": False},
     "dose_response": {"samples": 3, "seed": 0},
     "edge_attribution": {"steps": 1},
@@ -27,7 +27,7 @@ CALLS: dict[str, dict[str, object]] = {
     "forward": {"logits": "all"},
     "generate": {"logits": "all"},
     "gradients": {"pos": -1},
-    "harvest": {"long": "error", "unfit": "error"},
+    "harvest": {"long": "error", "on_error": "error"},
     "heat_map": {"y": "layer", "named": 3},
     "kl": {"pos": -1},
     "load": {"trust_remote_code": False},
@@ -37,9 +37,9 @@ CALLS: dict[str, dict[str, object]] = {
     "logit_path": {"pos": -1, "top": 3},
     "logit_terms": {"pos": -1, "row": 0, "top": 10},
     "mean_difference": {"pos": -1},
-    "moved": {"tolerance": 1e-4},
-    "over_doses": {"confidence": 0.95, "resamples": 2000, "seed": 0},
-    "over_prompts": {"confidence": 0.95, "resamples": 2000, "seed": 0},
+    "compare_results": {"tolerance": 1e-4},
+    "mean_over_doses": {"confidence": 0.95, "resamples": 2000, "seed": 0},
+    "mean_over_prompts": {"confidence": 0.95, "resamples": 2000, "seed": 0},
     "patching": {"direction": "denoise"},
     "patchscope": {"sites": "resid_post", "pos": -1, "max_new_tokens": 8},
     "path_patching": {"senders": "z"},
@@ -47,10 +47,17 @@ CALLS: dict[str, dict[str, object]] = {
     "rank_shift": {"top": 10, "movers": 3},
     "ranks": {"top": 10},
     "record": {"replace": False},
-    "score": {"top": 0},
-    "shift_report": {"top": 10, "heads": False, "generate": 0, "shown": 3, "drawn": 1, "seed": 0},
+    "token_losses": {"top": 0},
+    "shift_report": {
+        "top": 10,
+        "heads": False,
+        "generate": 0,
+        "details": 3,
+        "figures": 1,
+        "seed": 0,
+    },
     "shift_summary": {"top": 10},
-    "statistics": {"covariance": False, "top": 0, "long": "error", "unfit": "error"},
+    "activation_statistics": {"covariance": False, "top": 0, "long": "error", "on_error": "error"},
     "steer": {"scale": 1.0},
     "stream": {"logits": "last"},
     "surprisal": {"top": 0},
@@ -88,7 +95,9 @@ COMMANDS: dict[str, dict[str, float]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_means_what_it_meant_where_nothing_is_said(name):
-    parameters = inspect.signature(getattr(hk, name)).parameters
+    modules = (hk, hk.metrics, hk.figures, hk.stats, hk.results)
+    function = next(getattr(module, name) for module in modules if name in dir(module))
+    parameters = inspect.signature(function).parameters
     assert {word: parameters[word].default for word in CALLS[name]} == CALLS[name]
 
 

@@ -500,7 +500,7 @@ CALLS = {
     "hk.fork(generated, step=0, token=7, row=5)": "row",
     "hk.token_losses(lm, P, stride=0)": "stride",
     "hk.token_losses(lm, P, window=1)": "window",
-    "hk.token_losses(lm, P, after=5)": "no prompt",
+    "hk.token_losses(lm, P, prefix=5)": "no prompt",
     "hk.token_losses(lm, P, hk.capture('z.1'))": "capture",
     "hk.sampling_distributions(run)": "temperature",
     "hk.sampling_distributions(run, temperature=0)": "temperature",

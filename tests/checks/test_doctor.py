@@ -190,12 +190,12 @@ def test_the_status_is_2_where_there_is_no_model(tmp_path):
 def test_the_laws_are_tried_at_the_layers_that_are_asked_for(monkeypatch, words, layers):
     lm, tried = hk.tiny("llama"), []
 
-    def prove(lm, *, layers):
+    def check_laws(lm, *, layers):
         tried.append(layers)
         return pd.DataFrame(columns=["law", "site", "difference", "limit", "holds", "note"])
 
     monkeypatch.setattr("hookkit.models.loading.load", lambda *name, **words: lm)
-    monkeypatch.setattr(importlib.import_module("hookkit.checks.doctor"), "prove", prove)
+    monkeypatch.setattr(importlib.import_module("hookkit.checks.doctor"), "check_laws", check_laws)
     CliRunner().invoke(app, ["doctor", "--json", *words])
     assert tried == [layers]
 

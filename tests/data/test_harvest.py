@@ -328,7 +328,7 @@ def test_a_long_text_is_cut_or_split_and_its_pieces_are_texts_of_their_own(tmp_p
 
 def test_a_harvest_goes_on_in_the_middle_of_a_text_that_was_split(tmp_path, llama):
     given = [[9, 8], [(3 * n) % 320 for n in range(90)], [5] * 11, []]
-    settings = {"context": 10, "long": "split", "unfit": "skip", "shard_size": 15}
+    settings = {"context": 10, "long": "split", "on_error": "skip", "shard_size": 15}
     harvest(llama, tmp_path / "undisturbed", given, **settings)
     lines = lines_of(tmp_path / "undisturbed")
     assert len(lines) > 5
@@ -611,7 +611,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, llama):
         ({"sites": hk.module("model.layers.0.self_attn.q_proj")}, None, ""),
         ({"dtype": "int8"}, BadHook, "dtype='int8': values are kept as 'float32'"),
         ({"long": "cut"}, BadHook, "long='cut' is unknown: say 'error' or 'truncate' or 'split'"),
-        ({"unfit": "drop"}, BadHook, "on_error='drop' is unknown: say 'error' or 'skip'"),
+        ({"on_error": "drop"}, BadHook, "on_error='drop' is unknown: say 'error' or 'skip'"),
         ({"context": 129}, BadHook, "context=129 was asked for, and the model's is 128"),
         ({"context": 1}, BadHook, "context=1: give how many tokens a row may have, at least 2"),
         ({"batch_tokens": 0}, BadHook, "batch_tokens=0: give 1 or more"),

@@ -256,7 +256,9 @@ CONDITIONS = [
 
 @pytest.mark.parametrize("when", CONDITIONS, ids=repr)
 def test_a_condition_prints_as_the_call_that_makes_it_and_survives_json(when):
-    assert eval(repr(when), {name: getattr(hk, name) for name in hk.__all__}) == when
+    assert (
+        eval(repr(when), vars(hk.when) | {name: getattr(hk, name) for name in hk.__all__}) == when
+    )
     hook = hk.ban(3, when=when)
     assert hk.types.Hook.from_json(hook.to_json()) == hook
     assert hk.types.Hook.from_json(hook.to_json()).when == when

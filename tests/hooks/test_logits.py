@@ -367,7 +367,7 @@ CALLS = [
 
 @pytest.mark.parametrize("hook", CALLS, ids=str)
 def test_the_call_that_a_hook_prints_as_makes_it_again_and_json_does_too(hook):
-    assert eval(str(hook), {name: getattr(hk, name) for name in hk.__all__}) == hook
+    assert eval(str(hook), vars(hk.when) | {name: getattr(hk, name) for name in hk.__all__}) == hook
     again = hk.types.Hook.from_json(hook.to_json())
     assert again == hook
     assert again.to_json() == hook.to_json()

@@ -372,7 +372,7 @@ def test_every_mistake_in_a_row_says_what_is_there():
         hk.family("mine", like="lama")
     with pytest.raises(BadHook, match="depends on the configuration"):
         hk.family("mine", like="falcon")
-    with pytest.raises(BadHook, match=r"make one with hk\.place"):
+    with pytest.raises(BadHook, match=r"give hk\.location"):
         hk.family("mine", locations={"attn_out": ".self_attn"})
     with pytest.raises(BadHook, match="say one of them"):
         hk.family("mine", locations={"k": hk.location(".")}, missing={"k": "none"})

@@ -147,7 +147,7 @@ def test_a_continuation_has_the_tokens_that_it_has_behind_the_prompt(spaced, pro
         progress=False,
     )
     assert table["loss"].item() == pytest.approx(right / (len(whole) - len(before)), abs=1e-4)
-    scored = hk.token_losses(spaced, [after], after=prompt)
+    scored = hk.token_losses(spaced, [after], prefix=prompt)
     assert scored["loss"].sum() == pytest.approx(right, abs=1e-4)
     assert scored["token_id"].tolist() == whole[len(before) :]
 

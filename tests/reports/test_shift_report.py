@@ -640,5 +640,5 @@ def test_the_first_sentence_says_whether_a_token_moved_and_whether_another_is_fi
 
 
 def test_an_edit_is_not_named_as_the_run_without_it(llama):
-    with pytest.raises(BadHook, match="an edit is named 'baseline'"):
-        hk.shift_report(llama, [[5, 6, 7]], {"baseline": hk.ablate("z.1")})
+    with pytest.raises(BadHook, match="an edit is named 'base_hooks'"):
+        hk.shift_report(llama, [[5, 6, 7]], {"base_hooks": hk.ablate("z.1")})

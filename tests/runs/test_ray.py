@@ -162,7 +162,7 @@ def test_a_standard_grid_passes_its_engine_on_with_its_sources_and_cells_that_ru
 
 def test_what_is_kept_in_another_dtype_or_left_out_is_so_on_actors_too(cluster, gpt2, tmp_path):
     words = [gpt2, ["Tea with milk", "T", "I like oat milk in my"], "mlp_post"]
-    given = {"pos": slice(1, None), "dtype": "bfloat16", "unfit": "skip", "progress": False}
+    given = {"pos": slice(1, None), "dtype": "bfloat16", "on_error": "skip", "progress": False}
     for folder, engine in (("here", None), ("there", hk.Ray(actors=1))):
         hk.harvest(*words, tmp_path / folder, **given, engine=engine)
     assert files(tmp_path / "there") == files(tmp_path / "here")

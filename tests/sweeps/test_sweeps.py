@@ -23,7 +23,7 @@ def texts(lm):
 
 def by_loop(lm, prompts, hooks, metric, *, base_hooks=()):
     """The metric of a whole forward with these hooks: a value for each prompt."""
-    run = hk.forward(lm, prompts, *under, *hooks)
+    run = hk.forward(lm, prompts, *base_hooks, *hooks)
     return metric(run).tolist()
 
 
@@ -31,7 +31,11 @@ def assert_equal_to_the_loop(lm, prompts, table, hooks, axes, *, base_hooks=(), 
     for at, found in table.groupby(axes):
         made = hooks(**dict(zip(axes, at, strict=True)))
         wanted = by_loop(
-            lm, prompts, made if isinstance(made, list) else [made], METRICS[0], base_hooks=under
+            lm,
+            prompts,
+            made if isinstance(made, list) else [made],
+            METRICS[0],
+            base_hooks=base_hooks,
         )
         assert found["logit_diff"].tolist() == pytest.approx(wanted, abs=limit), at
 

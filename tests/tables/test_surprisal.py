@@ -307,7 +307,7 @@ def test_windows_begin_with_the_token_that_begins_texts(llama):
 
 def test_a_text_behind_a_prompt_is_scored_as_a_part_of_the_whole(lm):
     prompts, texts = PROMPTS[:2], [" coffee, tea", " and milk"]
-    table = hk.token_losses(lm, texts, after=prompts, window=16, stride=4)
+    table = hk.token_losses(lm, texts, prefix=prompts, window=16, stride=4)
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         before, ids = lm.tokenizer.encode(prompt), lm.tokenizer.encode(text)
         mine = table[table["row"] == row]
@@ -317,7 +317,7 @@ def test_a_text_behind_a_prompt_is_scored_as_a_part_of_the_whole(lm):
             strided_losses(lm, before + ids, 16, 4)[len(before) - 1 :], abs=2e-4
         )
         assert mine["mean_loss"].iloc[-1] == pytest.approx(mine["loss"].mean())
-    same = hk.token_losses(lm, texts, after=prompts[0])
+    same = hk.token_losses(lm, texts, prefix=prompts[0])
     assert same[same["row"] == 1]["pos"].iloc[0] == len(lm.tokenizer.encode(prompts[0]))
 
 
@@ -380,7 +380,7 @@ def test_the_default_models_numbers_are_transformers_own(smol):
         (lambda m, r: hk.token_losses(m, LONG, batch_tokens=0), BadHook, "batch_tokens=0"),
         (lambda m, r: hk.token_losses(m, ""), BadPrompt, "prompt 0 is empty"),
         (lambda m, r: hk.token_losses(m, [[5, 999]]), BadPrompt, "token id 999, and the vocabulary has ids 0 to 319"),
-        (lambda m, r: hk.token_losses(m, PROMPTS, after=["a", "b"]), BadPrompt, r"there are 3 texts and 2 prompts in after="),
+        (lambda m, r: hk.token_losses(m, PROMPTS, prefix=["a", "b"]), BadPrompt, r"there are 3 texts and 2 prompts in prefix="),
         (lambda m, r: hk.token_losses(m, PROMPTS, hk.capture("embed")), BadHook, "keeps no captures; see hk.harvest"),
         (lambda m, r: hk.token_losses(m, PROMPTS, "embed"), BadArgument, "hooks='embed': give hooks"),
         (lambda m, r: hk.token_losses(m, PROMPTS, hk.ban(7)), BadHook, r"not scored: say pos=slice\(None\)"),
