@@ -7,7 +7,8 @@ how much worse the model predicts it, and how far its predictions moved.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import check_arguments, check_integer, check_number
+from ..arguments import as_items, check_arguments, check_integer, check_number, describe
 from ..errors import BadHook, BadPrompt
 from ..hooks.base import Hook
 from ..hooks.vector import Vector
@@ -25,13 +26,15 @@ from ..models.lm import LM
 from ..models.next_token import kl_divergence, values_at
 from ..models.positions import PosLike
 from ..models.prompts import Prompts, Row, as_batch
+from ..models.sites import AnySite
 from ..runs.forward import forward
 from ..sweeps.cells import as_hooks, list_values
 from ..sweeps.sweep import sweep
 from ..tables.metrics.metric import MetricLike
-from .directions import BATCH
+from .directions import BATCH, collect_statistics, median_length
 
-Named: TypeAlias = Mapping[str, Vector | Sequence[Vector]]
+VectorLike: TypeAlias = Vector | Tensor
+Named: TypeAlias = Mapping[str, VectorLike | Sequence[VectorLike]]
 DOSES = (-0.4, -0.2, -0.1, -0.05, 0.05, 0.1, 0.2, 0.4)
 
 
@@ -101,13 +104,14 @@ def _damage_sums(
 def dose_response(
     lm: LM,
     prompts: Prompts,
-    vectors: Vector | Sequence[Vector] | Named,
+    vectors: VectorLike | Sequence[VectorLike] | Named,
     metrics: MetricLike | Sequence[MetricLike],
     *,
     doses: Iterable[float] = DOSES,
     samples: int = 3,
     neutral: Prompts | None = None,
     pos: PosLike = None,
+    site: str | AnySite | None = None,
     seed: int = 0,
     base_hooks: Hook | Sequence[Hook] = (),
     batch: int = BATCH,
@@ -121,6 +125,8 @@ def dose_response(
     samples  random vectors for each: sample n is `vector.random(seed=seed + n)` for every dose
     neutral  unrelated texts, of two tokens or more. The vector is added at all their positions
     pos      where the vector is added in the prompts, by default at all positions
+    site     with plain tensors [d_model] as `vectors`: where they are added. The stream's length is
+             then the median length at this site over `pos` of the prompts, without hooks
 
     Columns: vector (its name, else its method), site, layer (if sites have one), dose, length,
     control, sample, row, prompt (the same), those of `sweep` for each metric, and with neutral
@@ -134,7 +140,10 @@ def dose_response(
     >>> table[["dose", "control", "sample", "row"]].values.tolist()
     [[0.5, False, 0, 0], [0.5, True, 0, 0]]
     """
-    named = _named(vectors)
+    as_vector = _require_vector
+    if site is not None:
+        as_vector = _tensors_at(lm, prompts, site, pos, batch)
+    named = _named_vectors(vectors, as_vector)
     meaning = "how many random vectors are to be the control,"
     check_integer(samples, "samples", least=0, meaning=meaning, error=BadHook)
     texts = None if neutral is None else _neutral_rows(lm, neutral)
@@ -162,30 +171,66 @@ def dose_response(
     return table
 
 
-def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector]]:
+def _named_vectors(vectors: Any, as_vector: Callable[[Any], Vector]) -> list[tuple[str, Vector]]:
     """Returns each vector with its name; names and sites together are unique."""
     groups: dict[Any, Any] = dict(vectors) if isinstance(vectors, Mapping) else {None: vectors}
     named: list[tuple[str, Vector]] = []
     for name, group in groups.items():
-        is_several = isinstance(group, Iterable) and not isinstance(group, Vector)
-        members: Any = group if is_several else [group]
-        for vector in members:
-            if not isinstance(vector, Vector):
-                raise BadHook(
-                    f"{type(vector).__name__} is no steering vector with a length of the stream: "
-                    "make one with hk.mean_difference, hk.fit_vector …, or "
-                    "hk.Vector(site, tensor, norm)"
-                )
+        items = None if isinstance(group, Tensor) else as_items(group)
+        for vector in map(as_vector, [group] if items is None else items):
             named.append((vector.method if name is None else str(name), vector))
     if not named:
         raise BadHook("there is no vector: give at least one")
-    keys = [(name, vector.site) for name, vector in named]
-    for name, site in keys:
-        if keys.count((name, site)) > 1:
-            raise BadHook(
-                f'two vectors are {name!r} at {site}: give them names, {{"one": …, "other": …}}'
-            )
+    counts = Counter((name, vector.site) for name, vector in named)
+    (name, site), count = counts.most_common(1)[0]
+    if count > 1:
+        raise BadHook(
+            f'two vectors are {name!r} at {site}: give them names, {{"one": …, "other": …}}'
+        )
     return named
+
+
+def _require_vector(vector: Any) -> Vector:
+    if not isinstance(vector, Vector):
+        raise BadHook(
+            f"{type(vector).__name__} is no steering vector with a length of the stream: make one "
+            "with hk.mean_difference, hk.fit_vector …, or hk.Vector(site, tensor, norm); or say "
+            "where a plain tensor is added, site='resid_post.12'"
+        )
+    return vector
+
+
+def _tensors_at(
+    lm: LM, prompts: Prompts, site: str | AnySite, pos: PosLike, batch: int
+) -> Callable[[Any], Vector]:
+    """Returns the function that makes vectors of tensors at a site.
+
+    Their norm is the median length of the stream there, as in the vectors of `mean_difference`.
+    """
+    sites = lm.expand(site)
+    if len(sites) != 1:
+        raise BadHook(
+            f"site={str(site)!r} stands for {len(sites)} sites, and a tensor is added at one: name "
+            f"it, such as {str(sites[0])!r}"
+        )
+    stream = collect_statistics(lm, as_batch(lm, prompts).rows, sites, pos, batch)[sites[0]]
+    norm, width = median_length(stream.lengths), stream.means.shape[1]
+
+    def as_vector(tensor: Any) -> Vector:
+        if not isinstance(tensor, Tensor):
+            raise BadHook(
+                f"site={str(sites[0])!r} says where plain tensors are added, and "
+                f"{describe(tensor)} was given: leave site= out for hk.Vector, which has its own "
+                "site, or give its tensor"
+            )
+        if tensor.shape != (width,):
+            raise BadHook(
+                f"the tensor has shape {list(tensor.shape)}, and {sites[0]} has {width} numbers at "
+                f"each position: give a tensor [{width}]"
+            )
+        return Vector(sites[0], tensor, norm)
+
+    return as_vector
 
 
 def _with_names(table: pd.DataFrame, named: Sequence[tuple[str, Vector]]) -> pd.DataFrame:

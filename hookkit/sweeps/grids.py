@@ -1,9 +1,9 @@
-"""The standard grids, each in one call: patching, ablation, steering dose.
+"""The standard grids, each in one call: patching and ablation.
 
-hk.patching(lm, clean, corrupted, "resid_pre", hk.metrics.logit_diff(" Mary", " John"))  # layer x
-pos hk.patching(lm, clean, corrupted, "z", metric) # layer x head hk.ablations(lm, prompts, "z",
-metric, to="mean", over=prompts) # layer x head hk.dose(lm, prompts, "resid_post.12", vector,
-metric, scales=[0, 2, 4])
+metric = hk.metrics.logit_diff(" Mary", " John")
+hk.patching(lm, clean, corrupted, "resid_pre", metric)            # layer x pos
+hk.patching(lm, clean, corrupted, "z", metric)                    # layer x head
+hk.ablations(lm, prompts, "z", metric, to="mean", over=prompts)   # layer x head
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported
 from ..hooks.ablation import ablate, patch
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.edits import skip_block, steer
+from ..hooks.edits import skip_block
 from ..models.lm import LM
 from ..models.positions import IndicesLike, Pos, PosLike, read_position
 from ..models.prompts import Prompts, as_batch
@@ -28,7 +28,6 @@ from ..models.sites import (
     SITES_WITH_HEADS,
     SITES_WITH_KEY_HEADS,
     SITES_WITHOUT_LAYER,
-    AnySite,
     Site,
 )
 from ..runs.forward import forward
@@ -178,29 +177,6 @@ def _units_by_layer(
         if layer not in layers:
             raise BadHook(f"units= names layer {layer}, and the grid has the layers {list(layers)}")
     return {layer: list_values(units.get(layer, ()), f"units[{layer}]") for layer in layers}
-
-
-@check_arguments
-def dose(
-    lm: LM,
-    prompts: Prompts,
-    site: str | AnySite,
-    vector: Any,
-    metrics: Metrics,
-    *,
-    scales: Iterable[float] = (-8, -4, -2, -1, 0, 1, 2, 4, 8),
-    pos: PosLike = None,
-    **settings: Unpack[Settings],
-) -> pd.DataFrame:
-    """Returns the metrics with a steering vector at each scale.
-
-    Columns: scale, and those of `sweep`.
-    """
-
-    def hooks(scale: float) -> Hook:
-        return steer(site, vector, scale=scale, pos=pos)
-
-    return sweep(lm, prompts, {"scale": scales}, hooks, metrics, **settings)
 
 
 @dataclass(frozen=True, eq=False)

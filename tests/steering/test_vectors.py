@@ -660,10 +660,40 @@ def test_vectors_of_several_layers_and_with_names_of_their_own(llama_ids):
     )
 
 
+@pytest.mark.parametrize("pos", [None, slice(1, None), -1])
+def test_a_plain_tensor_is_dosed_by_the_length_of_the_stream_where_it_is_added(small, pos):
+    tensor = vector(small).tensor
+    index = slice(None) if pos is None else [pos] if isinstance(pos, int) else pos
+    lengths = torch.cat([values(small, ids)[index].norm(dim=-1) for ids in MORE])
+    unit = float(lengths.sort().values[(len(lengths) - 1) // 2])  # the median length
+    settings = {"doses": [-0.3, 0.5], "samples": 1, "pos": pos, "progress": False}
+    with untouched(small):
+        table = hk.dose_response(small, MORE, tensor, METRIC, site=SITE, **settings)
+    assert set(table["site"]) == {SITE} and set(table["layer"]) == {1}
+    for cell in table[~table["control"]].itertuples():
+        assert cell.length == pytest.approx(abs(cell.dose) * unit, rel=1e-5)
+        add = torch.zeros(len(MORE[cell.row]), 32)
+        add[index] = tensor / tensor.norm() * cell.dose * unit
+        logits = said(small, MORE[cell.row], add)[-1]
+        assert cell.logit_diff == pytest.approx(float(logits[5] - logits[7]), abs=1e-4)
+    by_hand_vector = hk.Vector(SITE, tensor, unit)
+    same = hk.dose_response(small, MORE, by_hand_vector, METRIC, **settings)
+    pd.testing.assert_frame_equal(table, same, atol=1e-5)
+    named = {"one": tensor, "more": [2 * tensor, -tensor][:1]}
+    table = hk.dose_response(small, MORE, named, METRIC, site=hk.Site("resid_post", 1), **settings)
+    assert list(dict.fromkeys(table["vector"])) == ["one", "more"]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"vectors": torch.ones(32)}, BadHook, "no steering vector"),
+        ({"vectors": torch.ones(32)}, BadHook, "no steering vector.*site='resid_post.12'"),
+        ({"site": SITE}, BadHook, "a Vector was given: leave site= out"),
+        ({"vectors": [1.0] * 32, "site": SITE}, BadHook, "plain tensors"),
+        ({"vectors": torch.ones(31), "site": SITE}, BadHook, r"\[31\].*give a tensor \[32\]"),
+        ({"vectors": torch.ones(2, 32), "site": SITE}, BadHook, r"give a tensor \[32\]"),
+        ({"vectors": torch.ones(32), "site": "resid_post"}, BadHook, "3 sites.*resid_post.0"),
+        ({"vectors": [torch.ones(32)] * 2, "site": SITE}, BadHook, "give them names"),
         ({"vectors": []}, BadHook, "no vector"),
         ({"vectors": [hk.Vector(SITE, torch.ones(32), 1.0)] * 2}, BadHook, "give them names"),
         ({"samples": -1}, BadHook, "samples=-1"),

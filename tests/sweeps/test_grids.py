@@ -1,5 +1,5 @@
 """The standard grids against plain transformers with hooks written by hand: patching, ablation, causal tracing, path
-patching, dose; controls, means over prompts, and what a plan says."""
+patching; controls, means over prompts, and what a plan says."""
 
 import functools
 import itertools
@@ -402,28 +402,6 @@ def test_ablating_single_neurons(small):
 def test_a_mistake_in_an_ablation_says_what_to_do(llama_ids, change, error, words):
     with pytest.raises(error, match=words):
         hk.ablations(llama_ids, CLEAN, metrics=METRIC, **change)
-
-
-# ---- dose
-
-
-def test_a_dose_adds_so_many_times_the_vector(small):
-    vector = torch.linspace(-1, 1, 32)
-    table = hk.dose(small, CLEAN, "resid_post.1", vector, METRIC, scales=[-2, 0, 0.5], pos=-2)
-    for scale, row, found in table[["scale", "row", "logit_diff"]].itertuples(index=False):
-
-        def add(values: Tensor, scale=scale) -> Tensor:
-            values = values.clone()
-            values[:, -2] += scale * vector
-            return values
-
-        assert found == pytest.approx(run(small, CLEAN[row], [("resid_post", 1, add)]), abs=1e-4)
-    assert (table[table["scale"] == 0]["logit_diff_delta"].abs() < 1e-5).all()
-    whole = hk.dose(small, CLEAN[:1], hk.Site("embed"), vector, METRIC)
-    assert whole["scale"].tolist() == [-8, -4, -2, -1, 0, 1, 2, 4, 8]
-    assert whole["logit_diff"][8] == pytest.approx(
-        run(small, CLEAN[0], [("embed", None, lambda v: v + 8 * vector)]), abs=1e-3
-    )
 
 
 # ---- causal tracing
