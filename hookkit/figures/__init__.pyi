@@ -1,12 +1,12 @@
 # The figures that hookkit draws. `__init__.py` reads this file.
 
-from .attention_heads import attention_view as attention_view
 from .calibration import reliability_diagram as reliability_diagram
 from .calibration import roc_curves as roc_curves
 from .decoding import prob_against as prob_against
 from .decoding import rank_lines as rank_lines
-from .lenses import lens_map as lens_map
-from .lenses import logit_bars as logit_bars
+from .internals import attention_view as attention_view
+from .internals import lens_map as lens_map
+from .internals import logit_bars as logit_bars
 from .ranks import delta_bars as delta_bars
 from .ranks import logit_panels as logit_panels
 from .ranks import logit_scatter as logit_scatter

@@ -17,13 +17,8 @@ from ..arguments import check_arguments
 from ..errors import EmptySelection
 from . import style
 
-LINES = (
-    style.UP,
-    style.POINT,
-    "#b07a1e",
-    "#a565c4",
-    style.DOWN,
-)  # visible on light and on dark paper
+# colours that are visible on light and on dark paper
+LINES = (style.UP, style.POINT, "#b07a1e", "#a565c4", style.DOWN)
 CALIBRATION_COLUMNS = ("low", "high", "count", "confidence", "accuracy", "gap", "error")
 ROC_COLUMNS = ("false_positive_rate", "true_positive_rate")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil, floor
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from ..arguments import check_arguments
-from ..errors import BadHook, NotCaptured, OutOfRange, did_you_mean
+from ..arguments import check_arguments, check_choice
+from ..errors import BadHook, NotCaptured
 from ..models.tokens import check_tokens
 from . import style
 from .style import GRID, MARK, MUTED, apply_style, new_figure, short_label
@@ -44,21 +45,11 @@ def select_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
     Raises `BadHook` for another table or stage, and `OutOfRange` for a row that does not exist.
     """
     style.check_columns(table, COLUMNS, "decoding(run)")
-    if stage not in STAGES:
-        raise BadHook(
-            f"stage={stage!r} is not one of {', '.join(STAGES)}{did_you_mean(str(stage), STAGES)}"
-        )
-    rows = sorted({int(number) for number in table["row"]})
-    if row not in rows:
-        numbers = "none"
-        if rows:
-            numbers = f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}"
-        raise OutOfRange(f"row {row} is not in the table, which has {numbers}")
-    part = pd.DataFrame(table[(table["row"] == row) & (table["stage"] == stage)])
-    part = part.sort_values("step", kind="stable")
-    drawn_steps = part["step"].to_numpy()[part["drawn"].to_numpy(bool)].tolist()
-    has_one_choice = bool(drawn_steps) and drawn_steps == sorted(set(part["step"]))
-    if not has_one_choice or bool(part.duplicated(["step", "token_id"]).any()):
+    check_choice(stage, "stage", STAGES)
+    part = style.select_row(table, row)
+    part = part[part["stage"] == stage].sort_values("step", kind="stable")
+    choices_of_steps: Any = part.groupby("step")["drawn"].sum()
+    if not (choices_of_steps == 1).all() or part.duplicated(["step", "token_id"]).any():
         raise BadHook(
             "this figure is drawn from decoding(run) of one run, with the chosen token of every "
             f"step, and of row {row} at the stage {stage!r} this table has none, or several: give "
@@ -100,12 +91,12 @@ def rank_lines(
     """
     table = select_row(decoding_table, row, stage)
     lines = []
-    for number, token in enumerate(_select_watched(table, watch)):
+    styles = product(("-", "--"), LINE_COLOURS)
+    for token, (dashes, colour) in zip(_select_watched(table, watch), styles, strict=False):
         part = _select_token(table, token)
-        rank = "×" if np.isneginf(part["logit"].iloc[-1]) else f"{part['rank'].iloc[-1]:,}"
-        name = f"{short_label(token_name(part.iloc[0]), 1.7)}  {rank}"
-        dashes = "-" if number < len(LINE_COLOURS) else "--"
-        colour = LINE_COLOURS[number % len(LINE_COLOURS)]
+        last = part.iloc[-1]
+        rank = "×" if np.isneginf(last["logit"]) else f"{last['rank']:,}"
+        name = f"{short_label(token_name(last), 1.7)}  {rank}"
         lines.append(_build_line(part, "rank", name, colour, dashes))
     figure, axes = new_figure(_figure_width(len(lines[0].steps)), 4.6)
     lowest = max(10.0, *(line.values.max() for line in lines))
@@ -137,10 +128,7 @@ def prob_against(
     Raises `BadHook` for another table, stage or scale, `OutOfRange` for a row that is not in its
     table, and `NotCaptured` for a token that was not recorded at every step.
     """
-    if scale not in ("log", "linear"):
-        raise BadHook(
-            f"scale={scale!r} is not one of log, linear{did_you_mean(scale, ('log', 'linear'))}"
-        )
+    check_choice(scale, "scale", ["log", "linear"])
     edited = select_row(edited_table, row, stage)
     if baseline_row is None:
         baseline_row = row
@@ -151,7 +139,8 @@ def prob_against(
         _build_line(_select_token(edited, token), "prob", "edited", MARK),
     ]
     figure, axes = new_figure(_figure_width(max(len(line.steps) for line in lines)), 4.6)
-    lines = _prob_axis(axes, lines, logarithmic=scale == "log")
+    prob_axis = {"log": _log_prob_axis, "linear": _linear_prob_axis}[scale]
+    lines = prob_axis(axes, lines)
     choices: Any = edited[edited["drawn"]].merge(baseline[baseline["drawn"]], on="step")
     parted_steps = choices["step"][choices["token_id_x"] != choices["token_id_y"]]
     if parted_steps.empty:
@@ -161,11 +150,7 @@ def prob_against(
         _draw_lines(axes, lines, "┊ from here the texts differ")
         _label_steps(axes, edited, "step, and the token chosen in the edited run")
         axes.axvline(parted_steps.iloc[0] + 0.5, color=MUTED, lw=1.2, ls=":")
-        top_axis = axes.secondary_xaxis("top")
-        _label_steps(top_axis, baseline, "the token chosen in the baseline", align="left")
-        top_axis.tick_params(colors=MUTED, labelsize=8.5)
-        top_axis.xaxis.label.set(color=MUTED, fontsize=9)
-        top_axis.spines["top"].set_color(GRID)
+        _label_baseline_steps(axes, baseline)
     name = style.escape_missing_glyphs(baseline_part["token"].iloc[0])
     return apply_style(figure, title or f"Probability of {name} at each step, {STAGES[stage]}")
 
@@ -180,6 +165,11 @@ class _Line:
     colour: str
     dashes: str
 
+    @property
+    def is_marked(self) -> np.ndarray:
+        """Where the token was chosen, and the line is drawn."""
+        return self.is_drawn & ~self.is_zero
+
 
 def _build_line(
     part: pd.DataFrame, column: str, name: str, colour: str, dashes: str = "-"
@@ -191,26 +181,29 @@ def _build_line(
 
 def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
     """Draw the lines with their names at their ends, and explain the marks above the axes."""
-    has_choice, has_zero = False, False
     for line in lines:
-        is_marked = line.is_drawn & ~line.is_zero
-        has_choice = has_choice or bool(is_marked.any())
-        has_zero = has_zero or bool(line.is_zero.any())
         values = np.where(line.is_zero, np.nan, line.values)
         line_style: dict[str, Any] = {"color": line.colour, "clip_on": False}
         axes.plot(line.steps, values, ls=line.dashes, lw=1.8, marker="o", ms=3, **line_style)
-        for mask, mark, size in ((line.is_zero, "x", 6), (is_marked, "o", 8)):
+        for mask, mark, size in ((line.is_zero, "x", 6), (line.is_marked, "o", 8)):
             if mask.any():
                 axes.plot(line.steps[mask], line.values[mask], mark, ms=size, **line_style)
+    _name_line_ends(axes, lines)
+    marks = []
+    if any(line.is_marked.any() for line in lines):
+        marks.append("● chosen here")
+    if any(line.is_zero.any() for line in lines):
+        marks.append("× probability 0")
+    axes.set_title("     ".join([*marks, *notes]), fontsize=8, color=MUTED, loc="left")
+
+
+def _name_line_ends(axes: Axes, lines: list[_Line]) -> None:
     pixels = axes.transData.transform([(0, line.values[-1]) for line in lines])
     heights = _spread_labels(axes.transAxes.inverted().transform(pixels)[:, 1])
     for line, height in zip(lines, heights, strict=True):
         end = (line.steps[-1], line.values[-1])
         text_style: dict[str, Any] = {"textcoords": "axes fraction", "color": line.colour}
         style.label_point(axes, line.name, end, (1.025, height), shrink=(1, 4), **text_style)
-    legend = {"● chosen here": has_choice, "× probability 0": has_zero}
-    marks = [text for text, is_used in legend.items() if is_used]
-    axes.set_title("     ".join([*marks, *notes]), fontsize=8, color=MUTED, loc="left")
 
 
 def _spread_labels(shares: np.ndarray) -> np.ndarray:
@@ -221,21 +214,28 @@ def _spread_labels(shares: np.ndarray) -> np.ndarray:
     return np.maximum(heights, gap * n_lower_labels)
 
 
-def _prob_axis(axes: Axes, lines: list[_Line], *, logarithmic: bool) -> list[_Line]:
+def _linear_prob_axis(axes: Axes, lines: list[_Line]) -> list[_Line]:
     """Make the y axis one of probabilities. Returns the lines as they are drawn on it."""
+    largest = float(np.concatenate([line.values for line in lines]).max())
+    axes.set_ylim(0, 1.08 * (largest or 1.0))
+    axes.set_ylabel("probability")
+    return [replace(line, is_zero=np.zeros_like(line.is_zero)) for line in lines]
+
+
+def _log_prob_axis(axes: Axes, lines: list[_Line]) -> list[_Line]:
+    """Make the y axis a log axis of probabilities, with a separate line for 0 at the bottom.
+
+    Returns the lines as they are drawn on it.
+    """
     probs = np.concatenate([line.values for line in lines])
-    if not logarithmic:
-        axes.set_ylim(0, 1.08 * (probs.max() or 1.0))
-        axes.set_ylabel("probability")
-        return [replace(line, is_zero=np.zeros_like(line.is_zero)) for line in lines]
-    positive = probs[probs > 0] if (probs > 0).any() else np.ones(1)
-    first, last = floor(np.log10(positive.min())), ceil(np.log10(positive.max()))
-    first = min(first, last - 1)
+    positive = probs[probs > 0]
+    last = ceil(np.log10(positive.max(initial=0.0) or 1.0))
+    first = min(floor(np.log10(positive.min(initial=1.0))), last - 1)
     decades = range(last, first - 1, -ceil((last - first) / 7))
     ticks = {10.0**power: f"{10.0**power:g}" for power in decades}
     zero_height = 10.0 ** (first - max(0.5, 0.1 * (last - first)))
     bottom = 10.0**first
-    if (probs == 0).any():
+    if len(positive) < len(probs):
         bottom = zero_height
         ticks[zero_height] = "0"
         axes.axhline(zero_height, color=MUTED, lw=0.9, ls="--")
@@ -244,10 +244,20 @@ def _prob_axis(axes: Axes, lines: list[_Line], *, logarithmic: bool) -> list[_Li
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("probability (log axis)")
-    return [
-        replace(line, values=np.maximum(line.values, zero_height), is_zero=line.values == 0)
-        for line in lines
-    ]
+    drawn_lines = []
+    for line in lines:
+        values = np.maximum(line.values, zero_height)
+        drawn_lines.append(replace(line, values=values, is_zero=line.values == 0))
+    return drawn_lines
+
+
+def _label_baseline_steps(axes: Axes, baseline: pd.DataFrame) -> None:
+    """Label the steps above the axes with the tokens that the baseline run chose."""
+    top_axis = axes.secondary_xaxis("top")
+    _label_steps(top_axis, baseline, "the token chosen in the baseline", align="left")
+    top_axis.tick_params(colors=MUTED, labelsize=8.5)
+    top_axis.xaxis.label.set(color=MUTED, fontsize=9)
+    top_axis.spines["top"].set_color(GRID)
 
 
 def _label_steps(
@@ -278,7 +288,7 @@ def _select_watched(
     if not tokens:
         why: Any = table["why"]
         is_watched = why.str.contains("(?:^|, )(?:watched|named)(?:,|$)")
-        tokens = [int(token) for token in dict.fromkeys(table["token_id"][is_watched])]
+        tokens = list(dict.fromkeys(table["token_id"][is_watched].tolist()))
     if not tokens:
         raise NotCaptured(
             "no token was watched in this run or named by a hook: generate with trace(watch=...)"
@@ -293,7 +303,7 @@ def _select_watched(
 
 def _select_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
     """The rows of one token, one for every step. Raises `NotCaptured` if a step lacks the token."""
-    ids = sorted({int(i) for i in table["token_id"][table["token"] == repr(token)]})
+    ids = sorted(set(table.loc[table["token"] == repr(token), "token_id"].tolist()))
     if len(ids) > 1:
         raise BadHook(
             f"{token!r} is the text of several tokens here: give the id of one, "
@@ -304,9 +314,8 @@ def _select_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
     part = pd.DataFrame(table[table["token_id"].isin(ids)])
     n_steps = len(set(table["step"]))
     if len(part) < n_steps:
-        complete = [
-            str(name) for name, rows in table.groupby("token") if len(set(rows["step"])) == n_steps
-        ]
+        steps_of_tokens: Any = table.groupby("token")["step"].nunique()
+        complete = steps_of_tokens.index[steps_of_tokens == n_steps]
         raise NotCaptured(
             f"the token {token!r} was recorded at {len(part)} of {n_steps} steps, and a line needs "
             f"all: generate with trace(watch=[{token!r}]). At every step there is "

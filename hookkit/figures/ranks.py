@@ -23,6 +23,7 @@ from ..models.tokens import check_tokens
 from . import style
 from .style import INK, MARK, MUTED, PAPER, POINT, apply_style, drawable, label_point, new_figure
 
+POINT_STYLES = {False: (INK, 3.5), True: (MARK, 6)}  # colour and size, by whether it is watched
 LABELLED = 6  # the most likely tokens that get their names
 PANELS = (  # column, label of the axis, title, tokens that get their names
     ("logit", "logit (raw)", "Raw logits", 0),
@@ -56,9 +57,9 @@ def logit_panels(
     `table` is `ranks(run, top=None)`.
     """
     _check_one_position(table, "logit")
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure, panels = style.new_panels(11, 3.8, len(PANELS))
     watched = _select_watched(table, watch)
-    for axes, (column, unit, name, labelled) in zip(figure.subplots(1, 3), PANELS, strict=True):
+    for axes, (column, unit, name, labelled) in zip(panels, PANELS, strict=True):
         _draw_scatter(axes, table, column, watched, labelled=labelled)
         axes.set_ylabel(unit)
         axes.set_title(name, fontsize=10, color=INK)
@@ -86,23 +87,27 @@ def rank_bump(
     lowest = max(float(shift[columns].to_numpy().max()), 10.0) * 1.25
     # A label needs 0.2 inches of the height inside the frame.
     gap = np.log(lowest / 0.85) * 0.2 / (figure_height - 0.9)
-    label_heights = [
-        np.exp(style.spread_apart(np.log(shift[name].to_numpy(float)), gap)) for name in columns
-    ]
-    style.rank_axis(axes, max(lowest, float(np.max(label_heights)) * 1.1))
-    for number, token in enumerate(shift.to_dict("records")):
+    left, right = [_spread_ranks(shift[column], gap) for column in columns]
+    style.rank_axis(axes, max(lowest, float(max(*left, *right)) * 1.1))
+    tokens = shift.to_dict("records")
+    for token, left_height, right_height in zip(tokens, left, right, strict=True):
         name, is_edited = drawable(token["token"]), "edited" in token["why"]
         before, after = token["rank_before"], token["rank_after"]
         text_style: dict[str, Any] = {"shrink": (2, 3), "bold": is_edited, "color": INK}
-        left = (-0.12, label_heights[0][number])
-        label_point(axes, f"{before:,}  {name}", (0, before), left, align="right", **text_style)
-        right = (1.12, label_heights[1][number])
-        label_point(axes, f"{name}  {after:,}", (1, after), right, **text_style)
-        colour, width = style.change_colour(-token["rank_delta"]), 2.4 if is_edited else 1.3
+        position = (-0.12, left_height)
+        label_point(axes, f"{before:,}  {name}", (0, before), position, align="right", **text_style)
+        position = (1.12, right_height)
+        label_point(axes, f"{name}  {after:,}", (1, after), position, **text_style)
+        colour, width = style.change_colour(-token["rank_delta"]), (1.3, 2.4)[is_edited]
         axes.plot([0, 1], [before, after], color=colour, lw=width, marker="o", ms=4)
     axes.set_xlim(-0.75, 1.75)
     axes.set_xticks([0, 1], names)
     return apply_style(figure, title or "How the ranking moved")
+
+
+def _spread_ranks(ranks: Any, gap: float) -> np.ndarray:
+    """The heights of the labels of some ranks, apart on a log axis."""
+    return np.exp(style.spread_apart(np.log(ranks.to_numpy(float)), gap))
 
 
 @check_arguments
@@ -116,22 +121,21 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     ordered = shift.sort_values("logprob_delta", ascending=False)
     deltas = ordered["logprob_delta"].to_numpy(float)
     is_finite = np.isfinite(deltas)
-    largest = np.abs(deltas[is_finite]).max(initial=0.0) if is_finite.any() else 1.0
-    limit = 1.15 * max(1e-3, float(largest))
+    largest = 1.0
+    if is_finite.any():
+        largest = style.largest_finite(np.abs(deltas), 1e-3)
+    limit = 1.15 * largest
     lengths = np.clip(deltas, -limit, limit)
-    names = [drawable(str(token)) for token in ordered["token"]]
-    texts = [f"{delta:+.2f}" if np.isfinite(delta) else "" for delta in deltas]
+    names = list(map(drawable, map(str, ordered["token"])))
+    texts = [style.format_finite(delta, "+.2f", "") for delta in deltas]
     figure, axes = new_figure(7, max(2.4, 0.27 * len(ordered) + 1))
     style.draw_bars(axes, names, lengths, list(map(style.sign_colour, deltas)), texts)
     for position in np.flatnonzero(~is_finite):
         text = "+∞" if deltas[position] > 0 else "−∞"
         style.annotate_bar(axes, text, lengths[position], float(position), inside=True)
     axes.axvline(0, color=MUTED, lw=0.8)
-    axes.set_xlim(-limit * 0.05, limit * 0.05)
-    if (deltas < 0).any():
-        axes.set_xlim(left=-limit * 1.12)
-    if (deltas > 0).any():
-        axes.set_xlim(right=limit * 1.12)
+    left, right = np.where([(deltas < 0).any(), (deltas > 0).any()], 1.12, 0.05)
+    axes.set_xlim(-limit * left, limit * right)
     axes.set_xlabel("Δ log-probability (nats, after minus before)")
     return apply_style(figure, title or "What became more and less likely")
 
@@ -155,14 +159,15 @@ def _draw_scatter(
     watched_ids = set(watched["token_id"])
     for token, label_height in zip(named.to_dict("records"), heights, strict=True):
         is_watched = token["token_id"] in watched_ids
-        colour, size = (MARK, 6) if is_watched else (INK, 3.5)
+        colour, size = POINT_STYLES[is_watched]
         point = (token["token_id"], token[column])
         axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
         text = f"{drawable(token['token'])}  {token['rank']:,}"
         position = (width * 1.04, label_height)
         label_point(axes, text, point, position, shrink=(2, 4), bold=is_watched, color=colour)
     axes.set_xlim(-0.02 * width, width * 1.42)
-    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= width * 1.03])
+    ticks = axes.get_xticks()
+    axes.set_xticks(ticks[(ticks >= 0) & (ticks <= width * 1.03)])
     axes.set_xlabel("token id")
 
 

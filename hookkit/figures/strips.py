@@ -11,7 +11,7 @@ token of a text surprised the model. Every figure is about one row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, floor, inf
+from math import ceil, floor
 from textwrap import wrap
 from typing import Any
 
@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from ..arguments import check_arguments
-from ..errors import BadHook, NotCaptured, OutOfRange, did_you_mean
+from ..arguments import check_arguments, check_choice
+from ..errors import NotCaptured, OutOfRange
 from . import style
 from .decoding import STAGES, has_reason, select_row, token_name
 from .style import GRID, INK, MARK, MUTED, UP
@@ -78,11 +78,9 @@ def decision_strip(
     Raises `BadHook` for another table, stage or colour, `OutOfRange` for a row that is not in the
     table, and `NotCaptured` for margins of a trace with top=1.
     """
-    if colour not in COLOURS:
-        raise BadHook(
-            f"colour={colour!r} is not one of {', '.join(COLOURS)}{did_you_mean(colour, COLOURS)}"
-        )
-    cells = _build_cells(select_row(decoding_table, row, stage), colour)
+    check_choice(colour, "colour", COLOURS)
+    table = select_row(decoding_table, row, stage)
+    cells = [_build_cell(step, part, colour) for step, part in table.groupby("step")]
     width = _cell_width(cells)
     n_lines = ceil(len(cells) / floor(LINE_WIDTH / width))
     per_line = ceil(len(cells) / n_lines)
@@ -96,7 +94,7 @@ def decision_strip(
     bottom = TOP + n_lines * pitch
     figure, axes = _new_sheet(span, bottom + 0.6 + 0.15 * len(caption_lines))
     # The largest value is at least 1, so that a text of sure tokens stays pale.
-    largest = max([1.0, *(cell.value for cell in cells if cell.value < inf)])
+    largest = style.largest_finite(np.array([cell.value for cell in cells]), 1.0)
     for number, cell in enumerate(cells):
         line, column = divmod(number, per_line)
         corner = (0.1 + column * width, TOP + line * pitch)
@@ -108,47 +106,42 @@ def decision_strip(
     return figure
 
 
-def _build_cells(table: pd.DataFrame, colour: str) -> list[_Cell]:
-    cells = []
-    for step, part in table.groupby("step"):
-        ordered = part.sort_values(["logit", "token_id"], ascending=[False, True])
-        candidates, choice = [], {}
-        for token in ordered.to_dict("records"):
-            token["token"] = token_name(token)
-            is_top = has_reason(token["why"], "top") and np.isfinite(token["logit"])
-            if is_top and len(candidates) < CANDIDATES:
-                candidates.append(token)
-            if token["drawn"]:
-                choice = token
-        if choice not in candidates:
-            candidates.append(choice)
-        value = -float(choice["logprob"]) if colour == "surprisal" else _margin(ordered)
-        # abs, because -0.0 would be written as -0.00
-        cells.append(_Cell(int(str(step)), choice["token"], abs(value), candidates))
-    return cells
+def _build_cell(step: Any, table: pd.DataFrame, colour: str) -> _Cell:
+    """The cell of one step: its chosen token, and the first of its top tokens."""
+    ordered: Any = table.sort_values(["logit", "token_id"], ascending=[False, True])
+    ordered["token"] = ordered.apply(token_name, axis=1)
+    is_top = ordered["why"].map(lambda why: has_reason(why, "top"))
+    is_candidate = is_top & np.isfinite(ordered["logit"].to_numpy(float))
+    choice: Any = ordered[ordered["drawn"].astype(bool)]
+    candidates = pd.concat([ordered[is_candidate].head(CANDIDATES), choice])
+    candidates = candidates.drop_duplicates("token_id").to_dict("records")
+    value = -float(choice["logprob"].iloc[0])
+    if colour == "margin":
+        value = _margin(ordered[is_top])
+    # abs, because -0.0 would be written as -0.00
+    return _Cell(int(step), choice["token"].iloc[0], abs(value), candidates)
 
 
-def _margin(ordered: pd.DataFrame) -> float:
+def _margin(top: pd.DataFrame) -> float:
     """The largest logit minus the second. Raises `NotCaptured` if the table lacks one of them."""
-    if sum(has_reason(why, "top") for why in ordered["why"]) < 2:
+    if len(top) < 2:
         raise NotCaptured(
             "a margin needs the two first tokens of each step: record them with trace(top=2) or "
             "more"
         )
-    largest, second = ordered["logit"].to_numpy(float)[:2]
+    largest, second = top["logit"].to_numpy(float)[:2]
     return largest - second
 
 
 def _cell_width(cells: list[_Cell]) -> float:
     """The width in inches that the longest token needs, within CELL_WIDTHS."""
-    width = 0.0
+    widths = []
     for cell in cells:
-        width = max(width, style.text_width(style.escape_missing_glyphs(cell.token), 9.5) + 0.16)
+        widths.append(style.text_width(style.escape_missing_glyphs(cell.token), 9.5) + 0.16)
         for token in cell.candidates:
-            width = max(
-                width, style.text_width(style.escape_missing_glyphs(token["token"]), 7) + 0.52
-            )
-    return float(np.clip(width, *CELL_WIDTHS))
+            name = style.escape_missing_glyphs(token["token"])
+            widths.append(style.text_width(name, 7) + 0.52)
+    return float(np.clip(max(widths), *CELL_WIDTHS))
 
 
 def _draw_cell(
@@ -158,10 +151,10 @@ def _draw_cell(
     _draw_box(axes, corner, width, colour, share)
     small = {"fontsize": 6.5, "color": INK, "va": "center"}
     axes.text(x + 0.04, y + 0.085, f"{cell.step}", **small)
-    value = f"{cell.value:.2f}" if cell.value < inf else "∞"
+    value = style.format_finite(cell.value, ".2f", "∞")
     axes.text(x + width - 0.04, y + 0.085, value, ha="right", **small)
     name, size = style.fit_text(cell.token, width - 0.1, 9.5)
-    axes.text(x + width / 2, y + 0.27, name, fontsize=size, color=INK, ha="center", va="center")
+    style.write_centred(axes, (x + width / 2, y + 0.27), name, size)
     for number, token in enumerate(cell.candidates):
         text_y = y + 0.52 + 0.135 * number
         text_style: dict[str, Any] = {"color": MUTED, "va": "center"}
@@ -180,7 +173,9 @@ def _format_prob(prob: float) -> str:
         return f"{prob:.0f}"
     if prob < 0.01:
         return "<0.01"
-    return ">0.99" if prob > 0.99 else f"{prob:.2f}"
+    if prob > 0.99:
+        return ">0.99"
+    return f"{prob:.2f}"
 
 
 @check_arguments
@@ -192,10 +187,7 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     `OutOfRange` for a row that does not exist, or that has more than 600 tokens.
     """
     style.check_columns(table, SURPRISAL_COLUMNS, "surprisal(run)")
-    part = pd.DataFrame(table[table["row"] == row]).sort_values("pos", kind="stable")
-    if part.empty:
-        rows = sorted(set(table["row"].tolist()))
-        raise OutOfRange(f"row {row} is not in the table, which has rows {rows}")
+    part = style.select_row(table, row).sort_values("pos", kind="stable")
     if len(part) > MOST_TOKENS:
         raise OutOfRange(
             f"row {row} has {len(part):,} tokens, and {MOST_TOKENS} can be read: draw a part, "
@@ -203,7 +195,7 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
         )
     cells = part.assign(token=part.apply(token_name, axis=1)).to_dict("records")
     boxes, n_lines = _place_cells(cells)
-    largest = max([1e-3, *(cell["loss"] for cell in cells if cell["loss"] < inf)])
+    largest = style.largest_finite(part["loss"].to_numpy(float), 1e-3)
     span = max(LEAST_WIDTH, max(x + width for x, _, width in boxes) + 0.1)
     bottom = TOP + n_lines * PITCH
     figure, axes = _new_sheet(span, bottom + 0.8)
@@ -212,8 +204,8 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
         y = TOP + line * PITCH
         _draw_box(axes, (x, y), width, MARK, min(1.0, cell["loss"] / largest))
         name, size = style.fit_text(cell["token"], width - 0.08, 9)
-        axes.text(x + width / 2, y + 0.14, name, fontsize=size, color=INK, ha="center", va="center")
-        loss = f"{cell['loss']:.1f}" if cell["loss"] < inf else "∞"
+        style.write_centred(axes, (x + width / 2, y + 0.14), name, size)
+        loss = style.format_finite(cell["loss"], ".1f", "∞")
         axes.text(x + 0.04, y + 0.32, loss, color=INK, **small)
         rank = f"{cell['rank']:,}"
         axes.text(x + width - 0.04, y + 0.32, rank, color=MUTED, ha="right", **small)

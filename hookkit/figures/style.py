@@ -5,7 +5,7 @@ reader's light or dark theme. No torch, no display, no global state of pyplot.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from math import ceil
@@ -22,7 +22,7 @@ from matplotlib.legend import Legend
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ..errors import BadHook
+from ..errors import BadHook, OutOfRange
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
 POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
@@ -37,6 +37,12 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of one plot. Its size is in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def new_panels(width: float, height: float, count: int, **layout: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of plots side by side. Its size is in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, **layout)[0])
 
 
 def apply_style(figure: Figure, title: str) -> Figure:
@@ -67,6 +73,30 @@ def check_columns(table: pd.DataFrame, columns: Sequence[str], source: str) -> N
             f"this figure is drawn from {source}, and this table has no column "
             f"{', '.join(missing)}: it has {', '.join(map(str, table.columns))}"
         )
+
+
+def first_column(names: Iterable[str], columns: pd.Index) -> str | None:
+    """The first of these names that is among the columns of a table."""
+    return next(filter(columns.__contains__, names), None)
+
+
+def largest_finite(values: np.ndarray, least: float = 0.0) -> float:
+    """The largest of the finite numbers, at least `least`."""
+    return float(values[np.isfinite(values)].max(initial=least))
+
+
+def format_finite(value: float, form: str, otherwise: str) -> str:
+    """A number in this format, or another text if it is infinite or NaN."""
+    return format(value, form) if np.isfinite(value) else otherwise
+
+
+def select_row(table: pd.DataFrame, row: int) -> Any:
+    """The part of a table that is about one row of the batch."""
+    rows = sorted(set(table["row"].tolist()))
+    if row not in rows:
+        numbers = ", ".join(map(str, rows)) or "none"
+        raise OutOfRange(f"row {row} is not in the table, which has rows {numbers}")
+    return table[table["row"] == row]
 
 
 def rank_axis(axes: Axes, lowest: float) -> None:
@@ -140,6 +170,11 @@ def label_point(
     axes.annotate(
         text, point, xytext=label_position, ha=align, va="center", arrowprops=line, **style
     )
+
+
+def write_centred(axes: Axes, point: tuple[float, float], text: str, size: float) -> None:
+    """Write a text whose centre is at this point."""
+    axes.text(*point, text, fontsize=size, color=INK, ha="center", va="center")
 
 
 def draw_bars(

@@ -26,8 +26,10 @@ from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
 from .style import INK, LINES, MUTED, apply_style, drawable
 
-WORDS = {"layer": "layer", "pos": "position", "head": "head", "unit": "neuron", "scale": "scale"}
+WORDS = {"pos": "position", "unit": "neuron"}  # of columns whose names are no words
+LABELLED_WORDS = {**WORDS, "pos": ""}  # where each position has a label of its own
 GRID_COLUMNS = ("pos", "head", "unit", "scale")  # for x, the first that a table has
+SERIES = ("site", "control", "pos", "head")  # for lines, the first that has several values
 UNITS = {
     "damage_kl": "damage: KL on neutral text (nats per token)",
     "damage_loss": "damage: rise of the loss of neutral text (nats per token)",
@@ -58,48 +60,38 @@ def heat_map(
     each panel are written in their cells.
     """
     value = _value_column(table, value)
-    x = _x_column(table, x, y)
-    parts: dict[Any, Any] = {None: table}
-    if "site" in table.columns:
-        parts = dict(iter(table.groupby("site", sort=False)))
+    x = x or style.first_column(GRID_COLUMNS, table.columns)
+    x = _check_column(table, x, "Say x= and y=.")
+    y = _check_column(table, y, "Say x= and y=.")
+    parts = _split_by(table, style.first_column(["site"], table.columns))
     grids = [_build_grid(part, value, x, y).sort_index() for part in parts.values()]
     if limit is None:
         limit = max(float(np.nanmax(np.abs(grid.to_numpy()))) for grid in grids) or 1.0
     width = min(14.0, 1.6 + sum(max(2.4, 0.34 * grid.shape[1]) for grid in grids))
-    figure = Figure(figsize=(width, max(3.0, 0.17 * len(grids[0]) + 1.6)), layout="constrained")
-    panels = list(figure.subplots(1, len(grids), squeeze=False)[0])
+    figure, panels = style.new_panels(width, max(3.0, 0.17 * len(grids[0]) + 1.6), len(grids))
     for axes, grid, site in zip(panels, grids, parts, strict=True):
         _draw_cells(axes, grid, limit, named)
         _label_grid(axes, grid, x, y, labels)
-        if site is not None:
-            axes.set_title(str(site), fontsize=10, color=INK)
+        axes.set_title(str(site or ""), fontsize=10, color=INK)
     apply_style(figure, title)
     label = f"{value.replace('_', ' ')}{_describe_mean(next(iter(parts.values())))}"
     style.add_colour_bar(figure, _colour_map(), (-limit, limit), label, fraction=0.05, pad=0.02)
     return figure
 
 
-def _x_column(table: pd.DataFrame, x: str | None, y: str) -> str:
-    """The column of the x axis: `x`, else the first of GRID_COLUMNS that the table has."""
-    if x is None:
-        x = next((name for name in GRID_COLUMNS if name in table.columns), None)
-    for name in (x, y):
-        if name not in table.columns:
-            raise BadHook(
-                f"the table has no column {name!r}{did_you_mean(str(name), table.columns)} "
-                "Say x= and y=."
-            )
-    assert x is not None
-    return x
+def _check_column(table: pd.DataFrame, name: str | None, advice: str = "") -> str:
+    if name is None or name not in table.columns:
+        hint = did_you_mean(str(name), map(str, table.columns))
+        raise BadHook(f"the table has no column {name!r}{hint} {advice}".rstrip())
+    return name
 
 
 def _value_column(table: pd.DataFrame, value: str | None) -> str:
     """The column to draw: `value`, else the first effect, else the first delta."""
-    if value is None:
-        candidates = [*table.filter(regex="_effect$"), *table.filter(regex="_delta$")]
-        value = next(iter(candidates), None)
     if table.empty:
         raise EmptySelection("the table has no row to draw")
+    candidates = [*table.filter(regex="_effect$"), *table.filter(regex="_delta$")]
+    value = value or next(iter(candidates), None)
     if value is None or value not in table.columns:
         raise BadHook(
             f"the table has no column {value!r}; it has {', '.join(table.columns)}: say value="
@@ -107,18 +99,25 @@ def _value_column(table: pd.DataFrame, value: str | None) -> str:
     return value
 
 
+def _split_by(table: pd.DataFrame, column: str | None) -> dict[Any, pd.DataFrame]:
+    """The part of the table for each value of a column. Without a column it is the whole table."""
+    if column is None:
+        return {None: table}
+    return dict(iter(table.groupby(column, sort=False)))
+
+
 def _build_grid(table: Any, value: str, x: str, y: str) -> pd.DataFrame:
     """The mean of a column in each cell; of an effect of several prompts the ratio of the means."""
     pivot: dict[str, Any] = {"index": y, "columns": x, "aggfunc": "mean", "sort": False}
     metric = value.removesuffix("_effect")
-    columns = [f"{metric}_{part}" for part in ("delta", "before", "target")]
-    is_ratio = "row" in table.columns and value.endswith("_effect")
-    if not is_ratio or not set(columns) <= set(table.columns):
+    delta, before, target = f"{metric}_delta", f"{metric}_before", f"{metric}_target"
+    has_sides = {"row", delta, before, target} <= set(table.columns)
+    if not has_sides or not value.endswith("_effect"):
         return table.pivot_table(values=value, **pivot)
-    delta, before, target = [table[name].astype(float) for name in columns]
-    sides = table.assign(_delta=delta, _full_change=target - before)
-    sides = sides.dropna(subset=["_delta", "_full_change"])
-    numerator = sides.pivot_table(values="_delta", **pivot)
+    sides = table.astype({delta: float, before: float, target: float})
+    sides["_full_change"] = sides[target] - sides[before]
+    sides = sides.dropna(subset=[delta, "_full_change"])
+    numerator = sides.pivot_table(values=delta, **pivot)
     denominator = sides.pivot_table(values="_full_change", **pivot)
     return numerator / denominator.where(denominator != 0)
 
@@ -149,43 +148,41 @@ def _draw_cells(axes: Axes, grid: pd.DataFrame, limit: float, named: int) -> Non
     cells = np.ma.masked_invalid(numbers)
     style.draw_cells(axes, cells, _colour_map(), -limit, high=limit, lw=0.25)
     sizes = np.abs(np.nan_to_num(numbers)).ravel()
-    text_style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "color": INK}
     for index in np.argsort(-sizes, kind="stable")[:named]:
         if sizes[index] > 0:
             row, column = divmod(int(index), numbers.shape[1])
-            axes.text(column + 0.5, row + 0.5, f"{numbers[row, column]:.2g}", **text_style)
+            text = f"{numbers[row, column]:.2g}"
+            style.write_centred(axes, (column + 0.5, row + 0.5), text, 6.5)
 
 
 def _label_grid(axes: Axes, grid: pd.DataFrame, x: str, y: str, labels: Any) -> None:
     columns, rows = list(grid.columns), list(grid.index)
     rotation: dict[str, Any] = {}
-    x_label = WORDS.get(x, x)
+    axes.set_xlabel(WORDS.get(x, x))
     if labels is not None:
         rotation = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-        x_label = "" if x == "pos" else x_label
+        axes.set_xlabel(LABELLED_WORDS.get(x, x))
     axes.set_xticks(np.arange(len(columns)) + 0.5, _column_labels(columns, labels), **rotation)
     stride = max(1, len(rows) // 10)
-    axes.set_yticks(np.arange(0, len(rows), stride) + 0.5, [str(row) for row in rows[::stride]])
-    axes.set_xlabel(x_label)
+    axes.set_yticks(np.arange(0, len(rows), stride) + 0.5, list(map(str, rows[::stride])))
     axes.set_ylabel(WORDS.get(y, y))
 
 
 def _column_labels(columns: Sequence[Any], labels: Any) -> list[str]:
     """The texts of the x axis. A sequence is indexed by position where the columns are numbers."""
-    labels = {} if labels is None else labels
-    if isinstance(labels, Mapping):
-        return [drawable(str(labels.get(column, column))) for column in columns]
+    if labels is None or isinstance(labels, Mapping):
+        texts = labels or {}
+        return [drawable(str(texts.get(column, column))) for column in columns]
     if len(labels) < len(columns):
         raise BadHook(
             f"{len(labels)} labels were given, and the grid has {len(columns)} columns: "
             "give one for each"
         )
-    is_numbered = all(isinstance(column, int | np.integer) for column in columns)
-    texts = []
-    for number, column in enumerate(columns):
-        label = labels[int(column) if is_numbered else number]
-        texts.append(f"{drawable(label)}  {column}")
-    return texts
+    indices: Sequence[Any] = range(len(columns))
+    if all(isinstance(column, int | np.integer) for column in columns):
+        indices = columns
+    names = map(drawable, map(labels.__getitem__, indices))
+    return list(map("{}  {}".format, names, columns))
 
 
 @check_arguments
@@ -205,53 +202,53 @@ def interval_lines(
     is drawn as a point, and from `mean_over_prompts` the means stand alone.
     """
     value = _value_column(summary, value)
-    if x not in summary.columns:
-        raise BadHook(f"the table has no column {x!r}{did_you_mean(x, summary.columns)}")
-    if series is None:
-        series = _default_series(summary, x)
-    prompts = None
+    _check_column(summary, x)
+    series = series or _default_series(summary, x)
+    means = summary
+    points_of: dict[Any, pd.DataFrame] = {}
     if "row" in summary.columns and "n" not in summary.columns:
-        from ..sweeps.summary import mean_over_prompts
-
-        prompts = summary
-        summary = mean_over_prompts(summary, by=[x] if series is None else [x, series])
-        if value not in summary.columns:
-            raise BadHook(
-                f"{value!r} is no column of a metric: give over_prompts(table, by=…, "
-                f"values=[{value!r}])"
-            )
+        means = _mean_over_prompts(summary, x, series, value)
+        points_of = _split_by(summary, series)
     figure, axes = style.new_figure(8, 4.0)
-    groups = [(None, summary)] if series is None else list(summary.groupby(series, sort=False))
-    for number, (name, line) in enumerate(groups):
+    for number, (name, line) in enumerate(_split_by(means, series).items()):
         line = line.sort_values(x)
         colour = LINES[number % len(LINES)]
         line_style = {"lw": 1.8, "marker": "o", "ms": 3.5, "label": _series_label(series, name)}
         axes.plot(line[x], line[value], color=colour, **line_style)
-        points = prompts
-        if prompts is not None and series is not None:
-            points = prompts[prompts[series] == name]
-        _draw_spread(axes, line, points, x, value, colour)
+        _draw_spread(axes, line, points_of.get(name), x, value, colour)
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.set_xlabel(WORDS.get(x, x))
-    axes.set_ylabel(f"{value.replace('_', ' ')}{_describe_mean(summary)}")
+    axes.set_ylabel(f"{value.replace('_', ' ')}{_describe_mean(means)}")
     if series is not None:
         style.add_legend(axes)
     return apply_style(figure, title)
 
 
+def _mean_over_prompts(table: pd.DataFrame, x: str, series: str | None, value: str) -> pd.DataFrame:
+    """The means of a sweep's table along `x`, for each value of `series`."""
+    from ..sweeps.summary import mean_over_prompts
+
+    means = mean_over_prompts(table, by=list(filter(None, [x, series])))
+    if value not in means.columns:
+        raise BadHook(
+            f"{value!r} is no column of a metric: give over_prompts(table, by=…, "
+            f"values=[{value!r}])"
+        )
+    return means
+
+
 def _default_series(summary: pd.DataFrame, x: str) -> str | None:
-    for name in ("site", "control", "pos", "head"):
-        if name != x and name in summary.columns and len(set(summary[name])) > 1:
-            return name
-    return None
+    columns = summary.columns.intersection(SERIES).difference([x])
+    counts: Any = summary[columns].nunique(dropna=False)
+    return style.first_column(SERIES, counts.index[counts > 1])
 
 
 def _draw_spread(
     axes: Axes, line: pd.DataFrame, prompts: Any, x: str, value: str, colour: str
 ) -> None:
     """Draw the intervals of a line as a band; of too few prompts, draw each prompt as a point."""
-    count = f"{value}_n" if f"{value}_n" in line.columns else "n"
-    if count in line.columns and bool((line[count] < MIN_FOR_INTERVAL).all()):
+    count = style.first_column([f"{value}_n", "n"], line.columns)
+    if count is not None and bool((line[count] < MIN_FOR_INTERVAL).all()):
         if prompts is not None:
             points_style = {"ls": "", "marker": ".", "ms": 4, "alpha": 0.5}
             axes.plot(prompts[x], prompts[value], color=colour, **points_style)
@@ -264,7 +261,7 @@ def _series_label(series: str | None, name: Any) -> str:
     if series is None:
         return ""
     if series == "control":
-        return "control" if name else "edit"
+        return ("edit", "control")[bool(name)]
     return drawable(str(name))
 
 
@@ -290,29 +287,20 @@ def damage_curves(
         raise BadHook(
             f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=."
         )
-    if not value:
-        deltas = [str(name) for name in table.columns if str(name).endswith("_delta")]
-        if not deltas:
-            raise BadHook("the table has no column that ends in '_delta': say value=")
-        value = deltas[0]
-    if value not in table.columns:
-        raise BadHook(
-            f"the table has no column {value!r}{did_you_mean(value, map(str, table.columns))} "
-            "Say value=."
-        )
+    value = _value_column(table, value)
     table = table.reset_index(drop=True)  # the index of concatenated tables may have duplicates
-    sites = list(dict.fromkeys(table["site"]))
-    figure = Figure(figsize=(min(14.0, 3.0 + 5.0 * len(sites)), 4.4), layout="constrained")
-    panels = list(figure.subplots(1, len(sites), squeeze=False, sharey=True)[0])
-    for axes, site in zip(panels, sites, strict=True):
-        part = pd.DataFrame(table[table["site"] == site])
+    parts = _split_by(table, "site")
+    width = min(14.0, 3.0 + 5.0 * len(parts))
+    figure, panels = style.new_panels(width, 4.4, len(parts), sharey=True)
+    for axes, (site, part) in zip(panels, parts.items(), strict=True):
         _draw_random(axes, part, value, by)
         _draw_vectors(axes, part, value, by, labels or {})
         axes.axhline(0, color=MUTED, lw=0.8)
         if log:
             axes.set_xscale("log")
         axes.set_xlabel(UNITS[by])
-        axes.set_title(str(site) if len(sites) > 1 else "", fontsize=10, color=INK)
+        if len(parts) > 1:
+            axes.set_title(str(site), fontsize=10, color=INK)
     panels[0].set_ylabel(f"{value.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
     style.add_legend(panels[0])
     return apply_style(figure, title)

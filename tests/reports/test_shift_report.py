@@ -16,7 +16,7 @@ from conftest import tokenizer
 
 import hookkit as hk
 from hookkit.errors import BadArgument, BadHook, OutOfRange
-from hookkit.figures.shift import mean_changes
+from hookkit.figures.reports import mean_changes
 from hookkit.reports.comparison import token_literal
 from hookkit.reports.shift import before_after as resuming
 from hookkit.reports.shift.before_after import add_deltas
@@ -516,7 +516,7 @@ def test_the_columns_of_why_a_token_moved_begin_with_what_a_row_is_about(llama):
 
 
 def test_of_the_tokens_in_the_figure_those_that_lead_are_named_before_those_that_are_second():
-    from hookkit.figures.shift import NAMED, rank_against_rank
+    from hookkit.figures.reports import NAMED, rank_against_rank
 
     movers = [
         {

@@ -15,7 +15,7 @@ import pandas as pd
 from ...arguments import check_arguments, check_integer, check_number
 from ...display import count_of, first_rows, render_html
 from ...errors import BadHook, OutOfRange, Unsupported
-from ...figures.diff import stream_map, through_layers, token_bars
+from ...figures.reports import diff_through_layers, stream_map, token_bars
 from ...hooks.logits import named_tokens
 from ...models.lm import LM, Token
 from ...models.positions import PosLike, Where, read_position
@@ -245,7 +245,7 @@ def _write_parting(difference: Difference) -> Iterable[Content]:
 def _write_sites(difference: Difference) -> Iterable[Content]:
     yield "# How alike each site is"
     sites = difference.sites
-    figure = through_layers(sites, difference.tolerance, title="Through the layers")
+    figure = diff_through_layers(sites, difference.tolerance, title="Through the layers")
     if figure is not None:
         caption = "Means over all tokens, log axes. Dashed: the tolerance."
         yield Part(figure, "through_layers", caption)

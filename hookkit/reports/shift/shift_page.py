@@ -15,7 +15,7 @@ import torch
 
 from ...arguments import check_arguments, check_integer
 from ...errors import BadHook
-from ...figures import shift as figures
+from ...figures import reports as figures
 from ...hooks.base import Hook
 from ...hooks.logits import named_tokens
 from ...models.lm import LM, Token
@@ -236,7 +236,7 @@ def _write_layers(measured: ShiftTables, row: int, *, with_figures: bool) -> Ite
     elif with_figures:
         names = [edit.name for edit in measured.edits[: figures.PANELS]]
         table = measured.of("layers", row)
-        figure = figures.through_layers(table, names, title="What each layer would say")
+        figure = figures.shift_through_layers(table, names, title="What each layer would say")
         caption = (
             "Logit lens: rank before (dashed) and after (drawn through). Shaded: blocks in which "
             "the edit acts. An edit of the logits acts on what every layer would say. The table is "

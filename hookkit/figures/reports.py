@@ -1,6 +1,7 @@
-"""Figures of a shift report: ranks before and after, through the layers, components, and means.
+"""Figures of the reports about two runs or two models: `shift_report` and `model_diff`. No torch.
 
-Each figure has a panel for each edit, two in a row. Of many edits the first are drawn. No torch.
+Figures of a shift report have a panel for each edit, two in a row. Of many edits the first are
+drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,19 @@ from matplotlib.figure import Figure
 from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
 from .style import GRID, INK, MARK, MUTED, POINT, apply_style, label_point, rank_axis, short_label
+from .sweeps import heat_map
 
 PANELS = 4  # edits that are drawn
 LINES = (MARK, style.UP, "#8a5bb5", "#b8862b", POINT, MUTED)
 CELLS = 56  # of the map of all tokens, along each side
+SPREADS = {True: "prompts", False: "95 % interval"}  # by whether there are few prompts
 NAMED = 9  # tokens that get their names
+MOST_TOKENS = 60  # tokens of a prompt that are drawn
+# The sites that have a line, in this order, as far as the table has them.
+DIFF_SITES = ("resid_post", "attn_out", "mlp_out", "z", "mlp_post", "q")
+
+
+# ---- two runs
 
 
 def _make_panels(
@@ -31,9 +40,10 @@ def _make_panels(
     The margins are set by hand, because a layout engine draws everything a second time whenever a
     figure is saved.
     """
-    columns = min(2, len(names))
+    columns, width = 2, 11.0
+    if len(names) == 1:
+        columns, width = 1, 7.0
     rows = ceil(len(names) / columns)
-    width = 7.0 if columns == 1 else 11.0
     top, bottom, right = 0.72, 0.6, 0.2
     full_height = height * rows + 0.4
     panel_width = width / columns - left - right
@@ -117,7 +127,7 @@ def _spread_ranks(ranks: np.ndarray, gap: float, lowest: float) -> np.ndarray:
     return 10.0 ** np.minimum(heights, np.log10(lowest) - gap * (0.5 + n_labels_below))
 
 
-def through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: str = "") -> Figure:
+def shift_through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: str = "") -> Figure:
     """Each token's rank by the lens at each layer, before (dashed) and after; edits are shaded."""
     figure, panels = _make_panels(edits, 3.6)
     for axes, edit in zip(panels, edits, strict=True):
@@ -189,8 +199,7 @@ def mean_changes(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "
         axes.axvline(0, color=MUTED, lw=0.8)
         axes.set_yticks(range(len(controls)), labels)
         axes.set_ylim(len(controls) - 0.5, -0.5)
-        words = "prompts" if has_few_prompts else "95 % interval"
-        axes.set_xlabel(f"Δ log-probability (nats), mean and {words}")
+        axes.set_xlabel(f"Δ log-probability (nats), mean and {SPREADS[has_few_prompts]}")
     return apply_style(figure, title)
 
 
@@ -209,3 +218,72 @@ def _draw_mean(axes: Axes, summary: Any, points: Any, position: int, *, is_contr
         interval = [float(summary["logprob_delta_low"]), float(summary["logprob_delta_high"])]
         axes.plot(interval, [position] * 2, color=colour, lw=2.2, solid_capstyle="round")
     axes.plot(mean, position, "o", ms=6, color=colour, mfc=fill)
+
+
+# ---- two models
+
+
+def diff_through_layers(sites: pd.DataFrame, tolerance: float, *, title: str = "") -> Figure | None:
+    """The difference of two models at each layer, and 1 - CKA. None if there is nothing to draw."""
+    in_layers = sites[sites["layer"].notna()]
+    columns = {
+        "‖after − before‖ / ‖before‖, mean": in_layers["difference"],
+        "1 − CKA": 1 - in_layers["cka"],
+    }
+    panels = {}
+    for label, values in columns.items():
+        is_drawable = np.isfinite(values) & (values > 0)  # on a log axis
+        if is_drawable.any():
+            panels[label] = in_layers.assign(value=values)[is_drawable]
+    if not panels:
+        return None
+    figure, all_axes = style.new_panels(5.2 * len(panels) + 1.2, 3.6, len(panels))
+    for axes, (label, table) in zip(all_axes, panels.items(), strict=True):
+        _draw_site_lines(axes, table)
+        axes.set_ylabel(label)
+        if label != "1 − CKA":
+            axes.axhline(tolerance, color=MUTED, lw=0.9, ls="--")
+    return apply_style(figure, title)
+
+
+def _draw_site_lines(axes: Axes, table: pd.DataFrame) -> None:
+    lines: Any = dict(iter(table.groupby("name", sort=False)))
+    names = list(filter(lines.__contains__, DIFF_SITES)) or list(lines)
+    for colour, name in zip(style.LINES, names, strict=False):
+        line = lines[name].sort_values("layer")
+        line_style = {"color": colour, "lw": 1.6, "marker": "o", "ms": 3.2}
+        layers, label = line["layer"].astype(int), style.drawable(name)
+        axes.plot(layers, line["value"], label=label, **line_style)
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    style.add_legend(axes)
+
+
+def token_bars(tokens: pd.DataFrame, *, title: str = "") -> Figure:
+    """The KL after each token of one prompt as bars, red where the most likely token changes."""
+    table = tokens.head(MOST_TOKENS)
+    values = table["kl"].to_numpy(float)
+    largest = style.largest_finite(values) or 1.0
+    colours = np.where(table["top1_changed"], MARK, POINT).tolist()
+    texts = [style.format_finite(value, ".2g", "∞") for value in values]
+    figure, axes = style.new_figure(7, 0.24 * len(table) + 1.1)
+    lengths = np.minimum(values, largest)
+    style.draw_bars(axes, _token_labels(table), lengths, colours, texts, height=0.72)
+    axes.set_xlim(0, largest * 1.12)
+    axes.set_xlabel("KL after the token (nats); red: another token is first")
+    axes.spines["left"].set_color(GRID)
+    return apply_style(figure, title)
+
+
+def _token_labels(table: pd.DataFrame) -> list[str]:
+    return list(map("{}  {}".format, map(style.drawable, table["read"]), table["pos"]))
+
+
+def stream_map(stream: pd.DataFrame, *, title: str = "") -> Figure | None:
+    """The difference of the stream, layer by token. None for no difference, or a long prompt."""
+    finite: Any = stream[np.isfinite(stream["difference"].to_numpy(float))]
+    labels = dict(zip(finite["pos"], _token_labels(finite), strict=True))
+    has_difference = (finite["difference"] > 0).any()
+    if not has_difference or len(labels) > MOST_TOKENS:
+        return None
+    return heat_map(finite, value="difference", x="pos", y="layer", labels=labels, title=title)
