@@ -65,10 +65,10 @@ from .runs.forward import forward as forward
 from .runs.generate import generate as generate
 from .runs.manager import attach as attach
 from .runs.trace import trace as trace
+from .steering.directions import fit_vector as fit_vector
 from .steering.directions import mean_difference as mean_difference
 from .steering.directions import principal_direction as principal_direction
 from .steering.doses import dose_response as dose_response
-from .steering.fit import fit_vector as fit_vector
 from .sweeps.causal_tracing import causal_tracing as causal_tracing
 from .sweeps.grids import ablations as ablations
 from .sweeps.grids import patching as patching

@@ -60,6 +60,13 @@ def _table(rows: Sequence[Mapping[str, object]], most: int) -> list[str]:
     return [table, f'<div style="{FAINT}">and {hidden} more</div>']
 
 
+def progress_bar(progress: bool | None, **settings: Any) -> Any:
+    """Returns a bar of tqdm with these settings. With `progress=None` it is shown in a terminal."""
+    from tqdm.auto import tqdm
+
+    return tqdm(disable=None if progress is None else not progress, **settings)
+
+
 def format_value(value: Any) -> str:
     """Returns a short text of a value: numbers with four digits, and "" for a missing value."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)

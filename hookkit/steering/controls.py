@@ -1,9 +1,8 @@
 """Dose responses over the prompts, and vectors compared where they damage equally much.
 
-table = hk.dose_response(lm, prompts, vectors, metric, samples=8, neutral=texts)
-hk.stats.mean_over_doses(table)                        # means with intervals, and the damage
-hk.stats.effect_at_damage(table, 0.1)                    # every vector at the dose that costs 0.1
-nats a token
+    table = hk.dose_response(lm, prompts, vectors, metric, samples=8, neutral=texts)
+    hk.stats.mean_over_doses(table)          # means with intervals, and the damage
+    hk.stats.effect_at_damage(table, 0.1)    # every vector at the dose that costs 0.1 nats a token
 
 No torch is needed.
 """
@@ -23,6 +22,7 @@ from ..sweeps.summary import mean_over_prompts
 from ..tables import intervals
 
 LINE = ("vector", "site", "layer")  # the columns that name a vector
+SIGNS = {1: "positive", -1: "negative"}
 DAMAGE = ("damage_kl", "damage_loss", "perplexity")
 
 
@@ -76,13 +76,13 @@ def effect_at_damage(
             f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response "
             "neutral=, texts on which damage is measured"
         )
-    if toward not in (1, -1) or not damage > 0:
+    if toward not in SIGNS or not damage > 0:
         raise BadHook(
             f"damage={damage} and toward={toward}: give a damage above 0, and 1 or -1 for the "
             "doses' sign"
         )
     table = table.reset_index(drop=True)  # tables put together may repeat their index
-    metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
+    metrics = [name.removesuffix("_before") for name in table.filter(regex="_before$")]
     names = [*_line_columns(table), "control", "sample"]
     groups: Any = table.groupby(names, sort=False, dropna=False)
     parts = []
@@ -90,10 +90,13 @@ def effect_at_damage(
         key = dict(zip(names, values, strict=True))
         side = line[np.sign(line["dose"]) == toward]
         if side.empty:
-            sign = "positive" if toward > 0 else "negative"
-            raise EmptySelection(f"the table has no {sign} dose of {_words(key)}")
+            raise EmptySelection(f"the table has no {SIGNS[toward]} dose of {_words(key)}")
         parts.append(_interpolate(side, key, metrics, damage, by))
-    result = pd.concat(parts, ignore_index=True)
+    return _compare_with_random(pd.concat(parts, ignore_index=True), metrics)
+
+
+def _compare_with_random(result: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Returns the table with each metric beside that of the random vectors at the same site."""
     random: Any = result[result["control"]]
     # sample n is one direction for all vectors of a site
     counts = random.groupby("site")["sample"].nunique().to_dict()
@@ -136,8 +139,8 @@ def _interpolate(
     """
     groups: Any = side.groupby("dose")
     rows_at: dict[float, Any] = {dose: rows.set_index("row") for dose, rows in groups}
-    doses = [0.0, *sorted(rows_at, key=abs)]
-    costs = [0.0, *[float(rows_at[dose][by].iloc[0]) for dose in doses[1:]]]
+    by_dose = side.drop_duplicates("dose").sort_values("dose", key=abs)
+    doses, costs = [0.0, *by_dose["dose"]], [0.0, *by_dose[by]]
     first = rows_at[doses[1]]
     rows_at[0.0] = first.assign(**{metric: first[f"{metric}_before"] for metric in metrics})
     reached = [low < damage <= high for low, high in pairwise(costs)]
@@ -164,13 +167,15 @@ def _line_columns(table: pd.DataFrame) -> list[str]:
     if not {"vector", "site", "control", "sample"} <= set(table.columns):
         columns = ", ".join(map(str, table.columns))
         raise BadHook(f"this table has columns {columns}: give what dose_response gave")
-    return [name for name in LINE if name in table.columns]
+    return list(filter(table.columns.__contains__, LINE))
 
 
 def _damage_columns(table: pd.DataFrame) -> list[str]:
-    return [name for name in DAMAGE if name in table.columns]
+    return list(filter(table.columns.__contains__, DAMAGE))
 
 
 def _words(key: dict[str, Any]) -> str:
     vector = f"{key['vector']!r} at {key['site']}"
-    return f"random vector {key['sample']} beside {vector}" if key["control"] else vector
+    if key["control"]:
+        return f"random vector {key['sample']} beside {vector}"
+    return vector

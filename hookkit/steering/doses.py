@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..arguments import as_items, check_arguments, check_integer, check_number, describe
+from ..display import progress_bar
 from ..errors import BadHook, BadPrompt
 from ..hooks.base import Hook
 from ..hooks.vector import Vector
@@ -41,12 +41,12 @@ DOSES = (-0.4, -0.2, -0.1, -0.05, 0.05, 0.1, 0.2, 0.4)
 def _neutral_rows(lm: LM, texts: Prompts) -> tuple[Row, ...]:
     """Returns the tokens of neutral texts; raises if a text has no token to predict."""
     rows = as_batch(lm, texts).rows
-    for index, row in enumerate(rows):
-        if len(row) < 2:
-            raise BadPrompt(
-                f"neutral text {index} has one token, and nothing in it is predicted: "
-                "give longer texts"
-            )
+    lengths = list(map(len, rows))
+    if 1 in lengths:
+        raise BadPrompt(
+            f"neutral text {lengths.index(1)} has one token, and nothing in it is predicted: "
+            "give longer texts"
+        )
     return rows
 
 
@@ -64,9 +64,8 @@ def _damages(
     predictions of `batch` texts are in memory at a time.
     """
     totals = torch.zeros(len(edits), 3, dtype=torch.float64)
-    hidden = None if progress is None else not progress
     total = len(edits) * len(rows)
-    with tqdm(total=total, unit="text", desc="neutral text", disable=hidden) as bar:
+    with progress_bar(progress, total=total, unit="text", desc="neutral text") as bar:
         for start in range(0, len(rows), batch):
             texts = rows[start : start + batch]
             before = _logprobs(lm, texts, base_hooks)
@@ -148,20 +147,22 @@ def dose_response(
     check_integer(samples, "samples", least=0, meaning=meaning, error=BadHook)
     texts = None if neutral is None else _neutral_rows(lm, neutral)
     numbers = [check_number(dose, "a dose") for dose in list_values(doses, "doses")]
-    sampled: list[list[Vector]] = []
-    for _, vector in named:
-        random = [vector.random(seed=seed + sample) for sample in range(samples)]
-        sampled.append([vector, *random])
     grid = {"vector": range(len(named)), "dose": numbers, "sample": range(samples + 1)}
 
+    def added(vector: int, sample: int) -> Vector:
+        """Sample 0 is the vector itself."""
+        if sample == 0:
+            return named[vector][1]
+        return named[vector][1].random(seed=seed + sample - 1)
+
     def hooks(vector: int, dose: float, sample: int) -> Hook:
-        return sampled[vector][sample].steer(dose=dose, pos=pos)
+        return added(vector, sample).steer(dose=dose, pos=pos)
 
     table = sweep(lm, prompts, grid, hooks, metrics, base_hooks=base_hooks, progress=progress)
     attrs = table.attrs
     if texts is not None:
         cells = list(itertools.product(*grid.values()))
-        edits = [sampled[vector][sample].steer(dose=dose) for vector, dose, sample in cells]
+        edits = [added(vector, sample).steer(dose=dose) for vector, dose, sample in cells]
         loss, before, kl = _damages(lm, texts, edits, as_hooks(base_hooks), batch, progress)
         damage = pd.DataFrame(cells, columns=list(grid))
         damage = damage.assign(damage_kl=kl, damage_loss=loss - before, perplexity=np.exp(loss))
@@ -173,11 +174,12 @@ def dose_response(
 
 def _named_vectors(vectors: Any, as_vector: Callable[[Any], Vector]) -> list[tuple[str, Vector]]:
     """Returns each vector with its name; names and sites together are unique."""
-    groups: dict[Any, Any] = dict(vectors) if isinstance(vectors, Mapping) else {None: vectors}
+    groups = vectors
+    if not isinstance(vectors, Mapping):
+        groups = {None: vectors}
     named: list[tuple[str, Vector]] = []
     for name, group in groups.items():
-        items = None if isinstance(group, Tensor) else as_items(group)
-        for vector in map(as_vector, [group] if items is None else items):
+        for vector in map(as_vector, _members(group)):
             named.append((vector.method if name is None else str(name), vector))
     if not named:
         raise BadHook("there is no vector: give at least one")
@@ -188,6 +190,14 @@ def _named_vectors(vectors: Any, as_vector: Callable[[Any], Vector]) -> list[tup
             f'two vectors are {name!r} at {site}: give them names, {{"one": …, "other": …}}'
         )
     return named
+
+
+def _members(group: Any) -> list[Any]:
+    """Returns the vectors of one name, which may be one vector or several in a list."""
+    if isinstance(group, Tensor):
+        return [group]
+    items = as_items(group)
+    return [group] if items is None else items
 
 
 def _require_vector(vector: Any) -> Vector:
