@@ -14,19 +14,21 @@ hk.stats.compare_attributions measures how well such an estimate agrees with pat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..hooks.base import Hook
-from ..hooks.capture import capture
+from ..hooks.capture import Capture, capture
 from ..hooks.captured_values import swap_head_and_query
 from ..models.lm import LM
 from ..models.positions import Where, read_indices
@@ -48,12 +50,14 @@ from .backward import (
     EMBED,
     Points,
     PromptMetric,
+    SiteGradients,
     bind_pair,
     check_path_end,
     compute_gradients,
     mean_gradient,
     path_gradients,
     path_points,
+    read_captures,
 )
 from .qk import QK_SITES, qk_effects
 
@@ -108,30 +112,23 @@ def attribution(
     >>> list(table.columns)[3:5]
     ['logit_diff', 'logit_diff_before']
     """
-    path: list[float] = []
-    if method == "integrated":
-        path = path_points(5 if steps is None else steps, points)
-    elif steps is not None or points is not None:
-        raise BadHook(
-            "steps and points are of method='integrated', and have no effect with "
-            f"{method!r}: leave them out"
-        )
+    path = _points_of_path(method, steps, points)
     names = site_names(sites)
-    prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    target, source = bind_pair(lm, *prompts, metric, base_hooks)
+    target, source = bind_pair(lm, clean, corrupted, metric, direction, base_hooks)
     _check_names(names, by, method)
     positions = AT_ONCE
     if by is None or pos is not None:
         positions = grid_positions(list(map(len, target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
     grid_sites, masks = grid.sites(), position_masks(target, positions)
-    parts: list[SiteEffects] = []
-    for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
-        if method == "qk_fix":
-            parts.append(qk_effects(*batches, grid_sites, masks))
-        else:
-            parts.append(_first_order_effects(*batches, grid_sites, masks, path, by is not None))
-    table = _table(target.metric.name, grid, parts, by is not None)
+    by_neuron = by is not None
+    first_order = partial(
+        _first_order_effects, sites=grid_sites, masks=masks, path=path, by_neuron=by_neuron
+    )
+    qk_fix = partial(qk_effects, sites=grid_sites, masks=masks)
+    effects = {"gradient": first_order, "integrated": first_order, "qk_fix": qk_fix}[method]
+    parts = list(map(effects, target.batches(BATCH), source.batches(BATCH)))
+    table = _table(target.metric.name, grid, parts, by_neuron)
     table.attrs["method"] = method
     table.attrs["direction"] = direction
     if path:
@@ -146,17 +143,30 @@ SiteEffects: TypeAlias = tuple[
 """For each prompt the metric, the metric of the other prompt, and the effects of each site."""
 
 
+def _points_of_path(method: str, steps: int | None, points: Points | None) -> list[float]:
+    """Returns the points of method="integrated", else none."""
+    if method == "integrated":
+        return path_points(5 if steps is None else steps, points)
+    if steps is not None or points is not None:
+        raise BadHook(
+            "steps and points are of method='integrated', and have no effect with "
+            f"{method!r}: leave them out"
+        )
+    return []
+
+
 def _check_names(names: Sequence[str], by: str | None, method: str) -> None:
-    for name in names:
-        if by is not None and name in SITES_WITH_HEADS:
-            raise BadHook(
-                f"by='neuron' takes sites without heads, and {name} has them: leave by= out"
-            )
-        if method == "qk_fix" and name not in QK_SITES:
-            raise BadHook(
-                f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {name!r} is "
-                "neither"
-            )
+    with_heads = list(filter(SITES_WITH_HEADS.__contains__, names))
+    if by is not None and with_heads:
+        raise BadHook(
+            f"by='neuron' takes sites without heads, and {with_heads[0]} has them: leave by= out"
+        )
+    unfit = set(names).difference(QK_SITES)
+    if method == "qk_fix" and unfit:
+        raise BadHook(
+            f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {min(unfit)!r} "
+            "is neither"
+        )
 
 
 def _first_order_effects(
@@ -172,27 +182,39 @@ def _first_order_effects(
     captures = capture(captured_sites, name=CAPTURE_NAME)
     source_run = source.run(captures)
     source_metric = source.of_run(source_run)
-    source_values = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
-    if not path:
-        result = compute_gradients(target, sites)
-        before, values, gradient = result.metric, result.values, result.gradient
+    source_values = read_captures(source_run, captured_sites)
+    if path:
+        end = source_values[EMBED].values
+        result = _mean_over_path(target, sites, captures, end, source_metric, path)
     else:
-        run = target.run(captures)
-        before = target.of_run(run)
-        values = {site: run.captured(site, CAPTURE_NAME) for site in captured_sites}
-        start, end = values[EMBED].values, source_values[EMBED].values
-        check_path_end(target, end, source_metric)
-        gradient = mean_gradient(path_gradients(target, sites, start, end, path))
+        result = compute_gradients(target, sites)
     effects: dict[AnySite, Tensor] = {}
     for site in sites:
-        difference = source_values[site].by_position - values[site].by_position.detach()
-        change = difference * swap_head_and_query(site, gradient[site])  # [row, pos, ...]
+        difference = source_values[site].by_position - result.values[site].by_position.detach()
+        # [row, pos, ...]
+        change = difference * swap_head_and_query(site, result.gradient[site])
         change = change.to(device="cpu", dtype=torch.float64)
         if not by_neuron and change.ndim >= 3:
             change = change.sum(-1)
         row_masks = masks[:, target.rows.start : target.rows.stop, : change.shape[1]]
         effects[site] = torch.einsum("nrp,rp...->nr...", row_masks, change)
-    return before, source_metric, effects
+    return result.metric, source_metric, effects
+
+
+def _mean_over_path(
+    target: PromptMetric,
+    sites: Sequence[Site],
+    captures: Capture,
+    end: Tensor,
+    source_metric: Tensor,
+    path: Sequence[float],
+) -> SiteGradients:
+    """Returns the target's metric and values, with the mean gradient on the path to the source."""
+    run = target.run(captures)
+    values = read_captures(run, captures.sites)
+    check_path_end(target, end, source_metric)
+    results = path_gradients(target, sites, values[EMBED].values, end, path)
+    return SiteGradients(target.of_run(run), run, values, mean_gradient(results))
 
 
 def position_masks(
@@ -201,34 +223,59 @@ def position_masks(
     """Returns for each value of the dimension `pos` its positions in each prompt, as 1 and 0."""
     lengths = list(map(len, prompt_metric.inputs.rows))
     masks = torch.zeros(len(positions), len(lengths), max(lengths), dtype=torch.float64)
-    for number, (name, row_positions) in enumerate(positions.items()):
+    for mask, (name, row_positions) in zip(masks, positions.items(), strict=True):
         for pos, rows in row_positions:
             where = Where(pos, read_indices(rows, "row"))
             for row, selected in enumerate(prompt_metric.inputs.full.selected_positions(where)):
-                if selected is None:
-                    continue
-                length = lengths[row]
-                if isinstance(selected, range):  # an open slice ends with the prompt
-                    selected = range(selected.start, min(selected.stop, length), selected.step)
-                elif selected[-1] >= length:
-                    raise OutOfRange(
-                        f"position {selected[-1]} of row {row} was asked for (pos={name!r}), and "
-                        f"it has {length} tokens, 0 to {length - 1}"
-                    )
-                masks[number, row, list(selected)] = 1
+                mask[row, _positions_of_row(selected, row, lengths[row], name)] = 1
     return masks
+
+
+def _positions_of_row(
+    selected: Sequence[int] | None, row: int, length: int, name: Any
+) -> Int[Tensor, " pos"]:
+    """Returns the selected positions of a prompt. Raises `OutOfRange` beyond its last token."""
+    if selected is None:
+        selected = ()
+    if isinstance(selected, range):  # an open slice ends with the prompt
+        selected = range(selected.start, min(selected.stop, length), selected.step)
+    if selected and selected[-1] >= length:
+        raise OutOfRange(
+            f"position {selected[-1]} of row {row} was asked for (pos={name!r}), and it has "
+            f"{length} tokens, 0 to {length - 1}"
+        )
+    return torch.tensor(selected, dtype=torch.int64)
 
 
 def _table(
     metric: str, grid: SiteGrid, parts: Sequence[SiteEffects], by_neuron: bool
 ) -> pd.DataFrame:
-    before = torch.cat([part[0] for part in parts]).double().numpy(force=True)
-    target = torch.cat([part[1] for part in parts]).double().numpy(force=True)
+    befores, targets, effects = zip(*parts, strict=True)
+    before = torch.cat(befores).double().numpy(force=True)
+    target = torch.cat(targets).double().numpy(force=True)
     count = len(before)
     estimates = {}  # [position, head or neuron, row]
-    for site in parts[0][2]:
-        estimate = torch.cat([part[2][site] for part in parts], dim=1)
+    for site in effects[0]:
+        estimate = torch.cat([effect[site] for effect in effects], dim=1)
         estimates[site] = estimate.movedim(1, -1).numpy()
+    points, deltas = _estimates_of_points(grid, estimates)
+    n_units = [len(delta) for delta in deltas]  # neurons, or 1
+    repeats = np.repeat(np.arange(len(points)), np.multiply(n_units, count))
+    table = pd.DataFrame(points).iloc[repeats].reset_index(drop=True)
+    if by_neuron:
+        table["unit"] = np.repeat(np.concatenate(list(map(np.arange, n_units))), count)
+    delta = np.concatenate(deltas).ravel()
+    rows = np.tile(np.arange(count), len(delta) // count)
+    table["row"] = rows
+    unedited = before[rows]
+    numbers = metric_columns(metric, unedited + delta, unedited, delta, target[rows])
+    return table.assign(**numbers)
+
+
+def _estimates_of_points(
+    grid: SiteGrid, estimates: Mapping[AnySite, np.ndarray]
+) -> tuple[list[dict[str, Any]], list[Float[np.ndarray, "unit row"]]]:
+    """Returns the points of the grid at which the model has a site, and the estimates there."""
     indices = {position: index for index, position in enumerate(grid.axes.get("pos", [None]))}
     points, deltas = [], []
     for values in itertools.product(*grid.axes.values()):
@@ -241,20 +288,11 @@ def _table(
         if site.head is not None:
             delta = delta[site.head]
         points.append(point)
-        deltas.append(delta.reshape(-1, count))  # [neuron, row]
-    repeats = np.repeat(np.arange(len(points)), [delta.size for delta in deltas])
-    table = pd.DataFrame(points).iloc[repeats].reset_index(drop=True)
-    if by_neuron:
-        units = [np.repeat(np.arange(len(delta)), count) for delta in deltas]
-        table["unit"] = np.concatenate(units)
-    delta = np.concatenate(deltas).ravel()
-    rows = np.tile(np.arange(count), len(delta) // count)
-    table["row"] = rows
-    unedited = before[rows]
-    numbers = metric_columns(metric, unedited + delta, unedited, delta, target[rows])
-    return table.assign(**numbers)
+        deltas.append(delta.reshape(-1, delta.shape[-1]))
+    return points, deltas
 
 
+METRIC_COLUMN = re.compile(r"(.*)_(?:before|delta)")
 # Columns that do not identify a cell.
 COUNTS = ("row", "prompt", "sample", "n", "control", "interval")
 
@@ -309,30 +347,26 @@ def compare_attributions(
 
 
 def _value_column(estimate: pd.DataFrame, truth: pd.DataFrame, value: str | None) -> str:
-    shared = [name for name in estimate.columns if name in truth.columns]
+    shared = list(filter(truth.columns.__contains__, estimate.columns))
     deltas = [name for name in shared if name.endswith("_delta")]
-    value = value or next(iter(deltas), None)
-    if value is None or value not in shared:
+    column = value or next(iter(deltas), "a _delta")
+    if column not in shared:
         raise BadHook(
-            f"the tables share {', '.join(shared) or 'no column'}, and not "
-            f"{value or 'a _delta'}: say value="
+            f"the tables share {', '.join(shared) or 'no column'}, and not {column}: say value="
         )
-    return value
+    return column
 
 
 def _cell_columns(estimate: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
     """Returns the columns that both tables have and that are not a metric's."""
-    metrics = set()
-    for name in (*estimate.columns, *truth.columns):
-        for suffix in ("_before", "_delta"):
-            if name.endswith(suffix):
-                metrics.add(name.removesuffix(suffix))
+    matches = map(METRIC_COLUMN.fullmatch, [*estimate.columns, *truth.columns])
+    metrics = {match[1] for match in filter(None, matches)}
+    prefixes = tuple(f"{metric}_" for metric in metrics)
     cells = []
-    for name in estimate.columns:
-        is_value = any(name == metric or name.startswith(f"{metric}_") for metric in metrics)
-        if name in truth.columns and not is_value and name not in ("n", "interval"):
+    for name in filter(truth.columns.__contains__, estimate.columns):
+        if name not in {*metrics, "n", "interval"} and not name.startswith(prefixes):
             cells.append(name)
-    if all(name in COUNTS for name in cells):
+    if set(cells) <= set(COUNTS):
         raise BadHook(
             "the tables share no column that says which cell a row is of: "
             f"{', '.join(estimate.columns)}"

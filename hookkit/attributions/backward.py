@@ -9,9 +9,10 @@ backward. The weights are frozen meanwhile.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Shaped
@@ -85,25 +86,28 @@ class PromptMetric:
         Prompts of several lengths have all logits. Logits of the last position alone would need
         padding on the left, where a query sees no key and its pattern has no gradient.
         """
-        tokens = self.inputs.run_rows if self.reads_continuation else self.inputs.rows
+        tokens = self.inputs.rows
+        if self.reads_continuation:
+            tokens = self.inputs.run_rows
         prompts = [list(tokens[row]) for row in self.rows]
-        one_length = len({len(prompt) for prompt in prompts}) == 1
-        last_only = one_length and not self.reads_continuation and not self.inputs.cropped
-        for hook in (*self.hooks, *hooks):
-            for site in hook.sites:
-                if isinstance(site, Site) and site.name in LOGIT_SITES:
-                    last_only = False
-        logits = "last" if last_only else "all"
+        logits = "all"
+        if self._reads_last_only(prompts, (*self.hooks, *hooks)):
+            logits = "last"
         return forward(self.lm, prompts, *self.hooks, *hooks, logits=logits)
+
+    def _reads_last_only(self, prompts: Sequence[Sequence[int]], hooks: Iterable[Hook]) -> bool:
+        """True if the metric and the hooks read no logits but those of the last position."""
+        if self.reads_continuation or self.inputs.cropped or len(set(map(len, prompts))) > 1:
+            return False
+        sites = itertools.chain.from_iterable(hook.sites for hook in hooks)
+        return not any(isinstance(site, Site) and site.name in LOGIT_SITES for site in sites)
 
     def of_run(self, run: Run) -> Float[Tensor, " row"]:
         """Returns the metric of a run of the prompts, differentiable if the run's logits are."""
         captured, inputs = run.captured_logits(), self.inputs
         lengths = [len(inputs.run_rows[row]) for row in self.rows]
-        starts, columns = [], []
-        for index, row in enumerate(self.rows):
-            starts.append(lengths[index] - inputs.read_counts[row])
-            columns.append(captured.column(index, starts[index]))
+        starts = [len(inputs.run_rows[row]) - inputs.read_counts[row] for row in self.rows]
+        columns = list(map(captured.column, range(len(starts)), starts))
         logits = captured.values[torch.arange(len(columns)), torch.tensor(columns)]
         after = None
         if self.reads_continuation:
@@ -134,13 +138,17 @@ def bind_metric(
 
 def bind_pair(
     lm: LM,
-    target: Prompts,
-    source: Prompts,
+    clean: Prompts,
+    corrupted: Prompts,
     metric: MetricLike,
+    direction: Literal["denoise", "noise"],
     hooks: Hook | Sequence[Hook],
 ) -> tuple[PromptMetric, PromptMetric]:
     """Returns the metric of the prompts that are patched (target) and of those patched from
-    (source), with hooks that act in both."""
+    (source), with hooks that act in both. "denoise" patches the corrupted prompts."""
+    target, source = clean, corrupted
+    if direction == "denoise":
+        target, source = corrupted, clean
     check_pairs(lm, source, target)
     base_hooks = as_hooks(hooks)
     target_metric = bind_metric(lm, target, metric, hooks=base_hooks)
@@ -168,26 +176,16 @@ def compute_gradients(
     """Returns the metric and its gradient at the sites, from one forward and one backward."""
     lm = prompt_metric.lm
     all_sites = lm.expand(sites)
-    for site in all_sites:
-        if isinstance(site, Site) and site.name == "experts":
-            raise Unsupported(
-                f"{site} is the numbers of experts, which have no gradient: take 'router_logits'"
-            )
+    _refuse_experts(all_sites)
     captures = capture(all_sites, grad=True, name=CAPTURE_NAME)
     with torch.inference_mode(False), torch.enable_grad(), freeze_weights(lm.model):
         run = prompt_metric.run(*hooks, captures)
         metric = prompt_metric.of_run(run)
-        values = {site: run.captured(site, CAPTURE_NAME) for site in all_sites}
-        leaves = [_leaf(captured) for captured in values.values()]
+        values = read_captures(run, all_sites)
+        leaves = list(map(_leaf, values.values()))
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if run.logits.requires_grad:  # otherwise they depend on none of the sites
-            if not metric.requires_grad:
-                raise Unsupported(
-                    f"the metric {prompt_metric.metric.name} gives no gradient: it counts or "
-                    "compares, so that it does not change with small changes of the logits. Take "
-                    "hk.metrics.logit_diff, hk.metrics.logit, hk.metrics.logprob …, or a "
-                    "function of differentiable steps"
-                )
+            _require_gradient(metric, prompt_metric.metric)
             gradients = torch.autograd.grad(
                 metric.sum(), leaves, allow_unused=True, retain_graph=keep_graph
             )
@@ -198,6 +196,28 @@ def compute_gradients(
             gradient = torch.zeros_like(leaf)  # what the edit inserts need not depend on the site
         checked[site] = _check_gradient(site, gradient)
     return SiteGradients(metric.detach(), run, values, checked)
+
+
+def read_captures(run: Run, sites: Iterable[AnySite]) -> dict[AnySite, Captured]:
+    """Returns the values that an attribution captured at some sites."""
+    return {site: run.captured(site, CAPTURE_NAME) for site in sites}
+
+
+def _refuse_experts(sites: Iterable[AnySite]) -> None:
+    for site in sites:
+        if isinstance(site, Site) and site.name == "experts":
+            raise Unsupported(
+                f"{site} is the numbers of experts, which have no gradient: take 'router_logits'"
+            )
+
+
+def _require_gradient(values: Tensor, metric: Metric) -> None:
+    if not values.requires_grad:
+        raise Unsupported(
+            f"the metric {metric.name} gives no gradient: it counts or compares, so that it does "
+            "not change with small changes of the logits. Take hk.metrics.logit_diff, "
+            "hk.metrics.logit, hk.metrics.logprob …, or a function of differentiable steps"
+        )
 
 
 def _leaf(captured: Captured) -> Tensor:
@@ -257,12 +277,12 @@ def path_gradients(
 
 def mean_gradient(results: Iterable[SiteGradients]) -> dict[AnySite, Tensor]:
     """Returns the mean gradient at each site."""
-    sums: dict[AnySite, Tensor] = {}
+    sums: dict[AnySite, Any] = {}
     count = 0
     for result in results:
         count += 1
         for site, gradient in result.gradient.items():
-            sums[site] = sums[site] + gradient if site in sums else gradient
+            sums[site] = sums.get(site, 0) + gradient
     return {site: total / count for site, total in sums.items()}
 
 

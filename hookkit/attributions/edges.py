@@ -17,7 +17,7 @@ the family has to be known except its sites.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -45,10 +45,12 @@ from .backward import (
     compute_gradients,
     path_gradients,
     path_points,
+    read_captures,
 )
 
 HEAD_INPUTS = ("q", "k", "v")
 
+TOLERANCES = {torch.float16: 0.1, torch.bfloat16: 0.1}  # of sums, relative to the largest value
 BATCH = 8  # prompts whose graph and vectors are in memory at once
 
 
@@ -107,8 +109,7 @@ def edge_attribution(
             "or leave it out"
         )
     path = path_points(steps, points)
-    prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    target, source = bind_pair(lm, *prompts, metric, base_hooks)
+    target, source = bind_pair(lm, clean, corrupted, metric, direction, base_hooks)
     sites = required_sites(lm)
     count = len(target.rows)
     batch_scores: list[Float[Tensor, "sender receiver"]] = []
@@ -117,14 +118,13 @@ def edge_attribution(
     for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
         senders, receivers, scores = _score_edges(*batches, sites, path)
         batch_scores.append(scores)
-    means = torch.stack(batch_scores).sum(0) / count
-    order = sorted(range(len(receivers)), key=lambda column: receivers[column].stage)
+    means = (torch.stack(batch_scores).sum(0) / count).tolist()
     records = []
-    for row, sender in enumerate(senders):
-        for column in order:
-            receiver = receivers[column]
+    for sender, sender_means in zip(senders, means, strict=True):
+        edges = zip(receivers, sender_means, strict=True)
+        for receiver, mean in sorted(edges, key=lambda edge: edge[0].stage):
             if sender.stage < receiver.stage:
-                records.append((sender.name, receiver.name, float(means[row, column]), count))
+                records.append((sender.name, receiver.name, mean, count))
     names = ["sender", "receiver", f"{target.metric.name}_delta", "n"]
     return pd.DataFrame(records, columns=names)
 
@@ -136,9 +136,7 @@ def _score_edges(
     lm = target.lm
     captured_sites = [*sites, EMBED] if len(path) > 1 else sites
     source_run = source.run(capture(captured_sites, name=CAPTURE_NAME))
-    source_values: dict[AnySite, Captured] = {}
-    for site in captured_sites:
-        source_values[site] = source_run.captured(site, CAPTURE_NAME)
+    source_values = read_captures(source_run, captured_sites)
     result = compute_gradients(target, captured_sites, keep_graph=True)
     check_stream_is_sum(lm, result)
     senders = compute_senders(lm, result, source_values)
@@ -151,13 +149,21 @@ def _score_edges(
     receivers: list[EdgeEnd] = []
     scores = torch.zeros(())
     for path_result in results:
-        receivers, columns = [], []
-        for group in compute_receivers(lm, path_result):
-            columns.append(differences @ _flatten(group, lm.device).T)
-            for end in group:  # without its vector, whose memory is freed
-                receivers.append(EdgeEnd(end.name, end.stage, end.vector.new_zeros(())))
-        scores = scores + torch.cat(columns, dim=1).double().cpu() / len(path)
+        receivers, path_scores = _score_receivers(lm, differences, path_result)
+        scores = scores + path_scores / len(path)
     return senders, receivers, scores
+
+
+def _score_receivers(
+    lm: LM, differences: Float[Tensor, "sender numbers"], result: SiteGradients
+) -> tuple[list[EdgeEnd], Float[Tensor, "sender receiver"]]:
+    receivers: list[EdgeEnd] = []
+    columns = []
+    for group in compute_receivers(lm, result):
+        columns.append(differences @ _flatten(group, lm.device).T)
+        for end in group:  # without its vector, whose memory is freed
+            receivers.append(replace(end, vector=end.vector.new_zeros(())))
+    return receivers, torch.cat(columns, dim=1).double().cpu()
 
 
 def _flatten(ends: Sequence[EdgeEnd], device: torch.device) -> Float[Tensor, "end numbers"]:
@@ -196,10 +202,9 @@ def check_stream_is_sum(lm: LM, result: SiteGradients) -> None:
 
 
 def _is_close(actual: Tensor, expected: Tensor) -> bool:
-    """True up to the rounding of sums: 10 % in narrow dtypes, else 0.1 %, of the largest value."""
-    tolerance = 0.1 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    """True up to the rounding of sums."""
     difference = float((actual.to(expected.device) - expected).detach().abs().max())
-    return difference <= tolerance * float(expected.detach().abs().max())
+    return difference <= TOLERANCES.get(expected.dtype, 1e-3) * float(expected.detach().abs().max())
 
 
 def compute_senders(
@@ -246,16 +251,13 @@ def compute_receivers(lm: LM, result: SiteGradients) -> Iterator[list[EdgeEnd]]:
     yield [EdgeEnd("logits", 2 * lm.n_layers, result.gradient[last])]
     for layer in reversed(range(lm.n_layers)):
         before, mlp_in = Site("resid_pre", layer), Site("mlp_in", layer)
-        ends = []
-        for site in (Site(name, layer) for name in HEAD_INPUTS):
-            for head, gradient in enumerate(_by_head(result.gradient[site])):
-                vector = _pull_back(result, site, before, gradient)
-                ends.append(EdgeEnd(f"{site}.{head}", 2 * layer, vector))
+        ends = _head_inputs(result, layer)
+        stream, stage = before, 2 * layer
         # A block that runs attention and MLP in parallel has no stream between them.
-        has_mid = bool(lm.layout.find("resid_mid", layer))
-        stream = Site("resid_mid", layer) if has_mid else before
+        if lm.layout.find("resid_mid", layer):
+            stream, stage = Site("resid_mid", layer), 2 * layer + 1
         vector = _pull_back(result, mlp_in, stream, result.gradient[mlp_in])
-        ends.append(EdgeEnd(str(mlp_in), 2 * layer + has_mid, vector))
+        ends.append(EdgeEnd(str(mlp_in), stage, vector))
         for end in ends:
             total += end.vector.to(total.device)
         yield ends
@@ -265,6 +267,17 @@ def compute_receivers(lm: LM, result: SiteGradients) -> Iterator[list[EdgeEnd]]:
             "queries, keys, values and the MLP's input, so that edges would leave some of it out: "
             "use hk.attribution or hk.path_patching"
         )
+
+
+def _head_inputs(result: SiteGradients, layer: int) -> list[EdgeEnd]:
+    """Returns the receivers of a block's attention: each head's query, key and value."""
+    ends = []
+    for name in HEAD_INPUTS:
+        site = Site(name, layer)
+        for head, gradient in enumerate(_by_head(result.gradient[site])):
+            vector = _pull_back(result, site, Site("resid_pre", layer), gradient)
+            ends.append(EdgeEnd(f"{site}.{head}", 2 * layer, vector))
+    return ends
 
 
 def _pull_back(result: SiteGradients, site: Site, stream: Site, gradient: Tensor) -> Tensor:

@@ -67,13 +67,12 @@ def token_attribution(
         raise BadHook(
             f"steps is of method='integrated', and has no effect with {method!r}: leave it out"
         )
-    steps = 20 if steps is None else steps
     prompt_metric = bind_metric(lm, prompts, metric, pos)
     if prompt_metric.reads_continuation:
         raise Unsupported(
             "loss reads a continuation after the prompt: take hk.metrics.logprob of its first token"
         )
-    path = path_points(steps, "middle")
+    path = path_points(20 if steps is None else steps, "middle")
     result = compute_gradients(prompt_metric, EMBED)
     embeddings = result.values[EMBED].values.detach()
     start = _baseline_embeddings(lm, baseline, embeddings)
@@ -88,9 +87,9 @@ def token_attribution(
     if method == "integrated":
         change = result.metric.double().cpu() - baseline_metric.double().cpu()
         gaps = change - attributions.sum(-1)
-        table["gap"] = [float(gaps[row]) for row in table["row"]]
+        table["gap"] = gaps.numpy()[table["row"]]
         table.attrs["gap"] = gaps.tolist()
-        table.attrs["steps"] = steps
+        table.attrs["steps"] = len(path)
     table.attrs["method"] = method
     table.attrs["metric"] = result.metric.tolist()
     table.attrs["baseline"] = baseline_metric.tolist()

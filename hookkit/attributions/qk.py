@@ -23,8 +23,10 @@ from ..hooks.captured_values import Captured
 from ..models.layout import is_hidden
 from ..models.lm import LM
 from ..models.sites import SITES_WITH_KEY_HEADS, AnySite, Site
-from .backward import CAPTURE_NAME, PromptMetric, as_float, compute_gradients
+from ..runs.run import Run
+from .backward import CAPTURE_NAME, PromptMetric, SiteGradients, as_float, compute_gradients
 
+QK_CAPTURES = f"{CAPTURE_NAME}.qk"
 QK_SITES = ("q", "k", "q_rot", "k_rot")
 
 # By how much scores computed from queries and keys may differ, relative to the largest.
@@ -144,9 +146,8 @@ class Attention:
         changes = self._score_changes(self.source.products - self.target.products)
         computed = self.target.scores + changes
         difference = float(center(computed - self.source.scores, visible).abs().max())
-        largest = 0.0
-        for run in (self.target, self.source):
-            largest = max(largest, float(torch.where(visible, run.scores, 0.0).abs().max()))
+        scores = torch.stack([self.target.scores, self.source.scores])
+        largest = float(torch.where(visible, scores, 0.0).abs().max())
         if not difference <= limit * max(1.0, largest):
             raise Unsupported(
                 f"{site} are not scaled products of queries and keys with a bias that is the same "
@@ -190,30 +191,38 @@ def qk_effects(
     captured_sites: list[Site] = []
     for layer in layers:
         captured_sites += _attention_sites(lm, layer)
-    captures = capture(captured_sites, name=f"{CAPTURE_NAME}.qk")
+    captures = capture(captured_sites, name=QK_CAPTURES)
     source_run = source.run(captures)
     patterns = [Site("pattern", layer) for layer in layers]
     result = compute_gradients(target, patterns, captures)
     limit = LIMITS.get(getattr(lm.root, "dtype", torch.float32), 0.03)
     effects: dict[AnySite, Tensor] = {}
-    for layer, pattern in zip(layers, patterns, strict=True):
-        runs = []
-        for run in (result.run, source_run):
-            values = [run.captured(site, captures.name) for site in _attention_sites(lm, layer)]
-            runs.append(_attention_run(*values))
-        gradient = as_float(result.gradient[pattern]).to(runs[0].scores)
-        captured_pattern = as_float(result.values[pattern].values.detach())
-        missing = (1 - captured_pattern.sum(-1)).to(gradient)
-        module: Any = lm.root.get_submodule(lm.location(pattern).path)
-        largest = getattr(module, "attn_logit_softcapping", None)  # transformers' name
-        cap = None if largest is None else (float(largest), float(module.scaling))
-        attention = Attention(runs[0], runs[1], gradient, missing, cap)
+    for layer in layers:
+        attention = _read_attention(result, source_run, layer)
         attention.check(Site("scores", layer), limit)
-        row_masks = masks[:, rows.start : rows.stop, : gradient.shape[-1]].to(gradient)
+        row_masks = masks[:, rows.start : rows.stop, : attention.gradient.shape[-1]]
+        row_masks = row_masks.to(attention.gradient)
         for site in sites:
             if site.layer == layer:
                 effects[site] = _site_effect(lm, attention, site, row_masks)
     return result.metric, source.of_run(source_run), effects
+
+
+def _read_attention(result: SiteGradients, source_run: Run, layer: int) -> Attention:
+    """Returns a block's attention in the run with gradients and in that of the source's prompts."""
+    lm, pattern = source_run.lm, Site("pattern", layer)
+    sites = _attention_sites(lm, layer)
+    target = _attention_run(*[result.run.captured(site, QK_CAPTURES) for site in sites])
+    source = _attention_run(*[source_run.captured(site, QK_CAPTURES) for site in sites])
+    gradient = as_float(result.gradient[pattern]).to(target.scores)
+    captured_pattern = as_float(result.values[pattern].values.detach())
+    missing = (1 - captured_pattern.sum(-1)).to(gradient)
+    module: Any = lm.root.get_submodule(lm.location(pattern).path)
+    largest = getattr(module, "attn_logit_softcapping", None)  # transformers' name
+    cap = None
+    if largest is not None:
+        cap = (float(largest), float(module.scaling))
+    return Attention(target, source, gradient, missing, cap)
 
 
 def _site_effect(
