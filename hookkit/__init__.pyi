@@ -43,7 +43,7 @@ from .lenses.direct import logit_terms as logit_terms
 from .lenses.direct import unembedding as unembedding
 from .lenses.logit_lens import logit_lens as logit_lens
 from .lenses.logit_lens import logit_path as logit_path
-from .lenses.patchscope import patchscope as patchscope
+from .lenses.logit_lens import patchscope as patchscope
 from .lenses.tuned_lens import load_lens as load_lens
 from .lenses.tuned_lens import train_lens as train_lens
 from .models.custom_family import family as family

@@ -10,7 +10,7 @@ exactly. The transpose of A is computed without the norm's weights: from the vec
 of f, plus what the held s would otherwise subtract.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ from .model_end import Cells
 
 Map = Callable[[Tensor], Tensor]
 
+# What a block adds: the site, its kind, and the site by which it can be split.
+ADDITIONS = (("attn_out", "attention", "z"), ("mlp_out", "mlp", "mlp_post"))
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -132,10 +134,13 @@ class ResidualStream:
         """Returns the share of a component's values."""
         return torch.einsum("cd,cd->c", self.along, values)
 
-    def exceeds_rounding(self, remainder: Tensor, stream: Tensor) -> bool:
-        """True if a remainder is larger than the rounding error of a sum."""
+    def remainder(
+        self, name: str, kind: str, layer: int | None, values: Tensor, stream: Tensor
+    ) -> Iterator[Part]:
+        """Yields a part that remains, if it is larger than the rounding error of the sum."""
         dtype = self.run[Site("resid_post", 0)].dtype
-        return bool(remainder.abs().max() > 32 * torch.finfo(dtype).eps * stream.abs().max())
+        if values.abs().max() > 32 * torch.finfo(dtype).eps * stream.abs().max():
+            yield Part(name, kind, layer, self.share(values))
 
 
 def has_site(layout: Layout, name: str, layer: int | None) -> bool:
@@ -154,35 +159,40 @@ def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     return [site for site in sites if has_site(lm.layout, site.name, site.layer)]
 
 
-def parts_of(stream: ResidualStream, *, heads: bool, neurons: bool) -> Iterator[Part]:
+def parts_of(stream: ResidualStream, inner_sites: Collection[str]) -> Iterator[Part]:
     """Returns every component, in the order of the model.
 
-    Their shares sum to the share of the stream after the last block.
+    Their shares sum to the share of the stream after the last block. `inner_sites` are the sites by
+    whose heads ("z") or neurons ("mlp_post") components are split.
     """
-    layout, n_layers = stream.run.lm.layout, stream.run.lm.n_layers
-    additions = [("attn_out", "attention", "z", heads), ("mlp_out", "mlp", "mlp_post", neurons)]
     yield from _entering(stream)
-    for layer in range(n_layers):
-        before, after = stream.at("resid_pre", layer), stream.at("resid_post", layer)
-        assert before is not None and after is not None
-        remainder, remainder_kind = after - before, "block"
-        for name, kind, inner, is_split in additions:
-            added = stream.at(name, layer)
-            if added is None:
-                continue
-            remainder, remainder_kind = remainder - added, "rest"
-            if is_split and has_site(layout, inner, layer):
-                yield from _split(stream, Site(name, layer), Site(inner, layer))
-            else:
-                yield Part(f"{name}.{layer}", kind, layer, stream.share(added))
-        if stream.exceeds_rounding(remainder, after):
-            share = stream.share(remainder)
-            yield Part(f"{remainder_kind}.{layer}", remainder_kind, layer, share)
-        following = stream.at("resid_pre", layer + 1) if layer + 1 < n_layers else None
-        if following is not None and stream.exceeds_rounding(following - after, after):
-            # an edit between the blocks, or a part of the model
-            share = stream.share(following - after)
-            yield Part(f"between.{layer}.{layer + 1}", "rest", layer, share)
+    for layer in range(stream.run.lm.n_layers):
+        yield from _parts_of_block(stream, layer, inner_sites)
+
+
+def _parts_of_block(
+    stream: ResidualStream, layer: int, inner_sites: Collection[str]
+) -> Iterator[Part]:
+    layout = stream.run.lm.layout
+    before, after = stream.at("resid_pre", layer), stream.at("resid_post", layer)
+    assert before is not None and after is not None
+    remainder, kind = after - before, "block"
+    for name, part_kind, inner in ADDITIONS:
+        added = stream.at(name, layer)
+        if added is None:
+            continue
+        remainder, kind = remainder - added, "rest"
+        if inner in inner_sites and has_site(layout, inner, layer):
+            yield from _split(stream, Site(name, layer), Site(inner, layer))
+        else:
+            yield Part(f"{name}.{layer}", part_kind, layer, stream.share(added))
+    yield from stream.remainder(f"{kind}.{layer}", kind, layer, remainder, after)
+    following = after
+    if layer + 1 < stream.run.lm.n_layers:
+        following = stream.values(Site("resid_pre", layer + 1)).double().to(after.device)
+    # an edit between the blocks, or a part of the model
+    name = f"between.{layer}.{layer + 1}"
+    yield from stream.remainder(name, "rest", layer, following - after, after)
 
 
 def _entering(stream: ResidualStream) -> Iterator[Part]:
@@ -195,9 +205,7 @@ def _entering(stream: ResidualStream) -> Iterator[Part]:
         return
     yield Part("embed", "embedding", None, stream.share(token))
     yield Part("pos_embed", "embedding", None, stream.share(position))
-    remainder = entering - token - position
-    if stream.exceeds_rounding(remainder, entering):
-        yield Part("rest.embed", "rest", None, stream.share(remainder))
+    yield from stream.remainder("rest.embed", "rest", None, entering - token - position, entering)
 
 
 def _split(stream: ResidualStream, site: Site, inner: Site) -> Iterator[Part]:
@@ -238,13 +246,8 @@ def _after_projection(
         return outward.to(raw), (outward * zero.double()).sum(-1)
     path = lm.location(site).path
     norm = lm.submodule(path).forward
-    with torch.no_grad():
-        fits = (
-            raw.shape[-1] == added.shape[-1]
-            and path != lm.location(Site("resid_post", site.layer)).path
-        )
-        is_norm = fits and _gives(norm, raw, added, factor)
-    if not is_norm:
+    is_block = path == lm.location(Site("resid_post", site.layer)).path
+    if is_block or not _gives(norm, raw, added, factor):
         raise Unsupported(
             f"what block {site.layer} adds as {site.name} is not its projection's output, nor that "
             "output after one norm, so it cannot be split: leave heads= and neurons= out, or edits "
@@ -257,8 +260,11 @@ def _after_projection(
 
 
 def _gives(norm: Map, raw: Tensor, added: Tensor, factor: float) -> bool:
+    if raw.shape[-1] != added.shape[-1]:
+        return False
     try:
-        return _agree(norm(raw) * factor, added)
+        with torch.no_grad():
+            return _agree(norm(raw) * factor, added)
     except (TypeError, RuntimeError):  # it is no norm, and takes other arguments
         return False
 

@@ -172,7 +172,7 @@ def _parts(run: Run, cells: Cells, difference: LogitDifference) -> list[Part]:
     names = {site.name for site in run.sites if isinstance(site, Site)}
     stream = ResidualStream(run, cells, norm.backward(outward) * factor)
     parts = [
-        *parts_of(stream, heads="z" in names, neurons="mlp_post" in names),
+        *parts_of(stream, names),
         Part("final_norm bias", "bias", None, factor * _dot(outward, norm.offset)),
         Part("lm_head bias", "bias", None, factor * (raw - _dot(outward, read.input))),
         Part("soft-cap", "cap", None, capped - factor * raw),

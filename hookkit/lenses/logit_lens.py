@@ -1,13 +1,14 @@
 """The logit lens: what the model would predict if it stopped at each layer.
 
-`logit_path` shows the whole way of one prompt, from its tokens to the next one.
+`logit_path` shows the whole way of one prompt, from its tokens to the next one. `patchscope` reads
+a state by another prompt, into which the state is patched.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer
+from ..arguments import check_arguments, check_choice, check_integer
 from ..errors import BadHook, BadPrompt, Unsupported
+from ..hooks.ablation import ablate
 from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..models.lm import LM, Token
@@ -27,6 +29,7 @@ from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site, SitesLike
 from ..runs.forward import forward
+from ..runs.generate import generate
 from ..runs.run import Run
 from ..tables.distributions import token_texts
 from ..tables.rank_tables import ranks, watched_ids
@@ -80,11 +83,7 @@ def logit_lens(
     28     28  ' Paris'     1
     29     29  ' Paris'     1
     """
-    if choose not in ("layer", "anywhere"):
-        raise BadHook(
-            f"choose={choose!r}: say 'layer' (each layer's first tokens) or 'anywhere' (best at "
-            "any layer)"
-        )
+    check_choice(choose, "choose", ["layer", "anywhere"])
     watched = watched_ids(lm, watch)
     least = 0 if watched else 1
     check_integer(top, "top", least=least, most=lm.n_tokens, meaning="how many tokens to show")
@@ -257,9 +256,8 @@ def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 
     if len(run.lengths) != 1:
         raise BadPrompt(f"{len(run.lengths)} prompts were given: a path is that of one")
     lens = logit_lens(lm, prompt, *hooks, pos=pos, top=1)
-    lens_contents = {}
-    for site, token, prob in zip(lens["site"], lens["token"], lens["prob"], strict=True):
-        lens_contents[site] = f"the lens reads {token} ({prob:.1%})"
+    readings = map("the lens reads {} ({:.1%})".format, lens["token"], lens["prob"])
+    lens_contents = dict(zip(lens["site"], readings, strict=True))
     ids, leading = run.tokens[0].tolist(), ranks(run, pos=pos, top=top)
     tokens = _join(token_texts(lm, ids), ids, "{}={}")
     rows: list[dict[str, Any]] = [
@@ -293,3 +291,70 @@ def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 
 
 def _join(names: Iterable[str], numbers: Iterable[float], form: str) -> str:
     return ", ".join(map(form.format, names, numbers))
+
+
+# the prompt of the patchscopes' paper for reading the next token, patched at "?"
+IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
+
+
+@check_arguments
+def patchscope(
+    lm: LM,
+    prompt: Prompts,
+    *hooks: Hook,
+    sites: SitesLike = "resid_post",
+    pos: PosLike = -1,
+    target: Prompts = IDENTITY,
+    target_pos: PosLike = None,
+    target_layer: int | None = None,
+    max_new_tokens: int = 8,
+) -> pd.DataFrame:
+    """What the model generates from a target prompt that has a prompt's state, for each site.
+
+    Columns: site, layer (of the state), target_site (that it replaces); token, token_id, prob (the
+    most likely first token after the target), text (what is generated, greedily).
+
+    The state at `pos` (one position) of `prompt` is read under `hooks`, and replaces the target
+    prompt's state at `target_pos`, by default its last token, in the same layer or in
+    `target_layer`. The default target is the paper's prompt of identities ("cat -> cat", and so on,
+    a line each). It ends in "?", whose state is replaced, and the model's next tokens decode the
+    state. All sites run in one batch.
+
+    Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden
+    Representations".
+
+    >>> sites = ["resid_post.4", "resid_post.28"]
+    >>> scope = patchscope(lm, "I like oat milk in my", sites=sites, max_new_tokens=1)
+    >>> scope[["site", "target_site"]].values.tolist()
+    [['resid_post.4', 'resid_post.4'], ['resid_post.28', 'resid_post.28']]
+    """
+    sources = [site for site in lm.expand(sites) if isinstance(site, Site)]
+    run = forward(lm, prompt, *hooks, capture(sources, pos=pos), logits=False)
+    n_prompts, n_positions = run.captured(sources[0]).values.shape[:2]
+    if (n_prompts, n_positions) != (1, 1):
+        raise BadPrompt(
+            f"{n_prompts} prompts and {n_positions} positions were chosen: a patchscope takes the "
+            "state of one position of one prompt"
+        )
+    target_rows = as_batch(lm, target).rows
+    if len(target_rows) != 1:
+        raise BadPrompt(
+            f"{len(target_rows)} target prompts were given: a patchscope puts every state into the "
+            "same one"
+        )
+    position = -1 if target_pos is None else target_pos
+    targets = sources
+    if target_layer is not None:
+        targets = [replace(site, layer=target_layer) for site in sources]
+    states = [run[site][0, 0] for site in sources]
+    edits = []
+    for row, (site, state) in enumerate(zip(targets, states, strict=True)):
+        edits.append(ablate(site, to=state, pos=position, rows=[row]))
+    prompts = list(target_rows) * len(sources)
+    run = generate(lm, prompts, *edits, max_new_tokens=max_new_tokens, do_sample=False)
+    table = ranks(run, step=0, top=1).drop_duplicates("row", ignore_index=True)
+    table["site"], table["target_site"] = list(map(str, sources)), list(map(str, targets))
+    table["layer"] = pd.array([site.layer for site in sources], dtype="Int64")
+    table["text"] = run.generated
+    columns = ["site", "layer", "target_site", "token", "token_id", "prob", "text"]
+    return pd.DataFrame(table[columns])

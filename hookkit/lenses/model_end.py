@@ -5,7 +5,7 @@ output. Whatever a family does after its blocks is therefore done by the family'
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,7 +76,9 @@ def _observe_ending(lm: LM) -> Ending:
 
     def run_block(number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
-        kinds[number] = len(output) if isinstance(output, tuple) else 0
+        kinds[number] = 0
+        if isinstance(output, tuple):
+            kinds[number] = len(output)
         return output
 
     def run_module(path: str, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -275,15 +277,16 @@ def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelE
 
 
 def _refuse_outer_edits(lm: LM, end: Ending) -> None:
-    for path in end.ended:
-        module = lm.submodule(path)
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not isinstance(hook, RegisteredHook) or not hook.dispatcher.acts_here():
-                continue
-            for tap in hook.args:
-                if isinstance(tap, HookPoint) and end.edits(tap):
-                    raise Unsupported(
-                        f"{end.edits(tap)[0].hook} of hk.attach acts after the model's blocks, "
-                        "where a lens reads each layer: give it to the lens itself, as one of its "
-                        "hooks"
-                    )
+    for tap in itertools.chain.from_iterable(map(_outer_hook_points, map(lm.submodule, end.ended))):
+        if end.edits(tap):
+            raise Unsupported(
+                f"{end.edits(tap)[0].hook} of hk.attach acts after the model's blocks, where a "
+                "lens reads each layer: give it to the lens itself, as one of its hooks"
+            )
+
+
+def _outer_hook_points(module: torch.nn.Module) -> Iterator[HookPoint]:
+    """Yields the inputs and outputs of a module at which hooks of hk.attach act."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if isinstance(hook, RegisteredHook) and hook.dispatcher.acts_here():
+            yield from (tap for tap in hook.args if isinstance(tap, HookPoint))

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments, check_integer, check_number, check_seed
+from ..display import progress_bar
 from ..errors import BadFile, BadHook, BadPrompt
 from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..hooks.capture import capture
@@ -164,11 +165,10 @@ def train_lens(
     Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens"; the
     start: Din et al. 2023, "Jump to Conclusions".
     """
-    from tqdm.auto import tqdm
-
     refuse_no_gradient(lm)
-    for name, value, least in (("window", window, 2), ("steps", steps, 1), ("states", states, 1)):
-        check_integer(value, name, least=least, error=BadHook)
+    check_integer(window, "window", least=2, error=BadHook)
+    check_integer(steps, "steps", least=1, error=BadHook)
+    check_integer(states, "states", least=1, error=BadHook)
     check_number(lr, "lr", above=0.0, meaning="the length of a step,")
     check_seed(seed)
     end = Site("resid_post", lm.n_layers - 1)
@@ -177,16 +177,15 @@ def train_lens(
     n_held_out = max(1, int(len(windows) * HELD_OUT))
     train, test = windows[:-n_held_out], windows[-n_held_out:]
     total = -(-len(train) // BATCH) + steps
-    hidden = None if progress is None else not progress
-    with tqdm(total=total, disable=hidden, desc="tuned lens") as bar:
+    with progress_bar(progress, total=total, desc="tuned lens") as bar:
         draws = torch.Generator().manual_seed(seed)
         trainer = _Trainer(lm, (*trained, end), test, 4 * states, draws, bar)
         kl_before = trainer.kl
         trainer.fit_ridge(train)
         trainer.descend(train, steps, states, lr)
-    names = list(map(str, trained))
-    columns = [names, [site.layer for site in trained], kl_before.tolist(), trainer.kl.tolist()]
-    history = pd.DataFrame(dict(zip(HISTORY, columns, strict=True)))
+    names, layers = list(map(str, trained)), [site.layer for site in trained]
+    rows = zip(names, layers, kl_before.tolist(), trainer.kl.tolist(), strict=True)
+    history = pd.DataFrame(rows, columns=HISTORY)
     about = {
         **about_model(lm),
         "weights_sha256": weights_hash(lm),
