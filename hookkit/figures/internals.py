@@ -58,10 +58,11 @@ def lens_map(
         )
     sites, positions = list(dict.fromkeys(table["site"])), sorted(set(table["pos"]))
     top = table.sort_values(["rank", "token_id"]).drop_duplicates(["pos", "site"])
-    grids = top.pivot(index="site", columns="pos", values=[value, "token"])
-    numbers = np.abs(grids[value].loc[sites, positions].to_numpy(float))
+    numbers = top.pivot(index="site", columns="pos", values=value).loc[sites, positions]
+    numbers = np.abs(numbers.to_numpy(float))
+    tokens = top.pivot(index="site", columns="pos", values="token").loc[sites, positions]
     figure, axes = new_figure(1.6 + 0.95 * len(positions), 1.3 + 0.24 * len(sites))
-    _write_tokens(axes, grids["token"].loc[sites, positions])
+    _write_tokens(axes, tokens)
     largest = 1.0
     if value != "prob":
         largest = float(np.nanmax(numbers)) or 1.0
