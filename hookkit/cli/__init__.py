@@ -9,18 +9,16 @@
 app             the program, and how its commands end
 options         the options that commands share: model, prompts, hooks, generation, engine
 output          tables, plain text, CSV, JSON and pages
-scan            hookkit scan
-inspect_prompt  hookkit ranks, lens, direct, surprisal
+inspect_prompt  hookkit scan, ranks, lens, direct, surprisal
 intervene       hookkit shift, patch, sweep, diff
-generate        hookkit generate, compare, steer, trace
+generate_text   hookkit generate, compare, steer, trace
 models          hookkit sites, doctor, models, harvest
 experiments     hookkit new, run, show
 """
 
 from .app import app as app
-from . import scan as scan
 from . import inspect_prompt as inspect_prompt
 from . import intervene as intervene
-from . import generate as generate
+from . import generate_text as generate_text
 from . import models as models
 from . import experiments as experiments

@@ -68,15 +68,20 @@ def main(
 
     The model is SmolLM2-135M-Instruct unless --model names another.
     """
-    stdout: Any = sys.stdout
-    if stdout is None:
+    if sys.stdout is None:
         _refuse("standard output is closed, and there is nowhere to print results: leave >&- out")
+    _accept_all_characters(sys.stdout)
+
+
+def _accept_all_characters(stdout: Any) -> None:
+    """Makes standard output write UTF-8 to a pipe, and what a terminal cannot show as escapes."""
     is_utf8 = (stdout.encoding or "").lower().replace("-", "") == "utf8"
-    if not is_utf8 and hasattr(stdout, "reconfigure"):
-        if PIPED:
-            stdout.reconfigure(encoding="utf-8")
-        else:
-            stdout.reconfigure(errors="backslashreplace")
+    if is_utf8 or not hasattr(stdout, "reconfigure"):
+        return
+    if PIPED:
+        stdout.reconfigure(encoding="utf-8")
+    else:
+        stdout.reconfigure(errors="backslashreplace")
 
 
 def command(
@@ -96,15 +101,14 @@ def command(
 
 def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     """Returns the function with a keyword for each field of its dataclasses, and errors handled."""
-    groups: dict[str, Any] = {}
-    parameters: list[Parameter] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if is_dataclass(parameter.annotation):
-            groups[name] = parameter.annotation
-            parameters += inspect.signature(groups[name]).parameters.values()
-        else:
-            parameters.append(parameter)
-    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+    declared = inspect.signature(function).parameters.values()
+    annotations = {parameter.name: parameter.annotation for parameter in declared}
+    groups: dict[str, Any] = {
+        name: kind for name, kind in annotations.items() if is_dataclass(kind)
+    }
+    keywords: list[Parameter] = []
+    for parameter in declared:
+        keywords += _expand(parameter)
 
     @functools.wraps(function)
     def run_command(**arguments: Any) -> None:
@@ -116,10 +120,19 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
             function(**arguments, **options)
 
     wrapper: Any = run_command
-    wrapper.__signature__ = Signature(parameters)
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__signature__ = Signature(keywords)
+    wrapper.__annotations__ = {keyword.name: keyword.annotation for keyword in keywords}
     del wrapper.__wrapped__  # else typer reads the annotations of the function
     return wrapper
+
+
+def _expand(parameter: Parameter) -> list[Parameter]:
+    """Returns the keywords for a parameter: one, or one for each field of a dataclass."""
+    parameters = [parameter]
+    kind: Any = parameter.annotation
+    if is_dataclass(kind):
+        parameters = list(inspect.signature(kind).parameters.values())
+    return [option.replace(kind=Parameter.KEYWORD_ONLY) for option in parameters]
 
 
 @contextmanager
@@ -135,27 +148,35 @@ def exit_cleanly(kept_results: str = "") -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         _flush()
         raise
-    except HookkitError as error:
-        _refuse(str(error))
     except KeyboardInterrupt:
-        _print_error("interrupted" + (f"; {kept_results}" if kept_results else ""))
+        _print_error("; ".join(filter(None, ("interrupted", kept_results))))
         _flush()
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         _discard_output()
         raise typer.Exit(DONE) from None
-    except OSError as error:
-        location = f": {error.filename}" if error.filename is not None else ""
-        _refuse(f"{error.strerror or error}{location}")
-    except MemoryError:
-        _refuse("there is not enough memory: give fewer or shorter prompts, or a smaller model")
+    except (HookkitError, OSError, MemoryError) as error:
+        _refuse(_explain(error))
     except Exception as error:  # a command never ends in a traceback unless one is asked for
         if os.environ.get(TRACEBACK):
             raise
-        _refuse(
-            f"{type(error).__name__}: {error}. This is a fault of hookkit, or of a library that it "
-            f"uses; with {TRACEBACK}=1 in the environment the same command shows where"
-        )
+        _refuse(_explain(error))
+
+
+def _explain(error: Exception) -> str:
+    """Returns the message for an error that ends a command."""
+    match error:
+        case HookkitError():
+            return str(error)
+        case OSError():
+            location = "" if error.filename is None else f": {error.filename}"
+            return f"{error.strerror or error}{location}"
+        case MemoryError():
+            return "there is not enough memory: give fewer or shorter prompts, or a smaller model"
+    return (
+        f"{type(error).__name__}: {error}. This is a fault of hookkit, or of a library that it "
+        f"uses; with {TRACEBACK}=1 in the environment the same command shows where"
+    )
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -107,19 +107,16 @@ def new(
             f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk"
         )
     question = " ".join(question.split())
-    if not question:
-        question = f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
+    question = question or f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
     if not question.endswith("?"):
         raise BadHook(f"{question!r} is not a question: a question ends in a question mark")
-    if model is not None and Path(model).exists():
-        model = str(Path(model).resolve())
     values = {
         "name": name,
         "question": question,
         "docstring": question.replace("\\", "\\\\").replace('"""', "'''"),
         "prompt": prompt,
         "token": token,
-        "model": "" if model is None else repr(model),
+        "model": _as_argument(model),
     }
     script = folder / "experiments" / f"{name}.py"
     test = folder / "tests" / f"test_{name}.py"
@@ -130,9 +127,15 @@ def new(
         )
     write_new(script, EXPERIMENT.format(**values))
     write_new(test, TEST.format(**values))
-    print_text(f"{script}\n")
-    print_text(f"{test}\n")
+    print_text(f"{script}\n{test}\n")
     print_message(f"run it with `hookkit run {script}`, and test it with `python -m pytest {test}`")
+
+
+def _as_argument(model: str | None) -> str:
+    """Returns the argument of `hk.load` for a model; nothing for the default model."""
+    if model is None:
+        return ""
+    return repr(str(Path(model).resolve()) if Path(model).exists() else model)
 
 
 FINISHED = "finished"
@@ -160,7 +163,7 @@ def run(
 
     Ends with status 1 if an experiment failed, or if with --against a table changed.
     """
-    from ..reports.gallery import write_index
+    import pandas as pd
 
     output.check()
     missing = [str(path) for path in scripts if not path.is_file()]
@@ -172,16 +175,21 @@ def run(
         if against is not None and row["ended"] == FINISHED:
             row |= _compare(output, path, folder / path.stem, against, tolerance)
         rows.append(row)
+    _write_index(output, folder)
+    table = pd.DataFrame(rows)
+    output.write("Experiments", {"experiments": TableView(table)})
+    is_same = against is None or ("same" in table and all(table["same"]))
+    if set(table["ended"]) != {FINISHED} or not is_same:
+        raise typer.Exit(FAILED)
+
+
+def _write_index(output: OutputOptions, folder: Path) -> None:
+    from ..reports.gallery import write_index
+
     try:
         output.note(f"the index is {write_index(folder)}")
     except BadHook as error:  # an experiment does not have to record anything
         output.note(f"no index: {error}")
-    import pandas as pd
-
-    table = pd.DataFrame(rows)
-    output.write("Experiments", {"experiments": TableView(table)})
-    if set(table["ended"]) != {FINISHED} or (against is not None and not all(table["same"])):
-        raise typer.Exit(FAILED)
 
 
 def _run_experiment(output: OutputOptions, path: Path) -> dict[str, Any]:
@@ -239,7 +247,7 @@ def show(
     """
     output.check()
     from ..reports.gallery import list_results
-    from ..reports.readme import README, is_own_readme
+    from ..reports.parts import README, is_own_readme
 
     if against is not None:
         table = _compare_results(folder, against, tolerance)
@@ -288,9 +296,8 @@ def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, Table
         parts.update(texts)
     for path in sorted(folder.glob("*.csv")):
         table = read_table(path_inside(folder, path.name))
-        if output_format or len(table) <= rows:
-            parts[path.stem] = TableView(table, caption=path.stem)
-        else:
-            caption = f"{path.stem}, the first {rows} of {len(table)} rows"
-            parts[path.stem] = TableView(table, caption=caption, reader_table=table.head(rows))
+        caption = path.stem
+        if not output_format and len(table) > rows:
+            caption += f", the first {rows} of {len(table)} rows"
+        parts[path.stem] = TableView(table, caption=caption, reader_table=table.head(rows))
     return parts

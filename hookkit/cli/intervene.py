@@ -31,6 +31,7 @@ from .options import (
     Texts,
     Top,
     Watch,
+    check_result_folder,
     parse_token,
     read_prompt,
     token_ids,
@@ -61,12 +62,40 @@ EFFECT_COLUMNS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ShiftPageOptions:
+    """The options for the page of a shift."""
+
+    random: Annotated[
+        bool, Option("--random", help="On the page: a random edit of the same size.")
+    ] = False
+    generate: Annotated[
+        int, Option(min=0, help="On the page: so many tokens of text, with and without.")
+    ] = 0
+    seed: Annotated[int, Option(help="The seed of the random draws.")] = 0
+
+    def check(self, output: OutputOptions) -> bool:
+        """Returns whether a page was requested; if not, its options raise `BadHook`."""
+        is_page = output.format in ("html", "folder")
+        if not is_page and (self.random or self.generate):
+            raise BadHook(
+                "--random and --generate are options of the page: add --html, or --out FOLDER"
+            )
+        return is_page
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `shift_report`."""
+        controls = "random" if self.random else None
+        return {"controls": controls, "generate": self.generate, "seed": self.seed}
+
+
 @command(
     'hookkit shift "I like oat milk in my" --force " coffee" --ablate z.9.3 --watch " tea" '
     "--out moved",
     panel="Change",
 )
 def shift(
+    *,
     prompts: PromptOptions,
     model: HookedModelOptions,
     output: OutputOptions,
@@ -75,40 +104,21 @@ def shift(
     movers: Annotated[
         int, Option(min=0, help="How many of the largest movers to show, each way.")
     ] = 3,
-    random: Annotated[
-        bool, Option("--random", help="On the page: a random edit of the same size.")
-    ] = False,
-    generate: Annotated[
-        int, Option(min=0, help="On the page: so many tokens of text, with and without.")
-    ] = 0,
-    seed: Annotated[int, Option(help="The seed of the random draws.")] = 0,
+    page: ShiftPageOptions,
 ) -> None:
     """The next token's ranking without and with hooks: top tokens, largest movers, watched tokens.
 
     CSV and JSON have these tables. --html, and --out FOLDER, are the whole page: layers, parts,
     controls.
     """
-    texts, as_page = prompts.read(), output.format in ("html", "folder")
-    if not as_page and (random or generate):
-        raise BadHook(
-            "--random and --generate are options of the page: add --html, or --out FOLDER"
-        )
+    texts, is_page = prompts.read(), page.check(output)
     purpose = "a shift compares a run without hooks with a run with them"
     lm, edits, watched_ids = model.load_with_hooks(output, watch, purpose=purpose)
     title = " + ".join(map(str, edits))
-    if as_page:
-        page = hk.shift_report(
-            lm,
-            texts,
-            *edits,
-            controls="random" if random else None,
-            watch=watched_ids,
-            top=top,
-            generate=generate,
-            seed=seed,
-            title=f"What moved: {title}"[:120],
-        )
-        output.write_page(page)
+    if is_page:
+        settings = {"watch": watched_ids, "top": top, **page.arguments()}
+        settings["title"] = f"What moved: {title}"[:120]
+        output.write_page(hk.shift_report(lm, texts, *edits, **settings))
         return
     before = hk.forward(lm, texts, logits="last")
     after = hk.forward(lm, texts, *edits, logits="last")
@@ -130,10 +140,6 @@ app.add_typer(
     rich_help_panel=GRIDS_PANEL,
 )
 
-Clean: TypeAlias = Annotated[str, Argument(help="The prompt that is patched from.")]
-Corrupted: TypeAlias = Annotated[
-    str, Argument(help="The prompt that is patched, of as many tokens.")
-]
 Direction: TypeAlias = Annotated[
     str, Option(help="denoise, or noise: patch the clean prompt from the corrupted one.")
 ]
@@ -154,6 +160,26 @@ class MetricOptions:
 
 
 @dataclass(frozen=True)
+class PromptPair:
+    """The two prompts of patching."""
+
+    clean: Annotated[str, Argument(help="The prompt that is patched from.")]
+    corrupted: Annotated[str, Argument(help="The prompt that is patched, of as many tokens.")]
+
+
+@dataclass(frozen=True)
+class ReplacementOptions:
+    """The options for what an ablation puts in place of a value."""
+
+    to: Annotated[str, Option(help="The replacement: zero, mean or resample.")] = "zero"
+    over: Annotated[Texts, Option(help="A prompt of the mean or the draw; repeatable.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `ablations`."""
+        return {"to": self.to, "over": self.over or None}
+
+
+@dataclass(frozen=True)
 class GridOptions:
     """The options for the cells of a sweep; all along each dimension that is left out."""
 
@@ -167,15 +193,11 @@ class GridOptions:
     def arguments(self, output: OutputOptions) -> dict[str, Any]:
         """Returns the arguments of a sweep, or raises `BadFile` if --save names a file."""
         output.check()
-        if self.save is not None and self.save.exists() and not self.save.is_dir():
-            raise BadFile(f"--save {str(self.save)!r} is a file: give the name of a folder")
-        return {
-            "layers": self.layer or None,
-            "heads": self.head or None,
-            "pos": self.pos or None,
-            "save": self.save,
-            "progress": False if output.quiet else None,
-        }
+        if self.save is not None:
+            check_result_folder("--save", self.save)
+        selections = {"layers": self.layer, "heads": self.head, "pos": self.pos}
+        arguments: dict[str, Any] = {name: value or None for name, value in selections.items()}
+        return arguments | {"save": self.save, "progress": False if output.quiet else None}
 
 
 @command(
@@ -191,13 +213,11 @@ def ablations(
     model: ModelOptions,
     engine: EngineOptions,
     output: OutputOptions,
-    to: Annotated[str, Option(help="The replacement: zero, mean or resample.")] = "zero",
-    over: Annotated[Texts, Option(help="A prompt of the mean or the draw; repeatable.")] = None,
+    replacement: ReplacementOptions,
 ) -> None:
     """Each head, layer or block ablated by itself: what the token loses without it."""
     text = read_prompt(prompt)
-    arguments = grid.arguments(output)
-    arguments |= {"to": to, "over": over or None, "engine": engine.create()}
+    arguments = {**grid.arguments(output), **replacement.arguments(), "engine": engine.create()}
     lm = model.load(quiet=output.quiet)
     sweep = partial(hk.ablations, lm, [text], what, metric.metric(), **arguments)
     _run_sweep(sweep, partial(_write_sweep, output), grid.save)
@@ -210,8 +230,7 @@ def ablations(
     within=grids,
 )
 def patching(
-    clean: Clean,
-    corrupted: Corrupted,
+    pair: PromptPair,
     site: Annotated[
         list[str], Argument(help="A site such as resid_pre or z; several are compared.")
     ],
@@ -223,11 +242,72 @@ def patching(
     direction: Direction = "denoise",
 ) -> None:
     """Each site of a clean prompt patched into the corrupted one: how much of the token returns."""
-    arguments = grid.arguments(output)
-    arguments |= {"direction": direction, "engine": engine.create()}
+    arguments = {**grid.arguments(output), "direction": direction, "engine": engine.create()}
     lm = model.load(quiet=output.quiet)
-    sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric.metric(), **arguments)
+    prompts = [pair.clean], [pair.corrupted]
+    sweep = partial(hk.patching, lm, *prompts, site, metric.metric(), **arguments)
     _run_sweep(sweep, partial(_write_sweep, output), grid.save)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """The options for the two tokens whose logits are compared."""
+
+    token: Annotated[
+        str | None, Option(help="The token; the clean prompt's first if left out.")
+    ] = None
+    against: Annotated[
+        str | None, Option(help="Another token; the corrupted one's first if left out.")
+    ] = None
+
+    def token_ids(self, lm: "hk.LM", pair: PromptPair) -> tuple[int, int]:
+        """Returns the ids of the tokens, by default the most likely ones after the prompts."""
+        texts = (self.token, self.against)
+        named_ids = [None if text is None else lm.token(parse_token(text)) for text in texts]
+        prompts = (pair.clean, pair.corrupted)
+        first, second = map(partial(_most_likely, lm), prompts, named_ids)
+        if first == second:
+            raise BadHook(
+                f"both prompts are answered with {lm.string(first)!r}: "
+                "give the tokens to measure, --token and --against"
+            )
+        return first, second
+
+
+def _most_likely(lm: "hk.LM", prompt: str, token_id: int | None) -> int:
+    """Returns the token, or the most likely one after the prompt if it is None."""
+    if token_id is not None:
+        return token_id
+    table = hk.ranks(hk.forward(lm, prompt, logits="last"), top=1)
+    return int(table["token_id"].iloc[0])
+
+
+@dataclass(frozen=True)
+class PatchingOutput:
+    """The options for what is shown of patching."""
+
+    top: Annotated[int, Option(min=1, help="How many cells to show, the strongest first.")] = 10
+    figure: Annotated[Path | None, Option(help="A file for the figure: .png, .svg or .pdf.")] = None
+
+    def check(self) -> None:
+        """Raises `BadFile` for a figure in another format."""
+        if self.figure is not None and self.figure.suffix not in (".png", ".svg", ".pdf"):
+            raise BadFile(f"--figure {self.figure}: give a file that ends in .png, .svg or .pdf")
+
+    def write(self, output: OutputOptions, tokens: list[str], table: "pd.DataFrame") -> None:
+        """Writes the effects of patching, and their figure. `tokens` label the positions."""
+        labels = tokens if "pos" in table and "head" not in table else []
+        draw = partial(hk.figures.heat_map, table, labels=labels or None)
+        if self.figure is not None:
+            settings = {"dpi": 150, "format": self.figure.suffix.removeprefix(".")}
+            drawing = draw()
+            write_file(self.figure, lambda target: drawing.savefig(target, **settings))
+            output.note(f"wrote {self.figure}")
+        reader_table = largest_rows(table, "logit_diff_effect", self.top)
+        if tokens and "pos" in reader_table:
+            reader_table["token"] = [tokens[int(pos)] for pos in reader_table["pos"]]
+        view = TableView(table, EFFECT_COLUMNS, "", reader_table, draw)
+        output.write("Patching", {"patching": view})
 
 
 @command(
@@ -235,23 +315,15 @@ def patching(
     panel=GRIDS_PANEL,
 )
 def patch(
-    clean: Clean,
-    corrupted: Corrupted,
+    *,
+    pair: PromptPair,
     grid: GridOptions,
     model: ModelOptions,
     output: OutputOptions,
     site: Annotated[str, Option(help="resid_pre, attn_out, mlp_out, z …")] = "resid_pre",
-    token: Annotated[
-        str | None, Option(help="The token; the clean prompt's first if left out.")
-    ] = None,
-    against: Annotated[
-        str | None, Option(help="Another token; the corrupted one's first if left out.")
-    ] = None,
+    answers: AnswerOptions,
     direction: Direction = "denoise",
-    top: Annotated[int, Option(min=1, help="How many cells to show, the strongest first.")] = 10,
-    figure: Annotated[
-        Path | None, Option(help="A file for the figure: .png, .svg or .pdf.")
-    ] = None,
+    shown: PatchingOutput,
 ) -> None:
     """The strongest effects of patching a clean prompt into a corrupted one. CSV and JSON have all.
 
@@ -260,65 +332,17 @@ def patch(
     another pair: hk.stats.strongest selects on half of several pairs and measures on the other
     half.
     """
-    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
-        raise BadFile(f"--figure {figure}: give a file that ends in .png, .svg or .pdf")
+    shown.check()
     arguments = {"direction": direction, **grid.arguments(output)}
     lm = model.load(quiet=output.quiet)
-    right, wrong = _answers(lm, (clean, corrupted), (token, against))
+    right, wrong = answers.token_ids(lm, pair)
     output.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
-    tokens = None
+    tokens = []
     if lm.tokenizer is not None:
-        tokens = [repr(lm.string(token_id)) for token_id in lm.tokenizer.encode(corrupted)]
+        tokens = [repr(lm.string(token_id)) for token_id in lm.tokenizer.encode(pair.corrupted)]
     metric = hk.metrics.logit_diff(right, wrong)
-    sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric, **arguments)
-    write = partial(_write_patching, output, tokens=tokens, top=top, figure=figure)
-    _run_sweep(sweep, write, grid.save)
-
-
-def _answers(
-    lm: "hk.LM", prompts: tuple[str, str], tokens: tuple[str | None, str | None]
-) -> tuple[int, int]:
-    """Returns the two tokens whose logits are compared: the given ones, or the most likely ones."""
-    named_ids = [None if token is None else lm.token(parse_token(token)) for token in tokens]
-    answers: list[int] = []
-    for prompt, token_id in zip(prompts, named_ids, strict=True):
-        if token_id is None:
-            table = hk.ranks(hk.forward(lm, prompt, logits="last"), top=1)
-            token_id = int(table["token_id"].iloc[0])
-        answers.append(token_id)
-    first, second = answers
-    if first == second:
-        raise BadHook(
-            f"both prompts are answered with {lm.string(first)!r}: "
-            "give the tokens to measure, --token and --against"
-        )
-    return first, second
-
-
-def _write_patching(
-    output: OutputOptions,
-    table: "pd.DataFrame",
-    *,
-    tokens: list[str] | None,
-    top: int,
-    figure: Path | None,
-) -> None:
-    """Writes the effects of patching; `tokens` label the positions."""
-    labels = tokens if "pos" in table and "head" not in table else None
-    if figure is not None:
-        drawing, file_format = (
-            hk.figures.heat_map(table, labels=labels),
-            figure.suffix.removeprefix("."),
-        )
-        write_file(figure, lambda target: drawing.savefig(target, dpi=150, format=file_format))
-        output.note(f"wrote {figure}")
-    reader_table = largest_rows(table, "logit_diff_effect", top)
-    if tokens is not None and "pos" in reader_table:
-        reader_table["token"] = [tokens[int(pos)] for pos in reader_table["pos"]]
-    view = TableView(
-        table, EFFECT_COLUMNS, "", reader_table, lambda: hk.figures.heat_map(table, labels=labels)
-    )
-    output.write("Patching", {"patching": view})
+    sweep = partial(hk.patching, lm, [pair.clean], [pair.corrupted], site, metric, **arguments)
+    _run_sweep(sweep, partial(shown.write, output, tokens), grid.save)
 
 
 def _write_sweep(output: OutputOptions, table: "pd.DataFrame") -> None:
@@ -347,8 +371,32 @@ def _run_sweep(
         raise typer.Exit(INTERRUPTED)
 
 
+@dataclass(frozen=True)
+class TwoModelsOptions:
+    """The options for how the two models of a comparison are loaded."""
+
+    device: Device = None
+    dtype: Annotated[str | None, Option(help="Of the first model: float32, bfloat16 …")] = None
+    dtype_after: Annotated[
+        str | None, Option(help="Of the second; that of the first if left out.")
+    ] = None
+    revision: Annotated[str | None, Option(help="Of the first model: a branch, tag or commit.")] = (
+        None
+    )
+    revision_after: Annotated[str | None, Option(help="Of the second.")] = None
+
+    def load(self, before: str, after: str, *, quiet: bool) -> "tuple[hk.LM, hk.LM]":
+        """Loads the two models; the name "default" is that of the default model."""
+        dtypes = self.dtype, self.dtype_after or self.dtype
+        revisions = self.revision, self.revision_after
+        names = [None if name == "default" else name for name in (before, after)]
+        first, second = map(ModelOptions, names, revisions, (self.device, self.device), dtypes)
+        return first.load(quiet=quiet), second.load(quiet=quiet)
+
+
 @command('hookkit diff default ./tuned "I like oat milk in my" --out folder', panel="Change")
 def diff(
+    *,
     before: Annotated[
         str, Argument(metavar="MODEL_A", help="A Hugging Face id, a folder, a .gguf file; default.")
     ],
@@ -360,21 +408,11 @@ def diff(
     tolerance: Annotated[
         float, Option(min=0, help="The relative difference beyond which they part.")
     ] = 1e-4,
-    device: Device = None,
-    dtype: Annotated[str | None, Option(help="Of the first model: float32, bfloat16 …")] = None,
-    dtype_after: Annotated[
-        str | None, Option(help="Of the second; that of the first if left out.")
-    ] = None,
-    revision: Annotated[
-        str | None, Option(help="Of the first model: a branch, tag or commit.")
-    ] = None,
-    revision_after: Annotated[str | None, Option(help="Of the second.")] = None,
+    models: TwoModelsOptions,
 ) -> None:
     """Compare two models on prompts: KL after each token, and the first site where they part."""
     texts, output_format = prompts.read(), output.format
-    first = ModelOptions(_name_or_none(before), revision, device, dtype).load(quiet=output.quiet)
-    second_model = ModelOptions(_name_or_none(after), revision_after, device, dtype_after or dtype)
-    second = second_model.load(quiet=output.quiet)
+    first, second = models.load(before, after, quiet=output.quiet)
     watched_ids = token_ids(first, watch)
     comparison = hk.model_diff(
         first, second, texts, sites=site or None, watch=watched_ids, tolerance=tolerance
@@ -389,7 +427,3 @@ def diff(
         for name in ("prompts", "shifts", "sites", "parting", "left_out"):
             parts[name] = TableView(getattr(comparison, name))
     output.write("Two models", parts, main="tokens")
-
-
-def _name_or_none(model: str) -> str | None:
-    return None if model == "default" else model

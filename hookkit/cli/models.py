@@ -9,7 +9,9 @@ hookkit harvest   the activations of every text of a file, written to a folder
 import json
 import os
 import sys
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +20,7 @@ from typer import Argument, Option
 import hookkit as hk
 
 from ..display import printable
-from ..errors import BadFile, BadPrompt, ModelNotFound
+from ..errors import BadPrompt, ModelNotFound
 from .app import DONE, FAILED, app, command, create_program, exit_cleanly
 from .options import (
     Device,
@@ -30,6 +32,7 @@ from .options import (
     Quiet,
     Revision,
     Texts,
+    check_result_folder,
 )
 from .output import (
     OutputOptions,
@@ -77,10 +80,8 @@ def _describe_sites(lm: "hk.LM", names: list[str]) -> "pd.DataFrame":
         return table
     parts = []
     for name in names:
-        matches = table[[fnmatchcase(site, name) for site in table["site"]]]
-        if matches.empty:
-            matches = _describe_site(lm, table, name)
-        parts.append(matches)
+        is_match = [fnmatchcase(site, name) for site in table["site"]]
+        parts.append(table[is_match] if any(is_match) else _describe_site(lm, table, name))
     return pd.concat(parts, ignore_index=True).drop_duplicates("site")
 
 
@@ -106,21 +107,39 @@ def _describe_site(lm: "hk.LM", table: Any, name: str) -> Any:
     return row
 
 
-@command("hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16", panel=PANEL)
-def doctor(
-    model: ModelArgument = None,
-    revision: Revision = None,
-    device: Device = None,
+@dataclass(frozen=True)
+class CheckedModelOptions:
+    """The options for the model that is checked."""
+
+    model: ModelArgument = None
+    revision: Revision = None
+    device: Device = None
     device_map: Annotated[
         str | None, Option(help="auto, to spread the model over the available devices.")
-    ] = None,
-    dtype: Dtype = None,
-    attn_implementation: Annotated[
-        str | None, Option(help="sdpa, eager, flash_attention_2 …")
-    ] = None,
+    ] = None
+    dtype: Dtype = None
+    attn_implementation: Annotated[str | None, Option(help="sdpa, eager, flash_attention_2 …")] = (
+        None
+    )
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    ] = False
+
+    def load(self, *, quiet: bool) -> "hk.LM":
+        """Loads the model."""
+        settings: dict[str, Any] = {
+            "device_map": self.device_map,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        settings = {name: value for name, value in settings.items() if value}
+        model = ModelOptions(self.model, self.revision, self.device, self.dtype)
+        return model.load(quiet=quiet, **settings)
+
+
+@command("hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16", panel=PANEL)
+def doctor(
+    model: CheckedModelOptions,
     layer: Annotated[list[int] | None, Option(help="A layer to check; repeatable.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -129,14 +148,7 @@ def doctor(
 
     Ends with status 1 if there is a problem.
     """
-    settings: dict[str, Any] = {
-        "device_map": device_map,
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code or None,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    lm = ModelOptions(model, revision, device, dtype).load(quiet=quiet, **settings)
-    checkup = hk.doctor(lm, layers=layer or None)
+    checkup = hk.doctor(model.load(quiet=quiet), layers=layer or None)
     if as_json:
         print_text(checkup.to_json() + "\n")
     else:
@@ -161,15 +173,14 @@ def _readable_sites(checkup: "hk.types.Checkup") -> "pd.DataFrame":
     """Returns the table of sites with yes and no, and with empty cells for missing sites."""
     import pandas as pd
 
+    answers = {True: "yes", False: "no"}
     rows = []
     for site in rows_as_dicts(checkup.sites):
         row = {"site": site["site"], "blocks": site["blocks"], "editable": "", "proved": ""}
         if site["blocks"]:
-            row["editable"] = "yes" if site["editable"] else "no"
-            row["proved"] = "yes" if site["proved"] else "no"
-        row["difference"] = ""
-        if site["difference"] is not None:
-            row["difference"] = f"{site['difference']:.1e}"
+            row |= {name: answers[site[name]] for name in ("editable", "proved")}
+        number = site["difference"]
+        row["difference"] = "" if number is None else f"{number:.1e}"
         row["why"] = site["why"]
         rows.append(row)
     return pd.DataFrame(rows)
@@ -233,6 +244,36 @@ def remove(
     print_message(f"removed {model}, {remove_model(model, revision):g} MB")
 
 
+@dataclass(frozen=True)
+class HarvestOptions:
+    """The options for what of a text is harvested, and how it is stored."""
+
+    keep_as: Annotated[
+        str | None, Option(help="The dtype of the stored values; the model's if left out.")
+    ] = None
+    pos: Annotated[
+        int | None, Option(help="One position of each text, such as -1; all if left out.")
+    ] = None
+    context: Annotated[int | None, Option(help="How many tokens of a text are read at most.")] = (
+        None
+    )
+    long: Annotated[
+        str, Option(help="What to do with a longer text: error, truncate or split.")
+    ] = "error"
+    on_error: Annotated[
+        str, Option(help="What to do with a text that cannot be harvested: error or skip.")
+    ] = "error"
+    batch_tokens: Annotated[int, Option(min=1, help="How many tokens run together.")] = 2048
+    shard_size: Annotated[
+        int | None, Option(min=1, help="Rows of a shard; 128 MiB if left out.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `harvest`."""
+        arguments = asdict(self)
+        return {"dtype": arguments.pop("keep_as"), **arguments}
+
+
 @command(
     "hookkit harvest texts.txt resid_post.6 z.9 --out folder --keep-as bfloat16",
     panel="Grids and corpora",
@@ -245,25 +286,7 @@ def harvest(
     out: Annotated[str, Option(help="The folder; an unfinished harvest is continued.")],
     model: ModelOptions,
     engine: EngineOptions,
-    keep_as: Annotated[
-        str | None, Option(help="The dtype of the stored values; the model's if left out.")
-    ] = None,
-    pos: Annotated[
-        int | None, Option(help="One position of each text, such as -1; all if left out.")
-    ] = None,
-    context: Annotated[
-        int | None, Option(help="How many tokens of a text are read at most.")
-    ] = None,
-    long: Annotated[
-        str, Option(help="What to do with a longer text: error, truncate or split.")
-    ] = "error",
-    on_error: Annotated[
-        str, Option(help="What to do with a text that cannot be harvested: error or skip.")
-    ] = "error",
-    batch_tokens: Annotated[int, Option(min=1, help="How many tokens run together.")] = 2048,
-    shard_size: Annotated[
-        int | None, Option(min=1, help="Rows of a shard; 128 MiB if left out.")
-    ] = None,
+    options: HarvestOptions,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> None:
     """Write the activations of every text of a file to a folder, and print a summary as JSON."""
@@ -271,25 +294,10 @@ def harvest(
         raise BadPrompt(
             f"{texts!r} is not a file of texts: give a file with one text a line (.txt, .jsonl)"
         )
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise BadFile(f"--out {out!r} is a file: give the name of a folder")
+    check_result_folder("--out", Path(out))
     with exit_cleanly(f"the results in {out} are kept, and the same command continues"):
-        compute_engine = engine.create()
-        results = hk.harvest(
-            model.load(quiet=quiet),
-            texts,
-            sites,
-            out,
-            pos=pos,
-            dtype=keep_as,
-            context=context,
-            long=long,  # pyright: ignore[reportArgumentType]
-            on_error=on_error,  # pyright: ignore[reportArgumentType]
-            batch_tokens=batch_tokens,
-            shard_size=shard_size,
-            progress=not quiet,
-            engine=compute_engine,
-        )
+        arguments = {**options.arguments(), "engine": engine.create(), "progress": not quiet}
+        results = hk.harvest(model.load(quiet=quiet), texts, sites, out, **arguments)
     summary = {
         "folder": out,
         "rows": len(results),

@@ -78,6 +78,13 @@ class ModelOptions:
         finally:
             show_status("")
 
+    def words(self) -> list[str]:
+        """Returns these options as a command line has them."""
+        words: list[str] = []
+        for name, value in _options_set(self, "model", "revision", "device", "dtype").items():
+            words += [f"--{name}", value]
+        return words
+
 
 def _options_set(group: Any, *names: str) -> dict[str, Any]:
     """Returns the options of a group with these names, without those that are left out."""
@@ -108,18 +115,20 @@ class PromptOptions:
             else:
                 prompts.append(_check_utf8(argument))
         if self.prompts is not None:
-            try:
-                prompts += _split_lines(read_text(self.prompts).replace("\r\n", "\n"))
-            except BadFile as error:
-                cause = error_message(error.__cause__ or error)
-                raise BadFile(
-                    f"{str(self.prompts)!r} cannot be read as a file of prompts: {cause}"
-                ) from error
+            prompts += _read_prompt_file(self.prompts)
         if not prompts:
             raise BadPrompt(
                 "there is no prompt: give a text, --prompts FILE, or - for standard input"
             )
         return prompts
+
+
+def _read_prompt_file(path: Path) -> list[str]:
+    try:
+        return _split_lines(read_text(path).replace("\r\n", "\n"))
+    except BadFile as error:
+        cause = error_message(error.__cause__ or error)
+        raise BadFile(f"{str(path)!r} cannot be read as a file of prompts: {cause}") from error
 
 
 def read_prompt(prompt: str) -> str:
@@ -212,16 +221,13 @@ class HookedModelOptions(ModelOptions):
         output.check()
         texts = [] if self.hooks is None else read_hook_list(self.hooks)
         texts += self._texts()
-        if purpose and not texts:
+        if texts:
+            _check_hooks(texts)
+        elif purpose:
             raise BadHook(
                 f"there is no hook, and {purpose}: "
                 "give --force ' coffee', --ablate z.9.3, --hook, --hooks …"
             )
-        if texts:
-            from ..hooks.text import check_hook
-
-            for text in texts:
-                check_hook(text)
         lm = self.load(quiet=output.quiet)
         watched_ids = token_ids(lm, watch)
         hooks = [] if self.hooks is None else hk.load_hooks(self.hooks, lm=lm)
@@ -229,6 +235,14 @@ class HookedModelOptions(ModelOptions):
         for hook in hooks:
             _note_phrases(lm, hook, output.note)
         return lm, hooks, watched_ids
+
+
+def _check_hooks(texts: list[str]) -> None:
+    """Raises the errors of hooks that can be found without a model."""
+    from ..hooks.text import check_hook  # brings torch
+
+    for text in texts:
+        check_hook(text)
 
 
 def _note_phrases(lm: "hk.LM", hook: "hk.types.Hook", note: Callable[[str], None]) -> None:
@@ -246,6 +260,13 @@ def _note_phrases(lm: "hk.LM", hook: "hk.types.Hook", note: Callable[[str], None
             )
 
 
+SAMPLING_LIMITS = {  # the largest value of an option of sampling, and its range in words
+    "temperature": (math.inf, "more than 0"),
+    "top_k": (math.inf, "more than 0"),
+    "top_p": (1, "more than 0, at most 1"),
+}
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """The options for the generation of text."""
@@ -261,15 +282,13 @@ class GenerationOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `generate`."""
-        sampling = _options_set(self, "temperature", "top_k", "top_p")
+        sampling = _options_set(self, *SAMPLING_LIMITS)
         if sampling and not self.sample:
             raise BadHook(
                 "--temperature, --top-k and --top-p are options of sampling: add --sample"
             )
         for name, value in sampling.items():
-            most, limit = math.inf, "more than 0"
-            if name == "top_p":
-                most, limit = 1, "more than 0, at most 1"
+            most, limit = SAMPLING_LIMITS[name]
             if not 0 < value <= most:  # transformers would end in a traceback
                 option = name.replace("_", "-")
                 raise BadHook(f"--{option} {value} is out of range: give a number {limit}")
@@ -329,3 +348,9 @@ class EngineOptions:
 
         check_installed()
         return hk.Ray(**settings)
+
+
+def check_result_folder(option: str, path: Path) -> None:
+    """Raises `BadFile` if the folder that an option names is a file."""
+    if path.exists() and not path.is_dir():
+        raise BadFile(f"{option} {str(path)!r} is a file: give the name of a folder")

@@ -7,7 +7,7 @@ control the terminal.
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,8 @@ from ..files.atomic import atomic_file, disk_errors_as_bad_file
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from ..reports.parts import Content
 
 FORMATS = ("csv", "json", "html", "md", "tex")
 INDEX_COLUMNS = ("row", "pos", "step")
@@ -75,11 +77,11 @@ class TableView:
 
     def for_reader(self) -> "pd.DataFrame":
         """Returns the table for a reader, without a row, pos or step that never changes."""
-        table: Any = self.table
-        constant = {name for name in INDEX_COLUMNS if name in table and table[name].nunique() <= 1}
-        reader_table: Any = table if self.reader_table is None else self.reader_table
-        names = [name for name in self.columns or reader_table.columns if name in reader_table]
-        return reader_table[[name for name in names if name not in constant]]
+        index: Any = self.table.filter(INDEX_COLUMNS)
+        n_values = index.nunique()
+        reader_table = self.table if self.reader_table is None else self.reader_table
+        visible = reader_table.drop(columns=n_values.index[n_values <= 1], errors="ignore")
+        return visible.filter(self.columns) if self.columns else visible
 
 
 Parts = Mapping[str, TableView | str]
@@ -103,12 +105,10 @@ class OutputOptions:
     @property
     def format(self) -> str:
         """The requested format: one of `FORMATS`, "folder", or "" for a table for readers."""
-        formats = {name for name in ("csv", "json", "html") if getattr(self, name)}
-        suffix = ""
-        if self.out is not None:
-            suffix = self.out.suffix.removeprefix(".").lower()
-        if suffix in FORMATS:
-            formats.add(suffix)
+        suffix = "" if self.out is None else self.out.suffix.removeprefix(".").lower()
+        flags = {"csv": self.csv, "json": self.json, "html": self.html}
+        formats = {name for name, is_set in flags.items() if is_set}
+        formats |= {suffix}.intersection(FORMATS)
         if len(formats) > 1:
             names = ", ".join(sorted(formats))
             raise BadHook(f"{names} were requested at once: give one of them")
@@ -197,27 +197,33 @@ def as_csv(table: "pd.DataFrame") -> str:
 
 
 def _build_page(title: str, parts: Parts) -> "hk.types.Report":
-    from ..reports.parts import Part
-
     page_parts: list[Any] = []
     for name, part in parts.items():
         if isinstance(part, str):
-            page_parts.append(f"# {name}")
-            page_parts += [line for line in part.splitlines() if line]
-            continue
-        if part.caption:
-            page_parts.append(f"# {part.caption}")
-        if part.figure is not None:
-            page_parts.append(Part(part.figure(), f"{name}_figure"))
-        page_parts.append(Part(part.table, name))
+            page_parts += [f"# {name}", *filter(None, part.splitlines())]
+        else:
+            page_parts += _page_parts(name, part)
     return hk.report(title, *page_parts)
 
 
+def _page_parts(name: str, view: TableView) -> "Iterator[Content]":
+    """The caption of a table, its figure and the table, as they are on a page."""
+    from ..reports.parts import Part
+
+    if view.caption:
+        yield f"# {view.caption}"
+    if view.figure is not None:
+        yield Part(view.figure(), f"{name}_figure")
+    yield Part(view.table, name)
+
+
 def _print_parts(parts: Parts) -> None:
-    for number, (name, part) in enumerate(parts.items()):
+    gap = ""  # no empty line before the first part
+    for name, part in parts.items():
         heading = name if isinstance(part, str) else part.caption
         if heading and len(parts) > 1:
-            print_line(f"\n{heading}" if number else heading, bold=True)
+            print_line(gap + heading, bold=True)
+        gap = "\n"
         if isinstance(part, str):
             print_line(part)
         else:
@@ -229,12 +235,9 @@ def print_table(table: "pd.DataFrame") -> None:
     from ..reports.typesetting import column_kind
 
     names = [printable(str(name)) for name in table.columns]
-    columns, is_number = [], []
-    for name, column in table.items():
-        numeric = column_kind(str(name), column.dtype) == "number"
-        columns.append(_format_cells(column, numeric))
-        is_number.append(numeric)
-    rows = list(zip(*columns, strict=True))
+    is_number = [column_kind(str(name), kind) == "number" for name, kind in table.dtypes.items()]
+    columns = [column for _, column in table.items()]
+    rows = list(zip(*map(_format_cells, columns, is_number), strict=True))
     if is_terminal(sys.stdout):
         _draw_table(names, rows, is_number)
     else:
@@ -248,15 +251,15 @@ def _format_cells(column: Any, is_number: bool) -> list[str]:
     if not is_number or column.dtype.kind != "f":
         return [printable(format_value(value)) for value in column]
     decimals = 4 if (column.dropna().abs() <= 1).all() else 2
-    cells = []
-    for value in column:
-        if 0 < abs(value) < 0.5 * 10**-decimals:
-            cells.append(f"{value:.1e}")
-        elif abs(value) < 1e9:
-            cells.append(f"{value:.{decimals}f}")
-        else:
-            cells.append(format_value(value))
-    return cells
+    return [_format_float(value, decimals) for value in column]
+
+
+def _format_float(value: float, decimals: int) -> str:
+    from ..reports.typesetting import format_value
+
+    if 0 < abs(value) < 0.5 * 10**-decimals:
+        return f"{value:.1e}"
+    return f"{value:.{decimals}f}" if abs(value) < 1e9 else format_value(value)
 
 
 def _draw_table(
@@ -285,11 +288,11 @@ def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     aligned_lines = []
     for line in lines:
-        cells = []
+        cells = ""
         for cell, width, flush_right in zip(line, widths, right, strict=True):
             padding = " " * (width - cell_len(cell))
-            cells.append(padding + cell if flush_right else cell + padding)
-        aligned_lines.append("  ".join(cells).rstrip())
+            cells += f"{padding}{cell}  " if flush_right else f"{cell}{padding}  "
+        aligned_lines.append(cells.rstrip())
     return "\n".join(aligned_lines)
 
 

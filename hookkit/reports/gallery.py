@@ -19,7 +19,7 @@ from ..errors import BadFile, BadHook
 from ..files.atomic import write_text
 from ..files.untrusted import check_mapping, is_bare_name, path_inside, read_json
 from .page import PAGE, is_own_page, render_page
-from .readme import MARK, README, is_own_readme
+from .parts import MARK, README, is_own_readme
 from .typesetting import escape_markdown
 
 PICTURE_SIZE = 640, 360  # pixels, the largest width and height of a picture on the index

@@ -37,8 +37,20 @@ from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import check_mapping, is_bare_name, parse_json
-from .parts import NAME, Content, Folded, Part, check_name, encode_text, part_files, table_formats
-from .readme import README, README_HASHES, is_own_readme, render_readme
+from .parts import (
+    NAME,
+    README,
+    README_HASHES,
+    Content,
+    Folded,
+    Part,
+    check_name,
+    encode_text,
+    is_own_readme,
+    part_files,
+    render_readme,
+    table_formats,
+)
 from .typesetting import column_kind, format_value
 
 MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows

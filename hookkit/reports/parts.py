@@ -1,16 +1,21 @@
-"""What a page consists of: texts, tables and figures; and the files of a table or a figure."""
+"""The parts of a page: texts, tables and figures, their files, and README.md, which shows them.
+
+README.md is beside a page and has the same title, texts, tables and figures, for a code host.
+"""
 
 import io
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..errors import BadHook
-from .typesetting import as_json, as_latex, as_markdown
+from .typesetting import as_json, as_latex, as_markdown, escape_markdown
 
 MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
 DPI = 120  # 1,300 pixels for a figure as wide as a page
@@ -20,6 +25,13 @@ FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
     "tex": as_latex,
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+README = "README.md"
+MARK = "<!-- Written by hookkit. -->"  # the first line
+README_HASHES = re.compile(rb"<!-- hookkit-files (.*) -->")
+README_ROWS = 8  # of a table; its CSV has all of it
+README_COLUMNS = 10
+DETAILS = ("_se", "_n")  # ends of the names of columns that a wide table leaves out first
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,3 +108,67 @@ def check_name(name: str) -> None:
     """Raises `BadHook` for a name that cannot be the name of a file without its suffix."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadHook(f"{name!r} cannot name a file here: use letters, digits, '-' and '_'")
+
+
+def is_own_readme(path: Path) -> bool:
+    """True for a README.md that hookkit wrote."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MARK)) == MARK.encode()
+
+
+def render_readme(
+    title: str,
+    parts: Iterable[str | Part | Folded],
+    footer: str = "",
+    hashes: Mapping[str, str] | None = None,
+) -> str:
+    """The page in GitHub's Markdown, with links to the files beside it and with their sha256."""
+    blocks = [MARK]
+    if hashes:
+        noted = json.dumps(hashes).replace(">", r"\u003e")  # "-->" would end the comment
+        blocks.append(f"<!-- hookkit-files {noted} -->")
+    blocks.append(f"# {escape_markdown(title)}")
+    for part in parts:
+        blocks += _render_part(part)
+    if footer:
+        blocks.append(escape_markdown(footer))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _render_part(part: str | Part | Folded) -> list[str]:
+    match part:
+        case str():
+            return [_render_text(part)]
+        case Folded():  # details such as hooks in full, which about.json has
+            return []
+        case Part(content=Figure()):
+            caption = escape_markdown(part.caption)
+            image = f"![{caption or escape_markdown(part.name)}]({part.name}.png)"
+            return [image, *filter(None, [caption])]
+    return _render_table(part)
+
+
+def _render_text(words: str) -> str:
+    heading = re.fullmatch(r"(#{1,2}) (.*)", words, flags=re.DOTALL)
+    if heading:
+        return f"#{heading[1]} {escape_markdown(heading[2])}"
+    return "\\\n".join(map(escape_markdown, words.split("\n")))
+
+
+def _render_table(part: Part) -> list[str]:
+    table: pd.DataFrame = part.content  # pyright: ignore[reportAssignmentType]
+    visible = table.head(README_ROWS).dropna(axis="columns", how="all")
+    if visible.shape[1] > README_COLUMNS:
+        names = [name for name in visible if not str(name).endswith(DETAILS)]
+        visible = visible.loc[:, names[:README_COLUMNS]]
+    file = f"{part.file or part.name}.csv"
+    words = f"[{file}]({file})"
+    if visible.shape != table.shape:
+        words += f" has {len(table)} rows and {table.shape[1]} columns"
+    if part.caption:
+        words = f"{escape_markdown(part.caption)} {words}"
+    if visible.empty:
+        return [words]
+    return [as_markdown(visible), words]

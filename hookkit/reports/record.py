@@ -43,8 +43,7 @@ from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from ..runs.run import Run
 from .page import PAGE, Report, has_hash, report
-from .parts import Part, check_name, encode_text, part_files
-from .readme import README
+from .parts import README, Part, check_name, encode_text, part_files
 from .results_diff import LAST, compare_results, describe_changes
 
 ABOUT = "about.json"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.reports.comparison import token_literal
+from hookkit.reports.comparison_page import token_literal
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 EDIT = hk.ablate("attn_out.1")

@@ -17,7 +17,7 @@ from conftest import tokenizer
 import hookkit as hk
 from hookkit.errors import BadArgument, BadHook, OutOfRange
 from hookkit.figures.reports import mean_changes
-from hookkit.reports.comparison import token_literal
+from hookkit.reports.comparison_page import token_literal
 from hookkit.reports.shift import before_after as resuming
 from hookkit.reports.shift.before_after import add_deltas
 from hookkit.reports.shift.inside import most_moved

@@ -23,7 +23,14 @@ from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, Site, SitesLike, parse_site
 from ...tables.rank_tables import watched_ids
-from .. import comparison
+from ..comparison_page import (
+    SHIFT_COLUMNS,
+    compose_page,
+    describe_model,
+    hook_as_json,
+    indented_json,
+    write_settings,
+)
 from ..page import Report
 from ..parts import Content, Part
 from ..shift.named_edits import Hooks, as_edit_hooks
@@ -155,7 +162,7 @@ class Difference:
         about |= self.about
         footer = f"Before is {before}, after is {after}; deltas are after minus before."
         tables = {name: getattr(self, name) for name in CAPTIONS}
-        return comparison.compose_page(parts, tables, CAPTIONS, about, footer)
+        return compose_page(parts, tables, CAPTIONS, about, footer)
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the page and all tables to a folder. Returns the page's path."""
@@ -271,7 +278,7 @@ def _write_prompt(difference: Difference, row: int, *, with_figures: bool) -> It
     yield Part(table, f"said_{row}", "Entropy and loss in nats.", file="tokens")
     if not shifts.empty:
         caption = "The first tokens of each, the largest movers, and why each is here."
-        table = pd.DataFrame(shifts[["pos", *comparison.SHIFT_COLUMNS]])
+        table = pd.DataFrame(shifts[["pos", *SHIFT_COLUMNS]])
         yield Part(table, f"shifts_{row}", caption, file="shifts")
     if with_figures:
         figure = stream_map(stream, title="The stream behind each layer")
@@ -289,12 +296,12 @@ def _write_settings(about: Mapping[str, Any]) -> Iterable[Content]:
     hooks = {}
     for when in ("before", "after"):
         if about[when]["hooks"]:
-            hooks[f"Hooks {when}"] = comparison.indented_json(about[when]["hooks"])
-    return comparison.write_settings(models, about, hooks)
+            hooks[f"Hooks {when}"] = indented_json(about[when]["hooks"])
+    return write_settings(models, about, hooks)
 
 
 def _describe_side(about: Mapping[str, Any]) -> str:
-    text = comparison.describe_model(about)
+    text = describe_model(about)
     if about["adapters"]:
         text += f" with adapters {', '.join(about['adapters'])}"
     if about["hooks"]:
@@ -450,7 +457,7 @@ def _build_about(runs: PairedRuns) -> dict[str, Any]:
 def _about_side(side: Side) -> dict[str, Any]:
     about = dict(about_model(side.lm))
     about.pop("versions", None)
-    about["hooks"] = list(map(comparison.hook_as_json, side.hooks))
+    about["hooks"] = list(map(hook_as_json, side.hooks))
     about["within"] = ""
     if side.around is not nullcontext:
         about["within"] = getattr(side.around, "__qualname__", type(side.around).__name__)

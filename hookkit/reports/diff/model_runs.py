@@ -28,7 +28,7 @@ from ...models.sites import AnySite, Site, Sites
 from ...runs.run import Run
 from ...tables.distributions import Distribution
 from ...tables.rank_tables import add_deltas
-from ..comparison import literal_shifts, token_literal, token_literals
+from ..comparison_page import literal_shifts, token_literal, token_literals
 from . import similarity
 from .pairing import NAME, SharedSites, Side
 

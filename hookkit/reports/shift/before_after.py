@@ -37,7 +37,7 @@ from ...sweeps.shortcuts import shortcuts
 from ...tables import rank_tables
 from ...tables.comparison import first_difference
 from ...tables.distributions import Distribution
-from ..comparison import token_literal, token_literals
+from ..comparison_page import token_literal, token_literals
 from .named_edits import Edit
 
 # With fewer tokens in all forwards of the edits, a trial of the shortcut costs more than it saves.

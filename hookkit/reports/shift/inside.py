@@ -19,7 +19,7 @@ from ...models.lm import LM
 from ...models.prompts import Row
 from ...models.sites import Site
 from ...tables.rank_tables import add_deltas
-from ..comparison import token_literals
+from ..comparison_page import token_literals
 from .before_after import NextTokenLogits
 
 NUMBERS = ("logit", "prob", "rank")

@@ -24,7 +24,15 @@ from ...models.provenance import about_model, git_commit
 from ...sweeps.summary import mean_over_prompts
 from ...tables.intervals import MIN_FOR_INTERVAL
 from ...tables.rank_tables import Pair, watched_ids
-from .. import comparison
+from ..comparison_page import (
+    SHIFT_COLUMNS,
+    compose_page,
+    describe_model,
+    hook_as_json,
+    indented_json,
+    literal_shifts,
+    write_settings,
+)
 from ..page import Report
 from ..parts import Content, Part
 from ..typesetting import format_value
@@ -41,7 +49,7 @@ from .named_edits import (
     table_of,
 )
 
-NUMBER_COLUMNS = comparison.SHIFT_COLUMNS[1:-2]  # without token, why and token_id
+NUMBER_COLUMNS = SHIFT_COLUMNS[1:-2]  # without token, why and token_id
 NORM_NOTE = (
     "The final norm is in every part, with the scale that it had, so that parts before the edit "
     "change where the scale does. rest.L is what block L's stream got beside attention and MLP: an "
@@ -194,7 +202,7 @@ def _write_prompt(measured: ShiftTables, row: int, *, with_figures: bool) -> Ite
     yield Part(table, f"watched_{row}", caption, file="watched")
     yield "## What rose and fell"
     for number, edit in enumerate(measured.edits):
-        table = pd.DataFrame(measured.of("shifts", row, edit.name)[comparison.SHIFT_COLUMNS])
+        table = pd.DataFrame(measured.of("shifts", row, edit.name)[SHIFT_COLUMNS])
         caption = (
             f"{edit.name}: the first tokens before and after, the largest movers, and why each is "
             "here."
@@ -288,11 +296,11 @@ def _write_settings(measured: ShiftTables, about: dict[str, Any]) -> Iterable[Co
     hooks = {}
     for edit in (*measured.edits, *measured.controls):
         if edit.draw == 0:
-            texts = [comparison.indented_json(comparison.hook_as_json(hook)) for hook in edit.hooks]
+            texts = [indented_json(hook_as_json(hook)) for hook in edit.hooks]
             hooks[edit.name] = "\n".join(texts)
-    model = f"Model {comparison.describe_model(about)}; seed {about['seed']}"
+    model = f"Model {describe_model(about)}; seed {about['seed']}"
     note = ", the hooks with their tensors; hk.types.Hook.from_json reads them back"
-    return comparison.write_settings(model, about, hooks, note)
+    return write_settings(model, about, hooks, note)
 
 
 @check_arguments
@@ -385,7 +393,7 @@ def shift_report(
         parts += _write_prompt(measured, row, with_figures=row < figures)
     parts += _write_settings(measured, about)
     footer = "Deltas are after minus before. Rank 1 is the likeliest."
-    return comparison.compose_page(parts, tables, CAPTIONS, about, footer)
+    return compose_page(parts, tables, CAPTIONS, about, footer)
 
 
 def _measure(measured: ShiftTables) -> None:
@@ -436,7 +444,7 @@ def _measure(measured: ShiftTables) -> None:
 def _build_shifts(pairs: list[Pair], edit: Edit, measured: ShiftTables) -> pd.DataFrame:
     """The table of `rank_shift` with the edit's name and with log10_rank_ratio."""
     named = named_tokens(measured.lm, edit.hooks)
-    table = comparison.literal_shifts(pairs, measured.top, MOVERS, measured.watch, named)
+    table = literal_shifts(pairs, measured.top, MOVERS, measured.watch, named)
     table.insert(2, "edit", edit.name)
     reasons = table.pop("why")
     return table.assign(log10_rank_ratio=before_after.log10_rank_ratio(table), why=reasons)
@@ -466,5 +474,5 @@ def _build_about(measured: ShiftTables, settings: dict[str, Any]) -> dict[str, A
 def _json_of(hook: Hook) -> Any:
     """A hook with its tensors, or with their digests if they are large."""
     if len(hook.to_json()) > LONGEST_JSON:
-        return comparison.hook_as_json(hook)
-    return comparison.hook_as_json(hook, "inline")
+        return hook_as_json(hook)
+    return hook_as_json(hook, "inline")

@@ -130,22 +130,19 @@ class DirectionOptions:
 
     def check(self) -> None:
         """Raises the errors that can be found without a model."""
-        from_texts = bool(self.toward or self.away)
-        has_both_texts = bool(self.toward and self.away)
-        has_file = self.vector is not None
-        if from_texts == has_file or (from_texts and not has_both_texts):
+        sources = [self.vector is not None, bool(self.toward), bool(self.away)]
+        if sources not in ([True, False, False], [False, True, True]):
             raise BadHook(
                 "a direction is --vector FILE, or --toward TEXT and --away TEXT: give one of them"
             )
-        if self.site is not None and not from_texts:
+        if self.vector is None:
+            return
+        if self.site is not None:
             raise BadHook(
                 "--site goes with --toward and --away: the file of a vector names its site"
             )
-        if self.vector is not None and not self.vector.is_file():
-            raise BadFile(
-                f"{str(self.vector)!r} cannot be read as the file of a vector: "
-                "there is no such file"
-            )
+        if not self.vector.is_file():
+            raise BadFile(f"{_unreadable(self.vector)}: there is no such file")
 
     def build(self, lm: "hk.LM") -> "hk.Vector":
         """Returns the vector of the file, or the mean difference between the texts."""
@@ -153,9 +150,7 @@ class DirectionOptions:
             try:
                 return hk.load_vector(lm, self.vector)
             except BadFile as error:
-                raise BadFile(
-                    f"{str(self.vector)!r} cannot be read as the file of a vector: {error}"
-                ) from error
+                raise BadFile(f"{_unreadable(self.vector)}: {error}") from error
         site = self.site or f"resid_post.{lm.n_layers // 2}"
         vectors = hk.mean_difference(lm, self.toward or [], self.away or [], site)
         if len(vectors) > 1:
@@ -163,6 +158,13 @@ class DirectionOptions:
                 f"--site {site} is a site in every layer: name a layer, such as {vectors[0].site}"
             )
         return vectors[0]
+
+
+def _unreadable(path: Path) -> str:
+    return f"{str(path)!r} cannot be read as the file of a vector"
+
+
+DOSES = (-0.4, -0.2, 0.0, 0.2, 0.4)
 
 
 @command(
@@ -195,13 +197,13 @@ def steer(
     if direction.save is not None:
         vector.save(direction.save)
         output.note(f"wrote {direction.save}")
-    rows = []
-    for amount in dose or (-0.4, -0.2, 0.0, 0.2, 0.4):
+    tables = []
+    for amount in dose or DOSES:
         edits = [vector.steer(dose=amount)] if amount else []
         run = hk.generate(lm, texts, *edits, logits=False, **settings)
-        for row, generated in enumerate(run.generated):
-            rows.append({"row": row, "dose": amount, "generated": generated})
-    table = pd.DataFrame(rows).sort_values(["row", "dose"], ignore_index=True, kind="stable")
+        columns = {"row": range(len(texts)), "dose": amount, "generated": run.generated}
+        tables.append(pd.DataFrame(columns))
+    table = pd.concat(tables).sort_values(["row", "dose"], ignore_index=True, kind="stable")
     if not output.format:
         table = _quote_columns(table, "generated")
     output.write("Steering", {"steering": TableView(table)})
@@ -283,16 +285,14 @@ def _step_as_panel(step: "StreamStep") -> "Group":
     table = Table(box=None, header_style="dim")
     for name in ("", "token", "p model", "p now", ""):
         table.add_column(name, justify="right" if name.startswith("p") else "left")
-    model_probs: dict[int, str] = {}
-    for candidate in _candidates(step, "model"):
-        model_probs[candidate["token_id"]] = f"{candidate['prob']:.4f}"
+    probs = {row["token_id"]: f"{row['prob']:.4f}" for row in _candidates(step, "model")}
     for candidate in _candidates(step, "processed"):
         marker, bar_style, row_style = "", "blue", ""
         if candidate["drawn"]:
             marker, bar_style, row_style = "→", "green", "bold"
         prob = candidate["prob"]
         bar = Text("█" * round(BAR_WIDTH * prob), style=bar_style)
-        model_prob = model_probs.get(candidate["token_id"], "")
+        model_prob = probs.get(candidate["token_id"], "")
         token = Text(candidate["token"])
         table.add_row(marker, token, model_prob, f"{prob:.4f}", bar, style=row_style)
     text = "\n".join(map(printable, step.text[0].split("\n")))
