@@ -129,9 +129,9 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 def _expand(parameter: Parameter) -> list[Parameter]:
     """Returns the keywords for a parameter: one, or one for each field of a dataclass."""
     parameters = [parameter]
-    kind: Any = parameter.annotation
-    if is_dataclass(kind):
-        parameters = list(inspect.signature(kind).parameters.values())
+    group: Any = parameter.annotation
+    if is_dataclass(parameter.annotation):
+        parameters = list(inspect.signature(group).parameters.values())
     return [option.replace(kind=Parameter.KEYWORD_ONLY) for option in parameters]
 
 

@@ -39,12 +39,10 @@ def token_literals(lm: LM, ids: Iterable[int]) -> list[str]:
 def token_literal(lm: LM, token_id: int) -> str:
     """A token as a Python literal: its text, or its bytes if it is a part of a character."""
     text = lm.string(token_id)
-    if "\ufffd" in text and lm.tokenizer is not None and token_id < lm.n_tokens:
-        piece = lm.tokenizer.convert_ids_to_tokens(token_id)
-        data = _bytes_of(piece) if isinstance(piece, str) else None
-        if data is not None:
-            return repr(data)
-    return repr(text)
+    if "\ufffd" not in text:
+        return repr(text)
+    data = _bytes_of(str(lm.tokenizer.convert_ids_to_tokens(token_id)))
+    return repr(data or text)
 
 
 def _bytes_of(piece: str) -> bytes | None:
@@ -63,12 +61,10 @@ def _byte_letters() -> dict[str, int]:
 
     A printable byte is its own letter. The other bytes are the letters from 256 on.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unprintable = [byte for byte in range(256) if byte not in printable]
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    unprintable = sorted(set(range(256)) - printable)
     letters = {chr(byte): byte for byte in printable}
-    for number, byte in enumerate(unprintable):
-        letters[chr(256 + number)] = byte
-    return letters
+    return letters | {chr(256 + number): byte for number, byte in enumerate(unprintable)}
 
 
 def compose_page(
@@ -82,12 +78,10 @@ def compose_page(
 
     Beside it are about.json and the captioned tables that have rows, in all formats.
     """
-    question = [about["question"]] if about["question"] else []
-    page = report(about["title"], *question, about["answer"], *parts, footer=footer)
-    data = []
-    for name, caption in captions.items():
-        if name in tables and not tables[name].empty:
-            data.append(Part(tables[name], name, caption))
+    texts = filter(None, (about["question"], about["answer"]))
+    page = report(about["title"], *texts, *parts, footer=footer)
+    filled = [name for name in captions if name in tables and not tables[name].empty]
+    data = [Part(tables[name], name, captions[name]) for name in filled]
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     return replace(page, data=tuple(data), formats=("csv", *FORMATS), files={"about.json": text})
 

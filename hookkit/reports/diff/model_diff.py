@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ...models.lm import LM, Token
 from ...models.positions import PosLike, Where, read_position
 from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
-from ...models.sites import AnySite, Site, SitesLike, parse_site
+from ...models.sites import AnySite, SitesLike, parse_site
 from ...tables.rank_tables import watched_ids
 from ..comparison_page import (
     SHIFT_COLUMNS,
@@ -34,11 +35,12 @@ from ..comparison_page import (
 from ..page import Report
 from ..parts import Content, Part
 from ..shift.named_edits import Hooks, as_edit_hooks
-from .model_runs import DiffRequest, PairedRuns
-from .pairing import (
+from .paired_models import (
     CKA_SITES,
     FIRST_PARTING,
     Around,
+    DiffRequest,
+    PairedRuns,
     SharedSites,
     Side,
     reader_of,
@@ -148,9 +150,8 @@ class Difference:
         `write` writes its tables as CSV, JSON, Markdown and LaTeX beside it.
         """
         prompts = self.prompts
-        parts = [*_write_prompts(self, prompts)]
-        parts += [*_write_parting(self), *_write_sites(self)]
-        for row in range(min(int(self.about["details"]), len(prompts))):
+        parts = [*_write_prompts(self, prompts), *_write_parting(self), *_write_sites(self)]
+        for row in prompts["row"].head(int(self.about["details"])):
             parts += _write_prompt(self, row, with_figures=row < figures)
         if not self.left_out.empty:
             parts.append("# What was not compared")
@@ -395,7 +396,7 @@ def model_diff(
     runs.read()
     return Difference(
         **runs.tables(),
-        left_out=pd.DataFrame(shared.left_out, columns=["what", "why"]),
+        left_out=pd.DataFrame(shared.left_out.items(), columns=["what", "why"]),
         names=names or _default_names(before, after),
         tolerance=request.tolerance,
         about=_build_about(runs),
@@ -409,11 +410,8 @@ def _select_cka_sites(
     if cka is False:
         return frozenset()
     if cka is True:
-        if all_sites:
-            return frozenset(shared.sites)
-        return frozenset(
-            site for site in shared.sites if isinstance(site, Site) and site.name in CKA_SITES
-        )
+        is_selected = [all_sites or getattr(site, "name", "") in CKA_SITES for site in shared.kinds]
+        return frozenset(compress(shared.kinds, is_selected))
     selected = lm.expand(cka)
     for site in selected:
         if site not in shared.kinds:
@@ -457,8 +455,7 @@ def _build_about(runs: PairedRuns) -> dict[str, Any]:
 def _about_side(side: Side) -> dict[str, Any]:
     about = dict(about_model(side.lm))
     about.pop("versions", None)
-    about["hooks"] = list(map(hook_as_json, side.hooks))
-    about["within"] = ""
+    within = ""
     if side.around is not nullcontext:
-        about["within"] = getattr(side.around, "__qualname__", type(side.around).__name__)
-    return about
+        within = getattr(side.around, "__qualname__", type(side.around).__name__)
+    return about | {"hooks": list(map(hook_as_json, side.hooks)), "within": within}

@@ -1,4 +1,4 @@
-"""How alike two models are at one site: linear CKA, and the distance of each token's vectors.
+"""How alike two models are: linear CKA of a site, and the distances of each token's vectors.
 
     CKA(X, Y) = |YᵀX|² / (|XᵀX| |YᵀY|)
 
@@ -9,17 +9,25 @@ Network Representations Revisited, https://arxiv.org/abs/1905.00414). With K = X
 equals <K, L> / (|K| |L|), which needs less computation for few tokens.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...data.harvest.statistics import Moments, compute_moments, merge_moments, to_float64
+from ...models import next_token
+from ...models.lm import LM
 from ...models.sites import AnySite, Site
+from ...tables.rank_tables import add_deltas
+from ..comparison_page import token_literal
 
 Vectors = Float[Tensor, "token d"]
+Logits = Float[Tensor, "token vocab"]
+LOGITS_AT_ONCE = 2**22  # logits in one piece of work: 32 MiB of float64
 COLUMNS = ("site", "name", "layer", "tokens", "cosine", "cosine_min", "difference",
            "difference_max", "norm_before", "norm_after", "cka", "parts")  # fmt: skip
 
@@ -126,6 +134,55 @@ def token_distances(
     return TokenDistances(cosine, torch.where(change == 0, 0.0, change / norms[0]), norms)
 
 
+def prediction_distances(lm: LM, before: Logits, after: Logits, tokens: pd.DataFrame) -> pd.DataFrame:
+    """How far apart two models' distributions are after each token.
+
+    Columns: row, pos, read (the token at pos, the last one read); kl (KL(before‖after), nats),
+    kl_reverse, js (nats, at most ln 2); entropy_before, _after, _delta (nats); top1_before,
+    top1_after, top1_changed; loss_before, _after, _delta (nats, of the token that follows in the
+    prompt; empty after its last).
+    """
+    step = max(1, LOGITS_AT_ONCE // before.shape[-1])
+    following = torch.tensor(tokens["following"].tolist())
+    parts = []
+    for start in range(0, len(tokens), step):
+        piece = slice(start, start + step)
+        parts.append(_compare_logits(lm, before[piece], after[piece], following[piece]))
+    numbers = pd.concat(parts, ignore_index=True)
+    return pd.concat([tokens[["row", "pos", "read"]], numbers], axis="columns")
+
+
+def _compare_logits(
+    lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]
+) -> pd.DataFrame:
+    columns: dict[str, Tensor] = {}
+    logprobs, top1 = {}, {}
+    for when, logits in (("before", before), ("after", after)):
+        logprobs[when] = next_token.exact_logprobs(logits.detach().cpu())
+        top1[when] = _top_tokens(next_token.token_logits(logits, lm.n_tokens))
+        columns[f"entropy_{when}"] = next_token.entropy_of(logprobs[when])
+        losses = 0.0 - next_token.values_at(logprobs[when], following.clamp(min=0))
+        columns[f"loss_{when}"] = losses.masked_fill(following < 0, float("nan"))
+    apart = next_token.divergences(logprobs["before"], logprobs["after"])
+    columns |= {name: apart[name] for name in ("kl", "kl_reverse", "js")}
+    table = pd.DataFrame({name: values.tolist() for name, values in columns.items()})
+    table = add_deltas(table, ["entropy"]).assign(
+        top1_before=[_literal_or_none(lm, token_id) for token_id in top1["before"]],
+        top1_after=[_literal_or_none(lm, token_id) for token_id in top1["after"]],
+        top1_changed=list(map(operator.ne, top1["before"], top1["after"])),
+    )
+    return add_deltas(table, ["loss"])
+
+
+def _top_tokens(logits: Logits) -> list[int]:
+    """The most likely tokens; -1 where logits are NaN, so that no token is the first."""
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1).tolist()
+
+
+def _literal_or_none(lm: LM, token_id: int) -> str | None:
+    return None if token_id < 0 else token_literal(lm, token_id)
+
+
 @dataclass(eq=False)
 class SiteSimilarity:
     """The running sums of one site. Owned by `PairedRuns`. `cka` is None if no CKA is computed."""
@@ -170,9 +227,10 @@ class SiteSimilarity:
 
     def _add_norms(self, before: Float[Tensor, " token"], after: Float[Tensor, " token"]) -> None:
         self.tokens += len(before)
+        norm_before, norm_after = self.norms
         self.norms = (
-            self.norms[0] + float(before.double().sum()),
-            self.norms[1] + float(after.double().sum()),
+            norm_before + float(before.double().sum()),
+            norm_after + float(after.double().sum()),
         )
 
     def row(self, tolerance: float) -> dict[str, Any]:
