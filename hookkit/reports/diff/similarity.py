@@ -134,7 +134,9 @@ def token_distances(
     return TokenDistances(cosine, torch.where(change == 0, 0.0, change / norms[0]), norms)
 
 
-def prediction_distances(lm: LM, before: Logits, after: Logits, tokens: pd.DataFrame) -> pd.DataFrame:
+def prediction_distances(
+    lm: LM, before: Logits, after: Logits, tokens: pd.DataFrame
+) -> pd.DataFrame:
     """How far apart two models' distributions are after each token.
 
     Columns: row, pos, read (the token at pos, the last one read); kl (KL(before‖after), nats),

@@ -96,23 +96,25 @@ class ResumePlan:
 def plan_resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]) -> ResumePlan:
     """The plan for the forwards of these edits. Without a start, an edit takes a whole forward.
 
-    A trial verifies that the model allows it. Other hooks would see that blocks are skipped.
+    A trial verifies that the model allows it.
     """
     whole = ResumePlan(lm, {})
-    modules = (*lm.wrapping, *lm.root.modules())
-    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     n_tokens = sum(map(len, rows)) * len(edits)
-    if n_tokens < MIN_TOKENS or lm.root.training or has_hooks:
+    if n_tokens < MIN_TOKENS or not _can_resume(lm):
         return whole
-    starts = {}
     try:
-        for number, hooks in enumerate(edits):
-            start = _first_block(lm, hooks)
-            if start > 0:
-                starts[number] = start
+        starts = dict(enumerate(_first_block(lm, hooks) for hooks in edits))
     except HookkitError:
         return whole
+    starts = {number: start for number, start in starts.items() if start > 0}
     return ResumePlan(lm, starts) if starts and shortcuts(lm).grow else whole
+
+
+def _can_resume(lm: LM) -> bool:
+    """False for a model with dropout, or with hooks that would see that blocks are skipped."""
+    modules = (*lm.wrapping, *lm.root.modules())
+    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return not (lm.root.training or has_hooks)
 
 
 def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
@@ -168,10 +170,8 @@ class NextTokenLogits:
     @property
     def top_names(self) -> list[str | None]:
         """The most likely tokens by name; None where logits are NaN, so that there is none."""
-        names: list[str | None] = [*token_literals(self.lm, self.top_tokens)]
-        for row in self.logits.isnan().any(-1).nonzero().flatten().tolist():
-            names[row] = None
-        return names
+        names = pd.Series(token_literals(self.lm, self.top_tokens), dtype=object)
+        return names.mask(self.logits.isnan().any(-1).numpy(), None).tolist()
 
     def numbers(self, tokens: list[int], when: str) -> dict[str, object]:
         """The columns of one token for each prompt, with `when` in their names."""
@@ -191,8 +191,8 @@ class NextTokenLogits:
     def distributions(self) -> list[Distribution]:
         """The distributions after the details prompts."""
         result = []
-        for row in range(self.details):
-            position = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
+        for row, length in enumerate(self.run.prompt_lengths[: self.details]):
+            position = {"row": row, "pos": length - 1}
             result.append(Distribution(self.lm, position, self.logits[row]))
         return result
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import TypeAlias
 
 import pandas as pd
@@ -57,12 +57,9 @@ class Edit:
     @property
     def layers(self) -> list[int]:
         """The blocks in which it acts."""
-        layers = set()
-        for hook in self.hooks:
-            for site in hook.sites:
-                if isinstance(site, Site) and site.layer is not None:
-                    layers.add(site.layer)
-        return sorted(layers)
+        sites = chain.from_iterable(hook.sites for hook in self.hooks)
+        layers = {site.layer for site in sites if isinstance(site, Site)}
+        return sorted(layer for layer in layers if layer is not None)
 
 
 def as_edit_hooks(hooks: Hooks, what: str) -> tuple[Hook, ...]:
@@ -80,18 +77,9 @@ def as_edit_hooks(hooks: Hooks, what: str) -> tuple[Hook, ...]:
 
 def named_edits(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
     """The edits of a report: hooks act together as one edit; a mapping has a name for each edit."""
-    edits = []
-    if len(hooks) == 1 and isinstance(hooks[0], Mapping):
-        for name, value in hooks[0].items():
-            edits.append(Edit(str(name), as_edit_hooks(value, f"the edit {name!r}")))
-    elif any(isinstance(hook, Mapping) for hook in hooks):
-        raise BadHook(
-            "hooks and a mapping were given: put all edits into one mapping, "
-            "{'name': hook or hooks}"
-        )
-    else:
-        edit_hooks = as_edit_hooks(hooks, "the edit")  # pyright: ignore[reportArgumentType]
-        edits.append(Edit(shorten(" + ".join(map(str, edit_hooks))), edit_hooks))
+    edits = _edits_of(hooks)
+    if not edits:
+        raise BadHook("there is no edit to report on: give hooks, or {'name': hook or hooks}")
     for edit in edits:
         if not edit.hooks:
             raise BadHook(
@@ -103,8 +91,24 @@ def named_edits(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
                 "an edit is named 'base_hooks', as about.json names the hooks that act in "
                 "both runs: give it another name"
             )
-    if not edits:
-        raise BadHook("there is no edit to report on: give hooks, or {'name': hook or hooks}")
+    if len({edit.name for edit in edits}) < len(edits):
+        raise BadHook("two edits have one name: names stand once")
+    return edits
+
+
+def _edits_of(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
+    mappings = [hook for hook in hooks if isinstance(hook, Mapping)]
+    if not mappings:
+        edit_hooks = as_edit_hooks(hooks, "the edit")  # pyright: ignore[reportArgumentType]
+        return [Edit(shorten(" + ".join(map(str, edit_hooks))), edit_hooks)]
+    if len(hooks) > 1:
+        raise BadHook(
+            "hooks and a mapping were given: put all edits into one mapping, "
+            "{'name': hook or hooks}"
+        )
+    edits = []
+    for name, value in mappings[0].items():
+        edits.append(Edit(str(name), as_edit_hooks(value, f"the edit {name!r}")))
     return edits
 
 
@@ -120,19 +124,7 @@ def check_draws(draws: int | None, controls: Controls) -> int:
 
 def named_controls(controls: Controls, edits: Sequence[Edit], seed: int, draws: int) -> list[Edit]:
     """The controls: the user's, or for "random" each edit's random changes of the same size."""
-    result = []
-    if isinstance(controls, Mapping):
-        for name, hooks in controls.items():
-            control_hooks = as_edit_hooks(hooks, f"the control {name!r}")
-            result.append(Edit(str(name), control_hooks, "all"))
-    elif controls == "random":
-        for edit, draw in product(edits, range(draws)):
-            hooks = _randomise(edit, seed * SEED_STRIDE + draw)
-            result.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
-    elif controls is not None:
-        raise BadHook(
-            f"controls={controls!r} is unknown: say 'random', or give {{'name': hook or hooks}}"
-        )
+    result = _controls_of(controls, edits, seed, draws)
     names = Counter(edit.name for edit in (*edits, *result) if edit.draw == 0)
     for control in result:
         if names[control.name] > 1 or not control.hooks:
@@ -140,6 +132,25 @@ def named_controls(controls: Controls, edits: Sequence[Edit], seed: int, draws: 
                 f"the control {control.name!r} has no hook, or the name of another: give each "
                 "hooks and a name"
             )
+    return result
+
+
+def _controls_of(controls: Controls, edits: Sequence[Edit], seed: int, draws: int) -> list[Edit]:
+    if controls is None:
+        return []
+    if not isinstance(controls, Mapping) and controls != "random":
+        raise BadHook(
+            f"controls={controls!r} is unknown: say 'random', or give {{'name': hook or hooks}}"
+        )
+    result = []
+    if isinstance(controls, Mapping):
+        for name, hooks in controls.items():
+            control_hooks = as_edit_hooks(hooks, f"the control {name!r}")
+            result.append(Edit(str(name), control_hooks, "all"))
+        return result
+    for edit, draw in product(edits, range(draws)):
+        hooks = _randomise(edit, seed * SEED_STRIDE + draw)
+        result.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
     return result
 
 
@@ -158,11 +169,8 @@ def _randomise(edit: Edit, seed: int) -> tuple[Hook, ...]:
 def describe_hook(hook: Hook) -> str:
     """What a hook does, as a sentence without a full stop."""
     if isinstance(hook, Knockout):
-        layers = Edit("", (hook,)).layers
-        words = ", ".join(map(str, layers))
-        if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
-            words = f"{layers[0]} to {layers[-1]}"
-        return f"keeps attention from seeing {_describe_pos(hook.key)}, in blocks {words}"
+        blocks = _describe_layers(Edit("", (hook,)).layers)
+        return f"keeps attention from seeing {_describe_pos(hook.key)}, in blocks {blocks}"
     verb = DESCRIPTIONS.get(hook.verb, hook.verb)
     if isinstance(hook, LogitEdit) and not isinstance(hook, Randomised):
         tokens = []
@@ -176,6 +184,12 @@ def describe_hook(hook: Hook) -> str:
     return text
 
 
+def _describe_layers(layers: list[int]) -> str:
+    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
 def _describe_pos(pos: object) -> str:
     if pos is None:
         return "every position"
@@ -187,14 +201,10 @@ def table_of(edits: Sequence[Edit]) -> pd.DataFrame:
     draws = Counter(edit.name for edit in edits)
     records = []
     for edit in edits:
-        if edit.draw == 0:
-            records.append(
-                {
-                    "edit": edit.name,
-                    "control": edit.control,
-                    "draws": draws[edit.name],
-                    "does": "; ".join(map(describe_hook, edit.hooks)),
-                    "hooks": " + ".join(map(str, edit.hooks)),
-                }
-            )
+        if edit.draw > 0:
+            continue
+        record = {"edit": edit.name, "control": edit.control, "draws": draws[edit.name]}
+        record["does"] = "; ".join(map(describe_hook, edit.hooks))
+        record["hooks"] = " + ".join(map(str, edit.hooks))
+        records.append(record)
     return pd.DataFrame(records)

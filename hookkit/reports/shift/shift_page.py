@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import starmap
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from ...arguments import check_arguments, check_integer
-from ...errors import BadHook
 from ...figures import reports as figures
 from ...hooks.base import Hook
 from ...hooks.logits import named_tokens
@@ -60,6 +61,7 @@ MOVERS = 5  # tokens that moved most, in the table of shifts
 LONGEST_JSON = 200_000  # letters of a hook in JSON; a longer one has its tensors as digests
 CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "log10_rank_ratio"]
 DISTANCES = ["kl", "entropy_delta", "top1_changed"]
+MEASURED = ("shifts", "watched", "distances", "why")  # the tables that have rows of each edit
 CAPTIONS = {
     "shifts": "first tokens before and after, and movers",
     "watched": "watched tokens of every prompt",
@@ -179,12 +181,13 @@ def _merge_intervals(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     table: Any = means[keys].copy()
     for name in means.columns:
         if f"{name}_low" in means:
-            texts = []
-            for mean, low, high in means[[name, f"{name}_low", f"{name}_high"]].to_numpy(float):
-                text = f"{mean:.3g}  [{low:.3g}, {high:.3g}]"
-                texts.append(format_value(mean) if pd.isna(low) else text)
-            table[name] = texts
+            numbers = means[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
+            table[name] = list(starmap(_write_interval, numbers))
     return table
+
+
+def _write_interval(mean: float, low: float, high: float) -> str:
+    return format_value(mean) if np.isnan(low) else f"{mean:.3g}  [{low:.3g}, {high:.3g}]"
 
 
 def _write_prompt(measured: ShiftTables, row: int, *, with_figures: bool) -> Iterable[Content]:
@@ -358,8 +361,6 @@ def shift_report(
     all_base_hooks = as_edit_hooks(base_hooks, "base_hooks")
     draws = check_draws(draws, controls)
     all_controls = named_controls(controls, all_edits, seed, draws)
-    if len({edit.name for edit in all_edits}) < len(all_edits):
-        raise BadHook("two edits have one name: names stand once")
     rows = as_batch(lm, prompts).rows
     tokens = watched_ids(lm, watch)
     for edit in all_edits:
@@ -374,12 +375,8 @@ def shift_report(
             measured.tables["texts"] = before_after.texts_of(
                 lm, rows, all_base_hooks, all_edits, generate
             )
-    tables = measured.tables
     if len(rows) > 1:
-        by = ["edit", "control"]
-        over_rows = partial(mean_over_prompts, seed=seed)
-        tables["summary"] = over_rows(tables["watched"], by=[*by, "watched"], values=CHANGES)
-        tables["summary_distances"] = over_rows(tables["distances"], by=by, values=DISTANCES)
+        _add_means(measured.tables, seed)
     title = title or "What moved, and why"
     control_kind = controls if isinstance(controls, str) else None
     settings = {"top": top, "heads": heads, "generate": generate, "details": details,
@@ -393,7 +390,15 @@ def shift_report(
         parts += _write_prompt(measured, row, with_figures=row < figures)
     parts += _write_settings(measured, about)
     footer = "Deltas are after minus before. Rank 1 is the likeliest."
-    return compose_page(parts, tables, CAPTIONS, about, footer)
+    return compose_page(parts, measured.tables, CAPTIONS, about, footer)
+
+
+def _add_means(tables: dict[str, pd.DataFrame], seed: int) -> None:
+    """Add the means over the prompts to the tables."""
+    by = ["edit", "control"]
+    over_rows = partial(mean_over_prompts, seed=seed)
+    tables["summary"] = over_rows(tables["watched"], by=[*by, "watched"], values=CHANGES)
+    tables["summary_distances"] = over_rows(tables["distances"], by=by, values=DISTANCES)
 
 
 def _measure(measured: ShiftTables) -> None:
@@ -407,7 +412,7 @@ def _measure(measured: ShiftTables) -> None:
     with plan.record_outputs():
         before = before_after.run_prompts(lm, rows, Edit("", base), sites.sites, details)
     edited: list[before_after.NextTokenLogits] = []
-    parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in MEASURED}
     decompositions: dict[tuple[int, ...], pd.DataFrame] = {}
     for number, edit in enumerate(edits):
         start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
@@ -416,29 +421,36 @@ def _measure(measured: ShiftTables) -> None:
             after = before_after.run_prompts(
                 lm, rows, with_base, edit_sites, details, start, before.run.captures
             )
-        parts["watched"].append(before_after.watched_of(before, after, measured.watch))
-        parts["distances"].append(before_after.distances_of(before, after))
+        tables["watched"].append(before_after.watched_of(before, after, measured.watch))
+        tables["distances"].append(before_after.distances_of(before, after))
         if edit.control:
             continue
-        pairs = list(zip(before.distributions, after.distributions, strict=True))
-        parts["shifts"].append(_build_shifts(pairs, edit, measured))
-        ids = torch.arange(lm.n_tokens or after.logits.shape[-1])
-        for row, pair in enumerate(pairs[: measured.figures]):
-            measured.ranks[row, edit.name] = tuple(side.ranks(ids).numpy() for side in pair)
+        tables["shifts"].append(_measure_ranks(measured, before, after, edit))
         tokens = measured.watch[:1] * details or after.top_tokens[:details]
         why, measured.refusals[f"why {edit.name}"] = attempt(
             pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
         )
-        parts["why"].append(why)
-        edited.append(
-            before_after.NextTokenLogits(with_base, after.run, after.logits[:details], details)
-        )
+        tables["why"].append(why)
+        edited.append(replace(after, logits=after.logits[:details]))
     measured.tables["edits"] = table_of(edits)
-    for name, list_of_tables in parts.items():
-        measured.tables[name] = _concatenate(list_of_tables)
+    measured.tables.update({name: _concatenate(parts) for name, parts in tables.items()})
     measured.tables["layers"], measured.refusals["layers"] = attempt(
         pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, details
     )
+
+
+def _measure_ranks(
+    measured: ShiftTables,
+    before: before_after.NextTokenLogits,
+    after: before_after.NextTokenLogits,
+    edit: Edit,
+) -> pd.DataFrame:
+    """Keep the ranks of all tokens for the figures. Returns the table of shifts of one edit."""
+    pairs = list(zip(before.distributions, after.distributions, strict=True))
+    ids = torch.arange(measured.lm.n_tokens or after.logits.shape[-1])
+    for row, pair in enumerate(pairs[: measured.figures]):
+        measured.ranks[row, edit.name] = tuple(side.ranks(ids).numpy() for side in pair)
+    return _build_shifts(pairs, edit, measured)
 
 
 def _build_shifts(pairs: list[Pair], edit: Edit, measured: ShiftTables) -> pd.DataFrame:
