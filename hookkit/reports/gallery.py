@@ -108,8 +108,9 @@ def _render_readme(title: str, rows: list[dict[str, str]], folder: Path) -> str:
         if picture is not None:
             source = f"{address}/{quote(picture.name)}"
             lines.append(f'<a href="{address}/"><img src="{source}" width="320" alt=""></a>')
-        lines += [escape_markdown(row[name]) for name in ("question", "answer") if row[name]]
-        lines.append(f"`{row['made']}`" if row["made"] else "")
+        lines += map(escape_markdown, (row["question"], row["answer"]))
+        if row["made"]:
+            lines.append(f"`{row['made']}`")
         blocks += filter(None, lines)
     return "\n\n".join(blocks) + "\n"
 
@@ -118,16 +119,14 @@ def _read_result(result: Path, top: Path) -> dict[str, str]:
     """The row of one result. `result` is its folder relative to `top`."""
     about = _read_about(top / result)
     page = PAGE if (top / result / PAGE).is_file() else README
-    command = about.get("command", "")
     ended = about.get("ended", "finished")
-    if ended != "finished":
-        command += f" ({ended})"
+    ending = "" if ended == "finished" else f" ({ended})"
     return {
         "result": result.as_posix(),
         "title": about.get("title") or result.name.replace("_", " ").capitalize(),
         "question": about.get("question", ""),
         "answer": about.get("answer", ""),
-        "made": command,
+        "made": about.get("command", "") + ending,
         "page": (result / page).as_posix(),
     }
 
@@ -170,11 +169,8 @@ def _encode_picture(folder: Path) -> str:
 
 def _first_picture(folder: Path) -> Path | None:
     """The first PNG in the order of about.json, else by name."""
-    files = _read_about(folder).get("files", ())
-    names = [name for name in files if is_bare_name(name)] if isinstance(files, list) else []
+    files = _read_about(folder).get("files")
+    names = list(filter(is_bare_name, files)) if isinstance(files, list) else []
     names += sorted(path.name for path in folder.glob("*.png"))
     paths = [path_inside(folder, name) for name in names if name.endswith(".png")]
-    for path in paths:
-        if path.is_file():
-            return path
-    return None
+    return next(filter(Path.is_file, paths), None)

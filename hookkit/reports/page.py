@@ -62,6 +62,7 @@ THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "rank_delta": -1}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 INDEX_COLUMNS = ("row", "pos", "step")
+HEADINGS = {"#": "heading", "##": "smaller"}
 PAGE = "report.html"
 GENERATOR = b'<meta name="generator" content="hookkit">'  # in the head of every page
 HASHES = re.compile(rb'<meta name="hookkit-files" content="([^"]*)">')
@@ -205,14 +206,7 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
     page_parts: list[str | Part | Folded] = []
     names: list[str] = []
     for part in parts:
-        if isinstance(part, pd.DataFrame | Figure):
-            kind = "table" if isinstance(part, pd.DataFrame) else "figure"
-            count = sum(name.startswith(f"{kind}_") for name in names)
-            part = Part(part, f"{kind}_{count + 1}")
-        if not isinstance(part, str | Part | Folded):
-            raise BadHook(
-                f"a report has texts, tables and figures, and was given a {type(part).__name__}"
-            )
+        part = _with_name(part, names)
         if isinstance(part, Part):
             names.append(part.name)
         page_parts.append(part)
@@ -223,6 +217,23 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
                 "'_'"
             )
     return Report(title, tuple(page_parts), footer)
+
+
+def _with_name(part: Content, names: Sequence[str]) -> str | Part | Folded:
+    """A table or figure as a part, numbered after those with these names; other parts as is."""
+    match part:
+        case str() | Part() | Folded():
+            return part
+        case pd.DataFrame():
+            kind = "table"
+        case Figure():
+            kind = "figure"
+        case _:
+            raise BadHook(
+                f"a report has texts, tables and figures, and was given a {type(part).__name__}"
+            )
+    count = sum(name.startswith(f"{kind}_") for name in names)
+    return Part(part, f"{kind}_{count + 1}")
 
 
 def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
@@ -282,16 +293,17 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
 
 
 def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
-    if isinstance(part, str):
-        for mark, kind in (("# ", "heading"), ("## ", "smaller")):
-            if part.startswith(mark):
-                return {"kind": kind, "text": part.removeprefix(mark)}
-        return {"kind": "text", "text": part}
-    if isinstance(part, Folded):
-        return {"kind": "folded", "summary": part.summary, "text": part.text}
-    if isinstance(part.content, Figure):
-        svg = Markup(_render_svg(part.content, part.name))
-        return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
+    match part:
+        case str():
+            heading = re.fullmatch(r"(#{1,2}) (.*)", part, flags=re.DOTALL)
+            if heading is None:
+                return {"kind": "text", "text": part}
+            return {"kind": HEADINGS[heading[1]], "text": heading[2]}
+        case Folded():
+            return {"kind": "folded", "summary": part.summary, "text": part.text}
+        case Part(content=Figure()):
+            svg = Markup(_render_svg(part.content, part.name))
+            return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
     if part.file:  # the part with this file links the other formats
         formats = ("csv",)
     links = [f"{part.file or part.name}.{kind}" for kind in table_formats(part.content, formats)]
@@ -320,24 +332,38 @@ def _visible_part(table: pd.DataFrame, caption: str) -> tuple[pd.DataFrame, str]
     if len(table) and len(empty) < table.shape[1]:
         visible = visible.drop(columns=empty)
     # The caption names an index column with one value, which leaves room for the other columns.
-    constant = [name for name in INDEX_COLUMNS if name in table and len(set(table[name])) == 1]
-    if constant and len(table) > 1 and len(constant) < visible.shape[1]:
-        words = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant).capitalize()
+    constant = _constant_columns(table)
+    if constant and len(constant) < visible.shape[1]:
+        words = ", ".join(f"{name} {value}" for name, value in constant.items()).capitalize()
         caption = f"{caption} {words}.".strip()
-        visible = visible.drop(columns=constant)
+        visible = visible.drop(columns=list(constant))
     if len(table) > len(visible):
         caption = f"{caption} The first {len(visible)} of {len(table)} rows.".strip()
     return visible, caption
 
 
+def _constant_columns(table: pd.DataFrame) -> dict[str, Any]:
+    """The index columns with the same value in all rows of a table with several rows."""
+    if len(table) < 2:
+        return {}
+    index: Any = table.filter(INDEX_COLUMNS)
+    return {name: column.iloc[0] for name, column in index.items() if len(set(column)) == 1}
+
+
 def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
     text = format_value(value)
-    if style != "number":
-        if not style and len(text) > PROSE_LETTERS:
-            style = "prose"
-        return {"text": text, "style": style, "value": None}
+    if style == "number":
+        return _render_number(value, text, name)
+    if not style and len(text) > PROSE_LETTERS:
+        style = "prose"
+    return {"text": text, "style": style, "value": None}
+
+
+def _render_number(value: Any, text: str, name: str) -> dict[str, Any]:
+    """A cell with a number, by which the page's script sorts, and with the colour of its sign."""
     if not text:
-        return {"text": text, "style": style, "value": ""}
+        return {"text": text, "style": "number", "value": ""}
+    style = "number"
     direction = SIGNED.get(name, 0) * value
     if direction > 0:
         style = "number up"

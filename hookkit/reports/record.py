@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,24 +270,19 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise BadFile(foreign)
     about = check_mapping(read_json(path, finite=False), repr(str(path)), "ended")
     hashes = about.get("sha256")
-    if about.get(MADE_BY) != "hookkit" or not isinstance(hashes, dict):
+    has_hashes = isinstance(hashes, dict) and all(map(is_bare_name, hashes))
+    if about.get(MADE_BY) != "hookkit" or not has_hashes:
         raise BadFile(foreign)
-    if not all(map(is_bare_name, hashes)):
-        raise BadFile(foreign)
-    return dict(about)
+    return about
 
 
 def _check_files(folder: Path, earlier: Mapping[str, Any]) -> None:
     """Raises `BadFile` if a file that would be replaced is not as a record wrote it."""
     hashes = earlier.get("sha256", {})
-    changed = [name for name, value in hashes.items() if not _is_unchanged(folder / name, value)]
+    changed = _changed_files(folder, hashes)
     if PAGE not in hashes and os.path.lexists(folder / PAGE):
         changed.append(PAGE)
-    last = folder / LAST
-    if os.path.lexists(last) and (last.is_symlink() or not last.is_dir()):
-        changed.append(LAST)
-    elif earlier.get("ended") == "finished":
-        changed += _changed_last_files(folder, hashes)
+    changed += _changed_last_files(folder, earlier)
     if changed:
         raise BadFile(
             f"{str(folder)!r} has {', '.join(changed)}, which no record wrote, or which was "
@@ -295,13 +290,22 @@ def _check_files(folder: Path, earlier: Mapping[str, Any]) -> None:
         )
 
 
-def _changed_last_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
-    """The files in `.last` that moving the finished run there would overwrite, but must not."""
+def _changed_last_files(folder: Path, earlier: Mapping[str, Any]) -> list[str]:
+    """The files in `.last` that moving a finished run there would overwrite, but must not."""
     last = folder / LAST
-    last_hashes = _read_about(last).get("sha256", {})
-    names = {name for name, value in last_hashes.items() if not _is_unchanged(last / name, value)}
-    names |= {name for name in hashes if name not in last_hashes and os.path.lexists(last / name)}
+    if os.path.lexists(last) and (last.is_symlink() or not last.is_dir()):
+        return [LAST]
+    if earlier.get("ended") != "finished":
+        return []
+    hashes, last_hashes = earlier["sha256"], _read_about(last).get("sha256", {})
+    names = set(_changed_files(last, last_hashes))
+    names |= {name for name in hashes.keys() - last_hashes if os.path.lexists(last / name)}
     return [f"{LAST}/{name}" for name in sorted(names) if os.path.lexists(folder / name)]
+
+
+def _changed_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
+    """The files whose sha256 are not these."""
+    return [name for name, value in hashes.items() if not _is_unchanged(folder / name, value)]
 
 
 def _is_unchanged(path: Path, value: str) -> bool:
@@ -318,11 +322,11 @@ def _check_conditions(
     changes = []
     for name, words in FIXED.items():
         if earlier.get(name) != conditions.get(name):
-            changes.append(words or _describe_change(name, earlier, conditions))
+            changes.append(words or _describe_changes([name], earlier, conditions))
     before, after = earlier.get("settings") or {}, conditions["settings"]
     if before != after:
         names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-        changes.append(", ".join(_describe_change(name, before, after) for name in names))
+        changes.append(_describe_changes(names, before, after))
     if changes:
         raise OtherSettings(
             f"{folder} has results of other settings ({'; '.join(changes)}): record into another "
@@ -330,8 +334,12 @@ def _check_conditions(
         )
 
 
-def _describe_change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    return f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+def _describe_changes(
+    names: Iterable[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> str:
+    return ", ".join(
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in names
+    )
 
 
 def _move_earlier_run(folder: Path, earlier: Mapping[str, Any]) -> None:

@@ -65,15 +65,17 @@ def describe_changes(table: pd.DataFrame) -> str:
     n_same = len(table) - len(changed)
     if changed.empty:
         return f"{len(table)} tables are the same"
-    words = []
-    for row in changed.to_dict("records"):
-        text = row["note"] or f"{row['moved']} of {row['cells']} cells moved"
-        if row["column"]:
-            text += f", {row['column']} by {row['largest']:.3g}"
-        words.append(f"{row['table']}: {text}")
+    words = list(map(_describe_table, changed.to_dict("records")))
     if n_same:
         words.append(f"{n_same} other tables are the same")
     return "; ".join(words)
+
+
+def _describe_table(row: Mapping[str, Any]) -> str:
+    text = row["note"] or f"{row['moved']} of {row['cells']} cells moved"
+    if row["column"]:
+        text += f", {row['column']} by {row['largest']:.3g}"
+    return f"{row['table']}: {text}"
 
 
 def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
@@ -87,37 +89,42 @@ def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
             f"there is no folder {os.fspath(source)!r} to compare: name a folder of results"
         )
     tables: dict[str, pd.DataFrame] = {}
-    for path in sorted(Path(source).rglob("*.csv")):
+    for path in sorted(filter(Path.is_file, Path(source).rglob("*.csv"))):
         relative = path.relative_to(source)
-        if LAST not in relative.parts and path.is_file():
+        if LAST not in relative.parts:
             tables[_table_name(relative)] = read_table(path_inside(path.parent, path.name))
     return tables
 
 
 def _read_committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
     """The tables of a folder in a commit. The folder may be gone from the disk since."""
+    archive = _git_archive(folder, revision)
+    tables = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        for member in files.getmembers():
+            if member.name.endswith(".csv") and member.isreg():
+                data: Any = files.extractfile(member)  # never None for a regular file
+                content = io.BytesIO(data.read())
+                tables[_table_name(Path(member.name))] = read_table(content, member.name)
+    return tables
+
+
+def _git_archive(folder: Path, revision: str) -> bytes:
+    """A folder in a commit, as a tar file."""
     if revision.startswith("-"):
         raise BadHook(f"{revision!r} is no revision of git: give a commit, a branch or a tag")
     full = folder.resolve()
-    existing = [str(parent) for parent in full.parents if parent.is_dir()]
+    existing = next(filter(Path.is_dir, full.parents), Path())
     try:
-        top = _git(existing[0] if existing else ".", "rev-parse", "--show-toplevel")
+        top = _git(str(existing), "rev-parse", "--show-toplevel")
         root = Path(top.decode().strip())
         relative = full.relative_to(root.resolve()).as_posix()
-        archive = _git(str(root), "archive", f"{revision}:{relative}")
+        return _git(str(root), "archive", f"{revision}:{relative}")
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", b"") or str(error).encode()
         raise BadHook(
             f"git has no {str(folder)!r} at {revision!r}: {output.decode().strip()}"
         ) from None
-    tables = {}
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        for member in files.getmembers():
-            if member.name.endswith(".csv") and member.isreg():
-                data = files.extractfile(member)
-                content = io.BytesIO(data.read() if data else b"")
-                tables[_table_name(Path(member.name))] = read_table(content, member.name)
-    return tables
 
 
 def _git(folder: str, *words: str) -> bytes:
@@ -132,18 +139,17 @@ def _compare(
     old: pd.DataFrame | None, new: pd.DataFrame | None, tolerance: float
 ) -> dict[str, Any]:
     """The columns of a row of `compare_results`, without the table's name."""
-    note = _describe_shape(old, new)
     result: dict[str, Any] = {"same": False, "cells": 0, "moved": 0, "largest": float("nan")}
-    result |= {"column": "", "note": note}
-    if note or old is None or new is None:
+    result |= {"column": "", "note": _describe_shape(old, new)}
+    if result["note"]:
         return result
+    assert old is not None and new is not None
     result |= {"cells": old.size, "largest": 0.0}
     for index, title in enumerate(old.columns):
         count, largest = _compare_columns(old.iloc[:, index], new.iloc[:, index], tolerance)
         result["moved"] += count
         if largest > result["largest"]:
-            result["largest"] = largest
-            result["column"] = str(title)
+            result |= {"largest": largest, "column": str(title)}
     result["same"] = result["moved"] == 0
     return result
 
@@ -156,9 +162,8 @@ def _describe_shape(old: pd.DataFrame | None, new: pd.DataFrame | None) -> str:
         return "is gone"
     if list(old.columns) != list(new.columns):
         changed = sorted(set(map(str, old.columns)) ^ set(map(str, new.columns)))
-        if changed:
-            return f"has other columns: {', '.join(changed)}"
-        return "has its columns in another order"
+        other = f"has other columns: {', '.join(changed)}"
+        return other if changed else "has its columns in another order"
     if len(old) != len(new):
         return f"has {len(new)} rows, and had {len(old)}"
     return ""

@@ -7,12 +7,15 @@ LaTeX, and all digits in JSON.
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 Kind: TypeAlias = Literal["number", "token", ""]
+INFINITY = {np.inf: "∞", -np.inf: "−∞"}
+JSON_INFINITY = {np.inf: "Infinity", -np.inf: "-Infinity"}
 
 # The LaTeX of characters that have a meaning there, and of hookkit's characters beyond ASCII.
 LATEX = {
@@ -39,9 +42,7 @@ def format_value(value: Any) -> str:
         return str(value)
     if np.isnan(value):
         return ""
-    if np.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:.4g}"
+    return INFINITY.get(float(value), f"{value:.4g}")
 
 
 def as_json(table: pd.DataFrame) -> str:
@@ -65,11 +66,9 @@ def _json_value(value: Any) -> Any:
         value = value.item()
     if value is None or value is pd.NA or value != value:
         return None
-    if isinstance(value, float) and np.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
+    if isinstance(value, float):
+        return JSON_INFINITY.get(value, value)
+    return value if isinstance(value, bool | int | str) else str(value)
 
 
 def as_markdown(table: pd.DataFrame) -> str:
@@ -82,13 +81,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     """
     kinds = _column_kinds(table)
     rule = ["---:" if kind == "number" else ":---" for kind in kinds.values()]
-    lines = [[escape_markdown(name) for name in kinds], rule]
-    for row in table.itertuples(index=False, name=None):
-        cells = []
-        for value, kind in zip(row, kinds.values(), strict=True):
-            escape = _markdown_code if kind == "token" else escape_markdown
-            cells.append(escape(format_value(value)))
-        lines.append(cells)
+    lines = [map(escape_markdown, kinds), rule, *_cells(table, escape_markdown, _markdown_code)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -122,31 +115,42 @@ def as_latex(table: pd.DataFrame) -> str:
     """
     kinds = _column_kinds(table)
     columns = "".join("r" if kind == "number" else "l" for kind in kinds.values())
-    header = " & ".join(_escape_latex(name) for name in kinds)
+    header = " & ".join(map(_escape_latex, kinds))
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", header + r" \\", r"\hline"]
-    for row in table.itertuples(index=False, name=None):
-        cells = []
-        for value, kind in zip(row, kinds.values(), strict=True):
-            text = _escape_latex(format_value(value))
-            if text and kind == "token":
-                text = r"\texttt{" + text.replace(" ", r"\textvisiblespace{}") + "}"
-            cells.append(text)
-        lines.append(" & ".join(cells) + r" \\")
+    lines += [" & ".join(row) + r" \\" for row in _cells(table, _escape_latex, _latex_code)]
     return "\n".join([*lines, r"\hline", r"\end{tabular}"])
 
 
 def _escape_latex(text: str) -> str:
     """Text for LaTeX. A letter beyond ASCII that LATEX does not have is written as its code."""
-    letters = []
-    for letter in text:
-        if letter in LATEX:
-            letters.append(LATEX[letter])
-        elif " " <= letter <= "~":
-            letters.append(letter)
-        else:
-            code = letter.encode("unicode_escape").decode("ascii")[1:]
-            letters.append(r"\textbackslash{}" + code)
-    return "".join(letters)
+    return "".join(map(_latex_letter, text))
+
+
+def _latex_letter(letter: str) -> str:
+    if letter in LATEX:
+        return LATEX[letter]
+    if " " <= letter <= "~":
+        return letter
+    code = letter.encode("unicode_escape").decode("ascii")[1:]
+    return r"\textbackslash{}" + code
+
+
+def _latex_code(text: str) -> str:
+    """A text in a monospaced font, whose spaces are visible."""
+    if not text:
+        return ""
+    return r"\texttt{" + _escape_latex(text).replace(" ", r"\textvisiblespace{}") + "}"
+
+
+def _cells(
+    table: pd.DataFrame, escape: Callable[[str], str], escape_token: Callable[[str], str]
+) -> Iterator[list[str]]:
+    """The cells of each row as escaped texts."""
+    escapes = {"token": escape_token}
+    columns = [escapes.get(kind, escape) for kind in _column_kinds(table).values()]
+    for row in table.itertuples(index=False, name=None):
+        texts = map(format_value, row)
+        yield [write(text) for write, text in zip(columns, texts, strict=True)]
 
 
 def _column_kinds(table: pd.DataFrame) -> dict[str, Kind]:
