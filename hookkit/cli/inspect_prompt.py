@@ -32,8 +32,8 @@ from .options import (
     PromptOptions,
     Top,
     Watch,
+    optional_token_id,
     parse_positions,
-    parse_token,
     read_prompt,
 )
 from .output import OutputOptions, TableView, largest_rows
@@ -131,11 +131,6 @@ class LogitOptions:
         bool, Option("--neurons", help="Each neuron, instead of MLPs as a whole.")
     ] = False
 
-    def token_ids(self, lm: "hk.LM") -> list[int | None]:
-        """Returns the ids of the token and of the one that it is compared with."""
-        texts = (self.token, self.against)
-        return [None if text is None else lm.token(parse_token(text)) for text in texts]
-
 
 @command(
     'hookkit direct "When Mary and John went out, John thanked" --token " Mary" --against " John"',
@@ -152,7 +147,8 @@ def direct(
     """A token's logit as an exact sum over components. CSV and JSON have all of them."""
     text = read_prompt(prompt)
     lm, edits, _ = model.load_with_hooks(output)
-    token_id, against_id = logit.token_ids(lm)
+    token_id = optional_token_id(lm, logit.token)
+    against_id = optional_token_id(lm, logit.against)
     run = hk.forward(lm, text, *edits)
     if token_id is None:
         token_id = int(hk.ranks(run, pos=pos, top=1)["token_id"].iloc[0])

@@ -32,6 +32,7 @@ from .options import (
     Top,
     Watch,
     check_result_folder,
+    optional_token_id,
     parse_token,
     read_prompt,
     token_ids,
@@ -262,10 +263,9 @@ class AnswerOptions:
 
     def token_ids(self, lm: "hk.LM", pair: PromptPair) -> tuple[int, int]:
         """Returns the ids of the tokens, by default the most likely ones after the prompts."""
-        texts = (self.token, self.against)
-        named_ids = [None if text is None else lm.token(parse_token(text)) for text in texts]
+        named_ids = [optional_token_id(lm, text) for text in (self.token, self.against)]
         prompts = (pair.clean, pair.corrupted)
-        first, second = map(partial(_most_likely, lm), prompts, named_ids)
+        first, second = map(partial(_answer, lm), prompts, named_ids)
         if first == second:
             raise BadHook(
                 f"both prompts are answered with {lm.string(first)!r}: "
@@ -274,7 +274,7 @@ class AnswerOptions:
         return first, second
 
 
-def _most_likely(lm: "hk.LM", prompt: str, token_id: int | None) -> int:
+def _answer(lm: "hk.LM", prompt: str, token_id: int | None) -> int:
     """Returns the token, or the most likely one after the prompt if it is None."""
     if token_id is not None:
         return token_id

@@ -312,6 +312,11 @@ def parse_token(text: str) -> str | int:
     return token if isinstance(token, str | int) else text
 
 
+def optional_token_id(lm: "hk.LM", text: str | None) -> int | None:
+    """Returns the id of the token of an option, None if it is left out."""
+    return None if text is None else lm.token(parse_token(text))
+
+
 def token_ids(lm: "hk.LM", tokens: list[str] | None) -> list[int]:
     """Returns the ids of the tokens of an option, before anything runs."""
     return [lm.token(parse_token(text)) for text in tokens or []]

@@ -24,11 +24,13 @@ from ..files.atomic import atomic_file, disk_errors_as_bad_file
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from rich.console import JustifyMethod
 
     from ..reports.parts import Content
 
 FORMATS = ("csv", "json", "html", "md", "tex")
 INDEX_COLUMNS = ("row", "pos", "step")
+JUSTIFY: "Mapping[bool, JustifyMethod]" = {True: "right", False: "left"}  # numbers, other cells
 
 
 def is_terminal(stream: Any) -> bool:
@@ -41,7 +43,9 @@ def is_terminal(stream: Any) -> bool:
 
 def print_text(text: str) -> None:
     """Prints a text on standard output; on a terminal, control characters become escapes."""
-    typer.echo(printable_lines(text) if is_terminal(sys.stdout) else text, nl=False)
+    if is_terminal(sys.stdout):
+        text = printable_lines(text)
+    typer.echo(text, nl=False)
 
 
 def print_line(text: str, *, bold: bool = False) -> None:
@@ -271,8 +275,7 @@ def _draw_table(
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name, numeric in zip(names, is_number, strict=True):
-        justify = "right" if numeric else "left"
-        table.add_column(Text(name), justify=justify, no_wrap=numeric, overflow="fold")
+        table.add_column(Text(name), justify=JUSTIFY[numeric], no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # a token may be "[red]" or ":smile:"
     Console(highlight=False).print(table)

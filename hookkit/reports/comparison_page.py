@@ -80,8 +80,10 @@ def compose_page(
     """
     texts = filter(None, (about["question"], about["answer"]))
     page = report(about["title"], *texts, *parts, footer=footer)
-    filled = [name for name in captions if name in tables and not tables[name].empty]
-    data = [Part(tables[name], name, captions[name]) for name in filled]
+    data = []
+    for name, caption in captions.items():
+        if name in tables and not tables[name].empty:
+            data.append(Part(tables[name], name, caption))
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     return replace(page, data=tuple(data), formats=("csv", *FORMATS), files={"about.json": text})
 

@@ -49,7 +49,7 @@ from .parts import (
     is_own_readme,
     part_files,
     render_readme,
-    table_formats,
+    table_files,
 )
 from .typesetting import column_kind, format_value
 
@@ -114,8 +114,7 @@ class Report:
         data = []
         for part in self.data:
             assert isinstance(part.content, pd.DataFrame)
-            formats = table_formats(part.content, self.formats)
-            files = [f"{part.name}.{kind}" for kind in formats]
+            files = table_files(part.name, part.content, self.formats)
             data.append({"files": files, "caption": part.caption})
         return render_page(
             "report.html",
@@ -293,28 +292,27 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
 
 
 def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
-    match part:
-        case str():
-            heading = re.fullmatch(r"(#{1,2}) (.*)", part, flags=re.DOTALL)
-            if heading is None:
-                return {"kind": "text", "text": part}
-            return {"kind": HEADINGS[heading[1]], "text": heading[2]}
-        case Folded():
-            return {"kind": "folded", "summary": part.summary, "text": part.text}
-        case Part(content=Figure()):
-            svg = Markup(_render_svg(part.content, part.name))
-            return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
+    if isinstance(part, str):
+        heading = re.fullmatch(r"(#{1,2}) (.*)", part, flags=re.DOTALL)
+        if heading is None:
+            return {"kind": "text", "text": part}
+        return {"kind": HEADINGS[heading[1]], "text": heading[2]}
+    if isinstance(part, Folded):
+        return {"kind": "folded", "summary": part.summary, "text": part.text}
+    if isinstance(part.content, Figure):
+        svg = Markup(_render_svg(part.content, part.name))
+        return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
     if part.file:  # the part with this file links the other formats
         formats = ("csv",)
-    links = [f"{part.file or part.name}.{kind}" for kind in table_formats(part.content, formats)]
+    files = table_files(part.file or part.name, part.content, formats)
     table = _render_table(part.content, part.caption)
-    return {"kind": "table", "name": part.name, "files": links, **table}
+    return {"kind": "table", "name": part.name, "files": files, **table}
 
 
 def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     """The header, the cells and the caption of a table for the template."""
     visible, caption = _visible_part(table, caption)
-    names = [str(name) for name in visible.columns]
+    names = list(map(str, visible.columns))
     styles = list(map(column_kind, names, visible.dtypes))
     rows = []
     for row in visible.itertuples(index=False):
@@ -393,7 +391,7 @@ def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dic
         else:
             first_line.append(_header_cell(name, style, index))
             index += 1
-    return [line for line in (first_line, second_line) if line]
+    return list(filter(None, (first_line, second_line)))
 
 
 def _header_cell(text: str, style: str, place: int | None, *, columns: int = 1) -> dict[str, Any]:

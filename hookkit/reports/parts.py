@@ -69,7 +69,7 @@ def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, byt
     table = part.content
     csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     data = {f"{part.name}.csv": encode_text(csv)}
-    for kind in table_formats(table, formats):
+    for kind in _table_formats(table, formats):
         if kind != "csv":
             data[f"{part.name}.{kind}"] = encode_text(FORMATS[kind](table).rstrip("\n") + "\n")
     return data
@@ -92,11 +92,16 @@ def _draw_png(figure: Figure) -> bytes:
     return output.getvalue()
 
 
-def table_formats(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
+def table_files(name: str, table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
+    """The names of the files of a table."""
+    return [f"{name}.{kind}" for kind in _table_formats(table, formats)]
+
+
+def _table_formats(table: pd.DataFrame, formats: tuple[str, ...]) -> tuple[str, ...]:
     """The formats in which a table is written: a long one is not written as Markdown or LaTeX."""
     if len(table) <= MOST_PAPER_ROWS:
-        return list(formats)
-    return [kind for kind in formats if kind in ("csv", "json")]
+        return formats
+    return tuple(kind for kind in formats if kind in ("csv", "json"))
 
 
 def encode_text(text: str) -> bytes:

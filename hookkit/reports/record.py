@@ -160,7 +160,7 @@ class Record:
 
     def report(self, footer: str = "") -> Report:
         """The page with all parts so far."""
-        opening = [words for words in (self.question, self.answered) if words]
+        opening = filter(None, (self.question, self.answered))
         return report(self.title, *opening, *self.parts, footer=footer)
 
     def _add(self, part: Part) -> None:

@@ -53,7 +53,7 @@ def as_json(table: pd.DataFrame) -> str:
     >>> as_json(pd.DataFrame({"token": ["' a'"], "logit": [-float("inf")]}))
     '[\\n{"token": "\\' a\\'", "logit": "-Infinity"}\\n]\\n'
     """
-    names = [str(name) for name in table.columns]
+    names = list(map(str, table.columns))
     lines = []
     for row in table.itertuples(index=False, name=None):
         record = dict(zip(names, map(_json_value, row), strict=True))

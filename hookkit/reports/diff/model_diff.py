@@ -447,8 +447,8 @@ def _build_about(runs: PairedRuns) -> dict[str, Any]:
         "details": request.details,
         "batch_tokens": request.batch_tokens,
         "cka": sorted(map(str, request.cka)),
-        "prompts": [runs.reader.text(row) for row in runs.rows],
-        "tokens": [list(row) for row in runs.rows],
+        "prompts": list(map(runs.reader.text, runs.rows)),
+        "tokens": list(map(list, runs.rows)),
     }
 
 

@@ -79,9 +79,8 @@ class Side:
     def run(self, rows: Sequence[Row], sites: Sites, *, logits: bool) -> Run:
         """One forward that captures these sites at every position."""
         captures = [capture(sites, name=NAME)] if len(sites) else []
-        prompts = [list(row) for row in rows]
         with torch.no_grad(), self.around():
-            return forward(self.lm, prompts, *self.hooks, *captures, logits=logits)
+            return forward(self.lm, list(map(list, rows)), *self.hooks, *captures, logits=logits)
 
 
 def reader_of(before: LM, after: LM) -> LM:
@@ -96,7 +95,7 @@ def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
     rows = as_batch(reader, prompts).rows
     other = after if reader is before else before
     if other.tokenizer is None:
-        prompts = [list(row) for row in rows]
+        prompts = list(map(list, rows))
     other_rows = as_batch(other, prompts).rows
     for number, (row, other_row) in enumerate(zip(rows, other_rows, strict=True)):
         position = first_difference(row, other_row)
@@ -171,11 +170,7 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
             "the two models have no site in common: name some with sites=, such as hk.module(path) "
             "in both"
         )
-    left_out: dict[str, str] = {}
-    lone_sites = {"first": sites_before - common, "second": sites_after - common}
-    for which, lone in lone_sites.items():
-        if lone:
-            left_out[repr(_in_order(lone))] = f"only the {which} model has it"
+    left_out = _lone_sites(sites_before, sites_after)
     kinds = _probe_kinds(before, after, _in_order(common), named=sites is not None)
     if sites is None:
         names = {*before.layout.names} & {*after.layout.names}
@@ -191,6 +186,15 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
     if no_order:
         left_out[FIRST_PARTING] = no_order
     return SharedSites(kinds, left_out, no_order)
+
+
+def _lone_sites(before: set[AnySite], after: set[AnySite]) -> dict[str, str]:
+    """The sites that only one model has, as texts, and which model that is."""
+    result = {}
+    for which, lone in (("first", before - after), ("second", after - before)):
+        if lone:
+            result[repr(_in_order(lone))] = f"only the {which} model has it"
+    return result
 
 
 def _in_order(sites: Iterable[AnySite]) -> Sites:
@@ -427,10 +431,10 @@ class PairedRuns:
             "stream": _concatenate(self.stream_tables, ["row", "layer", "pos"], STREAM_COLUMNS),
         }
         tolerance = self.request.tolerance
-        similarities = [self.similarities[site] for site in (*self.shared.kinds, LOGITS)]
-        records = [sums.row(tolerance) for sums in similarities]
-        sites = pd.DataFrame(records, columns=list(similarity.COLUMNS))
-        tables["sites"] = sites.astype({"layer": "Int64", "parts": "boolean"})
+        sites = (*self.shared.kinds, LOGITS)
+        records = [self.similarities[site].row(tolerance) for site in sites]
+        table = pd.DataFrame(records, columns=list(similarity.COLUMNS))
+        tables["sites"] = table.astype({"layer": "Int64", "parts": "boolean"})
         never = {"site": "", "layer": None, "pos": None, "read": "", "difference": float("nan")}
         rows = [] if self.shared.no_order else range(len(self.rows))
         records = [self.partings.get(row, {"row": row, **never}) for row in rows]

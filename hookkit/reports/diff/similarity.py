@@ -11,6 +11,7 @@ equals <K, L> / (|K| |L|), which needs less computation for few tokens.
 
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -85,9 +86,8 @@ class RunningCKA:
     def value(self) -> float:
         """The CKA of all rows so far."""
         if self._keeps_rows:
-            before = torch.cat([rows[0] for rows in self._rows])
-            after = torch.cat([rows[1] for rows in self._rows])
-            return linear_cka(before, after)
+            before, after = zip(*self._rows, strict=True)
+            return linear_cka(torch.cat(before), torch.cat(after))
         assert self._moments is not None and self._moments.products is not None
         products, d = self._moments.products, self._width
         return _ratio(
@@ -157,20 +157,20 @@ def prediction_distances(
 def _compare_logits(
     lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]
 ) -> pd.DataFrame:
-    columns: dict[str, Tensor] = {}
+    columns: dict[str, Any] = {}
     logprobs, top1 = {}, {}
     for when, logits in (("before", before), ("after", after)):
         logprobs[when] = next_token.exact_logprobs(logits.detach().cpu())
         top1[when] = _top_tokens(next_token.token_logits(logits, lm.n_tokens))
-        columns[f"entropy_{when}"] = next_token.entropy_of(logprobs[when])
+        columns[f"entropy_{when}"] = next_token.entropy_of(logprobs[when]).tolist()
         losses = 0.0 - next_token.values_at(logprobs[when], following.clamp(min=0))
-        columns[f"loss_{when}"] = losses.masked_fill(following < 0, float("nan"))
+        columns[f"loss_{when}"] = losses.masked_fill(following < 0, float("nan")).tolist()
     apart = next_token.divergences(logprobs["before"], logprobs["after"])
-    columns |= {name: apart[name] for name in ("kl", "kl_reverse", "js")}
-    table = pd.DataFrame({name: values.tolist() for name, values in columns.items()})
-    table = add_deltas(table, ["entropy"]).assign(
-        top1_before=[_literal_or_none(lm, token_id) for token_id in top1["before"]],
-        top1_after=[_literal_or_none(lm, token_id) for token_id in top1["after"]],
+    columns |= {name: apart[name].tolist() for name in ("kl", "kl_reverse", "js")}
+    literal = partial(_literal_or_none, lm)
+    table = add_deltas(pd.DataFrame(columns), ["entropy"]).assign(
+        top1_before=list(map(literal, top1["before"])),
+        top1_after=list(map(literal, top1["after"])),
         top1_changed=list(map(operator.ne, top1["before"], top1["after"])),
     )
     return add_deltas(table, ["loss"])

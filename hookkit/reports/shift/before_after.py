@@ -210,7 +210,7 @@ def run_prompts(
 
     For a forward that begins at block `start`, the captures before it are taken from `unedited`.
     """
-    prompts = [list(row) for row in rows]
+    prompts = list(map(list, rows))
     computed = [site for site in sites if site.layer is None or site.layer >= start]
     captures = [_capture_last(computed, details)] if computed else []
     run = forward(lm, prompts, *edit.hooks, *captures, logits="last")
@@ -315,7 +315,7 @@ def texts_of(
     counted from 0; empty where none differs), both (the text up to there), then_before, then_after
     (the texts from there on).
     """
-    prompts = [list(row) for row in rows]
+    prompts = list(map(list, rows))
     settings = {"max_new_tokens": count, "do_sample": False, "logits": False}
     before = generate(lm, prompts, *base_hooks, **settings)
     records = []

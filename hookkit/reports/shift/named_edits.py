@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -15,7 +15,6 @@ from ...hooks.capture import Capture
 from ...hooks.edits import Knockout
 from ...hooks.logits import LogitEdit
 from ...models.prompts import shorten
-from ...models.sites import Site
 from ...sweeps.cells import SEED_STRIDE, Randomised
 
 Hooks: TypeAlias = Hook | Sequence[Hook]
@@ -58,8 +57,8 @@ class Edit:
     def layers(self) -> list[int]:
         """The blocks in which it acts."""
         sites = chain.from_iterable(hook.sites for hook in self.hooks)
-        layers = {site.layer for site in sites if isinstance(site, Site)}
-        return sorted(layer for layer in layers if layer is not None)
+        layers: list[Any] = [getattr(site, "layer", None) for site in sites]
+        return sorted({*layers} - {None})
 
 
 def as_edit_hooks(hooks: Hooks, what: str) -> tuple[Hook, ...]:

@@ -5,6 +5,7 @@ The file measures (`shift_report`, `_measure`), and writes the sections of the p
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,7 +62,6 @@ MOVERS = 5  # tokens that moved most, in the table of shifts
 LONGEST_JSON = 200_000  # letters of a hook in JSON; a longer one has its tensors as digests
 CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "log10_rank_ratio"]
 DISTANCES = ["kl", "entropy_delta", "top1_changed"]
-MEASURED = ("shifts", "watched", "distances", "why")  # the tables that have rows of each edit
 CAPTIONS = {
     "shifts": "first tokens before and after, and movers",
     "watched": "watched tokens of every prompt",
@@ -412,7 +412,7 @@ def _measure(measured: ShiftTables) -> None:
     with plan.record_outputs():
         before = before_after.run_prompts(lm, rows, Edit("", base), sites.sites, details)
     edited: list[before_after.NextTokenLogits] = []
-    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in MEASURED}
+    tables: dict[str, list[pd.DataFrame]] = defaultdict(list)
     decompositions: dict[tuple[int, ...], pd.DataFrame] = {}
     for number, edit in enumerate(edits):
         start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
@@ -433,7 +433,8 @@ def _measure(measured: ShiftTables) -> None:
         tables["why"].append(why)
         edited.append(replace(after, logits=after.logits[:details]))
     measured.tables["edits"] = table_of(edits)
-    measured.tables.update({name: _concatenate(parts) for name, parts in tables.items()})
+    for name, parts in tables.items():
+        measured.tables[name] = _concatenate(parts)
     measured.tables["layers"], measured.refusals["layers"] = attempt(
         pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, details
     )
@@ -478,8 +479,8 @@ def _build_about(measured: ShiftTables, settings: dict[str, Any]) -> dict[str, A
         "watch": list(measured.watch),
         **settings,
         "hooks": {"base_hooks": list(map(_json_of, measured.base_hooks)), **edit_hooks},
-        "prompts": [measured.lm.text(row) for row in measured.rows],
-        "tokens": [list(row) for row in measured.rows],
+        "prompts": list(map(measured.lm.text, measured.rows)),
+        "tokens": list(map(list, measured.rows)),
     }
 
 
