@@ -135,7 +135,9 @@ def _as_argument(model: str | None) -> str:
     """Returns the argument of `hk.load` for a model; nothing for the default model."""
     if model is None:
         return ""
-    return repr(str(Path(model).resolve()) if Path(model).exists() else model)
+    if Path(model).exists():
+        model = str(Path(model).resolve())
+    return repr(model)
 
 
 FINISHED = "finished"

@@ -13,6 +13,7 @@ Suggestions of further commands about the sites that the tables point at follow.
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,8 +115,13 @@ def lens(
     lm, edits, watched_ids = model.load_with_hooks(output, watch)
     table = hk.logit_lens(lm, texts, *edits, sites=site, pos=positions, top=top, watch=watched_ids)
     columns = ("row", "pos", "site", "rank", "token", "prob", "entropy", "kl")
-    figure = (lambda: hk.figures.lens_map(table)) if len(texts) == 1 else None
+    figure = _if_one_prompt(texts, lambda: hk.figures.lens_map(table))
     output.write("Logit lens", {"lens": TableView(table, columns, figure=figure)})
+
+
+def _if_one_prompt(texts: Sequence[str], figure: Callable[[], Any]) -> Callable[[], Any] | None:
+    """Returns the figure of a table about one prompt; a table about several prompts has none."""
+    return figure if len(texts) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ def surprisal(
     lm, edits, _ = model.load_with_hooks(output)
     table = hk.surprisal(hk.forward(lm, texts, *edits), top=top)
     columns = ("row", "pos", "token", "loss", "rank", "prob", "mean_loss", "alternatives")
-    figure = (lambda: hk.figures.surprisal_strip(table)) if len(texts) == 1 else None
+    figure = _if_one_prompt(texts, lambda: hk.figures.surprisal_strip(table))
     output.write("Surprisal", {"surprisal": TableView(table, columns, figure=figure)})
 
 
@@ -385,11 +391,10 @@ def _option_text(lm: "hk.LM", token_id: int) -> str:
     from ..hooks.text import format_token
 
     text = lm.string(token_id)
-    try:
-        is_this_token = lm.token(text) == token_id
-    except NotOneToken:
-        is_this_token = False
-    return format_token(text if is_this_token else token_id)
+    with suppress(NotOneToken):
+        if lm.token(text) == token_id:
+            return format_token(text)
+    return format_token(token_id)
 
 
 def _knockout_command(views: Mapping[str, TableView]) -> list[str]:

@@ -49,6 +49,7 @@ from .output import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 SHIFT_COLUMNS = (
     "row", "rank_before", "rank_after", "rank_delta", "token", "prob_before", "prob_after",
@@ -297,7 +298,10 @@ class PatchingOutput:
     def write(self, output: OutputOptions, tokens: list[str], table: "pd.DataFrame") -> None:
         """Writes the effects of patching, and their figure. `tokens` label the positions."""
         labels = tokens if "pos" in table and "head" not in table else []
-        draw = partial(hk.figures.heat_map, table, labels=labels or None)
+
+        def draw() -> "Figure":
+            return hk.figures.heat_map(table, labels=labels or None)
+
         if self.figure is not None:
             settings = {"dpi": 150, "format": self.figure.suffix.removeprefix(".")}
             drawing = draw()

@@ -263,7 +263,9 @@ def _format_float(value: float, decimals: int) -> str:
 
     if 0 < abs(value) < 0.5 * 10**-decimals:
         return f"{value:.1e}"
-    return f"{value:.{decimals}f}" if abs(value) < 1e9 else format_value(value)
+    if abs(value) < 1e9:
+        return f"{value:.{decimals}f}"
+    return format_value(value)
 
 
 def _draw_table(

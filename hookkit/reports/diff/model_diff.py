@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def _write_prompts(difference: Difference, prompts: pd.DataFrame) -> Iterable[Co
         "kl is the mean over a prompt's tokens, in nats; kl_max_pos is where it is largest. Losses "
         "are means."
     )
-    texts = [_quote_prompt(difference, row) for row in prompts["row"]]
+    texts = prompts["row"].map(partial(_quote_prompt, difference))
     yield Part(prompts.assign(prompt=texts), "prompts_shown", caption, file="prompts")
 
 

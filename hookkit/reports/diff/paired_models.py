@@ -243,9 +243,9 @@ def _no_order(before: LM, after: LM, sites: Sequence[AnySite], *, same_sites: bo
         return f"they have {before.n_layers} and {after.n_layers} layers"
     if not same_sites:
         return "their sites differ, in which there are or how large they are"
-    modules = [site for site in sites if not isinstance(site, Site)]
-    if modules:
-        return f"{modules[0]} is a module, and what is computed before it is not known"
+    for site in sites:
+        if not isinstance(site, Site):
+            return f"{site} is a module, and what is computed before it is not known"
     return ""
 
 

@@ -102,11 +102,11 @@ def plan_resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]
     n_tokens = sum(map(len, rows)) * len(edits)
     if n_tokens < MIN_TOKENS or not _can_resume(lm):
         return whole
+    first_blocks = map(partial(_first_block, lm), edits)
     try:
-        starts = dict(enumerate(_first_block(lm, hooks) for hooks in edits))
+        starts = {number: start for number, start in enumerate(first_blocks) if start > 0}
     except HookkitError:
         return whole
-    starts = {number: start for number, start in starts.items() if start > 0}
     return ResumePlan(lm, starts) if starts and shortcuts(lm).grow else whole
 
 
@@ -176,9 +176,8 @@ class NextTokenLogits:
     def numbers(self, tokens: list[int], when: str) -> dict[str, object]:
         """The columns of one token for each prompt, with `when` in their names."""
         ids = torch.tensor(tokens)
-        logits, logprobs = (
-            next_token.values_at(values, ids) for values in (self.logits, self.logprobs)
-        )
+        logits = next_token.values_at(self.logits, ids)
+        logprobs = next_token.values_at(self.logprobs, ids)
         ranks = next_token.rank_among(self.real_logits, logits)
         return {
             f"logit_{when}": logits.double().numpy(),

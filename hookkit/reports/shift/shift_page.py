@@ -382,7 +382,7 @@ def shift_report(
     settings = {"top": top, "heads": heads, "generate": generate, "details": details,
                 "figures": figures, "seed": seed, "controls": control_kind,
                 "draws": draws if control_kind else None}  # fmt: skip
-    answer = "\n".join(_write_sentence(measured, edit) for edit in measured.edits)
+    answer = "\n".join(map(partial(_write_sentence, measured), measured.edits))
     about = {"title": title, "question": question, "answer": answer}
     about |= _build_about(measured, settings)
     parts: list[Content] = [*_write_opening(measured), *_write_means(measured)]
