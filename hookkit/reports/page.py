@@ -48,6 +48,7 @@ from .parts import (
     encode_text,
     is_own_readme,
     part_files,
+    read_head,
     render_readme,
     table_files,
 )
@@ -66,7 +67,6 @@ HEADINGS = {"#": "heading", "##": "smaller"}
 PAGE = "report.html"
 GENERATOR = b'<meta name="generator" content="hookkit">'  # in the head of every page
 HASHES = re.compile(rb'<meta name="hookkit-files" content="([^"]*)">')
-LONGEST_HEAD = 2**20  # bytes at the beginning of a page that contain its head
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,14 +261,7 @@ def has_hash(path: Path, hashes: tuple[str | None, ...]) -> bool:
 
 def is_own_page(path: Path) -> bool:
     """True for a page that hookkit wrote: its head says so."""
-    return GENERATOR in _read_head(path)
-
-
-def _read_head(path: Path) -> bytes:
-    if path.is_symlink() or not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        return file.read(LONGEST_HEAD)
+    return GENERATOR in read_head(path)
 
 
 def _read_hashes(page: Path) -> Mapping[str, str]:
@@ -282,7 +275,7 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
         path, pattern = page.with_name(README), README_HASHES
     else:
         return {}
-    match = pattern.search(_read_head(path))
+    match = pattern.search(read_head(path))
     if match is None:
         return {}
     try:

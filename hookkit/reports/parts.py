@@ -28,6 +28,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 README = "README.md"
 MARK = "<!-- Written by hookkit. -->"  # the first line
+LONGEST_HEAD = 2**20  # bytes at the beginning of a page that contain its head
 README_HASHES = re.compile(rb"<!-- hookkit-files (.*) -->")
 README_ROWS = 8  # of a table; its CSV has all of it
 README_COLUMNS = 10
@@ -117,10 +118,15 @@ def check_name(name: str) -> None:
 
 def is_own_readme(path: Path) -> bool:
     """True for a README.md that hookkit wrote."""
+    return read_head(path).startswith(MARK.encode())
+
+
+def read_head(path: Path) -> bytes:
+    """The beginning of a page or README.md; nothing if the path is not a regular file."""
     if path.is_symlink() or not path.is_file():
-        return False
+        return b""
     with path.open("rb") as file:
-        return file.read(len(MARK)) == MARK.encode()
+        return file.read(LONGEST_HEAD)
 
 
 def render_readme(
