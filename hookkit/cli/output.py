@@ -211,7 +211,7 @@ def _build_page(title: str, parts: Parts) -> "hk.types.Report":
 
 
 def _page_parts(name: str, view: TableView) -> "Iterator[Content]":
-    """The caption of a table, its figure and the table, as they are on a page."""
+    """Yields the caption of a table, its figure and the table, as they are on a page."""
     from ..reports.parts import Part
 
     if view.caption:

@@ -146,11 +146,11 @@ def _cells(
     table: pd.DataFrame, escape: Callable[[str], str], escape_token: Callable[[str], str]
 ) -> Iterator[list[str]]:
     """The cells of each row as escaped texts."""
-    escapes = {"token": escape_token}
-    columns = [escapes.get(kind, escape) for kind in _column_kinds(table).values()]
+    by_kind = {"token": escape_token}
+    escapes = [by_kind.get(kind, escape) for kind in _column_kinds(table).values()]
     for row in table.itertuples(index=False, name=None):
         texts = map(format_value, row)
-        yield [write(text) for write, text in zip(columns, texts, strict=True)]
+        yield [function(text) for function, text in zip(escapes, texts, strict=True)]
 
 
 def _column_kinds(table: pd.DataFrame) -> dict[str, Kind]:
