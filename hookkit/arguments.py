@@ -15,13 +15,14 @@ attributes.
 
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import operator
-import os
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,21 +71,28 @@ def describe(value: Any) -> str:
     """Returns a value as messages show it: short values as code, others by their type and shape."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return "an integer of more than 30 digits"
-    shape: Any = getattr(value, "shape", None)
-    dtype = getattr(value, "dtype", None)
-    has_shape = isinstance(shape, tuple) and dtype is not None
-    if isinstance(value, list | tuple | set | frozenset):
-        is_short = len(value) <= 4 and all(isinstance(item, SIMPLE_TYPES) for item in value)
-    else:
-        is_short = isinstance(value, SIMPLE_TYPES | complex | bytes | slice)
-    if is_short or (has_shape and not shape):
+    shape = _array_shape(value)
+    if shape == () or _is_short(value):
         return shorten(repr(value))
     type_name = type(value).__name__
     article = "an" if type_name[:1].lower() in "aeio" else "a"
-    if has_shape:
-        dtype_name = str(dtype).removeprefix("torch.")
-        return f"{article} {type_name} of shape {list(shape)} and dtype {dtype_name}"
-    return f"{article} {type_name}"
+    if shape is None:
+        return f"{article} {type_name}"
+    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return f"{article} {type_name} of shape {list(shape)} and dtype {dtype}"
+
+
+def _array_shape(value: Any) -> tuple[int, ...] | None:
+    """Returns the shape of an array or a tensor, and None for other values."""
+    shape = getattr(value, "shape", None)
+    has_dtype = getattr(value, "dtype", None) is not None
+    return shape if has_dtype and isinstance(shape, tuple) else None
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return len(value) <= 4 and all(isinstance(item, SIMPLE_TYPES) for item in value)
+    return isinstance(value, SIMPLE_TYPES | complex | bytes | slice)
 
 
 # ---- conversions: the value, or None for an object of another kind
@@ -131,8 +139,6 @@ def as_items(values: Any) -> list[Any] | None:
         return None
     if hasattr(values, "tolist") and hasattr(values, "dtype"):  # an array, a tensor or a column
         return list(values.tolist())
-    if not isinstance(values, Iterable) and not hasattr(values, "__getitem__"):
-        return None
     try:
         return list(values)
     except TypeError:
@@ -162,18 +168,19 @@ def check_integer(
     meaning = meaning.rstrip(",")
     number = as_integer(value)
     if number is None:
-        about = f"{meaning}, " if meaning else ""
-        limits = ""
-        if most < math.inf:
-            limits = f" from {least} to {most}"
-        elif least > -math.inf:
-            limits = f" from {least} upwards"
-        raise error(f"{name}={describe(value)}: give {about}a whole number{limits}")
+        about = f"{meaning}, a whole number" if meaning else "a whole number"
+        raise error(f"{name}={describe(value)}: give {about}{_limits(least, most)}")
     if number < least:
         raise error(f"{name}={number}: give {meaning or 'a whole number'}, at least {least}")
     if number > most:
         raise error(f"{name}={number}: give {meaning or 'a whole number'}, at most {most}")
     return number
+
+
+def _limits(least: int | float, most: int | float) -> str:
+    if most < math.inf:
+        return f" from {least} to {most}"
+    return f" from {least} upwards" if least > -math.inf else ""
 
 
 def check_integers(values: object, name: str, *, least: int, meaning: str) -> list[int]:
@@ -188,9 +195,9 @@ def check_integers(values: object, name: str, *, least: int, meaning: str) -> li
             f"{name}={describe(values)} selects nothing: name at least one, or leave {name} out"
         )
     result = [check_integer(item, name, least=least, meaning=meaning) for item in items]
-    for number in result:
-        if result.count(number) > 1:
-            raise BadHook(f"{name} names {number} twice: name each once")
+    ((number, count),) = Counter(result).most_common(1)
+    if count > 1:
+        raise BadHook(f"{name} names {number} twice: name each once")
     return result
 
 
@@ -259,6 +266,18 @@ class Kind:
     names: tuple[str, ...] = ()  # the values of a Literal
 
 
+def _is_real_number(value: object) -> bool:
+    number = as_number(value)
+    return number is not None and not math.isnan(number)
+
+
+SIMPLE_KINDS = {
+    int: Kind("a whole number", lambda value: as_integer(value) is not None, as_integer),
+    float: Kind("a number", _is_real_number, as_number),
+    bool: Kind("True or False", lambda value: as_bool(value) is not None, as_bool),
+    str: Kind("a text", lambda value: isinstance(value, str), str),
+    types.NoneType: Kind("None", lambda value: value is None),
+}
 HOW_TO_GET = {
     "LM": "a model as an LM: hk.LM(model, tokenizer), or hk.load(name)",
     "Run": "a run: hk.forward(lm, prompts) or hk.generate(lm, prompts)",
@@ -284,29 +303,31 @@ HOW_TO_GET = {
     "Span": "a slice",
     "Phrase": "hk.phrase('text')",
 }
+MODEL_FIRST = "; the model comes first, then the prompts"
+MISTAKES = (  # a kind, a type or an attribute of values that are passed by mistake, and what to do
+    ("LM", "named_modules", ", since a model alone has no tokenizer"),
+    ("LM", "tokens", MODEL_FIRST),
+    ("LM", (str, list, tuple), MODEL_FIRST),
+    ("Hook", (list, tuple), "; write *hooks for a list of them"),
+    ("Run", "columns", "; this function reads a run, and not a table"),
+    ("DataFrame", "prompt_lengths", "; this function reads a table, and not a run"),
+)
 PROMPTS = {str, Sequence[int], Mapping[str, Any]}  # in the union that annotates prompts
 CHECKED_PACKAGES = ("hookkit", "torch", "pandas", "matplotlib", "pathlib", "os")
 
 
 def kinds_of(annotation: Any) -> list[Kind] | None:
     """Returns the kinds that an annotation allows. It is None if the function checks the value."""
-    origin = get_origin(annotation)
-    if origin is Union or origin is types.UnionType:
-        return _kinds_of_union(get_args(annotation))
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _kinds_of_union(members)
     if origin is Literal:
-        values = get_args(annotation)
-        names = tuple(value for value in values if isinstance(value, str))
-        words = " or ".join(map(repr, values))
-        return [Kind(words, lambda value: isinstance(value, str) and value in names, names=names)]
+        return [_kind_of_literal(members)]
     if origin is Callable:
         return [Kind("a function", callable)]
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return [Kind("a mapping, such as a dict", lambda value: isinstance(value, Mapping))]
-    if origin is os.PathLike:
-        return _kinds_of_class(os.PathLike)
-    if isinstance(annotation, type) and not typing.is_typeddict(annotation):
-        return _kinds_of_class(annotation)
-    return None
+    return _kinds_of_class(origin or annotation)
 
 
 def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
@@ -317,36 +338,26 @@ def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
         ]
     if {str, int} <= set(members):  # a token or an item, which has its own check
         return None
-    result: list[Kind] = []
-    for member in members:
-        kinds = kinds_of(member)
-        if kinds is None:
-            return None
-        result += kinds
-    return result
+    checked = [kinds for kinds in map(kinds_of, members) if kinds is not None]
+    return list(itertools.chain(*checked)) if len(checked) == len(members) else None
 
 
-def _kinds_of_class(kind: type) -> list[Kind] | None:
-    if kind is int:
-        return [Kind("a whole number", lambda value: as_integer(value) is not None, as_integer)]
-    if kind is float:
-        return [Kind("a number", _is_real_number, as_number)]
-    if kind is bool:
-        return [Kind("True or False", lambda value: as_bool(value) is not None, as_bool)]
-    if kind is str:
-        return [Kind("a text", lambda value: isinstance(value, str), str)]
-    if kind is types.NoneType:
-        return [Kind("None", lambda value: value is None)]
-    package = kind.__module__.split(".")[0]
-    if package not in CHECKED_PACKAGES or getattr(kind, "_is_protocol", False):
+def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
+    words = " or ".join(map(repr, values))
+    names = tuple(value for value in values if isinstance(value, str))
+    return Kind(words, lambda value: isinstance(value, str) and value in names, names=names)
+
+
+def _kinds_of_class(kind: Any) -> list[Kind] | None:
+    if kind in SIMPLE_KINDS:
+        return [SIMPLE_KINDS[kind]]
+    package = getattr(kind, "__module__", "").split(".")[0]
+    if not isinstance(kind, type) or package not in CHECKED_PACKAGES:
+        return None
+    if typing.is_typeddict(kind) or getattr(kind, "_is_protocol", False):
         return None
     words = HOW_TO_GET.get(kind.__name__, f"a {kind.__name__}")
     return [Kind(words, lambda value: isinstance(value, kind))]
-
-
-def _is_real_number(value: object) -> bool:
-    number = as_number(value)
-    return number is not None and not math.isnan(number)
 
 
 def read_as(kinds: Sequence[Kind] | None, value: Any, function: str, name: str) -> Any:
@@ -356,31 +367,25 @@ def read_as(kinds: Sequence[Kind] | None, value: Any, function: str, name: str) 
     for kind in kinds:
         if kind.fits(value):
             return kind.convert(value)
+    raise _wrong_kind(kinds, value, function, name)
+
+
+def _wrong_kind(kinds: Sequence[Kind], value: Any, function: str, name: str) -> BadArgument:
     words = ", or ".join(kind.words for kind in kinds)
-    names: list[str] = []
-    for kind in kinds:
-        names += kind.names
+    names = list(itertools.chain(*(kind.names for kind in kinds)))
     if names and isinstance(value, str):
         hint = did_you_mean(value, names)
-        raise BadArgument(f"{name}={describe(value)} is unknown: say {words}{hint}")
-    hint = _hint_for_mistake(kinds, value)
-    raise BadArgument(f"{function}() has {name}={describe(value)}: give {words}{hint}")
+        return BadArgument(f"{name}={describe(value)} is unknown: say {words}{hint}")
+    hint = _hint_for_mistake(words, value)
+    return BadArgument(f"{function}() has {name}={describe(value)}: give {words}{hint}")
 
 
-def _hint_for_mistake(kinds: Sequence[Kind], value: Any) -> str:
+def _hint_for_mistake(words: str, value: Any) -> str:
     """Returns what to pass instead of a value that is a common mistake."""
-    words = {kind.words for kind in kinds}
-    if HOW_TO_GET["LM"] in words:
-        if hasattr(value, "named_modules"):
-            return ", since a model alone has no tokenizer"
-        if isinstance(value, str | list | tuple) or hasattr(value, "tokens"):
-            return "; the model comes first, then the prompts"
-    if HOW_TO_GET["Hook"] in words and isinstance(value, list | tuple):
-        return "; write *hooks for a list of them"
-    if HOW_TO_GET["Run"] in words and hasattr(value, "columns"):
-        return "; this function reads a run, and not a table"
-    if HOW_TO_GET["DataFrame"] in words and hasattr(value, "prompt_lengths"):
-        return "; this function reads a table, and not a run"
+    for name, sign, hint in MISTAKES:
+        is_mistake = hasattr(value, sign) if isinstance(sign, str) else isinstance(value, sign)
+        if is_mistake and HOW_TO_GET[name] in words:
+            return hint
     return ""
 
 
@@ -414,27 +419,14 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
     settings = _read_settings(signature, function.__globals__)
     keywords, takes_any = _read_keywords(signature, settings)
 
-    @functools.cache
-    def kinds_by_name() -> dict[str, list[Kind] | None]:
-        """Evaluates the annotations at the first call, when every module is imported."""
-        hints = get_type_hints(settings) if settings else {}
-        for name, parameter in signature.parameters.items():
-            hints[name] = _evaluate(parameter.annotation, function.__globals__)
-        return {name: kinds_of(hint) for name, hint in hints.items()}
+    # The annotations are read at the first call, when every module is imported.
+    kinds_by_name = functools.cache(lambda: _read_kinds(signature, settings, function.__globals__))
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name not in keywords and not takes_any:
-                hint = did_you_mean(name, keywords)
-                raise UnknownKeyword(
-                    f"{title}() has no keyword {name!r}{hint} It takes: {', '.join(keywords)}."
-                )
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as mistake:
-            takes = ", ".join(keywords) or "nothing"
-            raise BadArgument(f"{title}(): {mistake}. It takes: {takes}.") from None
+        if not takes_any:
+            _check_names(kwargs, keywords, title)
+        bound = _bind(signature, keywords, title, args, kwargs)
         if not checks_values:
             return function(*args, **kwargs)
         for name, value in bound.arguments.items():
@@ -446,26 +438,56 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
     return checked
 
 
+def _read_kinds(
+    signature: inspect.Signature, settings: Any, names: dict[str, Any]
+) -> dict[str, list[Kind] | None]:
+    """Returns the kinds of each parameter, and of each field of the settings."""
+    hints = get_type_hints(settings) if settings else {}
+    for name, parameter in signature.parameters.items():
+        hints[name] = _evaluate(parameter.annotation, names)
+    return dict(zip(hints, map(kinds_of, hints.values()), strict=True))
+
+
+def _bind(
+    signature: inspect.Signature,
+    keywords: list[str],
+    title: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> inspect.BoundArguments:
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as mistake:
+        takes = ", ".join(keywords) or "nothing"
+        raise BadArgument(f"{title}(): {mistake}. It takes: {takes}.") from None
+
+
+def _check_names(names: Iterable[str], keywords: list[str], title: str) -> None:
+    for name in names:
+        if name not in keywords:
+            hint = did_you_mean(name, keywords)
+            raise UnknownKeyword(
+                f"{title}() has no keyword {name!r}{hint} It takes: {', '.join(keywords)}."
+            )
+
+
 def _read_settings(signature: inspect.Signature, names: dict[str, Any]) -> Any:
     """Returns the TypedDict of `**settings: Unpack[Settings]`; None if a function has none."""
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             typed_dicts = get_args(_evaluate(parameter.annotation, names))
-            return typed_dicts[0] if typed_dicts else None
+            return next(iter(typed_dicts), None)
     return None
 
 
 def _read_keywords(signature: inspect.Signature, settings: Any) -> tuple[list[str], bool]:
     """Returns the keywords that a function takes, and whether it takes any other keyword."""
-    keywords: list[str] = []
-    takes_any = False
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            takes_any = settings is None
-            keywords += settings.__annotations__ if settings else ()
-        elif parameter.kind is not parameter.VAR_POSITIONAL and name != "self":
-            keywords.append(name)
-    return keywords, takes_any
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    kinds.pop("self", None)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    keywords = [name for name, kind in kinds.items() if kind not in variable]
+    keywords += getattr(settings, "__annotations__", ())
+    return keywords, settings is None and inspect.Parameter.VAR_KEYWORD in kinds.values()
 
 
 def _evaluate(annotation: Any, names: dict[str, Any]) -> Any:

@@ -7,7 +7,8 @@
 """
 
 from .data.harvest.statistics import load_statistics
-from .files.tensors import load_tensors, save_tensors
+from .files.atomic import save_tensors
+from .files.untrusted import load_tensors
 from .reports.gallery import list_results, write_index
 from .reports.results_diff import compare_results
 

@@ -90,29 +90,27 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
     >>> doctor(tiny("gemma2")).healthy
     True
     """
-    problems = _tokenizer_problems(lm)
-    notes = _notes(lm)
+    problems, notes = _tokenizer_problems(lm), _notes(lm)
     laws = pd.DataFrame(columns=["law", "site", "difference", "limit", "holds", "note"])
     if not lm.layout.names:
-        problems.append(f"{lm.family.why_missing('resid_post')}")
+        problems.append(lm.family.why_missing("resid_post"))
     else:
         try:
             laws = check_laws(lm, layers=layers)
         except HookkitError as error:
             problems.append(str(error))
-    law_rows: Any = laws.to_dict(orient="records")
-    for law in law_rows:
-        if law["holds"] or law["note"] == UNFINISHED:  # another row reports the error itself
-            continue
-        subject = f"the law {law['law']!r}"
-        if law["site"]:
-            subject += f" at {law['site']}"
-        reason = law["note"]
-        if not reason:
-            reason = f"differs by {law['difference']:.2g}, and may by {law['limit']:.2g}"
-        messages = notes if reason.startswith(EXCEPTION) else problems
-        messages.append(f"{subject}: {reason}")
+    # Another row reports the error of an unfinished law.
+    broken: Any = laws[~laws["holds"].astype(bool) & (laws["note"] != UNFINISHED)]
+    for row in broken.to_dict(orient="records"):
+        messages = notes if row["note"].startswith(EXCEPTION) else problems
+        messages.append(_describe_broken_law(row))
     return Checkup(_site_table(lm, laws), laws, facts(lm), notes, problems)
+
+
+def _describe_broken_law(row: Any) -> str:
+    place = f" at {row['site']}" if row["site"] else ""
+    reason = row["note"] or f"differs by {row['difference']:.2g}, and may by {row['limit']:.2g}"
+    return f"the law {row['law']!r}{place}: {reason}"
 
 
 def _site_table(lm: LM, laws: pd.DataFrame) -> pd.DataFrame:
@@ -133,17 +131,20 @@ def _site_row(lm: LM, name: str, laws: pd.DataFrame) -> dict[str, Any]:
     is_reach = laws["law"] == "reaches"
     reaches = laws["holds"][is_reach]
     differences = laws["difference"][~is_reach & ~is_exception & (laws["note"] != UNFINISHED)]
-    blocks = "once"
-    if layers is not None:
-        blocks = f"{len(layers)} of {lm.n_layers}" if layers else ""
     return {
         "site": name,
-        "blocks": blocks,
-        "editable": bool(is_present and len(reaches) and reaches.all()),
-        "proved": bool(is_present and len(laws) and not failed),
+        "blocks": _count_blocks(lm, layers),
+        "editable": is_present and len(reaches) > 0 and bool(reaches.all()),
+        "proved": is_present and not laws.empty and not failed,
         "difference": differences.max(),
         "why": ", ".join(failed) if is_present else lm.family.why_missing(name),
     }
+
+
+def _count_blocks(lm: LM, layers: list[int] | None) -> str:
+    if layers is None:
+        return "once"
+    return f"{len(layers)} of {lm.n_layers}" if layers else ""
 
 
 def facts(lm: LM) -> dict[str, Any]:
@@ -153,9 +154,7 @@ def facts(lm: LM) -> dict[str, Any]:
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()})
     buffers = {str(buffer.device) for buffer in lm.root.buffers() if not buffer.is_meta}
     devices = {str(lm.device), *lm.places.values(), *buffers}
-    processes = "1"
-    if lm.ranks is not None:
-        processes = f"{lm.ranks.count}, of which this is number {lm.ranks.rank}"
+    ranks = lm.ranks
     quantisation = getattr(lm.config, "quantization_config", None)
     return {
         "model": lm.name or type(lm.root).__name__,
@@ -165,7 +164,7 @@ def facts(lm: LM) -> dict[str, Any]:
         "parameters": count_parameters(lm.root),
         "dtype": ", ".join(dtypes),
         "device": ", ".join(sorted(devices)),
-        "processes": processes,
+        "processes": f"{ranks.count}, of which this is number {ranks.rank}" if ranks else "1",
         "device map": str(getattr(lm.root, "hf_device_map", None) or "none"),
         "quantisation": "none" if quantisation is None else type(quantisation).__name__,
         "attention": getattr(lm.config, "_attn_implementation", None) or "unknown",
@@ -221,22 +220,12 @@ def _tokenizer_problems(lm: LM) -> list[str]:
 
 
 def _notes(lm: LM) -> list[str]:
-    notes = []
-    if lm.tokenizer is not None:
-        if lm.tokenizer.pad_token_id is None:
-            notes.append(
-                "the tokenizer has no pad token: hookkit pads with its end token, which the mask "
-                "hides"
-            )
-        if lm.tokenizer.padding_side == "right":
-            notes.append(
-                "the tokenizer pads on the right: hk.generate pads on the left all the same"
-            )
     unused = (lm.sizes["vocab"] or 0) - lm.n_tokens
-    if unused > 0:
-        notes.append(f"{unused} rows of the vocabulary are no token: they are never ranked")
     modules = list(lm.root.modules())
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+    notes = _tokenizer_notes(lm.tokenizer)
+    if unused > 0:
+        notes.append(f"{unused} rows of the vocabulary are no token: they are never ranked")
     if lm.root.training and has_dropout:
         notes.append(
             "the model is in training mode with dropout: numbers differ from call to call; "
@@ -246,7 +235,18 @@ def _notes(lm: LM) -> list[str]:
         notes.append(
             "gradient checkpointing is on: inner hooks have to stand until after the backward pass"
         )
-    return [*notes, *_missing_site_notes(lm)]
+    return notes + _missing_site_notes(lm)
+
+
+def _tokenizer_notes(tokenizer: Any) -> list[str]:
+    notes = []
+    if tokenizer is not None and tokenizer.pad_token_id is None:
+        notes.append(
+            "the tokenizer has no pad token: hookkit pads with its end token, which the mask hides"
+        )
+    if tokenizer is not None and tokenizer.padding_side == "right":
+        notes.append("the tokenizer pads on the right: hk.generate pads on the left all the same")
+    return notes
 
 
 def _missing_site_notes(lm: LM) -> list[str]:

@@ -3,8 +3,11 @@ fails.
 
 hookkit writes all its files with these functions. A file is written under a temporary name, and
 renamed when it is complete. The temporary name is new (O_EXCL), so that no link is followed. A link
-with the file's name is replaced, and its target is not changed.
+with the file's name is replaced, and its target is not changed. At the end are the functions that
+write tensors to safetensors files, among them `save_tensors`.
 """
+
+from __future__ import annotations
 
 import errno
 import hashlib
@@ -16,22 +19,21 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from ..errors import BadFile, HookkitError, Unsupported
+from ..arguments import check_arguments, describe
+from ..errors import BadArgument, BadFile, BadHook, HookkitError, Unsupported
+from .untrusted import check_folder, check_path, open_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".making"  # of temporary names
-TEMPORARY = re.compile(r"[0-9a-f]{8}\.making")  # the end of a temporary name
+TEMPORARY = re.compile(r"[0-9a-f]{8}\.making\Z")  # the end of a temporary name
 MAX_PREFIX = 100  # bytes of a file's name in its temporary name
 PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR | PLAIN
 APPEND = os.O_CREAT | os.O_APPEND | os.O_WRONLY | PLAIN
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64", "bool": "BOOL",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-}  # fmt: skip  # names in torch and in safetensors
 
 Ready: TypeAlias = Callable[[Path], object]
 
@@ -63,7 +65,7 @@ def atomic_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) ->
             if ready is not None:
                 ready(temporary)
             os.replace(temporary, path)
-            _sync(path.parent, is_folder=True)
+            _sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -82,53 +84,6 @@ def write_text(path: Path, text: str, *, ready: Ready | None = None) -> None:
     """Writes a text in UTF-8 atomically, with its own line ends."""
     data = text.encode("utf-8", errors="backslashreplace")  # lone surrogates are not UTF-8
     write_bytes(path, data, ready=ready)
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Any],
-    about: Mapping[str, str] | None = None,
-    *,
-    tidy: bool = True,
-    ready: Ready | None = None,
-) -> tuple[int, str]:
-    """Writes a safetensors file atomically, and returns its size in bytes and its sha256.
-
-    safetensors itself writes to a temporary file that stays if the program is killed, and orders
-    the metadata differently in every process.
-    """
-    import torch
-
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header = _safetensors_header(ordered, about)
-    with atomic_file(path, tidy=tidy, ready=ready) as temporary:
-        with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for _, tensor in ordered:
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(memoryview(data.numpy()))
-        return temporary.stat().st_size, sha256(temporary)
-
-
-def _safetensors_header(
-    tensors: Sequence[tuple[str, Any]], about: Mapping[str, str] | None
-) -> bytes:
-    header: dict[str, Any] = {}
-    if about:
-        header["__metadata__"] = dict(sorted(about.items()))
-    offset = 0
-    for name, tensor in tensors:
-        dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None:
-            raise BadFile(
-                f"{name!r} is {tensor.dtype}, which no safetensors file holds: "
-                "give it in another dtype"
-            )
-        offsets = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        offset = offsets[1]
-    data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-    return data + b" " * (-len(data) % 8)  # aligns the tensors in memory
 
 
 def write_new(path: Path, text: str) -> None:
@@ -211,14 +166,11 @@ def make_folder(folder: Path) -> None:
 
 def remove_leftovers(folder: Path, *names: str) -> None:
     """Removes temporary files of these names (default all) that killed programs left."""
-    prefixes = tuple(_prefix(name) for name in names) or (".",)
-    try:
-        files = os.listdir(folder)
-    except OSError:
-        return
-    for name in files:
-        if name.startswith(prefixes) and TEMPORARY.fullmatch(name[-len(SUFFIX) - 8 :]):
-            _remove_leftover(folder / name)
+    prefixes = tuple(map(_prefix, names)) or (".",)
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith(prefixes) and TEMPORARY.search(name):
+                _remove_leftover(folder / name)
 
 
 @contextmanager
@@ -324,15 +276,176 @@ def _remove_leftover(path: Path) -> None:
             os.close(descriptor)
 
 
-def _sync(path: Path, *, is_folder: bool = False) -> None:
-    """Flushes a file, or the names in a folder, to the disk."""
-    if is_folder and os.name != "posix":
+def _sync(path: Path) -> None:
+    """Flushes a file to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Flushes the names in a folder to the disk."""
+    if os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-    try:
+    descriptor = os.open(path, os.O_RDONLY)
+    with suppress(OSError):  # some file systems cannot flush folders
         os.fsync(descriptor)
-    except OSError:
-        if not is_folder:  # some file systems cannot flush folders
-            raise
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
+
+
+# ---- tensors in safetensors files
+
+MADE_BY = "made_by"  # the key in the metadata of files that hookkit wrote
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64", "bool": "BOOL",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+}  # fmt: skip  # names in torch and in safetensors
+
+
+@runtime_checkable
+class SavesTensors(Protocol):
+    """A run, which writes its own captured tensors."""
+
+    def save_tensors(
+        self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
+    ) -> Path: ...
+
+
+@check_arguments
+def save_tensors(
+    tensors: Mapping[str, Tensor] | SavesTensors,
+    path: str | os.PathLike[str],
+    *,
+    about: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes named tensors, with texts about them, to a safetensors file, and returns its path.
+
+    Of a run, it writes all captured values, as `run.save_tensors` does. A file that hookkit wrote
+    is replaced. Raises `BadFile` for another file, and if the file cannot be written.
+
+    >>> about = {"site": "resid_post.6"}
+    >>> save_tensors({"direction": vector}, "direction.safetensors", about=about).name
+    'direction.safetensors'
+    """
+    if isinstance(tensors, SavesTensors):
+        return tensors.save_tensors(path, about=about)
+    target = check_path(path)
+    if target.is_dir():
+        raise BadFile(f"path={str(target)!r} is a folder: give the path of the file to write")
+    check_folder(target.parent, "the folder of path")
+    named, texts = _check_tensors(tensors), _check_texts(about)
+    _check_own(target)
+    write_tensors(target, named, texts)
+    return target
+
+
+def save_new_tensors(
+    tensors: Mapping[str, Tensor], path: Path, ready: Ready, about: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors to a new file. `ready` gets the complete file, as in `atomic_file`."""
+    write_tensors(path, _check_tensors(tensors), _check_texts(about), ready=ready)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from torch import Tensor
+
+    if not isinstance(tensors, Mapping):
+        raise BadArgument(
+            f"tensors={describe(tensors)}: give a mapping of tensors by name, or a run"
+        )
+    if not tensors:
+        raise BadHook("there are no tensors to save: capture something, or name at least one")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise BadArgument(
+                f"tensors has {describe(name)}: {describe(tensor)}; give tensors by name"
+            )
+        _check_dense(name, tensor)
+    return dict(tensors)
+
+
+def _check_texts(about: Mapping[str, str] | None) -> dict[str, str]:
+    """Returns the texts for the metadata of a file, which say that hookkit wrote it."""
+    texts = {**(about or {}), MADE_BY: "hookkit"}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not isinstance(name, str):
+            raise BadHook(
+                f"about= has {text!r} under {name!r}: give texts by names, which is all it can hold"
+            )
+    return texts
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        kind = "without values (on the device meta)"
+    elif str(tensor.layout) != "torch.strided" or tensor.is_quantized:
+        kind = "sparse or quantized"
+    else:
+        return
+    raise BadHook(
+        f"{name!r} is a tensor {kind}, which safetensors cannot hold: give a dense one with values"
+    )
+
+
+def _check_own(path: Path) -> None:
+    """Raises `BadFile` if the file exists and was not written by hookkit."""
+    if path.is_symlink() or not path.exists():  # a link is replaced, its target is not changed
+        return
+    try:
+        with open_tensors(path) as file:
+            texts = file.metadata() or {}
+    except BadFile:
+        texts = {}
+    if texts.get(MADE_BY) != "hookkit":
+        raise BadFile(
+            f"{str(path)!r} is there, and was not written by hookkit: "
+            "give another name, or move it away"
+        )
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Any],
+    about: Mapping[str, str] | None = None,
+    *,
+    tidy: bool = True,
+    ready: Ready | None = None,
+) -> tuple[int, str]:
+    """Writes a safetensors file atomically, and returns its size in bytes and its sha256.
+
+    safetensors itself writes to a temporary file that stays if the program is killed, and orders
+    the metadata differently in every process.
+    """
+    import torch
+
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header = _safetensors_header(ordered, about)
+    with atomic_file(path, tidy=tidy, ready=ready) as temporary:
+        with temporary.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for _, tensor in ordered:
+                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                file.write(memoryview(data.numpy()))
+        return temporary.stat().st_size, sha256(temporary)
+
+
+def _safetensors_header(
+    tensors: Sequence[tuple[str, Any]], about: Mapping[str, str] | None
+) -> bytes:
+    header: dict[str, Any] = {}
+    if about:
+        header["__metadata__"] = dict(sorted(about.items()))
+    offset = 0
+    for name, tensor in tensors:
+        dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None:
+            raise BadFile(
+                f"{name!r} is {tensor.dtype}, which no safetensors file holds: "
+                "give it in another dtype"
+            )
+        offsets = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return data + b" " * (-len(data) % 8)  # aligns the tensors in memory

@@ -6,6 +6,8 @@ repeated keys that no file of hookkit has. `name` is the name of the file or the
 message.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from ..arguments import describe
+from ..arguments import check_arguments, describe
 from ..errors import BadArgument, BadFile, BadHook, HookkitError
 
 if TYPE_CHECKING:
@@ -195,8 +197,9 @@ def read_hook_list(path: str | os.PathLike[str]) -> list[Any]:
         raise BadFile(
             f"{name!r} is no file of hooks that can be read: {error_message(cause)}"
         ) from raised
+    parse = parse_json if name.endswith(".json") else parse_yaml
     try:
-        hooks = parse_json(text, name) if name.endswith(".json") else parse_yaml(text, name)
+        hooks = parse(text, name)
     except BadFile as raised:
         raise BadHook(f"{name!r} is neither YAML nor JSON: {raised}") from raised
     if not isinstance(hooks, list) or not hooks:
@@ -206,6 +209,23 @@ def read_hook_list(path: str | os.PathLike[str]) -> list[Any]:
 
 def _json_loader() -> Any:
     """Returns a YAML loader for the types that JSON has."""
+    import yaml
+
+    loader = _strict_loader()
+    safe = yaml.SafeLoader.yaml_constructors
+    constructors: dict[Any, Any] = {YAML_TAG + name: safe[YAML_TAG + name] for name in YAML_TYPES}
+    constructors[None] = safe[None]
+    constructors[YAML_TAG + "int"] = lambda loader, node: _parse_integer(node.value)
+    constructors[YAML_TAG + "float"] = lambda loader, node: _parse_finite(node.value)
+    loader.yaml_constructors = constructors
+    loader.yaml_implicit_resolvers = {}
+    for name, pattern, first in YAML_PATTERNS:
+        loader.add_implicit_resolver(YAML_TAG + name, re.compile(rf"(?:{pattern})\Z"), first)
+    return loader
+
+
+def _strict_loader() -> Any:
+    """Returns a YAML loader that refuses anchors, deep nesting, and keys that are no texts."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -234,24 +254,28 @@ def _json_loader() -> Any:
                 pairs.append((name, self.construct_object(value, deep=deep)))
             return _mapping_of_pairs(pairs)
 
-    safe = yaml.SafeLoader.yaml_constructors
-    constructors: dict[Any, Any] = {YAML_TAG + name: safe[YAML_TAG + name] for name in YAML_TYPES}
-    constructors[None] = safe[None]
-    constructors[YAML_TAG + "int"] = lambda loader, node: _parse_integer(node.value)
-    constructors[YAML_TAG + "float"] = lambda loader, node: _parse_finite(node.value)
-    Loader.yaml_constructors = constructors
-    Loader.yaml_implicit_resolvers = {}
-    for name, pattern, first in YAML_PATTERNS:
-        Loader.add_implicit_resolver(YAML_TAG + name, re.compile(rf"(?:{pattern})\Z"), first)
     return Loader
 
 
 # ---- tensors and tables
 
 
+@check_arguments
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file by name, on the CPU.
+
+    Raises `BadFile` for another file.
+
+    >>> path = run.save_tensors("run.safetensors")
+    >>> load_tensors(path)["resid_post.6"].shape
+    torch.Size([1, 6, 576])
+    """
+    return read_tensors(check_file(path))[0]
+
+
 def read_tensors(
     path: str | os.PathLike[str], *, error: Error = BadFile
-) -> "tuple[dict[str, Tensor], dict[str, str]]":
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors of a safetensors file by name, mapped into memory, and its metadata."""
     with open_tensors(path, error=error) as file:
         names = file.keys()
@@ -278,7 +302,7 @@ def open_tensors(path: str | os.PathLike[str], *, error: Error = BadFile) -> Ite
 
 def read_table(
     source: str | os.PathLike[str] | IO[bytes], name: str = "", *, error: Error = BadFile
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Returns the table of a CSV file. `source` is a path or an open file."""
     import pandas as pd
 

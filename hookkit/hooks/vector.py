@@ -28,7 +28,7 @@ from torch import Tensor
 from ..arguments import as_integer, as_items, check_arguments, check_fields, check_number, describe
 from ..display import printable, render_html
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
-from ..files.tensors import save_tensors
+from ..files.atomic import save_tensors
 from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..models.lm import LM
 from ..models.model_setup import active_adapter_names

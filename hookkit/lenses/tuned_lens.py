@@ -66,7 +66,7 @@ class TunedLens:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the lens to a safetensors file, with its history and the model that it is for."""
-        from ..files.tensors import save_tensors
+        from ..files.atomic import save_tensors
 
         tensors = {f"change/{site}": tensor for site, tensor in self.change.items()}
         tensors |= {f"offset/{site}": tensor for site, tensor in self.offset.items()}

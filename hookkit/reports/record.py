@@ -28,15 +28,16 @@ from ..arguments import check_arguments
 from ..display import printable
 from ..errors import BadFile, BadHook, OtherSettings
 from ..files.atomic import (
+    MADE_BY,
     Ready,
     disk_errors_as_bad_file,
     make_folder,
     remove_leftovers,
+    save_new_tensors,
     sha256,
     write_bytes,
     write_text,
 )
-from ..files.tensors import MADE_BY, save_new_tensors
 from ..files.untrusted import check_folder, check_mapping, is_bare_name, read_json
 from ..models.devices import is_writing_process
 from ..models.lm import LM

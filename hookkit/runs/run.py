@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..display import render_html
 from ..errors import NotCaptured, Unsupported
-from ..files.tensors import save_tensors
+from ..files.atomic import save_tensors
 from ..hooks.base import Hook
 from ..hooks.captured_values import Captured, Captures
 from ..models.lm import LM

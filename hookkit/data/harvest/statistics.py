@@ -24,7 +24,7 @@ from torch import Tensor
 from ...arguments import as_integer, as_items, check_arguments, check_integer
 from ...display import count_of, first_rows, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, Unsupported
-from ...files.tensors import save_tensors
+from ...files.atomic import save_tensors
 from ...files.untrusted import check_file, check_mapping, is_count, parse_json, read_tensors
 from ...models.lm import LM
 from ...models.positions import PosLike
