@@ -22,9 +22,9 @@ from .runs.manager import HookManager
 from .runs.run import Run
 from .runs.trace import Trace
 from .sweeps.plan import Plan
-from .tables.comparison import Comparison
+from .tables.counterfactuals import Comparison
+from .tables.decoding import Stream
 from .tables.metrics.metric import Metric, MetricInput
-from .tables.streaming import Stream
 
 __all__ = [
     "Captured",

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
 
-    from ..tables.streaming import StreamStep
+    from ..tables.decoding import StreamStep
 
 PANEL = "Write"
 SUMMARY_COLUMNS = (

@@ -16,10 +16,10 @@ from ...arguments import check_arguments, check_integer
 from ...errors import BadPrompt, EmptySelection, did_you_mean
 from ...models.lm import LM, Token
 from ...models.positions import at
-from .pairs import Pairs
-from .templates import (
+from .pairs import (
     Draw,
     DrawPair,
+    Pairs,
     TokenAfter,
     check_draws,
     is_one_token,

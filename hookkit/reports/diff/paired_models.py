@@ -39,7 +39,7 @@ from ...models.prompts import (
 from ...models.sites import AXES, LOGIT_SITES, AnySite, Site, Sites, SitesLike, as_sites
 from ...runs.forward import forward
 from ...runs.run import Run
-from ...tables.comparison import first_difference
+from ...tables.counterfactuals import first_difference
 from ...tables.distributions import Distribution
 from ..comparison_page import literal_shifts, token_literals
 from . import similarity

@@ -35,7 +35,7 @@ from ...runs.run import Run
 from ...runs.taps import build_hook_points
 from ...sweeps.shortcuts import shortcuts
 from ...tables import rank_tables
-from ...tables.comparison import first_difference
+from ...tables.counterfactuals import first_difference
 from ...tables.distributions import Distribution
 from ..comparison_page import token_literal, token_literals
 from .named_edits import Edit
