@@ -612,10 +612,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path, llama):
         ({"dtype": "int8"}, BadHook, "dtype='int8': values are kept as 'float32'"),
         ({"long": "cut"}, BadHook, "long='cut' is unknown: say 'error' or 'truncate' or 'split'"),
         ({"on_error": "drop"}, BadHook, "on_error='drop' is unknown: say 'error' or 'skip'"),
-        ({"context": 129}, BadHook, "context=129 was asked for, and the model's is 128"),
-        ({"context": 1}, BadHook, "context=1: give how many tokens a row may have, at least 2"),
-        ({"batch_tokens": 0}, BadHook, "batch_tokens=0: give 1 or more"),
-        ({"shard_size": -1}, BadHook, "shard_size=-1: give 1 or more"),
+        (
+            {"context": 129},
+            BadHook,
+            "context=129: give how many .* within the model's context, at most 128",
+        ),
+        ({"context": 1}, BadHook, "context=1: give how many tokens a row may have .*, at least 2"),
+        (
+            {"batch_tokens": 0},
+            BadHook,
+            "batch_tokens=0: give how many tokens run together, at least 1",
+        ),
+        ({"shard_size": -1}, BadHook, "shard_size=-1: give how many rows a shard has, at least 1"),
         ({"pos": hk.GENERATED}, BadHook, "a harvest reads texts and generates none"),
     ],
 )

@@ -10,12 +10,12 @@ prompts have equally many tokens, and both answers are one token that can follow
 same seed and tokenizer give the same pairs: random numbers come only from `random.Random(seed)`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, product
 from random import Random
-from typing import Any, TypeAlias
+from statistics import multimode
+from typing import Any, NamedTuple, TypeAlias
 from zlib import crc32
 
 import pandas as pd
@@ -33,6 +33,7 @@ from ...arguments import (
 )
 from ...display import count_of, render_html
 from ...errors import BadPrompt, EmptySelection, NotOneToken, OutOfRange, TooFew, Unsupported
+from ...hooks.base import set_field
 from ...models.lm import LM, Token
 from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.positions import At
@@ -91,10 +92,10 @@ class Pairs:
                 "Pairs('mine', clean, corrupted, …)"
             )
         for name in FIELDS:
-            object.__setattr__(self, name, _check_field(name, getattr(self, name)))
-        object.__setattr__(self, "seed", check_seed(self.seed))
+            set_field(self, name, _check_field(name, getattr(self, name)))
+        set_field(self, "seed", check_seed(self.seed))
         labels = {name: tuple(positions) for name, positions in self.labels.items()}
-        object.__setattr__(self, "labels", labels)
+        set_field(self, "labels", labels)
         self._check_lengths()
         if not self.clean:
             raise EmptySelection("there is no pair: give at least one")
@@ -330,14 +331,16 @@ class Draw:
 DrawPair: TypeAlias = Callable[[Random], Draw | None]  # None for a pair that is unusable
 
 
-@dataclass(frozen=True)
-class TokenizedDraw:
+class TokenizedDraw(NamedTuple):
     """A draw that is usable with the tokenizer. `length` is the number of tokens of a prompt."""
 
-    draw: Draw
+    clean: Prompt
+    corrupted: Prompt
+    answer: Token
+    wrong: Token
     labels: dict[str, int]
-    length: int
     checksum: int
+    length: int
 
 
 def check_draws(n: int, seed: int) -> None:
@@ -360,36 +363,26 @@ def sample_pairs(
     `draw` returns a random pair, or None if it is unusable. Raises `TooFew` if there are fewer
     than n.
     """
-    check_draws(n, seed)
-    samples, of_length = _distinct_samples(lm, draw, seed), ""
+    length, of_length = None, ""
     if same_length:
         pilot = islice(_distinct_samples(lm, draw, seed), PILOT_PAIRS)
-        counts = Counter(sample.length for sample in pilot)
-        length = max(counts, key=lambda length: (counts[length], -length), default=None)
+        length = min(multimode(sample.length for sample in pilot), default=None)
         of_length = f" of {length} tokens, the commonest length"
-        samples = _distinct_samples(lm, draw, seed, length)
-    pairs = list(islice(samples, n))
-    if len(pairs) < n:
+    samples = list(islice(_distinct_samples(lm, draw, seed, length), n))
+    if len(samples) < n:
         advice = "ask for another dataset, or give another model"
-        if pairs:
-            advice = f"ask for at most {len(pairs)}"
+        if samples:
+            advice = f"ask for at most {len(samples)}"
         raise TooFew(
-            f"{name}: n={n} was asked for, and {len(pairs)} pairs{of_length} were found "
+            f"{name}: n={n} was asked for, and {len(samples)} pairs{of_length} were found "
             f"with this tokenizer: {advice}"
         )
+    columns = map(list, zip(*samples, strict=True))
+    clean, corrupted, answers, wrong, positions, checksums, _ = columns
     labels: dict[str, tuple[int, ...]] = {}
-    for label in pairs[0].labels:
-        labels[label] = tuple(pair.labels[label] for pair in pairs)
-    return Pairs(
-        name,
-        clean=[pair.draw.clean for pair in pairs],
-        corrupted=[pair.draw.corrupted for pair in pairs],
-        answers=[pair.draw.answer for pair in pairs],
-        wrong=[pair.draw.wrong for pair in pairs],
-        labels=labels,
-        seed=seed,
-        checksums=tuple(pair.checksum for pair in pairs),
-    )
+    for label in positions[0]:
+        labels[label] = tuple(row[label] for row in positions)
+    return Pairs(name, clean, corrupted, answers, wrong, labels, seed, checksums=tuple(checksums))
 
 
 def _distinct_samples(
@@ -414,13 +407,15 @@ def _tokenize_draw(lm: LM, draw: Draw) -> TokenizedDraw | None:
     clean, corrupted = tokenize(lm, draw.clean), tokenize(lm, draw.corrupted)
     if len(clean) != len(corrupted):
         return None
-    for prompt in (draw.clean, draw.corrupted):
-        if not _can_follow(lm, prompt, draw.answer) or not _can_follow(lm, prompt, draw.wrong):
+    for prompt, answer in product((draw.clean, draw.corrupted), (draw.answer, draw.wrong)):
+        if not _can_follow(lm, prompt, answer):
             return None
     labels = {name: _position(lm, clean, label) for name, label in draw.labels.items()}
     labels["end"] = len(clean) - 1
     tokens = checksum(clean, corrupted, lm.token(draw.answer), lm.token(draw.wrong))
-    return TokenizedDraw(draw, labels, len(clean), tokens)
+    return TokenizedDraw(
+        draw.clean, draw.corrupted, draw.answer, draw.wrong, labels, tokens, len(clean)
+    )
 
 
 def _can_follow(lm: LM, prompt: Prompt, answer: Token) -> bool:
@@ -475,8 +470,9 @@ def is_one_token(lm: LM, text: str) -> bool:
     return True
 
 
-def require_tokenizer(lm: LM, name: str) -> None:
-    """Raises `Unsupported` for a model without a tokenizer."""
+def check_text_draws(lm: LM, name: str, n: int, seed: int) -> None:
+    """Like `check_draws`. Also raises `Unsupported` for a model without a tokenizer."""
+    check_draws(n, seed)
     if lm.tokenizer is None:
         raise Unsupported(
             f"{name} writes texts, and this model came without a tokenizer: "

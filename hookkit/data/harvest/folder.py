@@ -141,6 +141,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"{folder.name!r} has format {settings.get('format')!r}, and this hookkit reads "
             f"{FORMAT}: read it with the hookkit that wrote it"
         )
+    _check_entries(name, settings)
+    return settings
+
+
+def _check_entries(name: str, settings: Mapping[str, Any]) -> None:
     missing = [key for key in REQUIRED_SETTINGS if key not in settings]
     if missing:
         raise DamagedHarvest(f"{name} has no {', '.join(missing)}: harvest again")
@@ -148,7 +153,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise DamagedHarvest(f"{name} has invalid sites or an invalid model: harvest again")
     for site, kind in settings["sites"].items():
         _check_site(name, site, kind)
-    return settings
 
 
 def _check_site(file: str, site: str, kind: Any) -> None:
@@ -179,22 +183,27 @@ def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
-    if old.get("sites") != new.get("sites"):
-        old_values["sites"] = ", ".join(old["sites"])
-        new_values["sites"] = ", ".join(new["sites"])
+    old_values, new_values = _comparable(old), _comparable(new)
+    for name in ("long", "on_error"):
+        if old.get(name) == "error":  # it raised for none of the texts so far
+            new_values[name] = "error"
     words: list[str] = []
-    for name in {**old_values, **new_values}:
+    for name in old_values | new_values:
         before, after = old_values.get(name), new_values.get(name)
-        # the path of the model decides nothing, and "error" raised for none of the texts so far
-        may_differ = name == "model.name" or (name in ("long", "unfit") and before == "error")
-        if before != after and not may_differ:
+        if before != after:
             words.append(f"{name} {_shorten(before)} there and {_shorten(after)} now")
     if words:
         raise HarvestChanged(
             f"{folder.name!r} has a harvest of other settings: {'; '.join(words)}. "
             "Give the same ones to go on, or another folder"
         )
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that decide the values, by names such as "model.dtype"."""
+    values = dict(_flatten(settings))
+    values.pop("model.name", None)  # the path of the model decides nothing
+    return values | {"sites": ", ".join(settings["sites"])}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

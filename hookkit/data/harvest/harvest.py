@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import pandas as pd
 import torch
@@ -37,6 +37,7 @@ from .folder import End, Shard, read_index, read_settings
 from .statistics import Statistics, StatisticsSum
 from .texts import COLUMN_DTYPES, COLUMNS, TOKENS, positions_of_row
 
+Name = TypeVar("Name", bound=str | AnySite)
 RowsLike: TypeAlias = int | slice | Sequence[int] | Tensor
 
 TOKEN_COLUMNS = COLUMNS[:4]  # text, piece, pos, token
@@ -89,7 +90,11 @@ class Shards:
                     f"{entry.file}, shard {shard} of {len(self.all)}, cannot be read ({error}): "
                     "call verify(), which says what to do"
                 ) from error
-            _check_columns(tensors, entry)
+            problem = _find_problem(tensors, entry.rows)
+            if problem:
+                raise DamagedHarvest(
+                    f"{entry.file} {problem}: it was changed; call verify(), which says what to do"
+                )
             self._open[shard] = tensors
         return self._open[shard]
 
@@ -103,25 +108,15 @@ class Shards:
         return {**self.__dict__, "_open": {}}  # another process opens the shards itself
 
 
-def _check_columns(tensors: Mapping[str, Tensor], shard: Shard) -> None:
+def _find_problem(tensors: Mapping[str, Tensor], rows: int) -> str:
+    """Returns what is wrong with the tensors of a shard of so many rows; "" if nothing is."""
     missing = [name for name in (*COLUMNS, *TOKENS) if name not in tensors]
-    wrong: list[str] = []
-    for name, tensor in tensors.items():
-        if name not in TOKENS and tensor.shape[:1] != (shard.rows,):
-            wrong.append(name)
-    problem = ""
     if missing:
-        problem = f"has no {', '.join(missing)}"
-    elif wrong:
-        problem = f"does not have {shard.rows} rows of {', '.join(wrong)}"
-    if problem:
-        raise DamagedHarvest(
-            f"{shard.file} {problem}: it was changed; call verify(), which says what to do"
-        )
-    if not _has_valid_sequences(tensors):
-        raise DamagedHarvest(
-            f"{shard.file} refers to tokens that do not exist: it was changed; call verify()"
-        )
+        return f"has no {', '.join(missing)}"
+    for name, tensor in tensors.items():
+        if name not in TOKENS and tensor.shape[:1] != (rows,):
+            return f"does not have {rows} rows of {name}"
+    return "" if _has_valid_sequences(tensors) else "refers to tokens that do not exist"
 
 
 def _has_valid_sequences(tensors: Mapping[str, Tensor]) -> bool:
@@ -144,9 +139,14 @@ class Column:
 
     shards: Shards
     name: str
-    sizes: tuple[int, ...]  # of the site's axes
+    stored_sizes: tuple[int, ...]  # of the site's axes, of all heads
     dtype: torch.dtype
     head: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of the axes of a row."""
+        return self.stored_sizes if self.head is None else self.stored_sizes[1:]
 
     def __len__(self) -> int:
         return self.shards.starts[-1]
@@ -187,20 +187,13 @@ class Column:
     def _values(self, shard: int) -> Tensor:
         """Returns this column's values in a shard. Raises `DamagedHarvest` for a wrong shape."""
         values = self.shards.tensors(shard).get(self.name)
-        if (
-            values is None
-            or values.dtype != self.dtype
-            or (self.head is None and tuple(values.shape[1:]) != self.sizes)
-        ):
+        sizes = self.stored_sizes
+        if values is None or values.dtype != self.dtype or values.shape[1:] != sizes:
             raise DamagedHarvest(
                 f"shard {shard} of {len(self.shards)} does not have the {self.name} of "
                 "harvest.json: call verify(), which says what to do"
             )
-        if self.head is None:
-            return values
-        if values.ndim < 2 or self.head >= values.shape[1] or tuple(values.shape[2:]) != self.sizes:
-            raise DamagedHarvest(f"shard {shard} has other heads at {self.name} than harvest.json")
-        return values[:, self.head]
+        return values if self.head is None else values[:, self.head]
 
 
 # ---- selections of rows
@@ -322,24 +315,23 @@ class Harvest:
             return Column(self.shards, str(name), (), COLUMN_DTYPES[str(name)])
         site = parse_site(name) if isinstance(name, str) else name
         if site in self.sites:
-            sizes, dtype = self._sizes_and_dtype(site)
-            return Column(self.shards, str(site), sizes, dtype)
-        if not isinstance(site, Site) or Site(site.name, site.layer) not in self.sites:
-            raise NotCaptured(
-                f"{site} was not harvested. There are {self.sites}; "
-                f"and the columns {', '.join(TOKEN_COLUMNS)}"
-            )
-        all_heads = Site(site.name, site.layer)
-        sizes, dtype = self._sizes_and_dtype(all_heads)
-        if site.head >= sizes[0]:  # pyright: ignore[reportOptionalOperand]
-            raise OutOfRange(
-                f"{site} was asked for, and {all_heads} has {sizes[0]} heads: 0 to {sizes[0] - 1}"
-            )
-        return Column(self.shards, str(all_heads), sizes[1:], dtype, site.head)
+            return self._column(site)
+        match site:
+            case Site(site_name, layer, int(head)) if Site(site_name, layer) in self.sites:
+                return self._column(Site(site_name, layer), head)
+        raise NotCaptured(
+            f"{site} was not harvested. There are {self.sites}; "
+            f"and the columns {', '.join(TOKEN_COLUMNS)}"
+        )
 
-    def _sizes_and_dtype(self, site: AnySite) -> tuple[tuple[int, ...], torch.dtype]:
+    def _column(self, site: AnySite, head: int | None = None) -> Column:
         kind = self.about["sites"][str(site)]
-        return tuple(kind["shape"]), getattr(torch, kind["dtype"])
+        sizes = tuple(kind["shape"])
+        if head is not None and head >= sizes[0]:
+            raise OutOfRange(
+                f"{site}.{head} was asked for, and {site} has {sizes[0]} heads: 0 to {sizes[0] - 1}"
+            )
+        return Column(self.shards, str(site), sizes, getattr(torch, kind["dtype"]), head)
 
     def tokens(self, row: int) -> tuple[int, ...]:
         """Returns all token ids that the model read with the token of a row: its text or piece."""
@@ -391,11 +383,11 @@ class Harvest:
             raise BadHook(f"a batch of {size} rows was asked for: give 1 or more")
         names = _site_names(list(self.sites) if sites is None else sites)
         columns = {name: self[name] for name in dict.fromkeys([*names, *TOKEN_COLUMNS])}
-        order = None
-        if seed is not None:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         end = len(self) // size * size if drop_last else len(self)
-        return _iterate_batches(self.shards, columns, size, order, end)
+        if seed is None:
+            return _successive_batches(self.shards, columns, size, end)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return (_rows_of(columns, rows) for rows in order[:end].split(size) if len(rows))
 
     @check_arguments
     def statistics(
@@ -415,13 +407,9 @@ class Harvest:
         where, total = Where(read_position(pos)), StatisticsSum(covariance, top)
         selected = self.sites if sites is None else as_sites(sites)
         columns = {site: self[site] for site in selected}
-        for shard, start in enumerate(self.shards.starts[:-1]):
-            rows = start + rows_at_positions(self.shards.tensors(shard), where)
-            for first in range(0, len(rows), CHUNK):
-                chunk = rows[first : first + CHUNK]
-                tokens = {name: self[name][chunk] for name in TOKEN_COLUMNS}
-                total.add({site: column[chunk] for site, column in columns.items()}, chunk, tokens)
-            self.shards.close_before(self.shards.starts[shard + 1])
+        token_columns = {name: self[name] for name in TOKEN_COLUMNS}
+        for rows in self._chunks_at(where):
+            total.add(_rows_of(columns, rows), rows, _rows_of(token_columns, rows))
         if not total.of_site:
             raise EmptySelection(f"none of the {len(self)} rows is at pos={pos!r}: give others")
         about = {name: self.about[name] for name in ("model", "context", "long")}
@@ -429,6 +417,14 @@ class Harvest:
         about |= {"texts": self.texts, "left_out": self.left_out}
         about["stream"] = (self.end or self.shards.all[-1]).stream
         return total.statistics(about)
+
+    def _chunks_at(self, where: Where) -> Iterator[Int[Tensor, " row"]]:
+        """Yields the numbers of the rows at some positions, of one shard after another."""
+        for shard, (start, end) in enumerate(pairwise(self.shards.starts)):
+            rows = start + rows_at_positions(self.shards.tensors(shard), where)
+            for first in range(0, len(rows), CHUNK):
+                yield rows[first : first + CHUNK]
+            self.shards.close_before(end)
 
     def verify(self) -> None:
         """Reads all shards, and raises `DamagedHarvest` with those that have changed."""
@@ -461,13 +457,13 @@ def _table_of_numbers(name: str, column: Column, rows: Tensor) -> pd.DataFrame:
     return pd.DataFrame(values.flatten(1).numpy(), columns=names)
 
 
-def _iterate_batches(
-    shards: Shards, columns: Mapping[str, Column], size: int, order: Tensor | None, end: int
+def _rows_of(columns: Mapping[Name, Column], rows: RowsLike) -> dict[Name, Tensor]:
+    return {name: column[rows] for name, column in columns.items()}
+
+
+def _successive_batches(
+    shards: Shards, columns: Mapping[str, Column], size: int, end: int
 ) -> Iterator[dict[str, Tensor]]:
     for start in range(0, end, size):
-        rows: RowsLike = slice(start, min(start + size, end))
-        if order is None:
-            shards.close_before(start)
-        else:
-            rows = order[rows]
-        yield {name: column[rows] for name, column in columns.items()}
+        shards.close_before(start)
+        yield _rows_of(columns, slice(start, min(start + size, end)))

@@ -10,9 +10,11 @@ the result does not depend on batches.
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...arguments import as_integer, as_items, check_arguments, check_integer
+from ...arguments import as_items, check_arguments, check_integer
 from ...display import count_of, first_rows, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, Unsupported
 from ...files.atomic import save_tensors
@@ -167,26 +169,24 @@ class SiteStatistics:
         return table.assign(value=self.tensors["top_values"][index].tolist())
 
     def _unit_index(self, unit: int | tuple[int, ...]) -> tuple[int, ...]:
-        number = as_integer(unit)
-        index = [] if number is None else [number]
-        if number is None:
-            meaning = "which unit it is (with heads: a head and a number),"
-            for item in as_items(unit) or (unit,):
-                index.append(check_integer(item, "unit", least=0, meaning=meaning))
+        meaning = "which unit it is (with heads: a head and a number),"
+        check = partial(check_integer, name="unit", least=0, meaning=meaning)
+        index = tuple(map(check, as_items(unit) or (unit,)))
         sizes = list(self.mean.shape)
-        limits = zip(index, sizes, strict=False)
-        if len(index) != len(sizes) or any(not 0 <= number < size for number, size in limits):
+        if len(index) != len(sizes) or any(map(operator.ge, index, sizes)):
             raise OutOfRange(
                 f"unit {unit} of {self.site} was asked for, and its units are counted {sizes} "
                 "from 0"
             )
-        return tuple(index)
+        return index
 
     def head(self, head: int) -> SiteStatistics:
         """Returns the statistics of one head of a site that has all heads."""
-        heads = self.mean.shape[0] if self.mean.ndim > 1 else 0
-        if not isinstance(self.site, Site) or self.site.head is not None or head >= heads:
-            raise NotCaptured(f"head {head} of {self.site} was asked for, which has {heads} heads")
+        n_heads = self.mean.shape[0] if self.mean.ndim > 1 else 0
+        if not isinstance(self.site, Site) or head >= n_heads:
+            raise NotCaptured(
+                f"head {head} of {self.site} was asked for, which has {n_heads} heads"
+            )
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
             tensors[name] = tensor[:, head] if name in TOP else tensor[head]
@@ -214,14 +214,12 @@ class Statistics:
         return Sites(tuple(self.of_site))
 
     def __getitem__(self, site: str | AnySite) -> SiteStatistics:
-        if isinstance(site, str):
-            site = parse_site(site)
+        site = parse_site(site) if isinstance(site, str) else site
         if site in self.of_site:
             return self.of_site[site]
-        if isinstance(site, Site) and site.head is not None:
-            all_heads = self.of_site.get(Site(site.name, site.layer))
-            if all_heads is not None:
-                return all_heads.head(site.head)
+        match site:
+            case Site(name, layer, int(head)) if Site(name, layer) in self.of_site:
+                return self.of_site[Site(name, layer)].head(head)
         raise NotCaptured(f"there are no statistics of {site}: there are those of {self.sites}")
 
     def mean_of(self, site: AnySite) -> Float[Tensor, ...]:
@@ -236,10 +234,11 @@ class Statistics:
         """
         rows: list[dict[str, Any]] = []
         for site, statistics in self.of_site.items():
-            parts: dict[int | None, SiteStatistics] = {None: statistics}
+            heads: Sequence[int | None] = [None]
             if statistics.mean.ndim > 1:
-                parts = {head: statistics.head(head) for head in range(len(statistics.mean))}
-            for head, part in parts.items():
+                heads = range(len(statistics.mean))
+            for head in heads:
+                part = statistics if head is None else statistics.head(head)
                 row = {"site": str(site), "head": head, "count": part.count}
                 for name in ("mean", "std", "min", "max"):
                     row[f"norm_{name}"] = getattr(part.norm, name).item()
@@ -291,10 +290,10 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     has_sites = isinstance(sites, list) and set(map(str, sites)) == set(tensors_of_site)
     if not has_sites or not is_count(about.get("texts")):
         raise DamagedHarvest(f"{name} has other sites than it says: it was changed; make it again")
+    of_site: dict[AnySite, SiteStatistics] = {}
     try:
-        of_site = {
-            parse_site(site): _site_statistics(site, tensors_of_site[site]) for site in sites
-        }
+        for site in sites:
+            of_site[parse_site(site)] = _site_statistics(site, tensors_of_site[site])
     except (KeyError, ValueError, RuntimeError) as error:
         raise DamagedHarvest(
             f"{name} lacks tensors of its statistics: it was changed; make it again"
@@ -305,11 +304,10 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
 def _site_statistics(site: str, tensors: dict[str, Tensor]) -> SiteStatistics:
     """Returns the statistics that a file has of a site. Raises `KeyError` for a missing tensor."""
     count = int(tensors.pop("count"))
+    shape = tensors["mean"].shape
     for name in REQUIRED:
-        shape = tensors["mean"].shape
-        if name.startswith("norm_"):
-            shape = shape[:-1]
-        if tensors[name].shape != shape:
+        expected = shape[:-1] if name.startswith("norm_") else shape
+        if tensors[name].shape != expected:
             raise ValueError("the tensors do not fit one another")
     return SiteStatistics(parse_site(site), count, tensors)
 

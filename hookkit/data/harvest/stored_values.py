@@ -151,7 +151,7 @@ class Progress:
 
     def add(self, batch: Batch) -> None:
         """Counts a batch."""
-        self._tokens += sum(len(sequence.ids) for sequence in batch.sequences)
+        self._tokens += sum(map(len, batch.sequences))
         speed = self._tokens / (time.perf_counter() - self._start_time)
         self._bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
         self._bar.update(sum(sequence.piece == 0 for sequence in batch.sequences))

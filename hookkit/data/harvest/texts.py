@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...arguments import describe
+from ...arguments import check_integer, describe
 from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import parse_json
 from ...models.lm import LM
@@ -82,22 +82,19 @@ def read_rules(
     lm: LM, pos: PosLike, context: int | None, long: Long, on_error: OnError, batch_tokens: int
 ) -> Rules:
     """Returns the rules of these arguments. The context is the model's own limit by default."""
-    if context is None:
-        context = lm.context
-    elif lm.context is not None and context > lm.context:
-        raise BadHook(
-            f"context={context} was asked for, and the model's is {lm.context}: give that or less"
-        )
+    if context is not None:
+        meaning = "how many tokens a row may have within the model's context,"
+        most = lm.context or math.inf
+        check_integer(context, "context", least=2, most=most, meaning=meaning, error=BadHook)
     where = Where(read_position(pos))
     if where.pos is GENERATED:
         raise BadHook(
             "pos=hk.GENERATED: a harvest reads texts and generates none; "
             "give their tokens as the texts"
         )
-    if context is not None and context < 2:
-        raise BadHook(f"context={context!r}: give how many tokens a row may have, at least 2")
-    if batch_tokens < 1:
-        raise BadHook(f"batch_tokens={batch_tokens!r}: give 1 or more")
+    meaning = "how many tokens run together,"
+    check_integer(batch_tokens, "batch_tokens", least=1, meaning=meaning, error=BadHook)
+    context = context or lm.context
     return Rules(where, context, long, on_error, batch_tokens, one_length=lm.config is None)
 
 
@@ -117,6 +114,15 @@ class TokenSequence:
     left_out: int
     stream: str
 
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self.ids)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of values: one for each kept position."""
+        return len(self.positions)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -133,16 +139,17 @@ class Batch:
         """The numbers of the rows in their window, a row for each kept position."""
         numbers: list[Tensor] = []
         for sequence, start in zip(self.sequences, self.starts, strict=True):
-            numbers.append(torch.arange(start, start + len(sequence.positions)))
+            numbers.append(torch.arange(start, start + sequence.rows))
         return torch.cat(numbers)
 
     def __str__(self) -> str:
         texts = sorted({sequence.text for sequence in self.sequences})
-        plural = "" if len(texts) == 1 else "s"
         names = ", ".join(map(str, texts[:MAX_NAMED]))
-        remaining = len(texts) - MAX_NAMED
-        end = f" and {remaining} more" if remaining > 0 else ""
-        return f"the batch of text{plural} {names}{end}"
+        if len(texts) == 1:
+            return f"the batch of text {names}"
+        if len(texts) > MAX_NAMED:
+            names += f" and {len(texts) - MAX_NAMED} more"
+        return f"the batch of texts {names}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +161,7 @@ class Window:
     @property
     def rows(self) -> int:
         """The number of rows of values: one for each kept position."""
-        return sum(len(sequence.positions) for sequence in self.sequences)
+        return sum(sequence.rows for sequence in self.sequences)
 
     @property
     def left_out(self) -> int:
@@ -166,8 +173,8 @@ class Window:
         A batch has at most `batch_tokens` tokens with padding; a longer sequence has a batch of its
         own.
         """
-        lengths = [len(sequence.ids) for sequence in self.sequences]
-        starts = [0, *accumulate(len(sequence.positions) for sequence in self.sequences)]
+        lengths = list(map(len, self.sequences))
+        starts = [0, *accumulate(sequence.rows for sequence in self.sequences)]
         batches: list[Batch] = []
         for indices in batches_by_length(lengths, rules.batch_tokens, one_length=rules.one_length):
             sequences = tuple(self.sequences[index] for index in indices)
@@ -209,8 +216,8 @@ class TextReader:
             if sequence is None:
                 break
             sequences.append(sequence)
-            tokens += len(sequence.ids)
-            rows += len(sequence.positions)
+            tokens += len(sequence)
+            rows += sequence.rows
         return Window(tuple(sequences)) if sequences else None
 
     def read(self) -> TokenSequence | None:
@@ -236,11 +243,7 @@ class TextReader:
             self._pending.clear()
             content = self._next_content()
             if content is None:
-                raise HarvestChanged(
-                    f"the folder has a harvest of {text + 1} texts or more, and only "
-                    f"{self.text + 1} were given: give the same texts in the same order to go on, "
-                    "or another folder"
-                )
+                raise self.too_few_texts(text + 1)
         if self.digest != digest:
             raise HarvestChanged(
                 f"texts {min(first, text)} to {text} are not those that the folder's harvest has: "
@@ -251,6 +254,13 @@ class TextReader:
         while self._pending and self._pending[0].piece <= piece:
             self._pending.popleft()
         self.left_out = 0
+
+    def too_few_texts(self, harvested: int) -> HarvestChanged:
+        """Returns the error for a harvest in the folder that has more texts than were read."""
+        return HarvestChanged(
+            f"the folder has a harvest of {harvested} texts or more, and only {self.text + 1} were "
+            "given: give the same texts in the same order to go on, or another folder"
+        )
 
     def _next_content(self) -> str | Row | None:
         """Returns the next text or row of ids, and adds it to the hash."""
@@ -269,12 +279,18 @@ class TextReader:
     def _sequences(self, content: str | Row) -> list[TokenSequence]:
         """Returns the sequences of a text that have positions to keep. A text left out has none."""
         ids = _tokenize(self.lm, content, self.text)
+        _check_ids(self.lm, ids, self.text)
+        sequences: list[TokenSequence] = []
+        left_out = self.left_out
         try:
-            rows = _fit_to_context(self.lm, ids, self.rules, self.text)
-            positions: list[PositionRange] = []
-            for row in rows:
+            for piece, row in enumerate(_fit_to_context(self.lm, ids, self.rules, self.text)):
                 find = partial(positions_of_text, self.lm, row)
-                positions.append(positions_of_row(row, self.rules.where, find))
+                positions = positions_of_row(row, self.rules.where, find)
+                if positions:
+                    sequences.append(
+                        TokenSequence(self.text, piece, row, positions, left_out, self.digest)
+                    )
+                    left_out = 0
         except (BadPrompt, BadHook, OutOfRange) as error:
             if self.rules.on_error == "skip":
                 return []
@@ -284,13 +300,6 @@ class TextReader:
             raise type(error)(
                 f"{message}. on_error='skip' leaves out every text that cannot be harvested"
             ) from None
-        sequences: list[TokenSequence] = []
-        for piece, (row, row_positions) in enumerate(zip(rows, positions, strict=True)):
-            if row_positions:
-                left_out = 0 if sequences else self.left_out
-                sequences.append(
-                    TokenSequence(self.text, piece, row, row_positions, left_out, self.digest)
-                )
         return sequences
 
 
@@ -372,24 +381,25 @@ def text_or_ids(item: Any, number: int) -> str | Row:
 
 def _tokenize(lm: LM, content: str | Row, number: int) -> Row:
     if not isinstance(content, str):
-        ids = content
-    elif lm.tokenizer is None:
+        return content
+    if lm.tokenizer is None:
         raise BadPrompt(
             f"text {number} is text, and this model came without a tokenizer: "
             "give rows of token ids"
         )
-    else:  # no warning about long texts
-        ids = tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()
+    # verbose=False: no warning about long texts
+    return tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()
+
+
+def _check_ids(lm: LM, ids: Row, number: int) -> None:
     vocab = lm.sizes["vocab"]
-    if vocab is not None:
-        outside = [token_id for token_id in ids if not 0 <= token_id < vocab]
-        if outside:
-            raise BadPrompt(
-                f"text {number} has token id {outside[0]}, and the vocabulary has ids 0 to "
-                f"{vocab - 1}: give the model the tokenizer that the texts were read with, or the "
-                "texts its own tokens"
-            )
-    return ids
+    if vocab is None or not ids or (min(ids) >= 0 and max(ids) < vocab):
+        return
+    outside = min(ids) if min(ids) < 0 else max(ids)
+    raise BadPrompt(
+        f"text {number} has token id {outside}, and the vocabulary has ids 0 to {vocab - 1}: give "
+        "the model the tokenizer that the texts were read with, or the texts its own tokens"
+    )
 
 
 def _fit_to_context(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arguments import check_arguments
+from ...arguments import check_arguments, check_integer
 from ...errors import BadHook, EmptySelection, HarvestChanged
 from ...files.atomic import lock_folder, write_tensors
 from ...files.untrusted import check_folder
@@ -95,8 +95,8 @@ def harvest(
     kinds = _stored_kinds(probe_sites(lm, sites, "a harvest"), dtype)
     if shard_size is None:
         shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
-    if shard_size < 1:
-        raise BadHook(f"shard_size={shard_size!r}: give 1 or more")
+    meaning = "how many rows a shard has,"
+    check_integer(shard_size, "shard_size", least=1, meaning=meaning, error=BadHook)
     settings = {
         "format": FORMAT,
         "model": describe_model(lm),
@@ -129,11 +129,11 @@ def _stored_kinds(
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise BadHook(f"dtype={dtype!r}: values are kept as {', '.join(map(repr, DTYPES))}")
-    result: dict[AnySite, ValueKind] = {}
+    stored = dict(kinds)
     for site, kind in kinds.items():
-        is_real = kind.dtype.is_floating_point
-        result[site] = ValueKind(kind.shape, getattr(torch, name)) if is_real else kind
-    return result
+        if kind.dtype.is_floating_point:
+            stored[site] = ValueKind(kind.shape, getattr(torch, name))
+    return stored
 
 
 @dataclass(eq=False)
@@ -176,11 +176,7 @@ class HarvestWriter:
                 continue
             is_complete = yield from self._shard(number, shard)
             if not is_complete:
-                raise HarvestChanged(
-                    f"the folder has a harvest of {shard.text + 1} texts or more, and only "
-                    f"{self.reader.text + 1} were given: give the same texts to go on, or another "
-                    "folder"
-                )
+                raise self.reader.too_few_texts(shard.text + 1)
         number = len(shards)
         while end is None and (yield from self._shard(number, None)):
             number += 1
@@ -194,15 +190,15 @@ class HarvestWriter:
             window = self.reader.read_window(self.shard_size - rows)
             if window is None:
                 break
-            windows.append(window)
-            values.append({})
+            stored: dict[AnySite, Tensor] = {}
             for site, kind in self.kinds.items():
-                values[-1][site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
+                stored[site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
             for batch in window.batches(self.reader.rules):
-                yield Step(batch, partial(self._store, values[-1], batch))
-            yield Step(
-                None, lambda _, text=window.sequences[-1].text: self.progress.advance_to(text)
-            )
+                yield Step(batch, partial(self._store, stored, batch))
+            last_text = window.sequences[-1].text
+            yield Step(None, lambda _, text=last_text: self.progress.advance_to(text))
+            windows.append(window)
+            values.append(stored)
             rows += window.rows
         if not windows:
             return False
@@ -210,14 +206,10 @@ class HarvestWriter:
         return True
 
     def _store(
-        self,
-        values_of_site: dict[AnySite, Tensor],
-        batch: Batch,
-        batch_values: dict[AnySite, Tensor],
+        self, stored: dict[AnySite, Tensor], batch: Batch, computed: dict[AnySite, Tensor]
     ) -> None:
-        rows = batch.rows
-        for site, values in batch_values.items():
-            values_of_site[site][rows] = values
+        for site, values in computed.items():
+            stored[site][batch.rows] = values
         self.progress.add(batch)
 
     def _submit(self, *shard: Any) -> None:
@@ -273,13 +265,12 @@ class HarvestWriter:
                 "others or more were given: harvest them into another folder"
             )
         texts = self.reader.text + 1
-        if not texts and not has_rows:
-            raise EmptySelection("no text was given: the stream of texts is empty")
         if not has_rows:
-            pos = self.reader.rules.where.pos
-            raise EmptySelection(
-                f"none of the {texts} texts has a position at pos={pos!r}: give others"
-            )
+            problem = "no text was given: the stream of texts is empty"
+            if texts:
+                pos = self.reader.rules.where.pos
+                problem = f"none of the {texts} texts has a position at pos={pos!r}: give others"
+            raise EmptySelection(problem)
         if end is None and self.lm.is_writer:
             finish_index(self.folder, End(texts, self.reader.left_out, self.reader.digest))
         self.progress.advance_to(texts - 1)
