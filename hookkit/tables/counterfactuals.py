@@ -188,7 +188,8 @@ def compare_generations(
         raise BadHook(f"along={along!r} is unknown: say 'edited' or 'baseline'")
     if not hooks:
         raise BadHook(
-            "compare() was given no hook: there is nothing to compare the unedited text with"
+            "compare_generations() was given no hook: there is nothing to compare the unedited "
+            "text with"
         )
     _refuse_several_texts(lm, arguments)
     rows = as_batch(lm, prompts, side="left").rows

@@ -29,7 +29,7 @@ from ..hooks.base import Hook
 from ..hooks.logits import Ban, Force, Restrict
 from ..models.lm import LM
 from ..models.next_token import ranks_for_table
-from ..models.positions import IndicesLike, read_indices, resolve_rows
+from ..models.positions import IndicesLike
 from ..models.prompts import Prompts, as_batch
 from ..runs.forward import Logits
 from ..runs.generate import generate_with_tracer
@@ -38,6 +38,7 @@ from ..runs.run import Run
 from ..runs.trace import STAGES, Decision, GenerationRecord, Trace, Tracer
 from ..runs.trace import trace as every_step
 from ..runs.worker_thread import ThreadedGenerator
+from .distributions import selected_rows
 from .rank_tables import reasons_of
 
 
@@ -143,7 +144,7 @@ def _record_of(run: Run, rows: IndicesLike) -> GenerationRecord:
         raise NotCaptured(
             "this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())"
         )
-    selected = set(resolve_rows(read_indices(rows, "row", negative=False), len(run.lengths)))
+    selected = selected_rows(rows, len(run.lengths))
     decisions = [decision for decision in run.recorded.decisions if decision.row in selected]
     return replace(run.recorded, decisions=tuple(decisions))
 

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange
+from ..hooks.captured_values import Captured
 from ..models import next_token
 from ..models.lm import LM
 from ..models.positions import (
@@ -161,26 +162,37 @@ def distributions(
     )
     if where.pos is not None and where.step is not None:
         raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: give one of them")
-    request = f"step={step!r}" if step is not None else f"pos={pos!r}"
-    assert captured.positions is not None
     for row in resolve_rows(where.rows, len(captured.rows)):
-        prompt = captured.prompts[row]
-        cover = partial(positions_of_text, run.lm, prompt)
-        selected = resolve_positions(where, len(prompt), cover)
-        available = [position for position in captured.positions[row].tolist() if position >= 0]
-        positions = [position for position in available if position in selected]
-        is_range = isinstance(selected, range)  # a range may reach beyond the text
-        if not positions or not (is_range or set(selected) <= set(available)):
-            raise OutOfRange(
-                f"{request} was asked for in row {row}, where this run has logits at positions "
-                f"{available[0]} to {available[-1]} (its prompt has {len(prompt)} tokens)"
-            )
-        for position in positions:
+        for position in _positions_with_logits(run.lm, captured, row, where):
             location = {"row": row, "pos": position}
             if where.step is not None:
-                location["step"] = position - len(prompt) + 1
+                location["step"] = position - len(captured.prompts[row]) + 1
             logits = captured.values[row, captured.column(row, position)]
             yield Distribution(run.lm, location, logits.detach().float().cpu())
+
+
+def _positions_with_logits(lm: LM, captured: Captured, row: int, where: Where) -> list[int]:
+    """Returns the selected positions of a row. Raises `OutOfRange` if one of them has no logits."""
+    assert captured.positions is not None
+    prompt = captured.prompts[row]
+    selected = resolve_positions(where, len(prompt), partial(positions_of_text, lm, prompt))
+    available = [position for position in captured.positions[row].tolist() if position >= 0]
+    positions = [position for position in available if position in selected]
+    is_range = isinstance(selected, range)  # a range may reach beyond the text
+    if not positions or not (is_range or set(selected) <= set(available)):
+        request = f"pos={where.pos!r}"
+        if where.step is not None:
+            request = f"step={where.step!r}"
+        raise OutOfRange(
+            f"{request} was asked for in row {row}, where this run has logits at positions "
+            f"{available[0]} to {available[-1]} (its prompt has {len(prompt)} tokens)"
+        )
+    return positions
+
+
+def selected_rows(rows: IndicesLike, count: int) -> list[int]:
+    """Returns the rows that `rows=` of a table selects among so many."""
+    return resolve_rows(read_indices(rows, "row", negative=False), count)
 
 
 def scenario(first: float, second: float) -> str:

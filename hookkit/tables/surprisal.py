@@ -35,12 +35,12 @@ from ..hooks.capture import Capture
 from ..hooks.sources import FromPrompt, FromRun, Reference
 from ..models.lm import LM
 from ..models.next_token import rank_among, ranks_for_table, token_logits, top_tokens, values_at
-from ..models.positions import IndicesLike, Span, read_indices, resolve_rows
+from ..models.positions import IndicesLike, Span
 from ..models.prompts import Prompts, Row, as_rows, batches_by_length, check_prompts
 from ..models.sites import Site
 from ..runs.forward import forward
 from ..runs.run import Run
-from .distributions import token_texts
+from .distributions import selected_rows, token_texts
 from .rank_tables import add_deltas
 
 # default number of tokens in a window: 200 MB of logits for 49,152 tokens of vocabulary
@@ -71,27 +71,26 @@ def surprisal(run: Run, *, rows: IndicesLike = None, top: int = 0) -> pd.DataFra
     1      ' deep'  9.50   718
     2  ' learning'  3.07     5
     """
-    check_top(top)
+    _check_top(top)
     captured = run.captured_logits()
     assert captured.positions is not None
     parts = []
-    for row in resolve_rows(read_indices(rows, "row", negative=False), len(captured.rows)):
+    for row in selected_rows(rows, len(captured.rows)):
         positions = captured.positions[row]
         predicted = positions + 1
         columns = ((positions >= 0) & (predicted < run.lengths[row])).nonzero().flatten()
         ids = run.tokens[row].cpu()[predicted[columns]]
-        numbers = token_numbers(run.lm, captured.values[row], columns, ids, top)
-        parts.append((row, predicted[columns].tolist(), numbers))
-    return surprisal_table(run.lm, parts)
+        numbers = _token_numbers(run.lm, captured.values[row], columns, ids, top)
+        parts.append(numbers.assign(row=row, pos=predicted[columns].tolist()))
+    return _surprisal_table(run.lm, parts)
 
 
-def check_top(top: int) -> None:
-    """Raises `OutOfRange` if `top` is no number of alternatives."""
+def _check_top(top: int) -> None:
     meaning = "how many alternatives to show at each token (0 for none),"
     check_integer(top, "top", least=0, meaning=meaning)
 
 
-def token_numbers(
+def _token_numbers(
     lm: LM,
     logits: Float[Tensor, "pos vocab"],
     columns: Int[Tensor, " n"],
@@ -137,28 +136,28 @@ def _numbers_of_piece(
     return table
 
 
-def surprisal_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd.DataFrame:
-    """Returns the table of `surprisal` from (row, positions, `token_numbers` there)."""
-    tables = [
-        _table_of_row(lm, row, positions, part) for row, positions, part in parts if positions
-    ]
-    if not tables:
+def _surprisal_table(lm: LM, parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Returns the table of `surprisal` from `_token_numbers` with their row and pos."""
+    parts = list(filter(len, parts))
+    if not parts:
         raise EmptySelection(
             "there is no token that logits predict: the first token of a text has nothing before "
             "it, and logits='last' of a forward predict what follows the last; give texts of two "
             "tokens or more, with logits='all'"
         )
-    return pd.concat(tables, ignore_index=True)
+    numbers = pd.concat(parts).sort_values(["row", "pos"], ignore_index=True)
+    rows: Any = numbers.groupby("row")
+    return pd.concat([_table_of_row(lm, part) for _, part in rows], ignore_index=True)
 
 
-def _table_of_row(lm: LM, row: int, positions: list[int], numbers: pd.DataFrame) -> pd.DataFrame:
+def _table_of_row(lm: LM, numbers: pd.DataFrame) -> pd.DataFrame:
     logprob = torch.tensor(numbers["logprob"].tolist(), dtype=torch.float64)
     loss = 0.0 - logprob  # so that a certain token's loss is 0.0, not -0.0
     mean = loss.cumsum(0) / torch.arange(1, len(loss) + 1)
     table = pd.DataFrame(
         {
-            "row": row,
-            "pos": positions,
+            "row": numbers["row"],
+            "pos": numbers["pos"],
             "token": token_texts(lm, numbers["token_id"].tolist()),
             "token_id": numbers["token_id"],
             "logprob": numbers["logprob"],
@@ -185,10 +184,10 @@ def surprisal_shift(
 ) -> pd.DataFrame:
     """How each token's loss changed between two runs that read the same text.
 
-    Both are runs, or tables of `surprisal` or `score`: of an edited forward, or of another model
-    with the same tokens. Columns: row, pos, token, token_id; logprob, loss (nats), prob and rank,
-    each with _before, _after and _delta (after minus before); worse (True if the loss grew). In the
-    order of the text, or with `worst_first` by loss_delta, the largest first.
+    Both are runs, or tables of `surprisal` or `token_losses`: of an edited forward, or of another
+    model with the same tokens. Columns: row, pos, token, token_id; logprob, loss (nats), prob and
+    rank, each with _before, _after and _delta (after minus before); worse (True if the loss grew).
+    In the order of the text, or with `worst_first` by loss_delta, the largest first.
 
     Raises `OutOfRange` if the two read different tokens, as two generates do: score one text under
     both instead, `surprisal(forward(lm, text, *hooks))`.
@@ -221,18 +220,13 @@ def surprisal_shift(
 def _as_surprisal(source: Run | pd.DataFrame, rows: IndicesLike) -> pd.DataFrame:
     if isinstance(source, Run):
         return surprisal(source, rows=rows)
-    problem = ""
-    if not isinstance(source, pd.DataFrame):
-        problem = f"a {type(source).__name__}"
-    elif missing := [name for name in [*TOKEN_COLUMNS, *COMPARED] if name not in source]:
-        problem = f"a table without {', '.join(missing)}"
-    if problem:
+    missing = [name for name in [*TOKEN_COLUMNS, *COMPARED] if name not in source]
+    if missing:
         raise BadHook(
-            f"surprisal_shift was given {problem}: give two runs, or two tables of surprisal(run) "
-            "or score(lm, …)"
+            f"surprisal_shift was given a table without {', '.join(missing)}: give two runs, or "
+            "two tables of surprisal(run) or token_losses(lm, …)"
         )
-    count = max(source["row"].tolist(), default=0) + 1
-    selected = resolve_rows(read_indices(rows, "row", negative=False), count)
+    selected = selected_rows(rows, max(source["row"], default=0) + 1)
     return pd.DataFrame(source[source["row"].isin(selected)]).reset_index(drop=True)
 
 
@@ -310,7 +304,7 @@ def token_losses(
     length, step = _window_sizes(lm, window, stride)
     meaning = "how many tokens a forward may have,"
     check_integer(batch_tokens, "batch_tokens", least=1, meaning=meaning, error=BadHook)
-    check_top(top)
+    _check_top(top)
     bos = getattr(lm.tokenizer, "bos_token_id", None)
     windows: list[Window] = []
     for text, row in enumerate(rows):
@@ -322,14 +316,7 @@ def token_losses(
     lengths = [len(window.ids) for window in windows]
     for batch in batches_by_length(lengths, batch_tokens, one_length=lm.config is None):
         parts += _score_batch(lm, [windows[index] for index in batch], hooks, top)
-    if not parts:
-        return surprisal_table(lm, [])  # raises
-    numbers = pd.concat(parts).sort_values(["row", "pos"])
-    by_text = []
-    groups: Any = numbers.groupby("row")
-    for text, part in groups:
-        by_text.append((text, part["pos"].tolist(), part.reset_index(drop=True)))
-    return surprisal_table(lm, by_text)
+    return _surprisal_table(lm, parts)
 
 
 def _score_batch(
@@ -340,7 +327,7 @@ def _score_batch(
     for logits, window in zip(run.logits, batch, strict=True):
         columns = torch.arange(window.first - 1, len(window.ids) - 1)
         ids = torch.tensor(window.ids[window.first :])
-        numbers = token_numbers(lm, logits, columns, ids, top)
+        numbers = _token_numbers(lm, logits, columns, ids, top)
         yield numbers.assign(row=window.text, pos=window.pos + numbers.index)
 
 
@@ -351,8 +338,9 @@ def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], li
         return rows, [1] * len(rows)
     contents: list[Any] = []  # texts as token ids, without the special tokens that begin a prompt
     for text in check_prompts(texts):
-        is_text = isinstance(text, str) and bool(text) and lm.tokenizer is not None
-        contents.append(lm.continuation(str(text)) if is_text else text)
+        if isinstance(text, str) and text and lm.tokenizer is not None:
+            text = lm.continuation(text)
+        contents.append(text)
     rows, prompts = as_rows(lm, contents), as_rows(lm, prefix)
     if len(prompts) not in (1, len(rows)):
         raise BadPrompt(
@@ -366,21 +354,20 @@ def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], li
 
 
 def _window_sizes(lm: LM, window: int | None, stride: int | None) -> tuple[int, int]:
-    for name, value, least in (("window", window, 2), ("stride", stride, 1)):
-        if value is not None:
-            check_integer(value, name, least=least, meaning="a number of tokens,", error=BadHook)
-    if window is not None and lm.context is not None and window > lm.context:
+    context = lm.context or math.inf
+    if window is None:
+        window = int(min(context, MOST))
+    meaning = "a number of tokens within the model's context,"
+    check_integer(window, "window", least=2, most=context, meaning=meaning, error=BadHook)
+    if stride is None:
+        stride = window // 2
+    check_integer(stride, "stride", least=1, meaning="a number of tokens,", error=BadHook)
+    if stride >= window:
         raise BadHook(
-            f"window={window} was asked for, and the model's context is {lm.context}: "
-            "give that or less"
+            f"stride={stride} and window={window}: a window's first token has nothing before it, "
+            f"so give a stride that is smaller than the window, such as {window // 2}"
         )
-    length = window or min(lm.context or MOST, MOST)
-    if stride is not None and stride >= length:
-        raise BadHook(
-            f"stride={stride} and window={length}: a window's first token has nothing before it, "
-            f"so give a stride that is smaller than the window, such as {length // 2}"
-        )
-    return length, stride or length // 2
+    return window, stride
 
 
 def _windows(
@@ -400,14 +387,13 @@ def _windows(
 
 def _check_hook(lm: LM, hook: Hook, *, several_windows: bool) -> None:
     """Raises `BadHook` if a hook would not act as its arguments say, or if its effect is unseen."""
-    if not isinstance(hook, Hook):
-        return  # forward refuses it
     where, instead = hook.where, "see hk.surprisal(hk.forward(lm, texts, hook))"
     if isinstance(hook, Capture):
-        raise BadHook(f"{hook}: score gives a table and keeps no captures; see hk.harvest")
+        raise BadHook(f"{hook}: token_losses gives a table and keeps no captures; see hk.harvest")
     if where.rows is not None:
         raise BadHook(
-            f"{hook} names rows, and score makes batches of its own: leave rows out, or {instead}"
+            f"{hook} names rows, and token_losses makes batches of its own: leave rows out, or "
+            f"{instead}"
         )
     if where.step is not None:
         raise BadHook(
@@ -417,8 +403,8 @@ def _check_hook(lm: LM, hook: Hook, *, several_windows: bool) -> None:
     for field in fields(hook):
         if _is_per_position(lm, hook, getattr(hook, field.name), several_windows):
             raise BadHook(
-                f"{hook} puts in values for each row or position, and score makes batches of its "
-                f"own: {instead}"
+                f"{hook} puts in values for each row or position, and token_losses makes batches "
+                f"of its own: {instead}"
             )
     named = (where.pos, getattr(hook, "key", None))
     if several_windows and any(pos not in ALL_POSITIONS for pos in named):

@@ -128,9 +128,11 @@ class Pairs:
         all_rows = range(len(self))
         if isinstance(which, slice):
             return list(all_rows[which])
-        items = [which] if as_integer(which) is not None else as_items(which)
-        numbers = list(map(as_integer, items or ()))
-        if items is None or None in numbers:
+        items = as_items(which)
+        if items is None:
+            items = [which]
+        numbers = list(map(as_integer, items))
+        if None in numbers:
             raise OutOfRange(
                 "pairs are chosen by a whole number, a slice or a list of numbers, "
                 f"not by {describe(which)}"
@@ -165,10 +167,10 @@ class Pairs:
         prompt = self.clean[0]
         if not isinstance(prompt, str):
             prompt = " ".join(f"<{token_id}>" for token_id in prompt)
-        note = f"; {self.note}" if self.note else ""
+        example = f"{shorten(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}"
         return (
             f"Pairs({self.name}, {count_of(len(self), 'pair')}, seed {self.seed}: "
-            f"{shorten(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}{note})"
+            f"{_join_notes(example, self.note)})"
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -233,7 +235,7 @@ class Pairs:
             )
         removed = len(self) - len(rows)
         note = f"{model} solves {len(rows)} of {len(self)} pairs, {removed} fell out"
-        return replace(self[rows], note=f"{self.note}; {note}" if self.note else note)
+        return replace(self[rows], note=_join_notes(self.note, note))
 
     def _answer_ids(self, lm: LM) -> tuple[list[int], list[int]]:
         """Returns the ids of the answers and of the wrong ones, and checks the pairs' tokens."""
@@ -256,6 +258,10 @@ class Pairs:
                     "give two prompts of one length"
                 )
         return answers, wrong
+
+
+def _join_notes(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _take(values: Sequence[Any], rows: list[int]) -> list[Any]:

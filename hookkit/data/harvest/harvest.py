@@ -116,7 +116,9 @@ def _find_problem(tensors: Mapping[str, Tensor], rows: int) -> str:
     for name, tensor in tensors.items():
         if name not in TOKENS and tensor.shape[:1] != (rows,):
             return f"does not have {rows} rows of {name}"
-    return "" if _has_valid_sequences(tensors) else "refers to tokens that do not exist"
+    if not _has_valid_sequences(tensors):
+        return "refers to tokens that do not exist"
+    return ""
 
 
 def _has_valid_sequences(tensors: Mapping[str, Tensor]) -> bool:
@@ -157,9 +159,10 @@ class Column:
         return (len(self), *self.sizes)
 
     def __repr__(self) -> str:
-        head = "" if self.head is None else f".{self.head}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"Column({self.name}{head}, {list(self.shape)}, {dtype})"
+        name, dtype = self.name, str(self.dtype).removeprefix("torch.")
+        if self.head is not None:
+            name += f".{self.head}"
+        return f"Column({name}, {list(self.shape)}, {dtype})"
 
     def __getitem__(self, rows: RowsLike) -> Shaped[Tensor, ...]:
         if isinstance(rows, slice) and rows.step in (None, 1):
@@ -176,13 +179,11 @@ class Column:
         return result.reshape(*numbers.shape, *self.sizes)
 
     def _slice(self, start: int, stop: int) -> Tensor:
-        parts: list[Tensor] = []
+        parts = [torch.empty((0, *self.sizes), dtype=self.dtype)]
         for shard, (first, last) in enumerate(pairwise(self.shards.starts)):
             if max(first, start) < min(last, stop):
                 parts.append(self._values(shard)[max(0, start - first) : stop - first])
-        if not parts:
-            return torch.empty((0, *self.sizes), dtype=self.dtype)
-        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
     def _values(self, shard: int) -> Tensor:
         """Returns this column's values in a shard. Raises `DamagedHarvest` for a wrong shape."""
@@ -211,13 +212,12 @@ def resolve_rows(rows: RowsLike, count: int) -> Int[Tensor, ...]:
             f"rows={rows!r} were asked for: give a number, a slice or a list of whole numbers"
         )
     numbers = numbers.long()
-    low, high = int(numbers.min()), int(numbers.max())
-    if not -count <= low <= high < count:
-        wrong = low if low < -count else high
-        raise OutOfRange(
-            f"row {wrong} was asked for, and there are {count}: 0 to {count - 1}, "
-            "or counted from the end"
-        )
+    for number in (int(numbers.min()), int(numbers.max())):
+        if not -count <= number < count:
+            raise OutOfRange(
+                f"row {number} was asked for, and there are {count}: 0 to {count - 1}, "
+                "or counted from the end"
+            )
     return torch.where(numbers < 0, numbers + count, numbers)
 
 
@@ -412,8 +412,9 @@ class Harvest:
             total.add(_rows_of(columns, rows), rows, _rows_of(token_columns, rows))
         if not total.of_site:
             raise EmptySelection(f"none of the {len(self)} rows is at pos={pos!r}: give others")
-        about = {name: self.about[name] for name in ("model", "context", "long")}
-        about["pos"] = self.about["pos"] if pos is None else repr(where.pos)
+        about = {name: self.about[name] for name in ("model", "context", "long", "pos")}
+        if pos is not None:
+            about["pos"] = repr(where.pos)
         about |= {"texts": self.texts, "left_out": self.left_out}
         about["stream"] = (self.end or self.shards.all[-1]).stream
         return total.statistics(about)

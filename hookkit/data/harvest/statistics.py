@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -234,11 +234,10 @@ class Statistics:
         """
         rows: list[dict[str, Any]] = []
         for site, statistics in self.of_site.items():
-            heads: Sequence[int | None] = [None]
+            parts: dict[int | None, SiteStatistics] = {None: statistics}
             if statistics.mean.ndim > 1:
-                heads = range(len(statistics.mean))
-            for head in heads:
-                part = statistics if head is None else statistics.head(head)
+                parts = {head: statistics.head(head) for head in range(len(statistics.mean))}
+            for head, part in parts.items():
                 row = {"site": str(site), "head": head, "count": part.count}
                 for name in ("mean", "std", "min", "max"):
                     row[f"norm_{name}"] = getattr(part.norm, name).item()

@@ -317,14 +317,15 @@ class TextFile:
             return sum(1 for _ in file)
 
     def __iter__(self) -> Iterator[Any]:
-        is_json = self.path.suffix == ".jsonl"
+        kind: str = "text in UTF-8"
+        parse: Callable[[bytes], Any] = bytes.decode
+        if self.path.suffix == ".jsonl":
+            kind, parse = "JSON", partial(parse_json, name="it", finite=False)
         with self.path.open("rb") as file:
             for number, line in enumerate(file):
-                data = line.removesuffix(b"\n").removesuffix(b"\r")
                 try:
-                    text = parse_json(data, "it", finite=False) if is_json else data.decode("utf-8")
+                    text = parse(line.removesuffix(b"\n").removesuffix(b"\r"))
                 except (ValueError, BadFile) as error:
-                    kind = "JSON" if is_json else "text in UTF-8"
                     raise BadPrompt(
                         f"text {number}: line {number + 1} of {self.path.name} is no {kind}: "
                         f"{error}"
@@ -382,24 +383,25 @@ def text_or_ids(item: Any, number: int) -> str | Row:
 def _tokenize(lm: LM, content: str | Row, number: int) -> Row:
     if not isinstance(content, str):
         return content
+    if not content:
+        return ()
     if lm.tokenizer is None:
         raise BadPrompt(
             f"text {number} is text, and this model came without a tokenizer: "
             "give rows of token ids"
         )
-    # verbose=False: no warning about long texts
-    return tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()
+    return tuple(lm.tokenizer.encode(content, verbose=False))  # without warning of long texts
 
 
 def _check_ids(lm: LM, ids: Row, number: int) -> None:
     vocab = lm.sizes["vocab"]
-    if vocab is None or not ids or (min(ids) >= 0 and max(ids) < vocab):
-        return
-    outside = min(ids) if min(ids) < 0 else max(ids)
-    raise BadPrompt(
-        f"text {number} has token id {outside}, and the vocabulary has ids 0 to {vocab - 1}: give "
-        "the model the tokenizer that the texts were read with, or the texts its own tokens"
-    )
+    for token_id in (min(ids, default=0), max(ids, default=0)):
+        if vocab is not None and not 0 <= token_id < vocab:
+            raise BadPrompt(
+                f"text {number} has token id {token_id}, and the vocabulary has ids 0 to "
+                f"{vocab - 1}: give the model the tokenizer that the texts were read with, or the "
+                "texts its own tokens"
+            )
 
 
 def _fit_to_context(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:

@@ -165,8 +165,10 @@ class HarvestWriter:
     def _read_progress(self) -> tuple[list[Shard], End | None, list[bool]]:
         """Returns the index and whether each shard exists, as the writing process sees them."""
         shards, end = read_index(self.folder) if self.lm.is_writer else ([], None)
-        result = shards, end, [shard.exists(self.folder) for shard in shards]
-        return result if self.lm.ranks is None else self.lm.ranks.gather_values(result)[0]
+        progress = shards, end, [shard.exists(self.folder) for shard in shards]
+        if self.lm.ranks is None:
+            return progress
+        return self.lm.ranks.gather_values(progress)[0]
 
     def _steps(self, shards: list[Shard], exists: list[bool], end: End | None) -> Steps:
         for number, shard in enumerate(shards):
