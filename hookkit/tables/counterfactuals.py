@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -122,8 +122,8 @@ class Comparison:
                 pos = self.run.prompt_lengths[row] - 1 + step
                 location = {"row": row, "pos": pos, "step": step}
                 after, before = logits[row :: self.count, step].float().cpu()
-                pair = [Distribution(self.run.lm, location, side) for side in (before, after)]
-                pairs.append((pair[0], pair[1]))
+                distribution_at = partial(Distribution, self.run.lm, location)
+                pairs.append((distribution_at(before), distribution_at(after)))
         return pairs
 
     def _repr_html_(self) -> str:

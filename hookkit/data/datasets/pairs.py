@@ -323,30 +323,21 @@ class TokenAfter:
 Label: TypeAlias = int | At | TokenAfter  # an At is the position of the text's last token
 
 
-@dataclass(frozen=True)
-class Draw:
-    """A pair of prompts with its answers, and labels for some positions of the clean prompt."""
+class Draw(NamedTuple):
+    """A pair of prompts with its answers, and labels for some positions of the clean prompt.
+
+    The sampler replaces the labels by positions, and adds a checksum of the token ids.
+    """
 
     clean: Prompt
     corrupted: Prompt
     answer: Token
     wrong: Token
-    labels: Mapping[str, Label] = field(default_factory=dict)
+    labels: Mapping[str, Any]  # of a Label, or of an int
+    checksum: int = 0
 
 
 DrawPair: TypeAlias = Callable[[Random], Draw | None]  # None for a pair that is unusable
-
-
-class TokenizedDraw(NamedTuple):
-    """A draw that is usable with the tokenizer. `length` is the number of tokens of a prompt."""
-
-    clean: Prompt
-    corrupted: Prompt
-    answer: Token
-    wrong: Token
-    labels: dict[str, int]
-    checksum: int
-    length: int
 
 
 def check_draws(n: int, seed: int) -> None:
@@ -372,7 +363,7 @@ def sample_pairs(
     length, of_length = None, ""
     if same_length:
         pilot = islice(_distinct_samples(lm, draw, seed), PILOT_PAIRS)
-        length = min(multimode(sample.length for sample in pilot), default=None)
+        length = min(multimode(map(_length_of, pilot)), default=None)
         of_length = f" of {length} tokens, the commonest length"
     samples = list(islice(_distinct_samples(lm, draw, seed, length), n))
     if len(samples) < n:
@@ -384,7 +375,7 @@ def sample_pairs(
             f"with this tokenizer: {advice}"
         )
     columns = map(list, zip(*samples, strict=True))
-    clean, corrupted, answers, wrong, positions, checksums, _ = columns
+    clean, corrupted, answers, wrong, positions, checksums = columns
     labels: dict[str, tuple[int, ...]] = {}
     for label in positions[0]:
         labels[label] = tuple(row[label] for row in positions)
@@ -393,7 +384,7 @@ def sample_pairs(
 
 def _distinct_samples(
     lm: LM, draw_pair: DrawPair, seed: int, length: int | None = None
-) -> Iterator[TokenizedDraw]:
+) -> Iterator[Draw]:
     """Yields different pairs of a seed, with `length` those of so many tokens."""
     source, previous, idle = Random(seed), set(), 0
     while idle < MAX_IDLE_DRAWS:
@@ -403,12 +394,17 @@ def _distinct_samples(
             continue
         previous.add((draw.clean, draw.corrupted))
         sample = _tokenize_draw(lm, draw)
-        if sample is not None and length in (None, sample.length):
+        if sample is not None and length in (None, _length_of(sample)):
             idle = 0
             yield sample
 
 
-def _tokenize_draw(lm: LM, draw: Draw) -> TokenizedDraw | None:
+def _length_of(sample: Draw) -> int:
+    """Returns the number of tokens of a prompt."""
+    return sample.labels["end"] + 1
+
+
+def _tokenize_draw(lm: LM, draw: Draw) -> Draw | None:
     """Returns the draw with its positions, or None if the tokenizer makes it unusable."""
     clean, corrupted = tokenize(lm, draw.clean), tokenize(lm, draw.corrupted)
     if len(clean) != len(corrupted):
@@ -419,9 +415,7 @@ def _tokenize_draw(lm: LM, draw: Draw) -> TokenizedDraw | None:
     labels = {name: _position(lm, clean, label) for name, label in draw.labels.items()}
     labels["end"] = len(clean) - 1
     tokens = checksum(clean, corrupted, lm.token(draw.answer), lm.token(draw.wrong))
-    return TokenizedDraw(
-        draw.clean, draw.corrupted, draw.answer, draw.wrong, labels, tokens, len(clean)
-    )
+    return draw._replace(labels=labels, checksum=tokens)
 
 
 def _can_follow(lm: LM, prompt: Prompt, answer: Token) -> bool:

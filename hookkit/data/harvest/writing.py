@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,16 @@ from .folder import (
 )
 from .harvest import Harvest, open_harvest
 from .stored_values import Progress, ValueComputation, ValueKind, probe_sites
-from .texts import Batch, Long, OnError, TextReader, TextsLike, Window, read_rules, token_columns
+from .texts import (
+    Batch,
+    Long,
+    OnError,
+    TextReader,
+    TextsLike,
+    TokenSequence,
+    read_rules,
+    token_columns,
+)
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -185,7 +193,7 @@ class HarvestWriter:
 
     def _shard(self, number: int, expected: Shard | None) -> Generator[Step, None, bool]:
         """Yields the steps of a shard. Returns False, without a shard, after the last text."""
-        windows: list[Window] = []
+        sequences: list[TokenSequence] = []
         values: list[dict[AnySite, Tensor]] = []
         rows = 0
         while rows < self.shard_size:
@@ -199,12 +207,12 @@ class HarvestWriter:
                 yield Step(batch, partial(self._store, stored, batch))
             last_text = window.sequences[-1].text
             yield Step(None, lambda _, text=last_text: self.progress.advance_to(text))
-            windows.append(window)
+            sequences += window.sequences
             values.append(stored)
             rows += window.rows
-        if not windows:
+        if not sequences:
             return False
-        yield Step(None, lambda _: self._submit(number, expected, windows, values))
+        yield Step(None, lambda _: self._submit(number, expected, sequences, values))
         return True
 
     def _store(
@@ -227,13 +235,12 @@ class HarvestWriter:
         self,
         number: int,
         expected: Shard | None,
-        windows: list[Window],
+        sequences: list[TokenSequence],
         values: list[dict[AnySite, Tensor]],
     ) -> None:
         """Writes a shard, and adds it to the index or compares it with its line there."""
         if not self.lm.is_writer:
             return
-        sequences = list(chain.from_iterable(window.sequences for window in windows))
         tensors = token_columns(sequences)
         for site in self.kinds:
             tensors[str(site)] = torch.cat([window_values.pop(site) for window_values in values])
@@ -243,7 +250,7 @@ class HarvestWriter:
             file,
             rows=len(tensors["text"]),
             tokens=len(tensors["ids"]),
-            left_out=sum(window.left_out for window in windows),
+            left_out=sum(sequence.left_out for sequence in sequences),
             text=last.text,
             piece=last.piece,
             stream=last.stream,
