@@ -43,7 +43,7 @@ from .texts import COLUMNS, TOKENS
 SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
 FORMAT = 1
 SHARD_NAME = re.compile(r"[0-9]{5,}\.safetensors")
-REQUIRED_SETTINGS = ("format", "model", "sites", "pos", "context", "long")
+REQUIRED_SETTINGS = {"format", "model", "sites", "pos", "context", "long"}
 DTYPES = (
     "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"
 )  # fmt: skip
@@ -102,7 +102,7 @@ class End:
 
 
 def _check_entry(numbers: tuple[Any, ...], hashes: tuple[Any, ...]) -> None:
-    if not all(map(is_count, numbers)) or not all(isinstance(text, str) for text in hashes):
+    if not all(map(is_count, numbers)) or set(map(type, hashes)) != {str}:
         raise ValueError("a number or a hash is invalid")
 
 
@@ -146,7 +146,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_entries(name: str, settings: Mapping[str, Any]) -> None:
-    missing = [key for key in REQUIRED_SETTINGS if key not in settings]
+    missing = sorted(REQUIRED_SETTINGS - settings.keys())
     if missing:
         raise DamagedHarvest(f"{name} has no {', '.join(missing)}: harvest again")
     if not isinstance(settings["sites"], dict) or not isinstance(settings["model"], dict):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -110,7 +110,7 @@ class Shards:
 
 def _find_problem(tensors: Mapping[str, Tensor], rows: int) -> str:
     """Returns what is wrong with the tensors of a shard of so many rows; "" if nothing is."""
-    missing = [name for name in (*COLUMNS, *TOKENS) if name not in tensors]
+    missing = sorted({*COLUMNS, *TOKENS} - tensors.keys())
     if missing:
         return f"has no {', '.join(missing)}"
     for name, tensor in tensors.items():
@@ -324,6 +324,9 @@ class Harvest:
             f"and the columns {', '.join(TOKEN_COLUMNS)}"
         )
 
+    def _columns(self, names: Iterable[Name]) -> dict[Name, Column]:
+        return {name: self[name] for name in names}
+
     def _column(self, site: AnySite, head: int | None = None) -> Column:
         kind = self.about["sites"][str(site)]
         sizes = tuple(kind["shape"])
@@ -382,7 +385,7 @@ class Harvest:
         if size < 1:
             raise BadHook(f"a batch of {size} rows was asked for: give 1 or more")
         names = _site_names(list(self.sites) if sites is None else sites)
-        columns = {name: self[name] for name in dict.fromkeys([*names, *TOKEN_COLUMNS])}
+        columns = self._columns(dict.fromkeys([*names, *TOKEN_COLUMNS]))
         end = len(self) // size * size if drop_last else len(self)
         if seed is None:
             return _successive_batches(self.shards, columns, size, end)
@@ -406,8 +409,7 @@ class Harvest:
         """
         where, total = Where(read_position(pos)), StatisticsSum(covariance, top)
         selected = self.sites if sites is None else as_sites(sites)
-        columns = {site: self[site] for site in selected}
-        token_columns = {name: self[name] for name in TOKEN_COLUMNS}
+        columns, token_columns = self._columns(selected), self._columns(TOKEN_COLUMNS)
         for rows in self._chunks_at(where):
             total.add(_rows_of(columns, rows), rows, _rows_of(token_columns, rows))
         if not total.of_site:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -445,8 +445,7 @@ def positions_of_row(ids: Sequence[int], where: Where, find: Callable[[At], Row]
 
 def token_columns(sequences: Iterable[TokenSequence]) -> dict[str, Tensor]:
     """Returns the columns of the sequences' rows, and all their tokens: `COLUMNS` and `TOKENS`."""
-    columns: dict[str, list[int]] = {name: [] for name in COLUMN_DTYPES}
-    columns["starts"].append(0)
+    columns: defaultdict[str, list[int]] = defaultdict(list, starts=[0])
     for number, sequence in enumerate(sequences):
         count = len(sequence.positions)
         columns["text"] += [sequence.text] * count
@@ -457,6 +456,6 @@ def token_columns(sequences: Iterable[TokenSequence]) -> dict[str, Tensor]:
         columns["ids"] += sequence.ids
         columns["starts"].append(len(columns["ids"]))
     tensors: dict[str, Tensor] = {}
-    for name, column in columns.items():
-        tensors[name] = torch.tensor(column, dtype=COLUMN_DTYPES[name])
+    for name, dtype in COLUMN_DTYPES.items():
+        tensors[name] = torch.tensor(columns[name], dtype=dtype)
     return tensors
