@@ -40,7 +40,7 @@ from .texts import COLUMN_DTYPES, COLUMNS, TOKENS, positions_of_row
 Name = TypeVar("Name", bound=str | AnySite)
 RowsLike: TypeAlias = int | slice | Sequence[int] | Tensor
 
-TOKEN_COLUMNS = COLUMNS[:4]  # text, piece, pos, token
+TOKEN_COLUMNS: tuple[str, ...] = COLUMNS[:4]  # text, piece, pos, token
 CHUNK = 4096  # rows that statistics add at once
 
 
