@@ -2,17 +2,6 @@
 
 Log-probabilities are a float32 log-softmax over every row of the model's vocabulary, as in
 decoding. Sums over the vocabulary are taken in float64.
-
-`scenario` names how a choice between next tokens looks. The first name that fits is used:
-
-very confident     the first token has at least 0.9 of the probability
-two good options   the second token has at least half the probability of the first, and both
-                   together have at least 0.6
-one clear winner   the first token has at least 0.5
-uncertain          everything else
-
-The thresholds are round numbers that sort positions for a reader. A study should use the columns
-`top1_prob`, `entropy` and `perplexity`.
 """
 
 import math
@@ -42,15 +31,6 @@ from ..models.prompts import positions_of_text
 from ..runs.run import Run
 
 LogitVector: TypeAlias = Float[Tensor, " vocab"]
-
-VERY_CONFIDENT = 0.9  # probability of the first token
-HALF_AS_GOOD = 0.5  # probability of the second token, as a fraction of the first's
-TOGETHER = 0.6  # probability of the two tokens
-CLEAR = 0.5  # probability of the first token
-
-UNKNOWN = "unknown"  # the scenario of logits that are NaN
-
-SCENARIOS = ("very confident", "two good options", "one clear winner", "uncertain")
 
 
 def token_texts(lm: LM, ids: Iterable[int]) -> list[str]:
@@ -198,16 +178,18 @@ def selected_rows(rows: IndicesLike, count: int) -> list[int]:
 def scenario(first: float, second: float) -> str:
     """Returns the name for a distribution whose two largest probabilities are these.
 
+    The thresholds are round numbers that sort positions for a reader. A study should use the
+    columns `top1_prob`, `entropy` and `perplexity`.
+
     >>> scenario(0.45, 0.4)
     'two good options'
     """
-    confident, options, winner, uncertain = SCENARIOS
     if math.isnan(first) or math.isnan(second):
-        return UNKNOWN
-    if first >= VERY_CONFIDENT:
-        return confident
-    if second >= HALF_AS_GOOD * first and first + second >= TOGETHER:
-        return options
-    if first >= CLEAR:
-        return winner
-    return uncertain
+        return "unknown"
+    if first >= 0.9:
+        return "very confident"
+    if second >= first / 2 and first + second >= 0.6:
+        return "two good options"
+    if first >= 0.5:
+        return "one clear winner"
+    return "uncertain"

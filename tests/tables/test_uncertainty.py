@@ -10,7 +10,7 @@ from conftest import PROMPTS, TEXTS
 
 import hookkit as hk
 from hookkit.errors import BadHook, EmptySelection, OutOfRange, UnknownKeyword
-from hookkit.tables.distributions import SCENARIOS, scenario
+from hookkit.tables.distributions import scenario
 
 WARPED = [
     "row",
@@ -26,6 +26,8 @@ WARPED = [
     "perplexity",
 ]
 BINS = ["bin", "low", "high", "count", "confidence", "accuracy", "gap", "error"]
+
+SCENARIOS = {"very confident", "two good options", "one clear winner", "uncertain"}
 
 
 def saying(lm: hk.LM, *probs: float) -> hk.types.Run:
@@ -66,14 +68,14 @@ def test_the_thresholds_belong_to_the_surer_name():
     assert [scenario(*pair) for pair in ((0.9, 0.0), (0.6, 0.3), (0.4, 0.2), (0.5, 0.0))] == [
         "very confident", "two good options", "two good options", "one clear winner"
     ]  # fmt: skip
-    assert {scenario(a / 100, b / 100) for a in range(101) for b in range(min(a, 100 - a) + 1)} == {
-        *SCENARIOS
-    }
+    assert {
+        scenario(a / 100, b / 100) for a in range(101) for b in range(min(a, 100 - a) + 1)
+    } == SCENARIOS
 
 
 def test_a_text_has_positions_of_several_scenarios(smol):
     found = hk.uncertainty(hk.forward(smol, [*PROMPTS, *TEXTS]))["scenario"]
-    assert set(found) == {*SCENARIOS}
+    assert set(found) == SCENARIOS
 
 
 def test_temperature_is_its_closed_form_and_changes_no_rank(llama):

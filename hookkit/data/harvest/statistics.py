@@ -55,11 +55,6 @@ class Moments:
     spread: Float[Tensor, ...]
     products: Float[Tensor, "... n n"] | None = None
 
-    @property
-    def variance(self) -> Float[Tensor, ...]:
-        """The mean of squared deviations (divided by the count)."""
-        return self.spread / self.count
-
 
 def to_float64(values: Tensor) -> Float[Tensor, ...]:
     """Returns the values in float64, on the CPU if the device has no float64."""

@@ -136,7 +136,7 @@ def _as_metric(item: Any) -> Metric:
         return item
     if getattr(item, "__module__", "").startswith("hookkit.tables."):
         name = getattr(item, "__name__", "entropy")
-        raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
+        raise BadHook(f"hk.metrics.{name} makes a metric: call it, hk.metrics.{name}(…)")
     if not callable(item):
         raise BadHook(
             f"{describe(item)} is no metric: give hk.metrics.logit_diff(…), hk.metrics.prob(…) …, "
