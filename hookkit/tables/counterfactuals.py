@@ -74,15 +74,9 @@ class Comparison:
             tokens = self.tokens(row, "baseline"), self.tokens(row, "edited")
             steps.append(first_difference(*tokens))
         generated = self.run.generated
-        table = pd.DataFrame(
-            {
-                "row": range(self.count),
-                "baseline": generated[self.count :],
-                "edited": generated[: self.count],
-                "first_difference": steps,
-            }
-        )
-        return table.astype({"first_difference": "Int64"})
+        edited, baseline = generated[: self.count], generated[self.count :]
+        table = pd.DataFrame({"row": range(self.count), "baseline": baseline, "edited": edited})
+        return table.assign(first_difference=pd.array(steps, dtype="Int64"))
 
     @cached_property
     def shifts(self) -> pd.DataFrame:
@@ -210,10 +204,8 @@ def _for_first_rows(hook: Hook, count: int) -> Hook:
 def _refuse_several_texts(lm: LM, arguments: Mapping[str, Any]) -> None:
     config: Any = arguments.get("generation_config") or getattr(lm.root, "generation_config", None)
     for name in ("num_beams", "num_return_sequences"):
-        count = arguments.get(name)
-        if count is None:
-            count = getattr(config, name, None)
-        if (count or 1) > 1:
+        count = arguments.get(name) or getattr(config, name, None) or 1
+        if count > 1:
             raise Unsupported(
                 f"one text for each prompt is needed here, and {name} is {count}: "
                 "leave it out, or set it to 1"

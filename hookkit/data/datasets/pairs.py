@@ -37,14 +37,7 @@ from ...hooks.base import set_field
 from ...models.lm import LM, Token
 from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.positions import At
-from ...models.prompts import (
-    Prompts,
-    Row,
-    as_batch,
-    check_prompt,
-    positions_of_text,
-    shorten,
-)
+from ...models.prompts import Prompts, Row, as_batch, check_prompt, positions_of_text, shorten
 from ...models.tokens import check_token
 from ...runs.forward import forward
 from ...tables.metrics.token_metrics import LogitDiff, logit_diff

@@ -229,21 +229,19 @@ def rows_at_positions(shard: Mapping[str, Tensor], where: Where) -> Int[Tensor, 
     if where == Where():
         return torch.arange(len(shard["pos"]))
     result: list[int] = []
-    counts = torch.bincount(shard["read"], minlength=len(shard["starts"]) - 1).tolist()
     sequences = shard["ids"].split(shard["starts"].diff().tolist())
-    first = 0
-    for count, sequence in zip(counts, sequences, strict=True):
-        positions = shard["pos"][first : first + count].tolist()
-        row_of_position = dict(zip(positions, range(first, first + count), strict=True))
+    counts = torch.bincount(shard["read"], minlength=len(sequences)).tolist()
+    all_rows = torch.arange(len(shard["pos"])).split(counts)
+    for sequence, rows in zip(sequences, all_rows, strict=True):
+        row_of_position = dict(zip(shard["pos"][rows].tolist(), rows.tolist(), strict=True))
         for position in positions_of_row(sequence.tolist(), where, _refuse_text):
             if position not in row_of_position:
                 raise NotCaptured(
-                    f"position {position} of text {int(shard['text'][first])} was asked for, and "
+                    f"position {position} of text {int(shard['text'][rows[0]])} was asked for, and "
                     f"was not harvested: {len(row_of_position)} of its positions were, "
                     f"{min(row_of_position)} to {max(row_of_position)}"
                 )
             result.append(row_of_position[position])
-        first += count
     return torch.tensor(result, dtype=torch.int64)
 
 
