@@ -9,7 +9,7 @@ from .data.datasets.pairs import Pairs
 from .data.harvest.harvest import Harvest
 from .data.harvest.statistics import Statistics
 from .hooks.base import EditContext, Hook
-from .hooks.captured_values import Captured
+from .hooks.capture import Captured
 from .hooks.vector import Vectors
 from .hooks.when import Condition
 from .lenses.tuned_lens import TunedLens

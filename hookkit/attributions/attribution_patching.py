@@ -28,8 +28,7 @@ from torch import Tensor
 from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..hooks.base import Hook
-from ..hooks.capture import Capture, capture
-from ..hooks.captured_values import swap_head_and_query
+from ..hooks.capture import Capture, capture, swap_head_and_query
 from ..models.lm import LM
 from ..models.positions import Where, read_indices
 from ..models.prompts import Prompts

@@ -22,8 +22,7 @@ from ..arguments import check_arguments, check_integer
 from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import EditHook, Hook
-from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, Captures, LazyCapture
+from ..hooks.capture import Captured, Captures, LazyCapture, capture
 from ..hooks.edits import edit
 from ..models.lm import LM
 from ..models.model_setup import freeze_weights

@@ -28,8 +28,7 @@ from torch import Tensor
 from ..arguments import check_arguments
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
-from ..hooks.capture import capture
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Captured, capture
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import AnySite, Site

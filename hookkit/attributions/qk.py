@@ -18,8 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..hooks.capture import capture
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Captured, capture
 from ..models.layout import is_hidden
 from ..models.lm import LM
 from ..models.sites import SITES_WITH_KEY_HEADS, AnySite, Site

@@ -22,7 +22,8 @@ from ..hooks.ablation import ablate, patch
 from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.edits import edit, scale, steer
-from ..hooks.logits import ban, force
+from ..hooks.logit_shifts import ban
+from ..hooks.logits import force
 from ..models.lm import LM
 from ..models.prompts import as_batch
 from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, Site

@@ -22,8 +22,8 @@ from .base import (
     require_vectors,
     set_field,
 )
-from .captured_values import Captured
-from .sources import (
+from .capture import Captured
+from .values import (
     FromPrompt,
     FromRun,
     Means,

@@ -7,7 +7,7 @@ a running edit where its values are.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -21,7 +21,9 @@ from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where, read_indices, read_position
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Sites, as_sites
 from . import serialization
-from .captured_values import Captured
+
+if TYPE_CHECKING:
+    from .capture import Captured
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,7 +196,7 @@ class Binding:
 
     lm: LM
     site: AnySite
-    reference: Callable[[tuple[tuple[int, ...] | str, ...]], Captured]
+    reference: Callable[[tuple[tuple[int, ...] | str, ...]], "Captured"]
 
     @property
     def shape(self) -> tuple[int, ...] | None:

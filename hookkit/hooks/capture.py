@@ -1,15 +1,37 @@
-"""The hook that copies values: `capture`."""
+"""The hook `capture`, the values that it keeps, and how those of several forwards are joined.
+
+A forward gives a `CapturedChunk` to each capture. `join_chunks` joins the chunks of one text into
+the tensors of a `Captured`. `Captures` holds all of them by site; each is joined when it is first
+read.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import as_bool, check_keywords, check_text, describe
-from ..errors import BadHook
-from ..models.positions import IndicesLike, PosLike
-from ..models.sites import Site, Sites, SitesLike, as_sites
+from ..display import render_html
+from ..errors import BadHook, NotCaptured
+from ..models.batch_positions import Selection, expand_mask
+from ..models.positions import IndicesLike, PosLike, Where
+from ..models.sites import (
+    QUERY_KEY_SITES,
+    AnySite,
+    ModuleSite,
+    Site,
+    Sites,
+    SitesLike,
+    as_sites,
+    parse_site,
+)
 from .base import Hook, as_where, set_field
 
 INTEGER_SITES = frozenset({"experts"})  # the sites whose values are integers
@@ -113,3 +135,358 @@ def capture(
     device_text = None if device is None else str(device)
     where = as_where(pos, rows, step)
     return Capture(as_sites(sites), where, name, grad, dtype_text, device_text)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Captured:
+    """A copy of the values at a site, which nothing changes later.
+
+    `values` [row, pos, ...] (at scores and pattern [row, head, query, key], where positions are
+    those of queries) holds the selected rows and positions in the order of the text, padded with
+    zeros; `positions` [row, pos] holds the position of each, -1 in padding. `rows` are the indices
+    of the prompts in the batch, `prompts` the prompts' tokens. `positions` is None for a tensor
+    without the axes batch and pos.
+    """
+
+    site: AnySite
+    where: Where
+    values: Shaped[Tensor, ...]
+    positions: Int[Tensor, "row pos"] | None
+    rows: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    name: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Captured)
+            and self._key == other._key
+            and torch.equal(self.values, other.values)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return self.site, self.where, self.rows, self.prompts
+
+    def _repr_html_(self) -> str:
+        shape, dtype, rows = list(self.values.shape), self.values.dtype, list(self.rows)
+        return render_html(f"captured {self.site}", {"shape": shape, "dtype": dtype, "rows": rows})
+
+    def __repr__(self) -> str:
+        return f"Captured({self.site}, {list(self.values.shape)}, rows {list(self.rows)})"
+
+    @property
+    def by_position(self) -> Shaped[Tensor, "row pos ..."]:
+        """The values with row and position as the first two axes, for scores and patterns too."""
+        return swap_head_and_query(self.site, self.values)
+
+    def head(self, head: int) -> Captured:
+        """Returns the values of one head of a site that was captured with all of its heads."""
+        values, site = self.by_position, self.site
+        if not isinstance(site, Site) or site.head is not None or head >= values.shape[2]:
+            raise NotCaptured(f"{site} was captured, which has no head {head} to take")
+        return replace(self, site=Site(site.name, site.layer, head), values=values[:, :, head])
+
+    def row(self, prompt: int) -> int:
+        """Returns the index of a prompt's values. A capture of one row serves every prompt."""
+        if prompt in self.rows:
+            return self.rows.index(prompt)
+        if len(self.rows) == 1:
+            return 0
+        raise NotCaptured(
+            f"the source of {self.site} has rows {list(self.rows)}, and row {prompt} is to be "
+            "replaced: give a source of one row, or with the same rows"
+        )
+
+    @cached_property
+    def columns(self) -> list[dict[int, int]]:
+        """The index of each position in a row of `values`, for every row."""
+        assert self.positions is not None
+        columns = []
+        for row in self.positions.tolist():
+            columns.append(
+                {position: column for column, position in enumerate(row) if position >= 0}
+            )
+        return columns
+
+    def column(self, row: int, position: int) -> int:
+        """Returns the index of a position's value in a row of `values`."""
+        columns = self.columns[row]
+        if position not in columns:
+            raise NotCaptured(
+                f"position {position} of {self.site} was asked for, and the source has positions "
+                f"{min(columns)} to {max(columns)} of its row {self.rows[row]}: capture it there"
+            )
+        return columns[position]
+
+
+def swap_head_and_query(site: AnySite, values: Tensor) -> Tensor:
+    """Swaps the axes head and query of the values of scores or a pattern; returns others as they
+    are.
+
+    The model's view is [row, query, head, key], the user's [row, head, query, key].
+    """
+    if isinstance(site, Site) and site.name in QUERY_KEY_SITES and site.head is None:
+        return values.transpose(1, 2)
+    return values
+
+
+@dataclass(eq=False, slots=True)
+class LazyCapture:
+    """The values of one capture at one site, computed when they are first read.
+
+    The run that holds it in its `Captures` owns it.
+    """
+
+    site: AnySite
+    name: str | None
+    compute: Callable[[], Captured] | None
+    value: Captured | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the computed values."""
+        return LazyCapture, (self.site, self.name, None, self.captured())
+
+    def captured(self) -> Captured:
+        """Returns the captured values."""
+        if self.value is None:
+            assert self.compute is not None
+            self.value = self.compute()
+            self.compute = None  # frees the chunks
+        return self.value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Captures:
+    """All captured values of one text: `captures["resid_post.6"]`, `captures["resid_post.6",
+    name]`.
+    """
+
+    slots: tuple[LazyCapture, ...] = ()
+    ended: tuple[AnySite, ...] = ()  # sites whose rows all ended before the capture's positions
+
+    @property
+    def all(self) -> list[Captured]:
+        """Every capture, in the order of the hooks."""
+        return [slot.captured() for slot in self.slots]
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that have values, in the order of the hooks."""
+        return Sites(tuple(dict.fromkeys(slot.site for slot in self.slots)))
+
+    def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
+        """Returns the values at a site with their rows and positions.
+
+        `name` is the capture's name, which is needed if several captures kept the site.
+        """
+        key = parse_site(site) if isinstance(site, str) else site
+        if not isinstance(key, Site | ModuleSite):
+            raise NotCaptured(
+                f"{describe(site)} is no site: ask for [site] or [site, name], such as "
+                f"['resid_post.6']. It has {self.sites}."
+            )
+        if slot := self._slot(key, name, key):
+            return slot.captured()
+        if isinstance(key, Site) and key.head is not None:
+            all_heads = self._slot(Site(key.name, key.layer), name, key)
+            if all_heads is not None:
+                return all_heads.captured().head(key.head)
+        label = str(key) if name is None else f"{key} named {name!r}"
+        if key in self.ended:
+            raise NotCaptured(
+                f"{label} was to be captured in rows that had ended before they came to the "
+                "capture's positions: there is nothing of it. Let the rows generate more tokens, "
+                "or capture it elsewhere"
+            )
+        raise NotCaptured(f"{label} was not captured. {self._available(key)}")
+
+    def _slot(self, site: AnySite, name: str | None, requested: AnySite) -> LazyCapture | None:
+        """Returns the one capture of a site, or None. Raises `NotCaptured` if there are several."""
+        slots = [s for s in self.slots if s.site == site and name in (None, s.name)]
+        if len(slots) > 1:
+            raise NotCaptured(
+                f"{requested} was captured {len(slots)} times, with the names "
+                f"{', '.join(repr(s.name) for s in slots)}: give each capture a name of its own "
+                f"and ask for [{str(requested)!r}, name]"
+            )
+        return slots[0] if slots else None
+
+    def _available(self, site: AnySite) -> str:
+        if not self.slots:
+            return "Nothing was: give hk.capture(site) to the run."
+        if site.every_layer:
+            return (
+                f"Name one layer, such as '{site}.0', or stack them with .stack({str(site)!r}). "
+                f"It has {self.sites}."
+            )
+        return f"It has {self.sites}."
+
+    def __getitem__(self, key: str | AnySite | tuple[str | AnySite, str]) -> Tensor:
+        if not isinstance(key, tuple):
+            return self.captured(key).values
+        if len(key) != 2:
+            raise NotCaptured(
+                f"{describe(key)} is no key: ask for [site] or [site, name], such as "
+                "['resid_post.6']"
+            )
+        return self.captured(*key).values
+
+    def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
+        """Returns the values of all captured layers of a site such as "resid_post", by layer.
+
+        The result is on the device of the first layer.
+        """
+        sites = sorted(site for site in self.sites if isinstance(site, Site) and site.name == name)
+        if not sites:
+            raise NotCaptured(f"no layer of {name!r} was captured. {self._available(Site(name))}")
+        device = self[sites[0]].device  # layers may be on several devices
+        return torch.stack([self[site].to(device) for site in sites])
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(map(str, self.sites))
+
+
+@dataclass(eq=False, slots=True)
+class CapturedChunk:
+    """The values that one forward gave to a capture.
+
+    `cells` is None if the tensor has no axes batch and pos. `leaf` is the tensor that a capture
+    with gradients returns, in the user's order of axes. The capture's bound hook owns the chunk.
+    """
+
+    call: int
+    cells: Selection | None
+    values: Tensor
+    leaf: Tensor | None = None
+
+    def of_rows(self, rows: Sequence[int]) -> list[CapturedChunk]:
+        """Returns a list with the chunk of these model rows alone, or an empty list."""
+        cells = _cells(self)
+        kept_indices = [index for index, row in enumerate(cells.rows) if row in rows]
+        if not kept_indices:
+            return []
+        rows = [cells.rows[index] for index in kept_indices]
+        positions = [cells.row_positions[index] for index in kept_indices]
+        kept_cells = replace(cells, rows=rows, row_positions=positions, valid=None, whole=False)
+        return [CapturedChunk(self.call, kept_cells, self.values[kept_indices])]
+
+
+@dataclass(frozen=True)
+class SequenceEnd:
+    """How a text ended.
+
+    For each final row: its prompt, the number of positions that count (`limits`), and for each call
+    the model row that it was then (`lineage`; None if rows never change, as without beams).
+    """
+
+    prompts: Sequence[int]
+    limits: Sequence[int] | None = None
+    lineage: dict[int, list[int]] | None = None
+    expand: int = 1  # model rows of each prompt
+
+    def limit(self, row: int) -> int | None:
+        """Returns how many positions of a model row count; None if no end is known.
+
+        With beams it is the length of the longest final text of the row's prompt.
+        """
+        if self.limits is None:
+            return None
+        if self.lineage is None:
+            return self.limits[row]
+        return self._longest_of_prompt.get(row // self.expand)
+
+    @cached_property
+    def _longest_of_prompt(self) -> dict[int, int]:
+        longest: dict[int, int] = {}
+        for prompt, limit in zip(self.prompts, self.limits or (), strict=False):
+            longest[prompt] = max(limit, longest.get(prompt, 0))
+        return longest
+
+    def sources(self, call: int) -> Sequence[int]:
+        """Returns the model row that each final row was in a call, -1 for none."""
+        return range(len(self.prompts)) if self.lineage is None else self.lineage[call]
+
+
+def join_chunks(
+    chunks: list[CapturedChunk], ending: SequenceEnd, unseen: float
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Joins the chunks of a text: values [row, pos, ...], positions [row, pos], and the final rows.
+
+    Rows without values are left out. `unseen` pads the last axis where later chunks are wider, as
+    scores and patterns have more keys.
+    """
+    if len(chunks) == 1 and ending.limits is None:
+        cells = _cells(chunks[0])
+        return chunks[0].values, cells.positions, cells.rows
+    width = max(chunk.values.shape[-1] for chunk in chunks)
+    all_values, all_positions = [], []
+    for chunk in chunks:
+        values, chunk_positions = _for_final_rows(chunk, ending.sources(chunk.call))
+        if missing := width - values.shape[-1]:
+            values = nn.functional.pad(values, (0, missing), value=unseen)
+        all_values.append(values)
+        all_positions.append(chunk_positions)
+    positions = torch.cat(all_positions, dim=1)
+    if ending.limits is not None:
+        positions = positions.masked_fill(positions >= torch.tensor(ending.limits)[:, None], -1)
+    return _without_gaps(torch.cat(all_values, dim=1), positions)
+
+
+def _for_final_rows(chunk: CapturedChunk, sources: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns the values and positions of a chunk with one row for every final row."""
+    cells = _cells(chunk)
+    if list(sources) == cells.rows:
+        return chunk.values, cells.positions
+    index_of_row = {row: index for index, row in enumerate(cells.rows)}
+    indices = torch.tensor([index_of_row.get(source, -1) for source in sources])
+    positions = cells.positions[indices].masked_fill((indices < 0)[:, None], -1)
+    return chunk.values[indices.to(chunk.values.device)], positions
+
+
+def _cells(chunk: CapturedChunk) -> Selection:
+    assert chunk.cells is not None, "a tensor without rows and positions has one chunk"
+    return chunk.cells
+
+
+def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Drops rows without positions, and moves padding to the end of each row, where it is zero."""
+    is_real = positions >= 0
+    rows = is_real.any(dim=1).nonzero().flatten().tolist()
+    width = int(is_real.sum(dim=1).max()) if rows else 0
+    if len(rows) == len(is_real) and bool(is_real[:, :width].all()):
+        return values[:, :width], positions[:, :width], rows
+    order = torch.argsort(is_real.long(), dim=1, descending=True, stable=True)[rows, :width]
+    row_index = torch.tensor(rows)[:, None]
+    positions = positions[row_index, order]
+    device = values.device
+    values = values[row_index.to(device), order.to(device)]
+    return values.masked_fill(expand_mask(positions < 0, values), 0), positions, rows
+
+
+def positions_of(captured: Captured) -> Tensor:
+    """Returns the positions. Raises `BadHook` for values that have no rows and positions."""
+    if captured.positions is None:
+        raise BadHook(
+            f"the tensor at {captured.site} has no rows and positions of its own: it cannot be "
+            "patched by position, and prompts cannot be a reference for it"
+        )
+    return captured.positions
+
+
+def merge_captures(parts: Sequence[Captured]) -> Captured:
+    """Joins captures of one site from several batches, whose rows are numbered on."""
+    values, positions, prompts = [], [], []
+    for part in parts:
+        values += part.values
+        positions += positions_of(part)
+        prompts += part.prompts
+    return replace(
+        parts[0],
+        values=pad_sequence(values, batch_first=True),
+        positions=pad_sequence(positions, batch_first=True, padding_value=-1),
+        rows=tuple(range(len(prompts))),
+        prompts=tuple(prompts),
+    )

@@ -29,7 +29,7 @@ from .base import (
     require_vectors,
     set_field,
 )
-from .captured_values import swap_head_and_query
+from .capture import swap_head_and_query
 from .values import check_result, check_shape, convert_once, fit_to_values, scale_tensor
 
 

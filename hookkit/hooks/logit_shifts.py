@@ -1,4 +1,4 @@
-"""Hooks that move tokens up or down in the ranking: `boost`, `cap`, `swap` and `set_rank`."""
+"""Hooks that raise or lower tokens: `ban`, `restrict`, `boost`, `cap`, `swap` and `set_rank`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,102 @@ from ..models.positions import IndicesLike, PosLike
 from ..models.sites import AnySite, as_sites
 from ..models.tokens import Token
 from .base import Binding, Change, EditContext, as_where, set_field
-from .logits import LogitEdit, Logits, TokensEdit, flatten_tokens
-from .values import fitted_number, next_above, next_below, round_down
-from .when import When
+from .logits import LogitEdit, Phrase, TokensEdit, fitted_number, flatten_tokens, next_above
+from .when import Logits, When
+
+
+@dataclass(frozen=True)
+class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
+    """Makes tokens impossible. `ban` returns it."""
+
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
+        banned: list[int] = []
+        phrases: list[list[int]] = []
+        for token in self.tokens:
+            ids = self.ids(token, binding.lm)
+            if len(ids) == 1:
+                banned += ids
+            else:
+                phrases.append(ids)
+
+        def apply(logits: Logits, here: EditContext) -> Logits:
+            new = logits.clone()
+            new[..., banned] = -math.inf
+            for ids in phrases:
+                for row, column in _cells_before_last(ids, here):
+                    new[row, column, ids[-1]] = -math.inf
+            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
+                raise BadEdit(f"{self} leaves no token to choose at {here.site}")
+            return new
+
+        return apply
+
+
+def _cells_before_last(phrase_ids: list[int], here: EditContext) -> list[tuple[int, int]]:
+    """Returns the cells whose next token would complete the phrase."""
+    start = phrase_ids[:-1]
+    cells = []
+    for row, positions in enumerate(here.cells.row_positions):
+        for column, position in enumerate(positions):
+            if here.read(row, position, len(start)) == start:
+                cells.append((row, column))
+    return cells
+
+
+@check_keywords
+def ban(
+    *tokens: Token | Phrase | Iterable[Token | Phrase],
+    step: IndicesLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: IndicesLike = None,
+    site: str | AnySite = "logits",
+) -> Ban:
+    """Sets the logits of these tokens to -inf: their probability is exactly 0.
+
+    The last token of a phrase is banned where the tokens before it, in the prompt or generated, are
+    the phrase's other tokens.
+
+    >>> print(ban(" coffee", " tea"))
+    ban(' coffee', ' tea')
+    """
+    return Ban(as_sites(site), as_where(pos, rows, step), flatten_tokens(tokens, "ban"), when=when)
+
+
+@dataclass(frozen=True)
+class Restrict(TokensEdit, verb="restrict", gives_infinity=True):
+    """Makes all other tokens impossible. `restrict` returns it."""
+
+    def edit(self, binding: Binding, tokens: list[int]) -> Change:
+        def apply(logits: Logits, here: EditContext) -> Logits:
+            new = torch.full_like(logits, -math.inf)
+            new[..., tokens] = logits[..., tokens]
+            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
+                raise BadEdit(
+                    f"{self} leaves no token to choose at {here.site}: all of these were banned "
+                    "before"
+                )
+            return new
+
+        return apply
+
+
+@check_keywords
+def restrict(
+    *tokens: Token | Iterable[Token],
+    step: IndicesLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: IndicesLike = None,
+    site: str | AnySite = "logits",
+) -> Restrict:
+    """Sets the logits of all other tokens to -inf: one of these is chosen, by its own odds.
+
+    >>> print(restrict(" yes", " no"))
+    restrict(' yes', ' no')
+    """
+    selected = flatten_tokens(tokens, "restrict")
+    return Restrict(as_sites(site), as_where(pos, rows, step), selected, when=when)
 
 
 @dataclass(frozen=True)
@@ -342,3 +435,14 @@ def set_rank(
     set_rank(' coffee', 3)
     """
     return SetRank(as_sites(site), as_where(pos, rows, step), token, rank, when=when)
+
+
+def next_below(values: Tensor) -> Tensor:
+    """Returns the next smaller numbers of the dtype."""
+    return -next_above(-values)
+
+
+def round_down(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the numbers in another dtype, each at most the exact one."""
+    new = exact.to(dtype)
+    return torch.where(new.to(exact.dtype) > exact, next_below(new), new)

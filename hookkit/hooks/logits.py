@@ -1,16 +1,21 @@
-"""The base of all hooks on logits, and the hooks that decide which token is chosen.
+"""The base of all hooks on logits, phrases, and `force`, whose token `generate` takes.
 
 Logit edits act on the logits that the model returns, after any soft-cap or scaling, and before the
 decoding rules of `generate`. By default they act at the prompt's last position and at every
 generated step; with `when=`, at those of them where a condition on the logits holds.
+
+`Decisions` makes `generate` take the forced tokens in every decoding mode. Rules of transformers
+(temperature, top_p, suppress_tokens …) are overruled. A constraint of the caller
+(`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out contradicts the hook.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,16 +23,56 @@ from torch import Tensor
 
 from ..arguments import check_keywords, check_number
 from ..errors import BadEdit, BadHook, NotOneToken
-from ..models.batch_positions import DecidedToken
+from ..models.batch_positions import DecidedToken, SequenceBatch
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where
 from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, as_sites
 from ..models.tokens import Token, check_token, check_tokens
 from .base import EVERY_STEP, Binding, Change, EditContext, EditHook, as_tuple, as_where, set_field
-from .values import fitted_number, next_above
-from .when import Condition, Phrase, When, bind_condition, phrase_offsets
+from .values import overflow_message
+from .when import Condition, Logits, When, bind_condition, phrase_offsets
 
-Logits: TypeAlias = Float[Tensor, "row pos vocab"]
+Scores: TypeAlias = Float[Tensor, "row vocab"]
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Tokens in a row, as a text or as ids. `phrase` returns it."""
+
+    words: str | tuple[Token, ...]
+
+    def __post_init__(self) -> None:
+        is_text = isinstance(self.words, str)
+        words = str(self.words) if is_text else check_tokens(self.words, "phrase")
+        set_field(self, "words", words)
+        if not self.words:
+            raise BadHook("phrase() has no token: give a text, or tokens")
+
+    def __repr__(self) -> str:
+        words = self.words if isinstance(self.words, str) else list(self.words)
+        return f"phrase({words!r})"
+
+    def ids(self, lm: LM) -> list[int]:
+        """Returns the ids of its tokens in this model's vocabulary."""
+        if not isinstance(self.words, str):
+            return [lm.token(token) for token in self.words]
+        if lm.tokenizer is None:
+            raise NotOneToken(
+                f"{self!r} is text, and this model came without a tokenizer: give token ids"
+            )
+        return lm.continuation(self.words)
+
+
+@check_keywords
+def phrase(words: str | Sequence[Token]) -> Phrase:
+    """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens.
+
+    A text in the middle of a line usually begins with a space.
+
+    >>> phrase(" a cup of tea")
+    phrase(' a cup of tea')
+    """
+    return Phrase(words)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -108,9 +153,7 @@ class LogitEdit(EditHook):
     def change(self, binding: Binding) -> Change:
         tokens = self.named(binding.lm)
         edit = self.edit(binding, tokens)
-        condition = None
-        if self.when is not None:
-            condition = bind_condition(self.when, binding.lm)
+        condition = None if self.when is None else bind_condition(self.when, binding.lm)
 
         def apply(logits: Logits, here: EditContext) -> Logits:
             check_inside(logits, here, tokens)
@@ -230,8 +273,8 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
         def apply(logits: Logits, here: EditContext) -> Logits:
-            offsets = torch.zeros(logits.shape[:-1], dtype=torch.long)
-            return self._write(logits, here, tokens, offsets)
+            first_token = torch.zeros(logits.shape[:-1], dtype=torch.long)
+            return self._write(logits, here, tokens, first_token)
 
         return apply
 
@@ -333,100 +376,6 @@ def force(
     return Force(as_sites(site), as_where(pos, rows, step), token, margin, when=when)
 
 
-@dataclass(frozen=True)
-class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
-    """Makes tokens impossible. `ban` returns it."""
-
-    def edit(self, binding: Binding, tokens: list[int]) -> Change:
-        banned: list[int] = []
-        phrases: list[list[int]] = []
-        for token in self.tokens:
-            ids = self.ids(token, binding.lm)
-            if len(ids) == 1:
-                banned += ids
-            else:
-                phrases.append(ids)
-
-        def apply(logits: Logits, here: EditContext) -> Logits:
-            new = logits.clone()
-            new[..., banned] = -math.inf
-            for ids in phrases:
-                for row, column in _cells_before_last(ids, here):
-                    new[row, column, ids[-1]] = -math.inf
-            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
-                raise BadEdit(f"{self} leaves no token to choose at {here.site}")
-            return new
-
-        return apply
-
-
-def _cells_before_last(phrase_ids: list[int], here: EditContext) -> list[tuple[int, int]]:
-    """Returns the cells whose next token would complete the phrase."""
-    start = phrase_ids[:-1]
-    cells = []
-    for row, positions in enumerate(here.cells.row_positions):
-        for column, position in enumerate(positions):
-            if here.read(row, position, len(start)) == start:
-                cells.append((row, column))
-    return cells
-
-
-@check_keywords
-def ban(
-    *tokens: Token | Phrase | Iterable[Token | Phrase],
-    step: IndicesLike = None,
-    when: When | None = None,
-    pos: PosLike = None,
-    rows: IndicesLike = None,
-    site: str | AnySite = "logits",
-) -> Ban:
-    """Sets the logits of these tokens to -inf: their probability is exactly 0.
-
-    The last token of a phrase is banned where the tokens before it, in the prompt or generated, are
-    the phrase's other tokens.
-
-    >>> print(ban(" coffee", " tea"))
-    ban(' coffee', ' tea')
-    """
-    return Ban(as_sites(site), as_where(pos, rows, step), flatten_tokens(tokens, "ban"), when=when)
-
-
-@dataclass(frozen=True)
-class Restrict(TokensEdit, verb="restrict", gives_infinity=True):
-    """Makes all other tokens impossible. `restrict` returns it."""
-
-    def edit(self, binding: Binding, tokens: list[int]) -> Change:
-        def apply(logits: Logits, here: EditContext) -> Logits:
-            new = torch.full_like(logits, -math.inf)
-            new[..., tokens] = logits[..., tokens]
-            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
-                raise BadEdit(
-                    f"{self} leaves no token to choose at {here.site}: all of these were banned "
-                    "before"
-                )
-            return new
-
-        return apply
-
-
-@check_keywords
-def restrict(
-    *tokens: Token | Iterable[Token],
-    step: IndicesLike = None,
-    when: When | None = None,
-    pos: PosLike = None,
-    rows: IndicesLike = None,
-    site: str | AnySite = "logits",
-) -> Restrict:
-    """Sets the logits of all other tokens to -inf: one of these is chosen, by its own odds.
-
-    >>> print(restrict(" yes", " no"))
-    restrict(' yes', ' no')
-    """
-    selected = flatten_tokens(tokens, "restrict")
-    return Restrict(as_sites(site), as_where(pos, rows, step), selected, when=when)
-
-
 def named_tokens(lm: LM, hooks: Iterable[object]) -> list[int]:
     """Returns the tokens that the logit edits among these hooks name, each once."""
     tokens: list[int] = []
@@ -434,3 +383,146 @@ def named_tokens(lm: LM, hooks: Iterable[object]) -> list[int]:
         if isinstance(hook, LogitEdit):
             tokens += hook.named(lm)
     return list(dict.fromkeys(tokens))
+
+
+def fitted_number(value: float, dtype: torch.dtype, name: str) -> float:
+    """Returns the number. Raises `BadEdit` if it is finite and the dtype cannot hold it."""
+    if math.isfinite(value) and abs(value) > torch.finfo(dtype).max:
+        raise BadEdit(overflow_message(1, f"{name}={value:g}", dtype))
+    return value
+
+
+def next_above(values: Tensor) -> Tensor:
+    """Returns the next larger numbers of the dtype; around 0, the smallest normal number."""
+    info = torch.finfo(values.dtype)
+    if values.dtype in (torch.float32, torch.float64):
+        above = torch.nextafter(values, torch.full_like(values, math.inf))
+    else:
+        # torch.nextafter lacks 16-bit dtypes on some devices. Numbers of one sign have the order of
+        # their bits
+        bits = values.contiguous().view(torch.int16)
+        above = torch.where(values > 0, bits + 1, bits - 1).view(values.dtype)
+    return torch.where(values.abs() < info.tiny, info.tiny, above)
+
+
+class Decisions:
+    """Applies the decisions of one call of `generate`.
+
+    `text` owns the decisions; each is removed when it is read. `offset` is the number of columns
+    before the tokens that `generate` itself counts.
+    """
+
+    def __init__(self, text: SequenceBatch, offset: int) -> None:
+        self.text, self.offset = text, offset
+
+    def apply(
+        self,
+        rules: Any,
+        constraints: Set[int],
+        input_ids: Int[Tensor, "row column"],
+        scores: Scores,
+        settings: Mapping[str, Any],
+    ) -> Scores:
+        """Applies the rules to the scores, then leaves only the decided token in rows with one.
+
+        `constraints` are the ids of the rules that are the caller's.
+        """
+        decided = self._current(input_ids, scores)
+        if not decided:
+            return rules(input_ids, scores, **settings)
+        if type(rules).__name__ == "LogitsProcessorList":
+            for rule in rules:
+                before = scores
+                scores = type(rules)([rule])(input_ids, scores, **settings)
+                if id(rule) in constraints:
+                    self._check_possible(before, scores, decided, _name(rule))
+        else:  # the rules of an enclosing `attach`, which act as a whole
+            scores = rules(input_ids, scores, **settings)
+            if not constraints.isdisjoint(map(id, rules)):
+                name = "prefix_allowed_tokens_fn or logits_processor"
+                self._check_possible(None, scores, decided, name)
+        # an impossible decided token has the score 0
+        rows, tokens = _rows_and_tokens(decided, scores.device)
+        new = scores.clone()
+        new[rows] = -math.inf
+        new[rows, tokens] = scores[rows, tokens].nan_to_num(0, 0, 0)
+        return new
+
+    def _current(
+        self, input_ids: Int[Tensor, "row column"], scores: Scores
+    ) -> dict[int, DecidedToken]:
+        """Returns the decision for each row, unless a later hook has put another token first."""
+        current_column = self.offset + input_ids.shape[1] - 1
+        decided = {}
+        for (row, column), decision in self.text.decided.items():
+            if column == current_column:
+                decided[row] = decision
+        self.text.decided.clear()
+        if not decided:
+            return {}
+        rows, tokens = _rows_and_tokens(decided, scores.device)
+        is_first = (scores[rows, tokens] >= scores[rows].amax(dim=-1)).tolist()
+        return dict(itertools.compress(decided.items(), is_first))
+
+    def _check_possible(
+        self, before: Scores | None, after: Scores, decided: Mapping[int, DecidedToken], name: str
+    ) -> None:
+        """Raises `BadEdit` for a decided token that the caller's rule makes impossible.
+
+        A token that was impossible before the rule is not the rule's fault.
+        """
+        for row, decision in decided.items():
+            token = decision.token
+            was_possible = before is None or before[row, token] > -math.inf
+            if was_possible and not after[row, token] > -math.inf:
+                raise BadEdit(
+                    f"{decision.hook} decides on token {token} in row {self.text.of(row)}, and "
+                    f"{name} leaves it out: change one of the two, or give force a margin=, which "
+                    "decoding may overrule"
+                )
+
+
+def follow_decisions(
+    rules: Any, keywords: Mapping[str, Any], decisions: Decisions | None, listener: Any
+) -> Any:
+    """Returns the rules of a call of `generate`, changed so that they follow decisions.
+
+    They also report the resulting scores to a listener. `keywords` are those with which
+    transformers asked the model for the rules.
+    """
+    from transformers import LogitsProcessorList
+
+    class Rules(LogitsProcessorList):
+        constraints: set[int]
+
+        def __call__(self, input_ids: Any, scores: Any, **settings: Any) -> Any:
+            if decisions is None:
+                new = rules(input_ids, scores, **settings)
+            else:
+                new = decisions.apply(rules, self.constraints, input_ids, scores, settings)
+            return new if listener is None else listener.processed(new)
+
+    following = Rules(rules)
+    processors = keywords.get("logits_processor") or ()
+    following.constraints = {*map(id, processors), *getattr(rules, "constraints", ())}
+    following.constraints.update(id(rule) for rule in rules if _has_allowed_tokens(rule))
+    return following
+
+
+def _has_allowed_tokens(rule: Any) -> bool:
+    from transformers import PrefixConstrainedLogitsProcessor
+
+    return isinstance(rule, PrefixConstrainedLogitsProcessor)
+
+
+def _name(rule: Any) -> str:
+    if _has_allowed_tokens(rule):
+        return "prefix_allowed_tokens_fn"
+    return f"the logits_processor {type(rule).__name__}"
+
+
+def _rows_and_tokens(
+    decided: Mapping[int, DecidedToken], device: torch.device
+) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+    tokens = [decision.token for decision in decided.values()]
+    return torch.tensor(list(decided), device=device), torch.tensor(tokens, device=device)

@@ -22,12 +22,11 @@ from .ablation import Ablate, Patch, ablate, patch
 from .base import Hook, as_tuple
 from .capture import Capture, capture
 from .edits import Knockout, Scale, SkipBlock, knockout, project_out, scale, skip_block, steer
-from .logit_shifts import Boost, SetRank, boost, cap, set_rank, swap
-from .logits import LogitEdit, ban, force, restrict
-from .sources import FromPrompt, Reference
+from .logit_shifts import Boost, SetRank, ban, boost, cap, restrict, set_rank, swap
+from .logits import LogitEdit, Phrase, force, phrase
 from .text_grammar import Spelling, parse_amount, parse_parts, parse_sites, parse_token, split
+from .values import FromPrompt, Reference
 from .vector import Vector, load_vector
-from .when import Phrase, phrase
 
 LAYER = re.compile(r"\d{1,9}")
 LAYER_AND_HEAD = re.compile(r"\d{1,9}(?:\.\d{1,9})?")

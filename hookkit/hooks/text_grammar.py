@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import shorten
 from ..errors import BadHook
-from ..models.positions import GENERATED, PROMPT, at
+from ..models import positions
 
 if TYPE_CHECKING:
     from ..models.tokens import Token
-    from .when import Phrase
+    from .logits import Phrase
 
 CONDITIONS = (
-    "phrase", "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of",
-    "prob_of",
+    "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of", "prob_of",
 )  # fmt: skip
-NAMES: dict[str, Any] = {"PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
+NAMES: dict[str, Any] = {
+    "PROMPT": positions.PROMPT,
+    "GENERATED": positions.GENERATED,
+    "inf": float("inf"),
+}
 END = r"(-?\d{1,18})?"  # an end of a slice; more digits are no position
 SLICE = re.compile(rf"{END}:{END}(?::(\d{{1,18}}))?")
 MAX_LENGTH = 2000  # characters of a WHERE
@@ -147,21 +150,21 @@ def _evaluate(node: ast.expr) -> Any:
             return list(map(_evaluate, node.elts))
         case ast.Name(id=name) if name in NAMES:
             return NAMES[name]
-        case ast.Call(func=ast.Name(id=name)) if name == "at" or name in CONDITIONS:
+        case ast.Call(func=ast.Name(id=name)) if name in ("at", "phrase", *CONDITIONS):
             return _call(name, node)
     raise _NoValueError
 
 
 def _call(name: str, node: ast.Call) -> Any:
-    function = at
-    if name in CONDITIONS:
-        from . import when
-
-        function = getattr(when, name)
+    module: Any = positions
+    if name == "phrase":
+        from . import logits as module
+    elif name in CONDITIONS:
+        from . import when as module
     keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
     arguments = map(_evaluate, node.args)
     try:
-        return function(*arguments, **keywords)
+        return getattr(module, name)(*arguments, **keywords)
     except TypeError as error:
         raise BadHook(f"{ast.unparse(node)[:80]!r} cannot be read: {error}") from error
 

@@ -1,15 +1,306 @@
-"""The numbers that go into a site: constants that fit its values, and what its dtype can hold."""
+"""The values that edits put in: constants that fit a site, and the sources of `ablate` and `patch`.
 
+A source is zeros, a tensor, the values of another run, or the mean or a sample of the values of
+reference prompts.
+"""
+
+import hashlib
 import math
-from collections.abc import Callable
-from typing import Any
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import BadEdit, BadHook
-from .base import Binding, Constant, EditContext
+from ..arguments import check_choice, check_seed, describe
+from ..errors import BadEdit, BadHook, BadPrompt
+from ..models.layout import unseen_value
+from ..models.lm import LM
+from ..models.positions import Where, resolve_positions
+from ..models.prompts import check_prompts, positions_of_text
+from ..models.sites import QUERY_KEY_SITES, ModuleSite, Sites
+from .base import Binding, Change, Constant, EditContext, check_constant, set_field
+from .capture import Captured, positions_of
+
+Per: TypeAlias = Literal["position", "all"]
+
+
+@dataclass(frozen=True)
+class Means:
+    """One tensor for each of the hook's sites: `tensors[i]` for site i."""
+
+    tensors: tuple[Constant, ...]
+
+    def __post_init__(self) -> None:
+        for tensor in self.tensors:
+            check_constant(tensor, "a mean")
+
+    def __repr__(self) -> str:
+        return "means"
+
+
+@dataclass(frozen=True)
+class FromRun:
+    """The values of a run: `sources[i]` for the hook's site i."""
+
+    sources: tuple[Captured, ...]
+
+    def __post_init__(self) -> None:
+        for source in self.sources:
+            _check_captured(source)
+
+    def __repr__(self) -> str:
+        return "run"
+
+
+@dataclass(frozen=True)
+class FromPrompt:
+    """The values that the model has on a prompt (a text or token ids), which is run first."""
+
+    prompt: str | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
+        set_field(self, "prompt", reference_prompts([prompt])[0])
+
+    def __repr__(self) -> str:
+        return repr(self.prompt)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Values of other prompts: captured ones (`sources`), or `prompts` that are run first."""
+
+    how: Literal["mean", "resample"]
+    per: Per
+    seed: int
+    sources: tuple[Captured, ...] = ()
+    prompts: tuple[tuple[int, ...] | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice(self.how, "to", ("mean", "resample"))
+        check_choice(self.per, "per", ("position", "all"))
+        set_field(self, "seed", check_seed(self.seed))
+        if self.how == "mean" and self.seed:
+            raise BadHook(
+                "seed= draws for to='resample', and to='mean' draws nothing: leave seed out"
+            )
+        if bool(self.sources) == bool(self.prompts):
+            raise BadHook(f"to={self.how!r} needs a reference: say over=run, or over=[prompts]")
+        if self.prompts:
+            set_field(self, "prompts", reference_prompts(self.prompts))
+        for source in self.sources:
+            _check_captured(source)
+
+    def __repr__(self) -> str:
+        count = len(self.prompts) or len(self.sources[0].rows)
+        seed = f", seed={self.seed}" if self.how == "resample" else ""
+        return f"{self.how!r}, over={count} prompts, per={self.per!r}{seed}"
+
+
+def reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
+    """Returns the prompts of a reference. Raises `BadHook` if there is none."""
+    try:
+        return tuple(check_prompts(over))
+    except BadPrompt as error:
+        raise BadHook(
+            f"over={describe(over)} has no prompt to take a reference from: {error}"
+        ) from error
+
+
+def _check_captured(source: object) -> None:
+    """Raises `BadHook` if captured values do not have the rows and positions that they name."""
+    if not isinstance(source, Captured):
+        raise BadHook(f"a hook holds {describe(source)} where values of a run are meant")
+    values = source.values
+    if not isinstance(values, Tensor) or values.ndim < 1 or not isinstance(source.prompts, tuple):
+        raise BadHook(
+            f"the values of a run at {source.site} are {describe(values)}, and no tensor of rows"
+        )
+    if source.positions is None:
+        return
+    shape = source.by_position.shape[:2]  # scores and patterns have their heads before the queries
+    fits = isinstance(source.positions, Tensor) and source.positions.shape == shape
+    if not fits or len(source.rows) != shape[0] or len(source.prompts) < shape[0]:
+        raise BadHook(
+            f"the values of a run at {source.site} have shape {list(values.shape)}, and positions, "
+            "rows or prompts of another number: capture them again"
+        )
+
+
+Source: TypeAlias = Literal["zero"] | Constant | Means | FromRun | FromPrompt | Reference
+
+
+def bind_source(source: Source, sites: Sites, where: Where, binding: Binding) -> Change:
+    """Returns the change of the values at one of a hook's sites to those of its source."""
+    match source:
+        case "zero":
+            return lambda values, here: torch.zeros_like(values)
+        case Constant():
+            return _replace_by(source, binding)
+        case Means():
+            return _replace_by(source.tensors[sites.index(binding.site)], binding)
+    captured = _captured(source, binding)
+    if binding.shape is not None:
+        _check_sizes(captured, captured.values.shape[2:], binding.shape)
+    if not isinstance(source, Reference):
+        return _patch(captured, where, binding.lm)
+    if source.how == "mean":
+        return _mean(captured, source.per)
+    return _resample(captured, source.per, source.seed)
+
+
+def _replace_by(tensor: Constant, binding: Binding) -> Change:
+    check_shape(tensor, binding, "the tensor")
+    fit = fit_to_values(tensor, "the tensor")
+    return lambda values, here: fit(values, here).expand_as(values).clone()
+
+
+def _captured(source: FromRun | FromPrompt | Reference, binding: Binding) -> Captured:
+    """Returns the source's values at one site. Prompts are run first."""
+    if isinstance(source, FromPrompt):
+        captured = binding.reference((source.prompt,))
+    elif isinstance(source, Reference) and source.prompts:
+        captured = binding.reference(source.prompts)
+    else:
+        captured = next(part for part in source.sources if part.site == binding.site)
+    positions_of(captured)  # raises if there are none
+    return captured
+
+
+def _patch(source: Captured, where: Where, lm: LM) -> Change:
+    """Returns the change to the source's values at the positions that `where` means in its text."""
+
+    def apply(values: Tensor, here: EditContext) -> Tensor:
+        rows = [source.row(prompt) for prompt in here.rows]
+        columns = _source_columns(source, where, rows, here, lm)
+        new = source.by_position[torch.tensor(rows)[:, None], columns]
+        new = convert_like(new, values, f"what the source has at {source.site}")
+        if isinstance(source.site, ModuleSite) or source.site.name not in QUERY_KEY_SITES:
+            _check_sizes(source, new.shape[2:], values.shape[2:])
+            return new
+        _check_sizes(source, new.shape[2:-1], values.shape[2:-1])
+        # no query of the source's text sees keys after its last one
+        n_missing_keys = values.shape[-1] - new.shape[-1]
+        if n_missing_keys <= 0:
+            return new[..., : values.shape[-1]]
+        masked = unseen_value(new.dtype, source.site.name == "scores")
+        return nn.functional.pad(new, (0, n_missing_keys), value=masked)
+
+    return apply
+
+
+def _check_sizes(source: Captured, sizes: Sequence[int], model_sizes: Sequence[int]) -> None:
+    """Raises `BadHook` if another model's values cannot fit a site of this one."""
+    if tuple(sizes) != tuple(model_sizes):
+        raise BadHook(
+            f"the source of {source.site} has values of shape {list(sizes)} after row and pos, and "
+            f"this model has {list(model_sizes)}: give a run of a model of the same size"
+        )
+
+
+def _source_columns(
+    source: Captured, where: Where, rows: list[int], here: EditContext, lm: LM
+) -> Tensor:
+    """Returns the column of the source's values for each cell.
+
+    Both texts resolve `where` for themselves, and their positions are paired in order.
+    """
+    positions_of_prompt = here.cells.text.selected_positions(where)
+    columns = torch.zeros_like(here.positions)
+    for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
+        ids = source.prompts[row]
+        positions = positions_of_prompt[prompt]
+        assert positions is not None
+        find_text = partial(positions_of_text, lm, ids)
+        source_positions = resolve_positions(where, len(ids), find_text)
+        length = here.cells.text.lengths[prompt]
+        is_unpaired = where.pos is None and length != len(ids)
+        if is_unpaired or len(positions) != len(source_positions):
+            raise BadHook(
+                f"row {prompt} has {length} tokens and the source of {source.site} has {len(ids)}, "
+                f"so pos={where.pos!r} does not pair their positions: say which are meant, with "
+                "pos="
+            )
+        row_columns = []
+        for position in here.cells.row_positions[number]:
+            source_position = source_positions[positions.index(position)]
+            row_columns.append(source.column(row, source_position))
+        columns[number, : len(row_columns)] = torch.tensor(row_columns)
+    return columns
+
+
+def _mean(source: Captured, per: Per) -> Change:
+    """Returns the change to the reference's mean, at the same position or over all positions."""
+    assert source.positions is not None
+    name = f"the reference's mean at {source.site}"
+    is_real = source.positions >= 0
+    if per == "all":
+        overall = convert_once(source.values[is_real].double().mean(0), name)
+        return lambda values, here: overall(values).expand_as(values).clone()
+    available = source.positions[is_real].unique()
+    means = []
+    for position in available:
+        means.append(source.values[source.positions == position].double().mean(0))
+    table = torch.stack(means)
+
+    def apply(values: Tensor, here: EditContext) -> Tensor:
+        _check_available(available, here, source)
+        index = torch.searchsorted(available, here.positions.clamp(min=int(available[0])))
+        return convert_like(table[index], values, name)
+
+    return apply
+
+
+def _check_available(available: Tensor, here: EditContext, source: Captured) -> None:
+    missing = here.positions[~torch.isin(here.positions, available) & (here.positions >= 0)]
+    if len(missing):
+        raise BadHook(
+            f"position {int(missing[0])} of {source.site} is to be replaced, and no prompt of the "
+            f"reference is that long (its positions: {int(available.min())} to "
+            f"{int(available.max())}): give longer ones, fewer positions, or per='all'"
+        )
+
+
+def _resample(source: Captured, per: Per, seed: int) -> Change:
+    """Returns the change to values of other prompts, drawn at random.
+
+    A draw depends on the seed, the prompt's own tokens and the position only, so that it is the
+    same alone and in a batch.
+    """
+    assert source.positions is not None
+    is_real = source.positions >= 0
+    available = source.positions[is_real].unique()
+    cells: list[tuple[int, int]] = is_real.nonzero().tolist()
+
+    def draw(prompt: tuple[int, ...], position: int) -> tuple[int, int]:
+        digest = hashlib.sha256(repr((seed, prompt)).encode()).hexdigest()
+        if per == "all":
+            return random.Random(f"{digest}{position}").choice(cells)
+        # one donor serves all positions of a row for which it is long enough
+        donors = random.Random(digest).sample(range(len(source.rows)), len(source.rows))
+        donor = next(row for row in donors if position in source.columns[row])
+        return donor, source.columns[donor][position]
+
+    def apply(values: Tensor, here: EditContext) -> Tensor:
+        if per == "position":
+            _check_available(available, here, source)
+        new = torch.zeros_like(values)
+        for row, (prompt, positions) in enumerate(
+            zip(here.rows, here.cells.row_positions, strict=True)
+        ):
+            ids = here.cells.text.prompt(prompt)
+            index = torch.tensor([draw(ids, position) for position in positions])
+            drawn = source.values[index[:, 0], index[:, 1]]
+            name = f"what the reference has at {source.site}"
+            new[row, : len(positions)] = convert_like(drawn, values, name)
+        return new
+
+    return apply
 
 
 def convert_once(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
@@ -110,50 +401,20 @@ def convert_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if dtype.is_floating_point and torch.finfo(dtype).max < largest:
         lost = int((torch.isfinite(tensor) & ~torch.isfinite(new)).sum())
         if lost:
-            raise BadEdit(_overflow_message(lost, name, dtype))
+            raise BadEdit(overflow_message(lost, name, dtype))
     return new
-
-
-def fitted_number(value: float, dtype: torch.dtype, name: str) -> float:
-    """Returns the number. Raises `BadEdit` if it is finite and the dtype cannot hold it."""
-    if math.isfinite(value) and abs(value) > torch.finfo(dtype).max:
-        raise BadEdit(_overflow_message(1, f"{name}={value:g}", dtype))
-    return value
 
 
 def scale_tensor(tensor: Tensor, scale: float, name: str) -> Tensor:
     """Returns `scale` times the tensor. Raises `BadHook` if its dtype cannot hold a product."""
     product = scale * tensor
     if count := int((~torch.isfinite(product)).sum()):
-        raise BadHook(_overflow_message(count, f"{scale:g} times {name}", tensor.dtype))
+        raise BadHook(overflow_message(count, f"{scale:g} times {name}", tensor.dtype))
     return product
 
 
-def next_above(values: Tensor) -> Tensor:
-    """Returns the next larger numbers of the dtype; around 0, the smallest normal number."""
-    info = torch.finfo(values.dtype)
-    if values.dtype in (torch.float32, torch.float64):
-        above = torch.nextafter(values, torch.full_like(values, math.inf))
-    else:
-        # torch.nextafter lacks 16-bit dtypes on some devices. Numbers of one sign have the order of
-        # their bits
-        bits = values.contiguous().view(torch.int16)
-        above = torch.where(values > 0, bits + 1, bits - 1).view(values.dtype)
-    return torch.where(values.abs() < info.tiny, info.tiny, above)
-
-
-def next_below(values: Tensor) -> Tensor:
-    """Returns the next smaller numbers of the dtype."""
-    return -next_above(-values)
-
-
-def round_down(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the numbers in another dtype, each at most the exact one."""
-    new = exact.to(dtype)
-    return torch.where(new.to(exact.dtype) > exact, next_below(new), new)
-
-
-def _overflow_message(count: int, name: str, dtype: torch.dtype) -> str:
+def overflow_message(count: int, name: str, dtype: torch.dtype) -> str:
+    """Returns the message for numbers that a dtype cannot hold."""
     numbers = "a number" if count == 1 else f"{count} numbers"
     return (
         f"{name} has {numbers} that {str(dtype).removeprefix('torch.')} cannot hold: its largest "

@@ -1,4 +1,4 @@
-"""Conditions on logits, which say when a logit edit acts; and phrases, tokens in a row.
+"""Conditions on logits, which say when a logit edit acts.
 
     hk.force(" coffee", when=hk.when.entropy_above(2.0))
     hk.ban(" tea", when=hk.when.rank_of(" tea", at_most=3))
@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..arguments import check_choice, check_integer, check_keywords, check_number
-from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
+from ..errors import BadEdit, BadHook, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, rank_among, ranks_for_table, token_logits
-from ..models.tokens import Token, check_token, check_tokens
+from ..models.tokens import Token, check_token
 from .base import EditContext, set_field
 
 __all__ = [
@@ -218,47 +218,6 @@ def _of(quantity: str, token: Token, at_most: float | None, at_least: float | No
         return Condition(quantity, token, "at_least", at_least)
     assert at_most is not None
     return Condition(quantity, token, "at_most", at_most)
-
-
-@dataclass(frozen=True)
-class Phrase:
-    """Tokens in a row, as a text or as ids. `phrase` returns it."""
-
-    words: str | tuple[Token, ...]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.words, str):
-            set_field(self, "words", str(self.words))
-        else:
-            set_field(self, "words", check_tokens(self.words, "phrase"))
-        if not self.words:
-            raise BadHook("phrase() has no token: give a text, or tokens")
-
-    def __repr__(self) -> str:
-        words = self.words if isinstance(self.words, str) else list(self.words)
-        return f"phrase({words!r})"
-
-    def ids(self, lm: LM) -> list[int]:
-        """Returns the ids of its tokens in this model's vocabulary."""
-        if not isinstance(self.words, str):
-            return [lm.token(token) for token in self.words]
-        if lm.tokenizer is None:
-            raise NotOneToken(
-                f"{self!r} is text, and this model came without a tokenizer: give token ids"
-            )
-        return lm.continuation(self.words)
-
-
-@check_keywords
-def phrase(words: str | Sequence[Token]) -> Phrase:
-    """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens.
-
-    A text in the middle of a line usually begins with a space.
-
-    >>> phrase(" a cup of tea")
-    phrase(' a cup of tea')
-    """
-    return Phrase(words)  # pyright: ignore[reportArgumentType]
 
 
 def phrase_offsets(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..hooks.base import Hook
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Captured
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
 from ..models.overrides import MethodReplacement, skip_hooks

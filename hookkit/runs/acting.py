@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import EditContext
-from ..hooks.capture import Capture, CaptureLast
-from ..hooks.captured_values import CapturedChunk, swap_head_and_query
+from ..hooks.capture import Capture, CapturedChunk, CaptureLast, swap_head_and_query
 from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.layout import SiteView

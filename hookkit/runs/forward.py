@@ -14,8 +14,7 @@ from torch import Tensor
 from ..arguments import check_arguments
 from ..errors import BadPrompt, EmptySelection, Unsupported
 from ..hooks.base import Hook
-from ..hooks.capture import Capture
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Capture, Captured
 from ..models.lm import LM, logits_of
 from ..models.model_setup import warn_of_dropout
 from ..models.padding import can_pad

@@ -12,8 +12,7 @@ from typing import Any
 from ..arguments import check_arguments, check_integer, check_seed, describe
 from ..errors import BadArgument, NeverFired, UnknownKeyword, Unsupported, did_you_mean
 from ..hooks.base import EVERY_STEP, Hook
-from ..hooks.capture import Capture, CaptureLast
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Capture, Captured, CaptureLast
 from ..models.lm import LM
 from ..models.model_setup import warn_of_dropout
 from ..models.padding import check_generation

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..hooks.captured_values import SequenceEnd
-from ..hooks.decided_tokens import Decisions, follow_decisions
+from ..hooks.capture import SequenceEnd
+from ..hooks.logits import Decisions, follow_decisions
 from ..models.batch_positions import Columns, ForwardPass, SequenceBatch, columns_of_mask
 from ..models.overrides import Overrides
 from ..models.positions import NO_END

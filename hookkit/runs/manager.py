@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from ..arguments import check_arguments
 from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
-from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, Captures, merge_captures
+from ..hooks.capture import Captured, Captures, capture, merge_captures
 from ..models.attention import current_modes, intercept_tensors, remove_modes_except
 from ..models.lm import LM, as_lm
 from ..models.model_setup import (

@@ -17,7 +17,7 @@ from ..display import render_html
 from ..errors import NotCaptured, Unsupported
 from ..files.atomic import save_tensors
 from ..hooks.base import Hook
-from ..hooks.captured_values import Captured, Captures
+from ..hooks.capture import Captured, Captures
 from ..models.lm import LM
 from ..models.sites import AnySite, Sites
 from .texts import CaptureStore

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange, Unsupported
 from ..hooks.base import Binding, Change, EditHook, Hook
-from ..hooks.capture import Capture
-from ..hooks.captured_values import Captured, CapturedChunk
+from ..hooks.capture import Capture, Captured, CapturedChunk
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
 from ..models.layout import SiteView, view_of

@@ -16,8 +16,8 @@ import pandas as pd
 from torch import Tensor
 
 from ..errors import NeverFired, Unsupported
-from ..hooks.capture import Capture
-from ..hooks.captured_values import (
+from ..hooks.capture import (
+    Capture,
     Captured,
     CapturedChunk,
     Captures,
@@ -26,8 +26,7 @@ from ..hooks.captured_values import (
     join_chunks,
     swap_head_and_query,
 )
-from ..hooks.decided_tokens import Decisions
-from ..hooks.logits import Force
+from ..hooks.logits import Decisions, Force
 from ..models.batch_positions import ForwardPass, Selection, SequenceBatch
 from ..models.layout import unseen_value
 from ..models.lm import LM

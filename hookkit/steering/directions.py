@@ -26,8 +26,7 @@ from ..arguments import check_arguments, check_integer, check_number
 from ..display import progress_bar
 from ..errors import BadHook, BadPrompt, EmptySelection
 from ..hooks.base import Hook, as_where, require_vectors
-from ..hooks.capture import capture
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Captured, capture
 from ..hooks.edits import edit
 from ..hooks.vector import Vector, Vectors, data_hash, describe_model
 from ..models.lm import LM, logits_of, refuse_no_gradient

@@ -28,9 +28,8 @@ from ..arguments import as_items, check_integer, check_seed, describe
 from ..errors import BadEdit, BadHook, EmptySelection
 from ..hooks.ablation import Ablate
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook, require_vectors, set_field
-from ..hooks.capture import Capture
-from ..hooks.captured_values import Captured
-from ..hooks.sources import FromRun
+from ..hooks.capture import Capture, Captured
+from ..hooks.values import FromRun
 from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
 from ..models.positions import Where

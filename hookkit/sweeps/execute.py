@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import NeverFired, TooLittleMemory
-from ..hooks.capture import capture
-from ..hooks.captured_values import CapturedChunk
+from ..hooks.capture import CapturedChunk, capture
 from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import Step, Steps, run_steps
 from ..runs.engines.ray import Ray

@@ -23,8 +23,7 @@ from ..arguments import check_arguments
 from ..errors import BadHook
 from ..hooks.ablation import patch
 from ..hooks.base import Hook
-from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, CapturedChunk, Captures, LazyCapture
+from ..hooks.capture import Captured, CapturedChunk, Captures, LazyCapture, capture
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import AnySite, Site, Sites, SitesLike

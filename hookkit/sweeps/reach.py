@@ -22,9 +22,9 @@ from typing import TypeAlias
 
 from ..hooks.ablation import Ablate
 from ..hooks.base import EditHook
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Captured
 from ..hooks.edits import Edit
-from ..hooks.sources import FromRun
+from ..hooks.values import FromRun
 from ..models.lm import LM
 from ..models.positions import At, Where, resolve_positions
 from ..models.prompts import positions_of_text

@@ -25,8 +25,7 @@ from ..display import first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
-from ..hooks.logits import Force, named_tokens
-from ..hooks.when import Phrase
+from ..hooks.logits import Force, Phrase, named_tokens
 from ..models.lm import LM
 from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..arguments import check_arguments
 from ..errors import NotCaptured, OutOfRange, Unsupported
 from ..hooks.base import Hook
-from ..hooks.logits import Ban, Force, Restrict
+from ..hooks.logit_shifts import Ban, Restrict
+from ..hooks.logits import Force
 from ..models.lm import LM
 from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, read_indices, resolve_rows

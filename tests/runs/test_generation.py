@@ -14,7 +14,7 @@ from transformers import (
 
 import hookkit as hk
 from hookkit.errors import NeverFired, OutOfRange, UnknownKeyword, Unsupported
-from hookkit.hooks import captured_values
+from hookkit.hooks import capture as capture_module
 
 SITE = "resid_post.1"
 VECTOR = torch.linspace(-1, 1, 32)
@@ -440,11 +440,11 @@ def test_logits_of_the_last_step_are_the_last_of_all_and_no_others_are_held(way,
             assert torch.equal(last.values[row, 0], every.values[row, count - 1])
             assert int(last.positions[row, 0]) == positions[count - 1]
     held = []
-    real = captured_values.join_chunks
+    real = capture_module.join_chunks
     monkeypatch.setattr(
-        "hookkit.hooks.captured_values.join_chunks",
+        "hookkit.hooks.capture.join_chunks",
         lambda pieces, *more: held.append(len(pieces)) or real(pieces, *more),
     )
-    monkeypatch.setattr("hookkit.runs.texts.join_chunks", captured_values.join_chunks)
+    monkeypatch.setattr("hookkit.runs.texts.join_chunks", capture_module.join_chunks)
     hk.generate(lm, [[5, 6, 7]], logits="last", max_new_tokens=6, eos_token_id=None, **settings)
     assert held == [1]

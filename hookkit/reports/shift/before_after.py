@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ...errors import HookkitError
 from ...hooks.base import Hook
-from ...hooks.capture import capture
-from ...hooks.captured_values import Captures
+from ...hooks.capture import Captures, capture
 from ...lenses.model_end import find_ending
 from ...models import next_token
 from ...models.lm import LM

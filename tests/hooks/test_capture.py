@@ -6,7 +6,7 @@ from conftest import PROMPTS
 
 import hookkit as hk
 from hookkit.errors import BadHook, NotCaptured
-from hookkit.hooks.captured_values import merge_captures
+from hookkit.hooks.capture import merge_captures
 
 
 @pytest.fixture(scope="module")
