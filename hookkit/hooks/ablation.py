@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..arguments import check_choice, check_integers, check_keywords, describe
+from ..arguments import check_integers, check_keywords, describe
 from ..errors import BadHook, NotCaptured, OutOfRange
 from ..models.positions import PROMPT, IndicesLike, PosLike, Where
 from ..models.sites import AnySite, Site, Sites, SitesLike, as_sites
@@ -34,8 +34,6 @@ from .values import (
     reference_prompts,
 )
 
-TO = "give 'zero', 'mean', 'resample', a tensor, statistics or a run"
-
 
 @runtime_checkable
 class HasCaptures(Protocol):
@@ -59,21 +57,21 @@ class Ablate(EditHook, verb="ablate", puts_in=True, takes_step=True):
                 f"{self.verb} acts at positions and takes no step={self.where.step!r}: "
                 "say pos= instead"
             )
-        if isinstance(self.to, str):
-            check_choice(self.to, "to", ("zero",))
-        elif isinstance(self.to, Means | FromRun):
-            count = len(self.to.tensors if isinstance(self.to, Means) else self.to.sources)
-            if count != len(self.sites):
+        match self.to:
+            case Means(values) | FromRun(values) if len(values) != len(self.sites):
                 raise BadHook(
-                    f"{self.verb} has values for {count} sites, and acts at {len(self.sites)}: "
-                    "give as many"
+                    f"{self.verb} has values for {len(values)} sites, and acts at "
+                    f"{len(self.sites)}: give as many"
                 )
-        elif not isinstance(self.to, Constant | FromPrompt | Reference):
-            raise BadHook(f"to={describe(self.to)} is unknown: {TO}")
-        if isinstance(self.to, Constant):
-            require_vectors(self.sites, "to=tensor puts in")
-        elif isinstance(self.to, Reference | Means):
-            require_vectors(self.sites, "to='mean' or 'resample' puts in")
+            case Constant() | Means() | Reference():
+                require_vectors(self.sites, f"to={self.to!r} puts in")
+            case "zero" | FromRun() | FromPrompt():
+                pass
+            case _:
+                raise BadHook(
+                    f"to={describe(self.to)} is unknown: give 'zero', 'mean', 'resample', a "
+                    "tensor, statistics or a run"
+                )
         set_field(self, "units", _as_units(self.units, self.sites))
 
     @property
@@ -81,15 +79,13 @@ class Ablate(EditHook, verb="ablate", puts_in=True, takes_step=True):
         return self.to == "zero"
 
     def change(self, binding: Binding) -> Change:
-        replacement = bind_source(self.to, self.sites, self.where, binding)
-        units = self.units
+        replacement, units = bind_source(self.to, self.sites, self.where, binding), self.units
         if units is None:
             return replacement
-        size = binding.shape[-1] if binding.shape else None
-        if size is not None and max(units) >= size:
+        if binding.shape and max(units) >= binding.shape[-1]:
             raise OutOfRange(
-                f"unit {max(units)} of {binding.site} was asked for, which has {size}: "
-                f"0 to {size - 1}"
+                f"unit {max(units)} of {binding.site} was asked for, which has "
+                f"{binding.shape[-1]}: 0 to {binding.shape[-1] - 1}"
             )
 
         def apply(values: Tensor, here: EditContext) -> Tensor:
@@ -147,21 +143,16 @@ def ablate(
     """
     selected, where = as_sites(sites), as_where(pos, rows)
     _check_reference_options(to, over, per, seed)
-    source: Source
-    if isinstance(to, str) and to in ("mean", "resample"):
-        require_vectors(selected, f"to={to!r} puts in")
-        selected, source = _reference(selected, to, over, per or "position", seed or 0)
-    elif isinstance(to, str):
-        if to != "zero":
-            raise BadHook(f"to={to!r} is unknown: {TO}")
-        source = "zero"
+    source: Any = to
+    if isinstance(to, str):
+        if to in ("mean", "resample"):
+            selected, source = _reference(selected, to, over, per or "position", seed or 0)
     elif isinstance(to, HasCaptures):
         selected, where, source = _values_of_run(selected, where, to)
     elif hasattr(to, "mean_of"):
         selected = _expand_layers(selected, to.sites)
         source = Means(tuple(as_constant(to.mean_of(site), "the mean") for site in selected))
     else:
-        require_vectors(selected, "to=tensor puts in")
         source = as_constant(to, "the tensor")
     return Ablate(selected, where, source, _as_units(units, selected))
 
@@ -172,11 +163,12 @@ def _check_reference_options(to: Any, over: Any, per: Per | None, seed: int | No
         raise BadHook(
             f"seed= draws for to='resample', and to={describe(to)} draws nothing: leave seed out"
         )
-    for option, value in (("over", over), ("per", per)):
-        if value is not None and name not in ("mean", "resample"):
-            raise BadHook(
-                f"{option}= goes with to='mean' or to='resample', and to={describe(to)} was given"
-            )
+    if name in ("mean", "resample") or over is per is None:
+        return
+    option = "per" if over is None else "over"
+    raise BadHook(
+        f"{option}= goes with to='mean' or to='resample', and to={describe(to)} was given"
+    )
 
 
 def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[Sites, Reference]:
@@ -207,13 +199,11 @@ def patch(
     such as "resid_post" means each layer that the source captured. `units` are the indices of the
     last axis that are replaced, such as neurons of mlp_post; by default all of them.
     """
-    selected, where = as_sites(sites), as_where(pos, rows)
+    selected = as_sites(sites)
     if isinstance(source, str):
-        new_values = FromPrompt(source)
-        if where.pos is None:
-            where = replace(where, pos=PROMPT)
+        where, new_values = as_where(PROMPT if pos is None else pos, rows), FromPrompt(source)
     elif isinstance(source, HasCaptures):
-        selected, where, new_values = _values_of_run(selected, where, source)
+        selected, where, new_values = _values_of_run(selected, as_where(pos, rows), source)
     else:
         raise BadHook(
             "patch needs a run or a prompt's text as its source, and was given "
@@ -234,32 +224,31 @@ def _values_of_run(sites: Sites, where: Where, source: HasCaptures) -> tuple[Sit
     """Returns the source's values, and where they act: by default where they were captured."""
     sites = _expand_layers(sites, source.sites)
     captures = tuple(map(source.captured, sites))
-    if where.pos is None:
-        capture_positions = {(capture.where.pos, capture.where.step) for capture in captures}
-        if len(capture_positions) > 1:
-            raise BadHook(
-                "the source captured these sites at different positions: say pos=, or give one "
-                "hook a site"
-            )
-        pos, step = capture_positions.pop()
-        positions = captures[0].positions
-        if pos is None and step is None and positions is not None:
-            longest = max(map(len, captures[0].prompts))
-            # a source that ends with its prompt has no values for generated tokens
-            if int(positions.max()) < longest:
-                pos = PROMPT
-        where = Where(pos, where.rows, step)
-    return sites, where, FromRun(captures)
+    if where.pos is not None:
+        return sites, where, FromRun(captures)
+    capture_positions = {(capture.where.pos, capture.where.step) for capture in captures}
+    if len(capture_positions) > 1:
+        raise BadHook(
+            "the source captured these sites at different positions: say pos=, or give one hook a "
+            "site"
+        )
+    pos, step = capture_positions.pop()
+    positions = captures[0].positions
+    if pos is None and step is None and positions is not None:
+        longest = max(map(len, captures[0].prompts))
+        # a source that ends with its prompt has no values for generated tokens
+        if int(positions.max()) < longest:
+            pos = PROMPT
+    return sites, Where(pos, where.rows, step), FromRun(captures)
 
 
 def _expand_layers(sites: Sites, available: Sites) -> Sites:
     """Replaces each name without a layer by the layers that are available."""
     expanded: list[AnySite] = []
     for site in sites:
-        if not site.every_layer:
-            expanded.append(site)
-            continue
-        layers = [s for s in available if isinstance(s, Site) and s.name == str(site)]
+        layers: list[AnySite] = [site]
+        if site.every_layer:
+            layers = [s for s in available if isinstance(s, Site) and s.name == str(site)]
         if not layers:
             raise NotCaptured(f"the source captured no {site}: it has {available}")
         expanded += layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +20,25 @@ from ..errors import BadEdit, BadFile, BadHook, OutOfRange
 from ..files.untrusted import error_message, read_text
 from ..models.positions import IndicesLike, PosLike
 from ..models.sites import AnySite, as_sites
-from ..models.tokens import Token
+from ..models.tokens import Token, check_tokens
 from .base import Binding, Change, EditContext, as_where, set_field
-from .logits import LogitEdit, Phrase, TokensEdit, fitted_number, flatten_tokens, next_above
+from .logits import LogitEdit, Phrase, fitted_number, next_above
 from .when import Logits, When
+
+
+@dataclass(frozen=True)
+class TokensEdit(LogitEdit, bare=("tokens",)):
+    """A hook that changes the logits of any number of tokens."""
+
+    tokens: tuple[Token | Phrase, ...]
+
+
+def flatten_tokens(
+    arguments: Iterable[Token | Phrase | Iterable[Token | Phrase]], verb: str
+) -> tuple[Token | Phrase, ...]:
+    """Returns the tokens of a call, which were given one by one or in lists."""
+    tokens = (check_tokens(argument, verb, also=(Phrase,)) for argument in arguments)
+    return tuple(itertools.chain.from_iterable(tokens))
 
 
 @dataclass(frozen=True)
@@ -30,14 +46,9 @@ class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
     """Makes tokens impossible. `ban` returns it."""
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
-        banned: list[int] = []
-        phrases: list[list[int]] = []
-        for token in self.tokens:
-            ids = self.ids(token, binding.lm)
-            if len(ids) == 1:
-                banned += ids
-            else:
-                phrases.append(ids)
+        ids_of_tokens = [self.ids(token, binding.lm) for token in self.tokens]
+        banned = [ids[0] for ids in ids_of_tokens if len(ids) == 1]
+        phrases = [ids for ids in ids_of_tokens if len(ids) != 1]
 
         def apply(logits: Logits, here: EditContext) -> Logits:
             new = logits.clone()
@@ -45,11 +56,15 @@ class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
             for ids in phrases:
                 for row, column in _cells_before_last(ids, here):
                     new[row, column, ids[-1]] = -math.inf
-            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
+            if _leaves_no_token(new, here):
                 raise BadEdit(f"{self} leaves no token to choose at {here.site}")
             return new
 
         return apply
+
+
+def _leaves_no_token(logits: Logits, here: EditContext) -> bool:
+    return bool(here.real_cells(logits.amax(dim=-1) == -math.inf).any())
 
 
 def _cells_before_last(phrase_ids: list[int], here: EditContext) -> list[tuple[int, int]]:
@@ -91,7 +106,7 @@ class Restrict(TokensEdit, verb="restrict", gives_infinity=True):
         def apply(logits: Logits, here: EditContext) -> Logits:
             new = torch.full_like(logits, -math.inf)
             new[..., tokens] = logits[..., tokens]
-            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
+            if _leaves_no_token(new, here):
                 raise BadEdit(
                     f"{self} leaves no token to choose at {here.site}: all of these were banned "
                     "before"
@@ -260,11 +275,11 @@ class Cap(TokensEdit, verb="cap"):
         def apply(logits: Logits, here: EditContext) -> Logits:
             new = logits.clone()
             exact = logits[..., tokens].to(torch.promote_types(logits.dtype, torch.float32))
-            if self.prob is None:
-                assert self.logit is not None
+            if self.logit is not None:
                 limit = fitted_number(self.logit, logits.dtype, "logit")
                 new[..., tokens] = round_down(exact.clamp(max=limit), logits.dtype)
                 return new
+            assert self.prob is not None
             other_logits = logits.to(exact.dtype, copy=True)
             other_logits[..., tokens] = -math.inf
             other_odds = other_logits.logsumexp(dim=-1, keepdim=True)
@@ -300,14 +315,8 @@ def cap(
     >>> print(cap(" coffee", prob=0.1))
     cap(' coffee', prob=0.1)
     """
-    return Cap(
-        as_sites(site),
-        as_where(pos, rows, step),
-        flatten_tokens(tokens, "cap"),
-        logit,
-        prob,
-        when=when,
-    )
+    selected, where = flatten_tokens(tokens, "cap"), as_where(pos, rows, step)
+    return Cap(as_sites(site), where, selected, logit, prob, when=when)
 
 
 @dataclass(frozen=True)

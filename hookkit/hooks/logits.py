@@ -34,6 +34,9 @@ from .when import Condition, Logits, When, bind_condition, phrase_offsets
 
 Scores: TypeAlias = Float[Tensor, "row vocab"]
 
+MARGIN = 10.0  # by default, how far a forced token's logit is above the largest one
+ALLOWED_TOKENS = "prefix_allowed_tokens_fn"  # the argument of `generate` with a caller's constraint
+
 
 @dataclass(frozen=True)
 class Phrase:
@@ -45,7 +48,7 @@ class Phrase:
         is_text = isinstance(self.words, str)
         words = str(self.words) if is_text else check_tokens(self.words, "phrase")
         set_field(self, "words", words)
-        if not self.words:
+        if not words:
             raise BadHook("phrase() has no token: give a text, or tokens")
 
     def __repr__(self) -> str:
@@ -114,16 +117,14 @@ class LogitEdit(EditHook):
         tokens = check_tokens(value, self.verb, also=(Phrase,))
         if not tokens:
             raise BadHook(f"{self.verb}() names no token: give at least one, as text or id")
-        for token in tokens:
-            if isinstance(token, Phrase) and not self.takes_phrases:
-                raise BadHook(
-                    f"{token!r} is several tokens, and one is meant: phrases are for force and ban"
-                )
+        phrases = [token for token in tokens if isinstance(token, Phrase)]
+        if phrases and not self.takes_phrases:
+            raise BadHook(
+                f"{phrases[0]!r} is several tokens, and one is meant: phrases are for force and ban"
+            )
         if isinstance(value, tuple):
             return tokens
-        if isinstance(value, Phrase):
-            return value
-        return check_token(value, self.verb)
+        return value if isinstance(value, Phrase) else check_token(value, self.verb)
 
     @property
     def mixes_positions(self) -> bool:
@@ -144,11 +145,8 @@ class LogitEdit(EditHook):
         try:
             return [lm.token(token)]
         except NotOneToken as error:
-            if not self.takes_phrases:
-                raise
-            raise NotOneToken(
-                f"{error} For several tokens in a row, say hk.phrase(text)."
-            ) from None
+            advice = " For several tokens in a row, say hk.phrase(text)."
+            raise NotOneToken(f"{error}{advice if self.takes_phrases else ''}") from None
 
     def change(self, binding: Binding) -> Change:
         tokens = self.named(binding.lm)
@@ -170,34 +168,13 @@ class LogitEdit(EditHook):
         raise AssertionError(f"{type(self).__name__} does not define edit()")
 
 
-@dataclass(frozen=True)
-class TokensEdit(LogitEdit, bare=("tokens",)):
-    """A hook that changes the logits of any number of tokens."""
-
-    tokens: tuple[Token | Phrase, ...]
-
-
-def flatten_tokens(
-    arguments: Iterable[Token | Phrase | Iterable[Token | Phrase]], verb: str
-) -> tuple[Token | Phrase, ...]:
-    """Returns the tokens of a call, which were given one by one or in lists."""
-    tokens = []
-    for argument in arguments:
-        tokens += check_tokens(argument, verb, also=(Phrase,))
-    return tuple(tokens)
-
-
 def check_inside(logits: Logits, here: EditContext, tokens: Sequence[int]) -> None:
     """Raises `BadEdit` for a token that the last axis does not have."""
-    size = logits.shape[-1]
-    for token in tokens:
-        if token >= size:
-            raise BadEdit(
-                f"token {token} was asked for, and the last axis of {here.site} has {size} numbers"
-            )
-
-
-MARGIN = 10.0  # by default, how far a forced token's logit is above the largest one
+    largest, size = max(tokens, default=0), logits.shape[-1]
+    if largest >= size:
+        raise BadEdit(
+            f"token {largest} was asked for, and the last axis of {here.site} has {size} numbers"
+        )
 
 
 @dataclass(frozen=True)
@@ -237,8 +214,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
         waits_for_condition = self.when is not None and self.where.step == EVERY_STEP
         if not isinstance(self.token, Phrase) or waits_for_condition:
             return self.where
-        starts = self._starts()
-        length = len(self.token.ids(lm))
+        starts, length = self._starts(), len(self.token.ids(lm))
         steps: set[int] = set()
         for start in starts:
             steps.update(range(start, start + length))
@@ -250,31 +226,28 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
 
     def _starts(self) -> list[int]:
         """Returns the steps at which the phrase begins."""
-        if self.where.step == EVERY_STEP:
-            return [0]
-        return list(as_tuple(self.where.step))
+        step = self.where.step
+        return [0] if step is None or isinstance(step, Span) else list(as_tuple(step))
 
     def change(self, binding: Binding) -> Change:
-        if not isinstance(self.token, Phrase):
+        if self.when is None or not isinstance(self.token, Phrase):
             return super().change(binding)
+        # where the condition holds, the phrase begins; it continues where it no longer holds
         ids = self.token.ids(binding.lm)
-        if self.when is not None:
-            steps = None if self.where.step == EVERY_STEP else self._starts()
-            offsets = phrase_offsets(len(ids), bind_condition(self.when, binding.lm), steps)
-            return lambda logits, here: self._write(logits, here, ids, offsets(logits, here))
-        first_steps = torch.tensor(self._starts())
-
-        def apply(logits: Logits, here: EditContext) -> Logits:
-            since = here.steps[..., None] - first_steps
-            offsets = torch.where((since >= 0) & (since < len(ids)), since, -1).amax(dim=-1)
-            return self._write(logits, here, ids, offsets)
-
-        return apply
+        steps = None if self.where.step == EVERY_STEP else self._starts()
+        offsets = phrase_offsets(len(ids), bind_condition(self.when, binding.lm), steps)
+        return lambda logits, here: self._write(logits, here, ids, offsets(logits, here))
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
+        starts = torch.tensor(self._starts())
+
         def apply(logits: Logits, here: EditContext) -> Logits:
-            first_token = torch.zeros(logits.shape[:-1], dtype=torch.long)
-            return self._write(logits, here, tokens, first_token)
+            if isinstance(self.token, Phrase):
+                since = here.steps[..., None] - starts
+                offsets = torch.where((since >= 0) & (since < len(tokens)), since, -1).amax(dim=-1)
+            else:
+                offsets = torch.zeros(logits.shape[:-1], dtype=torch.long)
+            return self._write(logits, here, tokens, offsets)
 
         return apply
 
@@ -290,8 +263,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
             unchanged = logits.gather(-1, index).clamp(min=torch.finfo(logits.dtype).min)
             new = torch.full_like(logits, -math.inf).scatter(-1, index, unchanged)
         else:
-            margin = MARGIN if self.margin is None else self.margin
-            margin = fitted_number(margin, logits.dtype, "margin")
+            margin = fitted_number(self.margin or MARGIN, logits.dtype, "margin")
             largest = logits.amax(dim=-1, keepdim=True)
             # rounding may lose a small margin
             forced = torch.maximum(largest + margin, next_above(largest))
@@ -331,13 +303,11 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
         sequences = here.cells.text
         if not sequences.generating:
             return
-        is_due, token_at = due.tolist(), tokens.tolist()
-        for index, row in enumerate(here.cells.rows):
-            columns = sequences.columns[sequences.of(row)]
-            for cell, position in enumerate(here.cells.row_positions[index]):
-                if is_due[index][cell]:
-                    decision = DecidedToken(token_at[index][cell], str(self))
-                    sequences.decided[row, columns[position]] = decision
+        token_at = tokens.tolist()
+        for index, cell in due.nonzero().tolist():
+            row, position = here.cells.rows[index], here.cells.row_positions[index][cell]
+            column = sequences.columns[sequences.of(row)][position]
+            sequences.decided[row, column] = DecidedToken(token_at[index][cell], str(self))
 
 
 @check_keywords
@@ -439,7 +409,7 @@ class Decisions:
         else:  # the rules of an enclosing `attach`, which act as a whole
             scores = rules(input_ids, scores, **settings)
             if not constraints.isdisjoint(map(id, rules)):
-                name = "prefix_allowed_tokens_fn or logits_processor"
+                name = f"{ALLOWED_TOKENS} or logits_processor"
                 self._check_possible(None, scores, decided, name)
         # an impossible decided token has the score 0
         rows, tokens = _rows_and_tokens(decided, scores.device)
@@ -505,19 +475,16 @@ def follow_decisions(
     following = Rules(rules)
     processors = keywords.get("logits_processor") or ()
     following.constraints = {*map(id, processors), *getattr(rules, "constraints", ())}
-    following.constraints.update(id(rule) for rule in rules if _has_allowed_tokens(rule))
+    following.constraints.update(id(rule) for rule in rules if _name(rule) == ALLOWED_TOKENS)
     return following
 
 
-def _has_allowed_tokens(rule: Any) -> bool:
+def _name(rule: Any) -> str:
+    """Returns a rule of `generate` as the argument with which the caller gives it."""
     from transformers import PrefixConstrainedLogitsProcessor
 
-    return isinstance(rule, PrefixConstrainedLogitsProcessor)
-
-
-def _name(rule: Any) -> str:
-    if _has_allowed_tokens(rule):
-        return "prefix_allowed_tokens_fn"
+    if isinstance(rule, PrefixConstrainedLogitsProcessor):
+        return ALLOWED_TOKENS
     return f"the logits_processor {type(rule).__name__}"
 
 

@@ -113,19 +113,18 @@ def reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
 
 
 def _check_captured(source: object) -> None:
-    """Raises `BadHook` if captured values do not have the rows and positions that they name."""
     if not isinstance(source, Captured):
         raise BadHook(f"a hook holds {describe(source)} where values of a run are meant")
-    values = source.values
-    if not isinstance(values, Tensor) or values.ndim < 1 or not isinstance(source.prompts, tuple):
+    values, positions, prompts = source.values, source.positions, source.prompts
+    if not isinstance(values, Tensor) or values.ndim < 1 or not isinstance(prompts, tuple):
         raise BadHook(
             f"the values of a run at {source.site} are {describe(values)}, and no tensor of rows"
         )
-    if source.positions is None:
+    if positions is None:
         return
     shape = source.by_position.shape[:2]  # scores and patterns have their heads before the queries
-    fits = isinstance(source.positions, Tensor) and source.positions.shape == shape
-    if not fits or len(source.rows) != shape[0] or len(source.prompts) < shape[0]:
+    has_rows = len(source.rows) == shape[0] <= len(prompts)
+    if not has_rows or not isinstance(positions, Tensor) or positions.shape != shape:
         raise BadHook(
             f"the values of a run at {source.site} have shape {list(values.shape)}, and positions, "
             "rows or prompts of another number: capture them again"
@@ -210,15 +209,12 @@ def _source_columns(
 
     Both texts resolve `where` for themselves, and their positions are paired in order.
     """
-    positions_of_prompt = here.cells.text.selected_positions(where)
     columns = torch.zeros_like(here.positions)
+    positions_of_prompt = here.cells.text.selected_positions(where)
     for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
-        ids = source.prompts[row]
-        positions = positions_of_prompt[prompt]
-        assert positions is not None
-        find_text = partial(positions_of_text, lm, ids)
-        source_positions = resolve_positions(where, len(ids), find_text)
-        length = here.cells.text.lengths[prompt]
+        ids, length = source.prompts[row], here.cells.text.lengths[prompt]
+        positions = positions_of_prompt[prompt] or ()
+        source_positions = resolve_positions(where, len(ids), partial(positions_of_text, lm, ids))
         is_unpaired = where.pos is None and length != len(ids)
         if is_unpaired or len(positions) != len(source_positions):
             raise BadHook(
@@ -236,17 +232,12 @@ def _source_columns(
 
 def _mean(source: Captured, per: Per) -> Change:
     """Returns the change to the reference's mean, at the same position or over all positions."""
-    assert source.positions is not None
-    name = f"the reference's mean at {source.site}"
-    is_real = source.positions >= 0
+    name, positions = f"the reference's mean at {source.site}", positions_of(source)
     if per == "all":
-        overall = convert_once(source.values[is_real].double().mean(0), name)
+        overall = convert_once(source.values[positions >= 0].double().mean(0), name)
         return lambda values, here: overall(values).expand_as(values).clone()
-    available = source.positions[is_real].unique()
-    means = []
-    for position in available:
-        means.append(source.values[source.positions == position].double().mean(0))
-    table = torch.stack(means)
+    available = positions[positions >= 0].unique()
+    table = torch.stack([source.values[positions == p].double().mean(0) for p in available])
 
     def apply(values: Tensor, here: EditContext) -> Tensor:
         _check_available(available, here, source)
@@ -272,10 +263,10 @@ def _resample(source: Captured, per: Per, seed: int) -> Change:
     A draw depends on the seed, the prompt's own tokens and the position only, so that it is the
     same alone and in a batch.
     """
-    assert source.positions is not None
-    is_real = source.positions >= 0
-    available = source.positions[is_real].unique()
-    cells: list[tuple[int, int]] = is_real.nonzero().tolist()
+    positions = positions_of(source)
+    available = positions[positions >= 0].unique()
+    cells: list[tuple[int, int]] = (positions >= 0).nonzero().tolist()
+    name = f"what the reference has at {source.site}"
 
     def draw(prompt: tuple[int, ...], position: int) -> tuple[int, int]:
         digest = hashlib.sha256(repr((seed, prompt)).encode()).hexdigest()
@@ -290,14 +281,11 @@ def _resample(source: Captured, per: Per, seed: int) -> Change:
         if per == "position":
             _check_available(available, here, source)
         new = torch.zeros_like(values)
-        for row, (prompt, positions) in enumerate(
-            zip(here.rows, here.cells.row_positions, strict=True)
-        ):
-            ids = here.cells.text.prompt(prompt)
-            index = torch.tensor([draw(ids, position) for position in positions])
+        for row, prompt in enumerate(here.rows):
+            ids, row_positions = here.cells.text.prompt(prompt), here.cells.row_positions[row]
+            index = torch.tensor([draw(ids, position) for position in row_positions])
             drawn = source.values[index[:, 0], index[:, 1]]
-            name = f"what the reference has at {source.site}"
-            new[row, : len(positions)] = convert_like(drawn, values, name)
+            new[row, : len(row_positions)] = convert_like(drawn, values, name)
         return new
 
     return apply
@@ -334,14 +322,12 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
         if tensor.shape == shape:
             return tensor
         n_leading = tensor.ndim - len(shape)
-        leading = tensor.shape[:n_leading]
-        if tensor.shape[n_leading:] == shape and len(leading) in (1, 2):
+        if n_leading in (1, 2) and tensor.shape[n_leading:] == shape:
             order = here.order().to(values.device)
-            has_all_positions = int(order.max()) < leading[-1]
-            if has_all_positions and len(leading) == 1:
-                return tensor[order]
-            if has_all_positions and max(here.rows) < leading[0]:
-                return tensor[torch.tensor(here.rows, device=values.device)[:, None], order]
+            has_all_rows = n_leading == 1 or max(here.rows) < len(tensor)
+            if has_all_rows and int(order.max()) < tensor.shape[n_leading - 1]:
+                rows = torch.tensor(here.rows, device=values.device)[:, None]
+                return tensor[order] if n_leading == 1 else tensor[rows, order]
         raise BadEdit(
             f"{name} has shape {list(tensor.shape)}, and the values at {here.site} have "
             f"{list(values.shape)} [row, pos, ...]: give {list(shape)}, or one for each position, "
@@ -353,10 +339,9 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
 
 def check_shape(value: Constant, binding: Binding, name: str) -> None:
     """Raises `BadHook` if a tensor can never fit its site, before anything runs."""
-    shape = binding.shape
+    tensor, shape = value.tensor, binding.shape
     if shape is None:
         return
-    tensor = value.tensor
     n_leading = tensor.ndim - len(shape)
     if n_leading not in (0, 1, 2) or tensor.shape[n_leading:] != shape:
         axes = ", ".join(map(str, shape))
