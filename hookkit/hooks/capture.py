@@ -73,10 +73,10 @@ def _dtype_name(dtype: object, sites: Sites) -> str:
         raise BadHook(
             f"dtype={describe(dtype)} is no dtype of torch: say torch.float16, or 'float16'"
         )
-    has_real_numbers = all(
-        isinstance(site, Site) and site.name not in INTEGER_SITES for site in sites
+    may_be_integers = any(
+        isinstance(site, ModuleSite) or site.name in INTEGER_SITES for site in sites
     )
-    if torch_dtype.is_complex or (has_real_numbers and not torch_dtype.is_floating_point):
+    if torch_dtype.is_complex or not (may_be_integers or torch_dtype.is_floating_point):
         raise BadHook(
             f"dtype={name!r} cannot hold the real numbers at {sites[0]}: say a floating dtype, "
             "such as 'float16'"
@@ -306,23 +306,21 @@ class Captures:
     def _slot(self, site: AnySite, name: str | None, requested: AnySite) -> LazyCapture | None:
         """Returns the one capture of a site, or None. Raises `NotCaptured` if there are several."""
         slots = [s for s in self.slots if s.site == site and name in (None, s.name)]
-        if len(slots) > 1:
-            raise NotCaptured(
-                f"{requested} was captured {len(slots)} times, with the names "
-                f"{', '.join(repr(s.name) for s in slots)}: give each capture a name of its own "
-                f"and ask for [{str(requested)!r}, name]"
-            )
-        return slots[0] if slots else None
+        if len(slots) <= 1:
+            return next(iter(slots), None)
+        names = ", ".join(repr(slot.name) for slot in slots)
+        raise NotCaptured(
+            f"{requested} was captured {len(slots)} times, with the names {names}: give each "
+            f"capture a name of its own and ask for [{str(requested)!r}, name]"
+        )
 
     def _available(self, site: AnySite) -> str:
         if not self.slots:
             return "Nothing was: give hk.capture(site) to the run."
+        advice = ""
         if site.every_layer:
-            return (
-                f"Name one layer, such as '{site}.0', or stack them with .stack({str(site)!r}). "
-                f"It has {self.sites}."
-            )
-        return f"It has {self.sites}."
+            advice = f"Name one layer, such as '{site}.0', or stack them with .stack('{site}'). "
+        return f"{advice}It has {self.sites}."
 
     def __getitem__(self, key: str | AnySite | tuple[str | AnySite, str]) -> Tensor:
         if not isinstance(key, tuple):

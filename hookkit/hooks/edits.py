@@ -46,10 +46,10 @@ class Edit(
             raise BadHook(
                 f"edit needs a function of the values, and was given {type(self.fn).__name__}"
             )
-        _count_arguments(self.fn)
+        _takes_context(self.fn)
 
     def change(self, binding: Binding) -> Change:
-        takes_here = _count_arguments(self.fn) >= 2
+        takes_here = _takes_context(self.fn)
         function_name = f"the function of {self}"
 
         def apply(values: Tensor, here: EditContext) -> Tensor:
@@ -61,26 +61,20 @@ class Edit(
         return apply
 
 
-def _count_arguments(fn: Callable[..., Any]) -> int:
-    """Returns how many arguments a function requires: `fn(values)` or `fn(values, here)`."""
+def _takes_context(fn: Callable[..., Any]) -> bool:
+    """Returns False for a function that is called as `fn(values)`, True for `fn(values, here)`."""
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # functions written in C may have no signature
-        return 1
-    for count in (1, 2):
+        return False
+    for arguments in ("values",), ("values", "here"):
         with suppress(TypeError):
-            signature.bind(*range(count))
-            return count
-    required = []
-    for parameter in signature.parameters.values():
-        is_any_number = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and not is_any_number:
-            is_keyword = parameter.kind is parameter.KEYWORD_ONLY
-            required.append(f"{parameter.name}=" if is_keyword else parameter.name)
+            signature.bind(*arguments)
+            return "here" in arguments
     name = getattr(fn, "__name__", "the function")
     raise BadHook(
-        f"edit calls its function as fn(values) or fn(values, here), and {name} needs "
-        f"{', '.join(required) or 'nothing'}"
+        f"edit calls its function as fn(values) or fn(values, here), and {name}{signature} needs "
+        "other arguments"
     )
 
 

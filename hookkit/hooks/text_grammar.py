@@ -6,6 +6,7 @@ and phrases are imported where a text has one, so that positions are read withou
 """
 
 import ast
+import itertools
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -125,16 +126,11 @@ def _is_too_complex(text: str) -> bool:
     """True for a text that is longer or deeper than any value, and slow to parse."""
     if len(text) > MAX_LENGTH:
         return True
-    depth = max_depth = 0
-    for letter in text:
-        if letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        max_depth = max(max_depth, depth)
-    n_operators = text.count("+") + text.count("~") + text.count("not ")
+    changes_of_depth = ((letter in "([{") - (letter in ")]}") for letter in text)
+    max_depth = max(itertools.accumulate(changes_of_depth), default=0)
+    n_operators = sum(map(text.count, ("+", "~", "not ")))
     has_many_signs = re.search(rf"(?:-\s*){{{MAX_DEPTH}}}", text) is not None
-    return max_depth > MAX_DEPTH or n_operators > MAX_DEPTH or has_many_signs
+    return max(max_depth, n_operators) > MAX_DEPTH or has_many_signs
 
 
 def _evaluate(node: ast.expr) -> Any:

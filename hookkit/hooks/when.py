@@ -71,15 +71,13 @@ class Condition:
     def __post_init__(self) -> None:
         check_choice(self.quantity, "a condition's quantity", LIMITS)
         check_choice(self.compare, f"a condition of {self.quantity}", COMPARE)
-        limit_name = self.compare
         if self.quantity in ("rank", "prob"):
             set_field(self, "token", check_token(self.token))
         elif self.token is not None:
             raise BadHook(
                 f"a condition of {self.quantity} is of no token, and names {self.token!r}"
             )
-        else:
-            limit_name = UNITS[self.quantity]
+        limit_name = UNITS.get(self.quantity, self.compare)
         limit = check_number(self.limit, limit_name)
         if self.quantity == "rank":
             limit = check_integer(self.limit, limit_name, meaning="a rank", error=BadHook)
@@ -146,8 +144,7 @@ def bind_condition(when: When, lm: LM) -> BoundCondition:
         return _bind(when, lm)
 
     def holds(logits: Logits, here: EditContext) -> Bool[Tensor, "row pos"]:
-        result = when(logits.clone(), here)
-        shape = logits.shape[:2]
+        result, shape = when(logits.clone(), here), logits.shape[:2]
         if isinstance(result, bool):
             result = torch.as_tensor(result)
         is_tensor = isinstance(result, Tensor)
@@ -212,12 +209,11 @@ def prob_of(
 
 
 def _of(quantity: str, token: Token, at_most: float | None, at_least: float | None) -> Condition:
-    if (at_most is None) == (at_least is None):
-        raise BadHook(f"{quantity}_of({token!r}) needs one limit: at_most= or at_least=")
-    if at_least is not None:
+    if at_most is None and at_least is not None:
         return Condition(quantity, token, "at_least", at_least)
-    assert at_most is not None
-    return Condition(quantity, token, "at_most", at_most)
+    if at_least is None and at_most is not None:
+        return Condition(quantity, token, "at_most", at_most)
+    raise BadHook(f"{quantity}_of({token!r}) needs one limit: at_most= or at_least=")
 
 
 def phrase_offsets(
@@ -235,9 +231,8 @@ def phrase_offsets(
     def next_offset(previous: int, step: int, holds: bool) -> int:
         if 0 <= previous < length - 1:
             return previous + 1
-        if holds and (steps is None or step in steps):
-            return 0
-        return -1
+        begins = holds and (steps is None or step in steps)
+        return 0 if begins else -1
 
     def offsets(logits: Logits, here: EditContext) -> Int[Tensor, "row pos"]:
         if here.cells.text.beams > 1:
@@ -249,13 +244,11 @@ def phrase_offsets(
         condition_holds = condition(logits, here).tolist()
         offsets = torch.full_like(here.steps, -1)
         for index, row in enumerate(here.cells.rows):
-            for column in range(len(here.cells.row_positions[index])):
-                step = int(here.steps[index, column])
-                if (row, step) not in known_offsets:
-                    previous = known_offsets.get((row, step - 1), -1)
-                    holds = condition_holds[index][column]
-                    known_offsets[row, step] = next_offset(previous, step, holds)
-                offsets[index, column] = known_offsets[row, step]
+            steps_of_row = here.steps[index, : len(here.cells.row_positions[index])].tolist()
+            for column, step in enumerate(steps_of_row):
+                previous = known_offsets.get((row, step - 1), -1)
+                offset = next_offset(previous, step, condition_holds[index][column])
+                offsets[index, column] = known_offsets.setdefault((row, step), offset)
         return offsets
 
     return offsets
