@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arguments import describe
 from ..display import render_html
 from ..errors import BadEdit, BadHook, Unsupported
-from ..models.batch_positions import Selection, expand_mask
+from ..models.batch_positions import Selection, expand_mask, pad_rows
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where, read_indices, read_position
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Sites, as_sites
@@ -63,13 +63,11 @@ def as_constant(tensor: object, name: str) -> Constant:
         raise BadHook(
             f"{name} is a tensor of True and False, and numbers are needed: convert with .float()"
         )
-    if copy.is_floating_point():
-        if copy.element_size() == 1:
-            copy = copy.float()  # float8 has no arithmetic
-    elif not copy.is_complex():
+    is_integer = not copy.is_floating_point() and not copy.is_complex()
+    if is_integer or copy.element_size() == 1:  # float8 has no arithmetic
         single = copy.float()
         # float32 represents every integer up to 2**24 only
-        is_exact = torch.equal(single.to(copy.dtype), copy)
+        is_exact = not is_integer or torch.equal(single.to(copy.dtype), copy)
         copy = single if is_exact else copy.double()
     _check_real_and_finite(copy, name)
     return Constant(copy)
@@ -172,12 +170,11 @@ class EditContext:
     def order(self) -> Int[Tensor, "row pos"]:
         """Returns each position's index among the positions of the hook in its row."""
         positions_of_prompt = self.cells.text.selected_positions(self.where)
-        indices = torch.zeros_like(self.positions)
-        for row, prompt in enumerate(self.rows):
+        indices: list[list[int]] = []
+        for prompt, positions in zip(self.rows, self.cells.row_positions, strict=True):
             hook_positions = positions_of_prompt[prompt] or ()
-            row_indices = list(map(hook_positions.index, self.cells.row_positions[row]))
-            indices[row, : len(row_indices)] = torch.tensor(row_indices)
-        return indices
+            indices.append(list(map(hook_positions.index, positions)))
+        return pad_rows(indices, 0)
 
 
 # The prompt's last position and every generated token: where logit edits act by default.

@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,8 +49,7 @@ class Capture(Hook, verb="capture", takes_step=True):
 
     def check(self) -> None:
         if self.name is not None:
-            meaning = "a name that tells two captures of one site apart"
-            check_text(self.name, "name", meaning)
+            check_text(self.name, "name", "a name that tells two captures of one site apart")
         grad = as_bool(self.grad)
         if grad is None:
             raise BadHook(f"grad={describe(self.grad)}: give True or False")
@@ -85,7 +85,6 @@ def _dtype_name(dtype: object, sites: Sites) -> str:
 
 
 def _device_name(device: object) -> str:
-    """Returns the name of a device. Raises `BadHook` if it cannot hold captured values."""
     try:
         torch_device = torch.device(str(device))
     except RuntimeError as error:
@@ -204,11 +203,10 @@ class Captured:
     def columns(self) -> list[dict[int, int]]:
         """The index of each position in a row of `values`, for every row."""
         assert self.positions is not None
-        columns = []
+        columns: list[dict[int, int]] = []
         for row in self.positions.tolist():
-            columns.append(
-                {position: column for column, position in enumerate(row) if position >= 0}
-            )
+            columns.append(dict(zip(row, itertools.count())))
+            columns[-1].pop(-1, None)  # padding
         return columns
 
     def column(self, row: int, position: int) -> int:

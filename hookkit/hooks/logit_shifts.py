@@ -228,12 +228,12 @@ def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
             f"{path} is no table of amounts: it needs a line for each token, under token (or "
             "token_id) and by"
         )
-    tokens: list[Token] = []
-    amounts = []
     try:
-        for row in rows:
-            tokens.append(int(row["token_id"]) if "token_id" in columns else row["token"])
-            amounts.append(float(row["by"]))
+        amounts = [float(row["by"]) for row in rows]
+        if "token_id" in columns:
+            tokens: list[Token] = [int(row["token_id"]) for row in rows]
+        else:
+            tokens = [row["token"] for row in rows]
     except (TypeError, ValueError) as error:
         raise BadHook(f"{path} has a value that is no number: {error}") from error
     _check_once(tokens, path)

@@ -423,10 +423,8 @@ class Decisions:
     ) -> dict[int, DecidedToken]:
         """Returns the decision for each row, unless a later hook has put another token first."""
         current_column = self.offset + input_ids.shape[1] - 1
-        decided = {}
-        for (row, column), decision in self.text.decided.items():
-            if column == current_column:
-                decided[row] = decision
+        decisions = self.text.decided.items()
+        decided = {row: made for (row, column), made in decisions if column == current_column}
         self.text.decided.clear()
         if not decided:
             return {}

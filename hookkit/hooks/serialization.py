@@ -74,11 +74,7 @@ def from_json(text: str) -> Any:
     except (KeyError, AttributeError, TypeError, BadHook) as error:
         detail = f" ({error})" if isinstance(error, BadHook) else ""
         raise BadHook(f"this is no hook in JSON: {describe(text)}{detail}") from error
-    if not isinstance(verb, str) or verb not in HOOK_TYPES:
-        raise BadHook(
-            f"there is no hook {describe(verb)}: there are {', '.join(sorted(HOOK_TYPES))}"
-        )
-    return _decode_fields(pkgutil.resolve_name(HOOK_TYPES[verb]), encoded, verb)
+    return _decode_fields(_find_type(verb, HOOK_TYPES, "there is no hook"), encoded, verb)
 
 
 def _encode_fields(value: Any, tensors: str) -> dict[str, Any]:
@@ -225,18 +221,18 @@ def _decode(value: Any) -> Any:
         case {"$hook": hook}:
             return from_json(json.dumps(hook))
         case {"$value": name, **fields}:
-            return _decode_fields(_value_type(name), fields, name)
+            cls = _find_type(name, VALUE_TYPES, "a hook holds no value of type")
+            return _decode_fields(cls, fields, name)
         case dict():
             raise BadHook(_refusal(value))
     return value
 
 
-def _value_type(name: object) -> Any:
-    if not isinstance(name, str) or name not in VALUE_TYPES:
-        raise BadHook(
-            f"a hook holds no value of type {describe(name)}: there are {', '.join(VALUE_TYPES)}"
-        )
-    return pkgutil.resolve_name(VALUE_TYPES[name])
+def _find_type(name: object, types: dict[str, str], problem: str) -> Any:
+    """Returns the class with this name in a table of types, or raises `BadHook`."""
+    if not isinstance(name, str) or name not in types:
+        raise BadHook(f"{problem} {describe(name)}: there are {', '.join(sorted(types))}")
+    return pkgutil.resolve_name(types[name])
 
 
 def _refusal(value: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, shorten
 from ..errors import BadFile, BadHook, HookkitError, NotOneToken, did_you_mean
 from ..files.untrusted import MAX_MESSAGE, read_hook_list
 from ..models.lm import LM
@@ -98,9 +98,7 @@ def _hook_of_item(item: Any, lm: LM | None, path: str) -> Hook:
         return parse_hook(item, lm=lm)
     if isinstance(item, Mapping) and "hook" in item:
         return Hook.from_json(json.dumps(item))
-    text = str(item)
-    if len(text) > MAX_MESSAGE:
-        text = f"{text[:MAX_MESSAGE]}…"
+    text = shorten(str(item), MAX_MESSAGE)
     # YAML reads `force: coffee` as a mapping, and drops the space
     if isinstance(item, Mapping) and len(item) == 1:
         raise BadHook(
@@ -142,8 +140,7 @@ def _parse_knockout(spelling: Spelling, lm: LM | None) -> Hook:
             f"{spelling.text!r} names heads that are no grid of layers and heads: give a hook for "
             "each layer"
         )
-    if heads == [None]:
-        heads = None
+    heads = None if heads == [None] else heads
     return knockout(layers, heads, **{"key": None, **spelling.settings})
 
 
@@ -154,12 +151,11 @@ def _layers_and_heads(spelling: Spelling) -> list[tuple[int, int | None]]:
         pattern, example = LAYER_AND_HEAD, "knockout:9.3@query=-1,key=0"
     pairs: list[tuple[int, int | None]] = []
     for item in spelling.what.split(","):
-        match = pattern.fullmatch(item.strip())
-        if match is None:
+        if not pattern.fullmatch(item.strip()):
             raise BadHook(
                 f"{spelling.text!r} has {item!r} where a block's number is meant: write {example}"
             )
-        layer, _, head = match[0].partition(".")
+        layer, _, head = item.partition(".")
         pairs.append((int(layer), int(head) if head else None))
     return pairs
 
@@ -366,9 +362,8 @@ def _format_tokens(hook: LogitEdit, settings: dict[str, Any]) -> str:
 def _format_settings(settings: dict[str, Any]) -> str:
     items = []
     for name, value in settings.items():
-        if isinstance(value, tuple):
-            value = list(value)
-        items.append(f"{name}={value!r}")
+        shown_value = list(value) if isinstance(value, tuple) else value
+        items.append(f"{name}={shown_value!r}")
     return ",".join(items)
 
 

@@ -50,8 +50,7 @@ class FromRun:
     sources: tuple[Captured, ...]
 
     def __post_init__(self) -> None:
-        for source in self.sources:
-            _check_captured(source)
+        _check_captured(self.sources)
 
     def __repr__(self) -> str:
         return "run"
@@ -93,8 +92,7 @@ class Reference:
             raise BadHook(f"to={self.how!r} needs a reference: say over=run, or over=[prompts]")
         if self.prompts:
             set_field(self, "prompts", reference_prompts(self.prompts))
-        for source in self.sources:
-            _check_captured(source)
+        _check_captured(self.sources)
 
     def __repr__(self) -> str:
         count = len(self.prompts) or len(self.sources[0].rows)
@@ -112,23 +110,30 @@ def reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
         ) from error
 
 
-def _check_captured(source: object) -> None:
-    if not isinstance(source, Captured):
-        raise BadHook(f"a hook holds {describe(source)} where values of a run are meant")
+def _check_captured(sources: tuple[Any, ...]) -> None:
+    """Raises `BadHook` if captured values do not have the rows and positions that they name."""
+    for source in sources:
+        if not isinstance(source, Captured):
+            raise BadHook(f"a hook holds {describe(source)} where values of a run are meant")
+        problem = _problem_of(source)
+        if problem is not None:
+            raise BadHook(f"the values of a run at {source.site} {problem}")
+
+
+def _problem_of(source: Captured) -> str | None:
     values, positions, prompts = source.values, source.positions, source.prompts
     if not isinstance(values, Tensor) or values.ndim < 1 or not isinstance(prompts, tuple):
-        raise BadHook(
-            f"the values of a run at {source.site} are {describe(values)}, and no tensor of rows"
-        )
+        return f"are {describe(values)}, and no tensor of rows"
     if positions is None:
-        return
+        return None
     shape = source.by_position.shape[:2]  # scores and patterns have their heads before the queries
     has_rows = len(source.rows) == shape[0] <= len(prompts)
-    if not has_rows or not isinstance(positions, Tensor) or positions.shape != shape:
-        raise BadHook(
-            f"the values of a run at {source.site} have shape {list(values.shape)}, and positions, "
-            "rows or prompts of another number: capture them again"
-        )
+    if has_rows and isinstance(positions, Tensor) and positions.shape == shape:
+        return None
+    return (
+        f"have shape {list(values.shape)}, and positions, rows or prompts of another number: "
+        "capture them again"
+    )
 
 
 Source: TypeAlias = Literal["zero"] | Constant | Means | FromRun | FromPrompt | Reference
