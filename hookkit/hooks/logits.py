@@ -145,8 +145,10 @@ class LogitEdit(EditHook):
         try:
             return [lm.token(token)]
         except NotOneToken as error:
-            advice = " For several tokens in a row, say hk.phrase(text)."
-            raise NotOneToken(f"{error}{advice if self.takes_phrases else ''}") from None
+            if not self.takes_phrases:
+                raise
+            advice = "For several tokens in a row, say hk.phrase(text)."
+            raise NotOneToken(f"{error} {advice}") from None
 
     def change(self, binding: Binding) -> Change:
         tokens = self.named(binding.lm)
@@ -227,7 +229,9 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
     def _starts(self) -> list[int]:
         """Returns the steps at which the phrase begins."""
         step = self.where.step
-        return [0] if step is None or isinstance(step, Span) else list(as_tuple(step))
+        if step is None or isinstance(step, Span):
+            return [0]
+        return list(as_tuple(step))
 
     def change(self, binding: Binding) -> Change:
         if self.when is None or not isinstance(self.token, Phrase):
@@ -423,8 +427,10 @@ class Decisions:
     ) -> dict[int, DecidedToken]:
         """Returns the decision for each row, unless a later hook has put another token first."""
         current_column = self.offset + input_ids.shape[1] - 1
-        decisions = self.text.decided.items()
-        decided = {row: made for (row, column), made in decisions if column == current_column}
+        decided = {}
+        for (row, column), decision in self.text.decided.items():
+            if column == current_column:
+                decided[row] = decision
         self.text.decided.clear()
         if not decided:
             return {}
