@@ -45,10 +45,11 @@ class Phrase:
     words: str | tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        is_text = isinstance(self.words, str)
-        words = str(self.words) if is_text else check_tokens(self.words, "phrase")
-        set_field(self, "words", words)
-        if not words:
+        if isinstance(self.words, str):
+            set_field(self, "words", str(self.words))
+        else:
+            set_field(self, "words", check_tokens(self.words, "phrase"))
+        if not self.words:
             raise BadHook("phrase() has no token: give a text, or tokens")
 
     def __repr__(self) -> str:

@@ -140,7 +140,8 @@ def _parse_knockout(spelling: Spelling, lm: LM | None) -> Hook:
             f"{spelling.text!r} names heads that are no grid of layers and heads: give a hook for "
             "each layer"
         )
-    heads = None if heads == [None] else heads
+    if heads == [None]:
+        heads = None
     return knockout(layers, heads, **{"key": None, **spelling.settings})
 
 

@@ -331,8 +331,10 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
             order = here.order().to(values.device)
             has_all_rows = n_leading == 1 or max(here.rows) < len(tensor)
             if has_all_rows and int(order.max()) < tensor.shape[n_leading - 1]:
+                if n_leading == 1:
+                    return tensor[order]
                 rows = torch.tensor(here.rows, device=values.device)[:, None]
-                return tensor[order] if n_leading == 1 else tensor[rows, order]
+                return tensor[rows, order]
         raise BadEdit(
             f"{name} has shape {list(tensor.shape)}, and the values at {here.site} have "
             f"{list(values.shape)} [row, pos, ...]: give {list(shape)}, or one for each position, "
