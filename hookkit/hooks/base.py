@@ -351,8 +351,8 @@ def _check_where(where: object, sites: Sites) -> None:
             )
 
 
-def require_vectors(sites: Sites, action: str) -> None:
-    """Raises `BadHook` for attention's scores or pattern."""
+def require_vectors(sites: Sites, action: str) -> Sites:
+    """Returns the sites. Raises `BadHook` for attention's scores or pattern."""
     for site in sites:
         if not isinstance(site, ModuleSite) and site.name in QUERY_KEY_SITES:
             raise BadHook(
@@ -360,3 +360,4 @@ def require_vectors(sites: Sites, action: str) -> None:
                 "key, more with every token: use hk.edit, hk.scale, hk.ablate(to='zero'), hk.patch "
                 "or hk.knockout"
             )
+    return sites
