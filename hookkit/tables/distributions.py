@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange
-from ..hooks.captured_values import Captured
+from ..hooks.capture import Captured
 from ..models import next_token
 from ..models.lm import LM
 from ..models.positions import (

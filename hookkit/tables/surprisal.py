@@ -32,7 +32,7 @@ from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt, EmptySelection, OutOfRange
 from ..hooks.base import Constant, Hook
 from ..hooks.capture import Capture
-from ..hooks.sources import FromPrompt, FromRun, Reference
+from ..hooks.values import FromPrompt, FromRun, Reference
 from ..models.lm import LM
 from ..models.next_token import rank_among, ranks_for_table, token_logits, top_tokens, values_at
 from ..models.positions import IndicesLike, Span
