@@ -173,22 +173,16 @@ class _SoftmaxMode(RemovableMode):
     """Passes the input (scores) and output (pattern) of the first softmax to a callback.
 
     `dtype` is the dtype of the masks, which may be narrower than that of the scores. The first
-    `key_count` columns (default: all) are keys; a sink may follow them. With `stop=True`,
+    `key_count` columns (default: all) are keys; a sink may follow them. If `stop` is set,
     `_Unchanged` is raised after an unchanged pattern.
     """
 
     def __init__(
-        self,
-        callback: TensorCallback,
-        dtype: torch.dtype,
-        key_count: int | None = None,
-        *,
-        stop: bool = False,
+        self, callback: TensorCallback, dtype: torch.dtype, key_count: int | None = None
     ) -> None:
         super().__init__()
-        self.callback, self.dtype, self.key_count, self.stop = callback, dtype, key_count, stop
-        self.done = False
-        self.changed = False
+        self.callback, self.dtype, self.key_count = callback, dtype, key_count
+        self.stop = self.done = self.changed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -338,18 +332,17 @@ def _attention(
         return compute_fused()
     mask = _additive_mask(attention_mask, query, key, settings.get("sliding_window"))
     compute_eager = functools.partial(eager, module, query, key, value, mask, **settings)
-    make_mode = functools.partial(
-        _SoftmaxMode, interception.replace, query.dtype, key_count=key.shape[2]
-    )
+    mode = _SoftmaxMode(interception.replace, query.dtype, key_count=key.shape[2])
     if fused is eager:
-        with make_mode():
+        with mode:
             return compute_eager()
     # in training, dropout makes two computations differ
     if interception.implementation in interception.verified or module.training:
-        with suppress(_Unchanged), make_mode(stop=True):
+        mode.stop = True
+        with suppress(_Unchanged), mode:
             return compute_eager()
         return compute_fused()
-    with make_mode() as mode:
+    with mode:
         eager_output = compute_eager()
     with torch.no_grad():
         unedited = compute_eager() if mode.changed else eager_output

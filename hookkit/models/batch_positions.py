@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress, count
 from typing import Literal, TypeAlias
 
 import torch
@@ -108,8 +109,7 @@ class SequenceBatch:
             columns = batch.columns[row]
             if position >= len(columns) or columns[position] != column or column >= batch.n_read:
                 return False
-            positions = batch.selected_positions(where)[row]
-            if positions is None or position not in positions:
+            if position not in (batch.selected_positions(where)[row] or ()):
                 return False
             if column >= batch.start:
                 return True
@@ -287,7 +287,9 @@ class ForwardPass:
         first, last = self.past + computed.start, self.past + computed.stop
         if self.end is not None:
             last = min(last, self.end)
-        lowest = max(first, self.n_read) if new else first
+        lowest = first
+        if new:
+            lowest = max(first, self.n_read)
         selected = self.text.selected_positions(where)
         rows: list[int] = []
         positions: list[PositionRange] = []
@@ -331,29 +333,26 @@ def columns_of_mask(
     Raises `OutOfRange` for a row without any, and `Unsupported` for a row from which `generate`
     cannot continue.
     """
-    columns: list[Columns] = []
-    lengths: list[int] = []
-    for mask_row in mask.tolist():
-        real = [column for column, is_real in enumerate(mask_row) if is_real]
-        if not real:
-            raise OutOfRange(
-                "a row of attention_mask is all zeros: every row needs at least one real token"
-            )
-        has_gaps = real[-1] - real[0] + 1 != len(real)
-        ends_in_padding = not mask_row[-1]
-        if generating and (has_gaps or ends_in_padding):
-            raise Unsupported(
-                "generation continues from the last column, and a row ends in padding: "
-                "pad on the left"
-            )
-        if has_gaps:
-            columns.append(tuple(real))
-        elif ends_in_padding:
-            columns.append(range(real[0], real[-1] + 1))
-        else:
-            columns.append(range(real[0], NO_END))
-        lengths.append(len(real))
+    mask_rows: list[list[bool]] = mask.tolist()
+    lengths = list(map(sum, mask_rows))
+    if 0 in lengths:
+        raise OutOfRange(
+            "a row of attention_mask is all zeros: every row needs at least one real token"
+        )
+    columns = list(map(_columns_of_row, mask_rows))
+    if generating and not all(isinstance(row, range) and row.stop == NO_END for row in columns):
+        raise Unsupported(
+            "generation continues from the last column, and a row ends in padding: pad on the left"
+        )
     return columns, lengths
+
+
+def _columns_of_row(mask_row: list[bool]) -> Columns:
+    real = tuple(compress(count(), mask_row))
+    if real[-1] - real[0] + 1 != len(real):
+        return real
+    # a row without padding at its end goes on in the generated text
+    return range(real[0], NO_END if mask_row[-1] else real[-1] + 1)
 
 
 def _between(

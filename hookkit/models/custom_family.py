@@ -9,7 +9,7 @@ lm = hk.LM(model, tokenizer, row=row)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias
 
 from ..arguments import check_arguments
@@ -18,7 +18,7 @@ from .families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from .families.table import FAMILIES
 from .layout import Layout
 from .lm import LM
-from .sites import AXES
+from .sites import check_name
 
 INSIDE = ("query", "key", "value", "scores", "pattern", "router")
 WORDS = ("d_model", *HEAD_SIZES, "d_mlp", "expert", "choice", "vocab", "share", "quarter")
@@ -49,10 +49,6 @@ def location(
     >>> location(".self_attn.q_proj", cut="head d_head").path
     '.self_attn.q_proj'
     """
-    if side not in ("input", "output", "inside"):
-        raise BadHook(
-            f"side={side!r}: a location is at side='input', 'output' or 'inside' of its module"
-        )
     if side == "inside" and item not in INSIDE:
         raise BadHook(f"item={item!r} inside a module: name one of {', '.join(INSIDE)}")
     for word in cut.replace("|", " ").replace(":", " ").split():
@@ -93,23 +89,17 @@ def family(
     """
     base = _base_row(like)
     added, removed = dict(locations or {}), dict(missing or {})
-    _check_sites(added, removed)
+    _check_added(added, removed)
+    _check_removed(removed)
     if block is not None and "{layer}" not in block:
         raise BadHook(
             f"block={block!r} does not say where the number stands: write for example "
             "'model.layers.{layer}'"
         )
-    if attention not in (None, "interface", "own"):
-        raise BadHook(
-            f"attention={attention!r}: it is reached through transformers' 'interface', or in its "
-            "'own' code"
-        )
-    locations = {site: value for site, value in base.locations.items() if site not in removed}
-    reasons = {site: reason for site, reason in base.missing.items() if site not in added}
     row = Family(
         name,
-        locations | added,
-        reasons | removed,
+        _without(base.locations, removed) | added,
+        _without(base.missing, added) | removed,
         block=block or base.block,
         attention=attention or base.attention,
         sizes=_correct_sizes(base, sizes or {}),
@@ -120,6 +110,10 @@ def family(
     return row
 
 
+def _without(sites: Mapping[str, Any], excluded: Collection[str]) -> dict[str, Any]:
+    return {site: value for site, value in sites.items() if site not in excluded}
+
+
 def _base_row(like: str | Family | LM | None) -> Family:
     """Returns the row to begin with."""
     if like is None:
@@ -128,11 +122,10 @@ def _base_row(like: str | Family | LM | None) -> Family:
         return like.family
     if isinstance(like, Family):
         return like
-    if not isinstance(like, str) or like not in FAMILIES:
-        hint = did_you_mean(like, FAMILIES) if isinstance(like, str) else "."
+    if like not in FAMILIES:
         raise BadHook(
-            f"like={like!r} is no model type of hookkit's table{hint} Give one of "
-            f"{', '.join(FAMILIES)}; or a row; or the model, hk.LM(model)"
+            f"like={like!r} is no model type of hookkit's table{did_you_mean(like, FAMILIES)} "
+            f"Give one of {', '.join(FAMILIES)}; or a row; or the model, hk.LM(model)"
         )
     row = FAMILIES[like]
     if isinstance(row, Family):
@@ -142,14 +135,9 @@ def _base_row(like: str | Family | LM | None) -> Family:
     )
 
 
-def _check_sites(added: Mapping[str, Any], removed: Mapping[str, str]) -> None:
-    for site in (*added, *removed):
-        if site not in AXES:
-            raise UnknownSite(
-                f"there is no site {site!r}{did_you_mean(site, AXES)} "
-                f"The sites are: {', '.join(AXES)}."
-            )
+def _check_added(added: Mapping[str, Any], removed: Collection[str]) -> None:
     for site, value in added.items():
+        check_name(site)
         if site in removed:
             raise BadHook(f"{site!r} is in locations= and in missing=: say one of them")
         locations = value if isinstance(value, tuple) else (value,)
@@ -158,7 +146,11 @@ def _check_sites(added: Mapping[str, Any], removed: Mapping[str, str]) -> None:
                 f"the location of {site!r} is {value!r}: give hk.location(path, side=…), or a "
                 "tuple of them"
             )
+
+
+def _check_removed(removed: Mapping[str, str]) -> None:
     for site, reason in removed.items():
+        check_name(site)
         if not isinstance(reason, str) or not reason:
             raise BadHook(f"the reason why {site!r} is missing is {reason!r}: give a sentence")
 

@@ -71,7 +71,6 @@ def _offloaded_weights(root: nn.Module) -> dict[str, OffloadedWeight]:
     """Returns where accelerate stores each weight that is on "meta", by the weight's name."""
     offloaded: dict[str, OffloadedWeight] = {}
     for path, module in root.named_modules():
-        prefix = f"{path}." if path else ""
         for hook in _accelerate_hooks(module):
             weights_map = getattr(hook, "weights_map", None)
             if weights_map is None or not getattr(hook, "offload", False):
@@ -81,7 +80,7 @@ def _offloaded_weights(root: nn.Module) -> dict[str, OffloadedWeight]:
             buffers = module.named_buffers(recurse=recurse, remove_duplicate=False)
             for name, weight in (*parameters, *buffers):
                 if weight.is_meta:
-                    offloaded[prefix + name] = (weights_map, name)
+                    offloaded[f"{path}.{name}".lstrip(".")] = (weights_map, name)
     return offloaded
 
 
@@ -96,7 +95,8 @@ def weights_of(root: nn.Module) -> Iterator[tuple[str, Callable[[], Any], bool]]
 
 
 def _read_offloaded(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    return weights[name].to(dtype) if dtype.is_floating_point else weights[name]
+    weight = weights[name]
+    return weight.to(dtype) if dtype.is_floating_point else weight
 
 
 def weight_storages(root: nn.Module) -> dict[str, str]:
@@ -116,7 +116,9 @@ def _offload_storage(weights: Any, name: str) -> str:
         weights, name = weights.dataset, f"{weights.prefix}{name}"
     if not hasattr(weights, "index"):
         return str(weights[name].device)
-    return str(weights.state_dict[name].device) if name in weights.state_dict else "disk"
+    if name in weights.state_dict:
+        return str(weights.state_dict[name].device)
+    return "disk"
 
 
 def storage_under_path(storages: Mapping[str, str], path: str) -> str:
@@ -136,19 +138,16 @@ def describe_storages(block_storages: Iterable[tuple[int | None, str]]) -> str:
     texts = []
     for storage, blocks in groupby(storages, key=storages.__getitem__):
         numbers = list(blocks)
-        last = f"-{numbers[-1]}" if len(numbers) > 1 else ""
-        texts.append(f"{storage} in {numbers[0]}{last}")
+        ends = dict.fromkeys([numbers[0], numbers[-1]])  # one end if it is one block
+        texts.append(f"{storage} in {'-'.join(map(str, ends))}")
     return ", ".join(texts)
 
 
 def count_parameters(root: nn.Module) -> int:
     """Returns the number of parameters. Tied weights count once, also if accelerate unties them."""
     tied = getattr(root, "all_tied_weights_keys", None) or {}
-    total = 0
-    for name, weight in root.named_parameters():
-        if not (weight.is_meta and name in tied):
-            total += weight.numel()
-    return total
+    weights = root.named_parameters()
+    return sum(weight.numel() for name, weight in weights if not (weight.is_meta and name in tied))
 
 
 # ---- tensor parallelism
@@ -199,17 +198,20 @@ class Ranks:
                     f"{subject} has {list(sizes)} numbers on the ranks along axis "
                     f"{axis % tensor.ndim}, which do not make up {full}: it cannot be put together"
                 )
-        numbers = tensor.detach().double()
-        checksums = [float(numbers.sum()), float(numbers.abs().sum())]
-        sums = torch.tensor(self.gather_values(checksums))
-        same_sums = torch.allclose(sums, sums[:1].expand_as(sums), rtol=1e-4, equal_nan=True)
-        if not same_sums or shapes.count(shapes[0]) != len(shapes):
+        if not self._is_same_on_all(tensor) or shapes.count(shapes[0]) != len(shapes):
             raise Unsupported(
                 f"{subject} differs from rank to rank ({list(map(tuple, shapes))}), and "
                 "how its parts make up the whole is not known: it cannot be put together. The "
                 "sites of lm.describe() can"
             )
         return None
+
+    def _is_same_on_all(self, tensor: Tensor) -> bool:
+        """True if the sums of the numbers and of their sizes are close on all ranks."""
+        numbers = tensor.detach().double()
+        checksums = [float(numbers.sum()), float(numbers.abs().sum())]
+        sums = torch.tensor(self.gather_values(checksums))
+        return torch.allclose(sums, sums[:1].expand_as(sums), rtol=1e-4, equal_nan=True)
 
     def gather_values(self, value: Any) -> list[Any]:
         """Returns the value of each rank, in their order."""
@@ -288,16 +290,18 @@ def find_ranks(model: nn.Module) -> Ranks | None:
     from torch.distributed.tensor import DTensor
 
     meshes = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
-    if not meshes:
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise Unsupported(
-                "this version of transformers does not mark what it splits among processes: use "
-                "5.20 on"
-            )
-        return None
-    mesh = meshes[0]
+    if meshes:
+        return _ranks_of_mesh(meshes[0])
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise Unsupported(
+            "this version of transformers does not mark what it splits among processes: use 5.20 on"
+        )
+    return None
+
+
+def _ranks_of_mesh(mesh: Any) -> Ranks:
     names = tuple(mesh.mesh_dim_names or ())
-    if mesh.ndim != 1 or (names and names != ("tp",)):
+    if mesh.ndim != 1 or names not in ((), ("tp",)):
         raise Unsupported(
             f"the model is spread over {mesh.size()} processes by "
             f"{' and '.join(names) or 'a mesh of several axes'}, and hooks reach models spread by "
@@ -318,11 +322,6 @@ def is_writing_process() -> bool:
     return all(ranks.rank == 0 for ranks in _LIVE_RANKS)
 
 
-def gather_weight(weight: Tensor) -> Tensor:
-    """Returns a weight whole, if it is split among ranks. Every rank must call this."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # pyright: ignore
-
-
 # ---- checks of the arguments of hk.load
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -332,12 +331,8 @@ def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folde
     """Raises `BadHook` for an impossible placement, and `Unsupported` if accelerate is missing."""
     if device_map is None:
         _check_device(device)
-        for word, value in (("max_memory", max_memory), ("offload_folder", offload_folder)):
-            if value is not None:
-                raise BadHook(
-                    f"{word}={value!r} goes with a device_map: say device_map='auto', or what goes "
-                    "where"
-                )
+        _refuse_without_map("max_memory", max_memory)
+        _refuse_without_map("offload_folder", offload_folder)
         return
     if device is not None:
         raise BadHook(
@@ -350,21 +345,21 @@ def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folde
         )
     _check_map(device_map)
     if max_memory is not None:
-        if isinstance(device_map, Mapping) or device_map not in PLANS:
-            raise BadHook(
-                f"max_memory goes with device_map='auto', and {device_map!r} already says where "
-                "all is"
-            )
-        _check_memory(max_memory)
-    if offload_folder is not None and Path(os.fspath(offload_folder)).is_file():
+        _check_memory(max_memory, device_map)
+    if offload_folder is not None and Path(offload_folder).is_file():
         raise BadHook(f"offload_folder={str(offload_folder)!r} is a file: give a folder")
 
 
+def _refuse_without_map(word: str, value: Any) -> None:
+    if value is not None:
+        raise BadHook(
+            f"{word}={value!r} goes with a device_map: say device_map='auto', or what goes where"
+        )
+
+
 def _check_device(device: Any) -> None:
-    if device is None:
-        return
     try:
-        exists = _exists(torch.device(device))
+        exists = device is None or _exists(torch.device(device))
     except (RuntimeError, TypeError):
         exists = False
     if not exists:
@@ -374,7 +369,7 @@ def _check_device(device: Any) -> None:
 
 def check_dtype(dtype: Any) -> None:
     """Raises `BadHook` for a dtype in which no model computes."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, Mapping):  # a mapping names submodules
+    if dtype in (None, "auto"):
         return
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
@@ -403,17 +398,22 @@ def _check_storage(storage: Any, argument: str) -> None:
     if storage == "disk":
         return
     try:
-        device = torch.device(f"cuda:{storage}" if isinstance(storage, int) else storage)
+        device = _read_device(storage)
     except RuntimeError:
         raise BadHook(
             f"{argument} is no device: say 'auto', or a device of this machine, which has "
             f"{_list_devices()}"
         ) from None
-    if isinstance(storage, int) and torch.accelerator.is_available():
-        accelerator: Any = torch.accelerator.current_accelerator()
-        device = torch.device(accelerator.type, storage)
     if device.type == "meta" or not _exists(device):
         raise BadHook(f"{argument} is not on this machine, which has {_list_devices()}")
+
+
+def _read_device(storage: str | int | torch.device) -> torch.device:
+    """Returns the device that is meant; a number is the number of an accelerator."""
+    if not isinstance(storage, int):
+        return torch.device(storage)
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cuda")
+    return torch.device(f"{accelerator.type}:{storage}")
 
 
 def _exists(device: torch.device) -> bool:
@@ -429,7 +429,11 @@ def _list_devices() -> str:
     return ", ".join([*devices, "cpu", "disk"])
 
 
-def _check_memory(max_memory: Mapping[Any, Any]) -> None:
+def _check_memory(max_memory: Mapping[Any, Any], device_map: Any) -> None:
+    if device_map not in PLANS:
+        raise BadHook(
+            f"max_memory goes with device_map='auto', and {device_map!r} already says where all is"
+        )
     if not max_memory:
         raise BadHook(
             f"max_memory={max_memory!r}: give a mapping such as {{0: '20GB', 'cpu': '60GB'}}"
@@ -438,17 +442,16 @@ def _check_memory(max_memory: Mapping[Any, Any]) -> None:
 
     for storage, size in max_memory.items():
         argument = f"max_memory[{storage!r}]={size!r}"
-        is_number = isinstance(storage, int) and not isinstance(storage, bool)
-        if not is_number and storage not in ("cpu", "disk", "mps"):
+        if type(storage) is not int and storage not in ("cpu", "disk", "mps"):
             raise BadHook(
                 f"{argument}: devices are the numbers of accelerators, 'cpu' and 'disk' here"
             )
         _check_storage(storage, argument)
         try:
-            byte_count = convert_file_size_to_int(size)
+            is_size = not isinstance(size, bool) and convert_file_size_to_int(size) >= 0
         except (TypeError, ValueError):
-            byte_count = -1
-        if isinstance(size, bool) or byte_count < 0:
+            is_size = False
+        if not is_size:
             raise BadHook(f"{argument}: give bytes, or a text such as '20GB' or '512MiB'")
 
 
@@ -457,14 +460,13 @@ def check_named(model: nn.Module, device_map: Any) -> None:
     if not isinstance(device_map, Mapping):
         return
     names = {*dict(model.named_modules()), *dict(model.named_parameters())}
-    for name in device_map:
-        if name not in names:
-            suggestion = did_you_mean(str(name), sorted(names))
-            children = ", ".join(dict(model.named_children()))
-            raise BadHook(
-                f"device_map names {name!r}, and the model has no such module{suggestion} "
-                f"Its first modules are: {children}."
-            )
+    unknown = [name for name in device_map if name not in names]
+    if unknown:
+        suggestion = did_you_mean(str(unknown[0]), sorted(names))
+        raise BadHook(
+            f"device_map names {unknown[0]!r}, and the model has no such module{suggestion} "
+            f"Its first modules are: {', '.join(dict(model.named_children()))}."
+        )
 
 
 def make_distributed_config(plan: str | Mapping[str, str], device: Any, device_map: Any) -> Any:

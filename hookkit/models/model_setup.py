@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,10 +72,7 @@ def adapter_names(wrapping: tuple[nn.Module, ...]) -> list[str]:
 
     PEFT wraps them around it; transformers adds them inside.
     """
-    names: list[str] = []
-    for module in wrapping:
-        names += _adapter_configs(module)
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(chain.from_iterable(map(_adapter_configs, wrapping))))
 
 
 def layer_adapter_names(module: nn.Module) -> list[str]:
@@ -98,25 +97,33 @@ def active_adapter_names(model: nn.Module) -> list[str]:
 
 def _adapter_configs(module: Any) -> dict[str, Any]:
     configs = getattr(module, "peft_config", None)
-    return configs if isinstance(configs, dict) else {}
+    if isinstance(configs, dict):
+        return configs
+    return {}
 
 
 def refuse_virtual_tokens(wrapping: tuple[nn.Module, ...]) -> None:
     """Raises `Unsupported` if the active adapter puts virtual tokens before the text."""
     for module in wrapping:
-        configs = _adapter_configs(module)
-        name: Any = getattr(module, "active_adapter", None) if configs else None
-        if not isinstance(name, str) or name not in configs:
+        config = _active_config(module)
+        if config is None or not config.is_prompt_learning:
             continue
-        config = configs[name]
-        if not config.is_prompt_learning or getattr(module, "_adapters_disabled", False):
-            continue
-        raise Unsupported(
-            f"the adapter {name!r} ({config.peft_type.value}) puts {config.num_virtual_tokens} "
-            "tokens of its own in front of every text, so positions would mean others than the "
-            "text's: use an adapter in the layers such as LoRA, or run inside `with "
-            "model.disable_adapter():`"
-        )
+        if not getattr(module, "_adapters_disabled", False):
+            raise Unsupported(
+                f"the adapter {module.active_adapter!r} ({config.peft_type.value}) puts "
+                f"{config.num_virtual_tokens} tokens of its own in front of every text, so "
+                "positions would mean others than the text's: use an adapter in the layers such "
+                "as LoRA, or run inside `with model.disable_adapter():`"
+            )
+
+
+def _active_config(module: Any) -> Any:
+    """Returns the configuration of the one active adapter of a PEFT model, or None."""
+    configs = _adapter_configs(module)
+    name = configs and getattr(module, "active_adapter", None)
+    if isinstance(name, str):
+        return configs.get(name)
+    return None
 
 
 # ---- training mode
@@ -128,7 +135,7 @@ def warn_of_dropout(model: nn.Module) -> None:
         return
     for path, module in model.named_modules():
         dropout = _describe_dropout(module)
-        if dropout is not None:
+        if dropout:
             warnings.warn(
                 f"the model is in training mode and drops numbers out at random ({path}: "
                 f"{dropout}), so that what comes out differs from call to call: call model.eval() "
@@ -153,11 +160,11 @@ def _describe_dropout(module: nn.Module) -> str | None:
 
 def layers_without_gradient(root: nn.Module) -> list[str]:
     """Returns the paths of the layers through which autograd finds no gradient."""
-    gives_gradient: dict[type, bool] = {}
+    gives_gradient: dict[type, bool] = {nn.Linear: True}
     paths = []
     for path, module in root.named_modules():
         layer_class, width = type(module), getattr(module, "in_features", None)
-        if layer_class is nn.Linear or not isinstance(width, int):
+        if not isinstance(width, int):
             continue
         if layer_class not in gives_gradient:
             gives_gradient[layer_class] = _gives_gradient(module, width)
@@ -198,20 +205,20 @@ def user_stacklevel() -> int:
 
 def checkpointing_parents(root: nn.Module, paths: Iterable[str]) -> list[Any]:
     """Returns the modules around these paths that run their forward again in the backward pass."""
-    modules: dict[Any, None] = {}
+    parents: dict[Any, None] = {}
     for path in filter(None, paths):
+        parents[root] = None
         module: Any = root
-        modules[module] = None
         for name in path.split(".")[:-1]:
             module = module._modules[name]
-            modules[module] = None
-    parents: list[Any] = []
-    for module in modules:
-        attributes = vars(module)
-        is_enabled = attributes.get("gradient_checkpointing")
-        if is_enabled and "_gradient_checkpointing_func" in attributes:
-            parents.append(module)
-    return parents
+            parents[module] = None
+    return list(filter(_is_checkpointing, parents))
+
+
+def _is_checkpointing(module: nn.Module) -> bool:
+    attributes = vars(module)
+    has_function = "_gradient_checkpointing_func" in attributes
+    return has_function and bool(attributes.get("gradient_checkpointing"))
 
 
 def is_in_checkpointed_block(root: nn.Module, path: str) -> bool:
@@ -229,16 +236,13 @@ def freeze_weights(model: nn.Module) -> Iterator[None]:
     Afterwards each weight has its previous setting again. Weights are identified by name, because
     offloaded weights are new objects after every forward.
     """
-    trainable = {name for name, weight in _weights(model) if weight.requires_grad}
+    named_weights = partial(model.named_parameters, remove_duplicate=False)
+    trainable = {name for name, weight in named_weights() if weight.requires_grad}
     try:
-        for _, weight in _weights(model):
+        for _, weight in named_weights():
             weight.requires_grad_(False)
         yield
     finally:
-        for name, weight in _weights(model):
+        for name, weight in named_weights():
             if name in trainable:
                 weight.requires_grad_(True)
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters(remove_duplicate=False)

@@ -338,12 +338,10 @@ def adopt_attached_scopes() -> None:
     with _SCOPES_LOCK:
         attached = list(_ATTACHED)
     current = CURRENT_SCOPES.get()
-    adopted = []
-    for scope in attached:
-        if scope.open and scope not in current and scope.belongs_to_caller():
-            adopted.append(scope)
+    candidates = [scope for scope in attached if scope.open and scope not in current]
+    adopted = tuple(scope for scope in candidates if scope.belongs_to_caller())
     if adopted:
-        CURRENT_SCOPES.set((*adopted, *current))
+        CURRENT_SCOPES.set(adopted + current)
 
 
 @contextmanager

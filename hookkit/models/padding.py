@@ -67,13 +67,7 @@ def can_pad(lm: LM, side: Side) -> bool:
 
 def padding_scheme(lm: LM, side: Side) -> PaddingScheme:
     """Returns the scheme of a model for one side. Raises `Unsupported` if no scheme is right."""
-    key = "padding", side, *_trial_key(lm)
-    if key not in lm.trial_results:
-        lm.trial_results[key] = _choose_scheme(lm, side)
-    scheme = lm.trial_results[key]
-    if isinstance(scheme, str):
-        raise Unsupported(scheme)
-    return scheme
+    return _trial_result(lm, _choose_scheme, side)
 
 
 def check_generation(
@@ -89,20 +83,13 @@ def check_generation(
     # "paged" packs prompts into one row, which hooks refuse
     if cache in ("dynamic", "dynamic_full", "paged"):
         cache = None
-    is_plain = not padded and chunk_kind is None and cache is None
-    if is_plain and _position_offset(lm) is None:
+    if (padded, chunk_kind, cache) == (False, None, None) and _position_offset(lm) is None:
         return
-    trials = [(padded, chunk_kind, cache)]
-    if chunk_kind is not None and cache is not None:
-        trials.insert(0, (False, None, cache))
     if padded:
-        trials.insert(0, (True, None, None))
-    for trial in trials:
-        key = "padding", "generate", *trial, *_trial_key(lm)
-        if key not in lm.trial_results:
-            lm.trial_results[key] = _generation_problem(lm, *trial)
-        if lm.trial_results[key] is not None:
-            raise Unsupported(lm.trial_results[key])
+        _trial_result(lm, _generation_problem, True, None, None)
+    if chunk_kind is not None and cache is not None:
+        _trial_result(lm, _generation_problem, False, None, cache)
+    _trial_result(lm, _generation_problem, padded, chunk_kind, cache)
 
 
 def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
@@ -112,10 +99,18 @@ def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
     return min(chunk, 3), min(width % chunk, 2)
 
 
-def _trial_key(lm: LM) -> tuple[Any, ...]:
-    """Returns the properties of a model that may change the outcome of a trial."""
+def _trial_result(lm: LM, trial: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns the result of `trial(lm, *arguments)`. Raises `Unsupported` if it is a message.
+
+    A trial runs once for each attention implementation, dtype and set of adapters.
+    """
     attention = getattr(lm.config, "_attn_implementation", None)
-    return attention, getattr(lm.root, "dtype", None), lm.adapters
+    key = trial, *arguments, attention, getattr(lm.root, "dtype", None), lm.adapters
+    if key not in lm.trial_results:
+        lm.trial_results[key] = trial(lm, *arguments)
+    if isinstance(lm.trial_results[key], str):
+        raise Unsupported(lm.trial_results[key])
+    return lm.trial_results[key]
 
 
 # ---- trials of one forward
@@ -129,28 +124,33 @@ def _choose_scheme(lm: LM, side: Side) -> PaddingScheme | str:
             f"the prompts have several lengths, and {name} takes no attention_mask to hide "
             "padding: give prompts of one length, or one at a time"
         )
-    rows = _trial_rows(lm)
-    differences: dict[PaddingScheme, float] = {}
     try:
         with _trial_conditions(lm):
-            alone = [_forward_unpadded(lm, [row])[0] for row in rows]
-            exact_limit = _limit(lm, alone[1], 0.0)
-            for scheme in _possible_schemes(lm, side):
-                differences[scheme] = _padding_difference(lm, scheme, side, rows, alone)
-                if differences[scheme] <= exact_limit:
-                    return scheme
-            together = _forward_unpadded(lm, [rows[1], rows[1][::-1]])
-            noise = _relative_difference(together[0], alone[1])
+            return _first_right_scheme(lm, side)
     except Exception as error:  # noqa: BLE001  a model may refuse a trial in any way
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         return (
             f"a trial of {name} with a padded row failed ({reason}): give prompts of one length, "
             "or one at a time"
         )
-    if noise <= exact_limit:  # a change that an unpadded batch makes too is not due to padding
-        for scheme, difference in differences.items():
-            if difference <= _limit(lm, alone[1], noise):
-                return scheme
+
+
+def _first_right_scheme(lm: LM, side: Side) -> PaddingScheme | str:
+    rows = _trial_rows(lm)
+    alone = [_forward_unpadded(lm, [row])[0] for row in rows]
+    exact_limit = _limit(lm, alone[1], 0.0)
+    differences: dict[PaddingScheme, float] = {}
+    for scheme in _possible_schemes(lm, side):
+        differences[scheme] = _padding_difference(lm, scheme, side, rows, alone)
+        if differences[scheme] <= exact_limit:
+            return scheme
+    together = _forward_unpadded(lm, [rows[1], rows[1][::-1]])
+    noise = _relative_difference(together[0], alone[1])
+    limit = _limit(lm, alone[1], noise)
+    right = [scheme for scheme, difference in differences.items() if difference <= limit]
+    # a change that an unpadded batch makes too is not due to padding
+    if right and noise <= exact_limit:
+        return right[0]
     return _refusal(lm, side, noise, min(differences.values()))
 
 
@@ -246,20 +246,25 @@ def _generation_problem(
     difference = max(map(_relative_difference, logits, alone))
     if difference <= limit:
         return None
+    if cache is None and chunk_kind is None:
+        return _refusal(lm, "left", noise, difference)
+    return _changed_logits(name, padded, cache, difference)
+
+
+def _changed_logits(name: str, padded: bool, cache: str | None, difference: float) -> str:
+    """Returns the message for a kind of cache or for chunks with which logits differ."""
     if cache is not None:
         return (
             f"cache_implementation={cache!r} gives other logits than the prompt read at once in "
             f"{name} (a trial was off by {difference:.1g} of their size), which is transformers' "
             "own doing: leave it out"
         )
-    if chunk_kind is not None:
-        alternative = " or give prompts of one length" if padded else ""
-        return (
-            f"prefill_chunk_size gives other logits than the prompt read at once in {name} (a "
-            f"trial was off by {difference:.1g} of their size): transformers leaves out what its "
-            f"states need there. Leave prefill_chunk_size out{alternative}, or take larger chunks"
-        )
-    return _refusal(lm, "left", noise, difference)
+    alternative = " or give prompts of one length" if padded else ""
+    return (
+        f"prefill_chunk_size gives other logits than the prompt read at once in {name} (a trial "
+        f"was off by {difference:.1g} of their size): transformers leaves out what its states need "
+        f"there. Leave prefill_chunk_size out{alternative}, or take larger chunks"
+    )
 
 
 def _chunked_rows(
@@ -353,9 +358,8 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
         for module in modules:
             if module.training:
                 overrides.replace_attribute(module, "training", lambda _: False)
-        for module in modules:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                _silence_user_hooks(hooks, overrides)
+            _silence_user_hooks(module._forward_hooks, overrides)
+            _silence_user_hooks(module._forward_pre_hooks, overrides)
         yield
 
 

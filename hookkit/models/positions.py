@@ -118,22 +118,25 @@ def read_indices(count: IndicesLike, word: str, *, negative: bool = True) -> Ind
     """
     if count is None:
         return None
-    if isinstance(count, slice):
-        count = Span(count.start, count.stop, count.step)
-    items = None if as_integer(count) is not None else as_items(count)
-    value: Indices
-    if isinstance(count, Span):
-        value = _read_span(count, word)
-        numbers = [end for end in (value.start, value.stop) if end is not None]
-    elif items is not None:
-        numbers = _read_several(items, word)
-        value = tuple(numbers)
+    value = _read_value(count, word)
+    if isinstance(value, Span):
+        numbers = [value.start or 0, value.stop or 0]
     else:
-        value = _read_whole(count, word)
-        numbers = [value]
-    if not negative and min(numbers, default=0) < 0:
+        numbers = [value] if isinstance(value, int) else value
+    if not negative and min(numbers) < 0:
         raise OutOfRange(f"{word}={value!r}: {word}s count from 0 upwards")
     return value
+
+
+def _read_value(count: object, word: str) -> int | tuple[int, ...] | Span:
+    if isinstance(count, slice):
+        return _read_span(Span(count.start, count.stop, count.step), word)
+    if isinstance(count, Span):
+        return _read_span(count, word)
+    items = as_items(count)
+    if items is None:
+        return _read_whole(count, word)
+    return tuple(_read_several(items, word))
 
 
 def _read_span(span: Span, word: str) -> Span:
@@ -145,8 +148,7 @@ def _read_span(span: Span, word: str) -> Span:
             f"{word}={span!r} steps backwards: positions are taken in the order of the text"
         )
     first = start or 0
-    same_sign = stop is not None and (first < 0) == (stop < 0)
-    if stop is not None and same_sign and stop <= first:
+    if stop is not None and (first < 0) == (stop < 0) and stop <= first:
         raise EmptySelection(f"{word}={span!r} selects nothing: its end is not after its start")
     return Span(start, stop, step)
 
@@ -205,9 +207,9 @@ def resolve_rows(rows: Indices, count: int) -> list[int]:
     if isinstance(numbers, range):
         numbers = range(numbers.start, min(numbers.stop, count), numbers.step)
     batch = "1 row, row 0" if count == 1 else f"{count} rows, 0 to {count - 1}"
-    for row in numbers:
-        if row >= count:
-            raise OutOfRange(f"row {row} was asked for, and the batch has {batch}")
+    beyond = [row for row in numbers if row >= count]
+    if beyond:
+        raise OutOfRange(f"row {beyond[0]} was asked for, and the batch has {batch}")
     if not numbers:
         raise EmptySelection(f"rows={rows!r} selects none of the batch's {batch}")
     return list(numbers)

@@ -1,7 +1,9 @@
 """Turns prompts into the padded batch that a model reads, and a text into its tokens' positions."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import compress, count, groupby
 from typing import Any, TypeAlias
 
 from jaxtyping import Bool, Int
@@ -106,19 +108,23 @@ def refuse_non_prompts(prompts: Any, *, rows: bool = False) -> None:
             f"the prompts are in a {kind}, which has no order: "
             "give a list, sorted(prompts) for example"
         )
-    names = getattr(prompts, "columns", None)
-    if names is None and not rows:
-        names = getattr(prompts, "column_names", None)
-    if names is not None and not callable(names):
-        columns = [str(name) for name in names]
-        name = columns[0] if columns else "text"
-        raise BadPrompt(
-            f"the prompts are a table, a {kind} with the columns {', '.join(map(repr, columns))}: "
-            f"give one column, list(table[{name!r}])"
-        )
+    _refuse_table(prompts, rows=rows)
     for attributes, problem in OTHER_OBJECTS.items():
         if all(hasattr(prompts, attribute) for attribute in attributes):
             raise BadPrompt(problem.format(kind=kind))
+
+
+def _refuse_table(prompts: Any, *, rows: bool) -> None:
+    names = getattr(prompts, "columns", None)
+    if names is None and not rows:
+        names = getattr(prompts, "column_names", None)
+    if names is None or callable(names):
+        return
+    columns = [repr(str(name)) for name in names]
+    raise BadPrompt(
+        f"the prompts are a table, a {type(prompts).__name__} with the columns "
+        f"{', '.join(columns)}: give one column, list(table[{next(iter(columns), repr('text'))}])"
+    )
 
 
 def _row_of_ids(ids: Sequence[object], number: int) -> Row:
@@ -163,19 +169,23 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
     mask = inputs.get("attention_mask")
     if mask is None:
         return rows
+    mask_rows = _rows_of_mask(mask)
+    if len(mask_rows) != len(rows):
+        raise BadPrompt(
+            f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one shape"
+        )
+    return list(map(_without_padding, rows, mask_rows, count()))
+
+
+def _rows_of_mask(mask: object) -> list[Any]:
     mask_rows = as_items(mask)
     if mask_rows is None:
         raise BadPrompt(
             f"attention_mask is {describe(mask)}: give 1 for each real token and 0 for padding"
         )
     if all(as_items(mask_row) is None for mask_row in mask_rows):
-        mask_rows = [mask_rows]
-    if len(mask_rows) != len(rows):
-        raise BadPrompt(
-            f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one shape"
-        )
-    pairs = zip(rows, mask_rows, strict=True)
-    return [_without_padding(row, mask_row, number) for number, (row, mask_row) in enumerate(pairs)]
+        return [mask_rows]
+    return mask_rows
 
 
 def _check_keys(inputs: Any) -> None:
@@ -185,43 +195,42 @@ def _check_keys(inputs: Any) -> None:
             f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, "
             "mapping['text'] for example, or what a tokenizer returns"
         )
-    for key in inputs:
-        if key not in MODEL_INPUTS:
-            raise BadPrompt(
-                f"the prompts have {str(key)!r}, which would be ignored: hookkit reads input_ids "
-                "and attention_mask. Leave it out, for example with "
-                f"inputs.pop({str(key)!r}), or run the model yourself in hk.attach"
-            )
+    ignored = [str(key) for key in inputs if key not in MODEL_INPUTS]
+    if ignored:
+        raise BadPrompt(
+            f"the prompts have {ignored[0]!r}, which would be ignored: hookkit reads input_ids "
+            "and attention_mask. Leave it out, for example with "
+            f"inputs.pop({ignored[0]!r}), or run the model yourself in hk.attach"
+        )
 
 
 def _without_padding(row: Any, mask: object, number: int) -> Row:
     """Returns a row of ids without its padding, which may be before or after the text."""
     values = as_items(mask)
     if values is None or len(values) != len(row):
-        count = describe(mask) if values is None else f"{len(values)} numbers"
+        size = describe(mask) if values is None else f"{len(values)} numbers"
         raise BadPrompt(
-            f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: "
+            f"row {number} has {len(row)} input_ids, and its attention_mask has {size}: "
             "give one shape"
         )
-    bits = [_mask_bit(value) for value in values]
-    if any(bit not in (0.0, 1.0) for bit in bits):
+    bits = list(map(_mask_bit, values))
+    if not {0.0, 1.0}.issuperset(bits):
         raise BadPrompt(
             f"attention_mask of row {number} has other values than 0 and 1: "
             "give 1 for each real token"
         )
-    text = [index for index, bit in enumerate(bits) if bit == 1.0]
-    if text and text[-1] - text[0] + 1 != len(text):
+    runs = [bit for bit, _ in groupby(bits)]
+    if runs.count(1.0) > 1:
         raise BadPrompt(
             f"attention_mask of row {number} has a 0 between tokens, which would be taken "
             "out of the text: hide tokens with hk.knockout(layers, key=…), "
             "and give padding at one end only"
         )
-    return tuple(row[index] for index in text)
+    return tuple(compress(row, bits))
 
 
 def _mask_bit(value: object) -> float | None:
-    is_text = as_bool(value)
-    return as_number(value) if is_text is None else float(is_text)
+    return as_number(value) if as_bool(value) is None else float(bool(value))
 
 
 # ---- the batch that a model reads
@@ -321,10 +330,10 @@ def batches_by_length(
 
 def pad_id(lm: LM) -> int:
     """Returns the id in the padding, which the mask hides: the pad or end token, or 0."""
-    vocab = lm.sizes["vocab"]
+    vocab = lm.sizes["vocab"] or math.inf
     for name in ("pad_token_id", "eos_token_id"):
         token_id = getattr(lm.tokenizer, name, None)
-        if token_id is not None and (vocab is None or token_id < vocab):
+        if token_id is not None and token_id < vocab:
             return token_id
     return 0
 

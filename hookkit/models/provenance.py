@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .devices import count_parameters, gather_weight, weights_of
+from .devices import count_parameters, weights_of
 from .lm import LM
 
 PACKAGES = "hookkit torch transformers tokenizers numpy pandas matplotlib einops"
@@ -66,7 +66,7 @@ def _plain_weights(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
             continue
         value: Any = read()
         if hasattr(value, "full_tensor"):  # split among processes: joined when it is read
-            yield name, lambda value=value: gather_weight(value)
+            yield name, value.full_tensor
             continue
         for part_name, part in _tensors_in(name, value):
             yield part_name, lambda part=part: part
@@ -76,7 +76,7 @@ def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yields the plain tensors of a weight by name; a quantised weight also has scales."""
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _tensors_in(f"{name}.{key}" if name else key, part)
+            yield from _tensors_in(f"{name}.{key}", part)
     elif isinstance(value, tuple | list):
         yield from _tensors_in(name, dict(enumerate(value)))
     elif hasattr(value, "__tensor_flatten__"):

@@ -71,15 +71,7 @@ class Site:
     head: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise UnknownSite(
-                f"a site's name is a text such as 'resid_post', and not {describe(self.name)}"
-            )
-        if self.name not in AXES:
-            raise UnknownSite(
-                f"there is no site {self.name!r}{did_you_mean(self.name, AXES)} The sites are: "
-                f"{', '.join(AXES)}. Any other tensor is hk.module(path, side='output')."
-            )
+        check_name(self.name)
         for word in ("layer", "head"):
             if getattr(self, word) is not None:
                 object.__setattr__(self, word, _read_index(self.name, word, getattr(self, word)))
@@ -100,7 +92,9 @@ class Site:
     def axes(self) -> str:
         """The names of the axes, without the head axis if the site is one head."""
         axes = AXES[self.name]
-        return axes if self.head is None else axes.replace("kv_head ", "").replace("head ", "", 1)
+        if self.head is None:
+            return axes
+        return axes.replace("kv_head ", "").replace("head ", "", 1)
 
     @property
     def every_layer(self) -> bool:
@@ -113,6 +107,17 @@ class Site:
     def __str__(self) -> str:
         parts = (self.name, self.layer, self.head)
         return ".".join(str(part) for part in parts if part is not None)
+
+
+def check_name(name: object) -> None:
+    """Raises `UnknownSite` for what is not the name of a site."""
+    if not isinstance(name, str):
+        raise UnknownSite(f"a site's name is a text such as 'resid_post', and not {describe(name)}")
+    if name not in AXES:
+        raise UnknownSite(
+            f"there is no site {name!r}{did_you_mean(name, AXES)} The sites are: "
+            f"{', '.join(AXES)}. Any other tensor is hk.module(path, side='output')."
+        )
 
 
 def _read_index(name: str, word: str, index: object) -> int:
@@ -237,10 +242,7 @@ class Sites(Sequence[AnySite]):
         return Sites(self.sites + as_sites(other).sites)
 
     def _repr_html_(self) -> str:
-        rows: list[dict[str, str]] = []
-        for site in self.sites:
-            axes = site.axes if isinstance(site, Site) else ""
-            rows.append({"site": str(site), "axes": axes})
+        rows = [{"site": str(site), "axes": getattr(site, "axes", "")} for site in self.sites]
         return render_html(count_of(len(self), "site"), rows=rows)
 
     def __repr__(self) -> str:

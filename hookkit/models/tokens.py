@@ -1,5 +1,6 @@
 """The tokens of a model: from text to ids and back, with or without a tokenizer."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -38,28 +39,36 @@ class Vocabulary(ABC):
         Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the
         nearest spellings that are one.
         """
-        token, rows = check_token(token), self.sizes["vocab"]
-        if not isinstance(token, str):
-            if rows is not None and token >= rows:
-                raise NotOneToken(
-                    f"token {token} was asked for, and the vocabulary has ids 0 to {rows - 1}"
-                )
-            return token
+        token = check_token(token)
+        if isinstance(token, str):
+            return self._token_of_text(token)
+        if token >= self._n_rows:
+            raise NotOneToken(
+                f"token {token} was asked for, and the vocabulary has ids 0 to {self._n_rows - 1}"
+            )
+        return token
+
+    @property
+    def _n_rows(self) -> int:
+        """The number of rows of the vocabulary, or a huge number where it is not known."""
+        return self.sizes["vocab"] or sys.maxsize
+
+    def _token_of_text(self, text: str) -> int:
         if self.tokenizer is None:
             raise NotOneToken(
-                f"{token!r} is text, and this model came without a tokenizer: give token ids"
+                f"{text!r} is text, and this model came without a tokenizer: give token ids"
             )
-        token_id, ids = self._token_and_pieces(token)
-        if rows is not None and max(ids, default=0) >= rows:
+        token_id, ids = self._token_and_pieces(text)
+        if max(ids, default=0) >= self._n_rows:
             raise NotOneToken(
-                f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to "
-                f"{rows - 1}: give the LM the model's own tokenizer"
+                f"{text!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to "
+                f"{self._n_rows - 1}: give the LM the model's own tokenizer"
             )
         if token_id is None:
             pieces = " + ".join(map(repr, map(self.string, ids)))
-            spellings = ", ".join(map(repr, self._one_token_spellings(token, ids)))
+            spellings = ", ".join(map(repr, self._one_token_spellings(text, ids)))
             raise NotOneToken(
-                f"{token!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
+                f"{text!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
                 f"One token each: {spellings or 'no near spelling, so give an id'}."
             )
         return token_id
@@ -97,15 +106,14 @@ class Vocabulary(ABC):
     def _one_token_spellings(self, text: str, ids: list[int]) -> list[str]:
         bare = text.strip()
         candidates: list[str] = []
-        if bare:
-            for case in (bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()):
-                candidates += [f" {case}", case]
+        cases = (bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split())
+        for case in filter(None, cases):
+            candidates += [f" {case}", case]
         candidates += map(self.string, ids)
-        rows = self.sizes["vocab"]
         spellings: list[str] = []
         for spelling in dict.fromkeys(filter(None, candidates)):
             token_id, _ = self._token_and_pieces(spelling)
-            if token_id is not None and (rows is None or token_id < rows):
+            if token_id is not None and token_id < self._n_rows:
                 spellings.append(spelling)
         return spellings
 
