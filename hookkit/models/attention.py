@@ -186,10 +186,12 @@ class _SoftmaxMode(RemovableMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.done and func in (nn.functional.softmax, torch.softmax, Tensor.softmax):
+        if self.done:
+            return func(*args, **kwargs)
+        if func in (nn.functional.softmax, torch.softmax, Tensor.softmax):
             self.done = True
             return self._softmax(func, args, kwargs)
-        if not self.done and func is nn.functional.scaled_dot_product_attention:
+        if func is nn.functional.scaled_dot_product_attention:
             self.done = True
             eager_output = self._eager_attention(*args, **kwargs)
             if self.changed:
@@ -392,9 +394,9 @@ def _additive_mask(mask: Any, query: Tensor, key: Tensor, window: int | None) ->
             f"a mask of {type(mask).__name__} (flex attention) cannot be read: load the model with "
             "sdpa"
         )
-    if mask is None and queries == 1:
-        return None
     if mask is None:
+        if queries == 1:
+            return None
         # transformers 5.0 slices four axes
         return _causal_mask(query.new_empty(queries, keys))[None, None]
     if mask.ndim == 4:

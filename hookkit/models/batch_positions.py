@@ -374,7 +374,7 @@ def _columns_of(positions: PositionRange, columns: Columns, first: int) -> Colum
     """Returns the columns of positions, counted from column `first`; a range where possible."""
     if isinstance(columns, range) and (isinstance(positions, range) or len(positions) == 1):
         start = columns.start + positions[0] - first
-        step = positions.step if isinstance(positions, range) else 1
+        step = getattr(positions, "step", 1)
         return range(start, start + (positions[-1] - positions[0]) + 1, step)
     return tuple(columns[position] - first for position in positions)
 

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def stored_models() -> pd.DataFrame:
     rows = list(map(_default_row, _default_folders()))
     for repo in _hub_models():
         used = pd.Timestamp(repo.last_accessed, unit="s").date().isoformat()
-        revisions = sorted(repo.revisions, key=lambda item: item.last_modified, reverse=True)
+        revisions = sorted(repo.revisions, key=attrgetter("last_modified"), reverse=True)
         for revision in revisions:
             size, count = round(revision.size_on_disk / 1e6, 1), len(revision.files)
             path = str(revision.snapshot_path)
@@ -217,7 +218,7 @@ def remove_model(name: str, revision: str | None = None) -> float:
     hashes = [commit for commit in stored_hashes if commit.startswith(revision or "")]
     if not hashes:
         of_revision = f" of revision {revision!r}" if stored_hashes else ""
-        names = [DEFAULT, *(repo.repo_id for repo in _hub_models())]
+        names = [DEFAULT, *map(attrgetter("repo_id"), _hub_models())]
         raise ModelNotFound(
             f"no model {name!r}{of_revision} is kept on this machine{did_you_mean(name, names)}"
         )
@@ -240,13 +241,13 @@ def _commit_hashes(name: str) -> list[str]:
 
 
 def _default_folders() -> list[Path]:
-    return sorted(path for path in cache_folder().glob(f"{DEFAULT}-*") if path.is_dir())
+    return sorted(filter(Path.is_dir, cache_folder().glob(f"{DEFAULT}-*")))
 
 
 def _default_row(folder: Path) -> list[Any]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    used = max((path.stat().st_atime for path in files), default=0.0)
-    size = round(sum(path.stat().st_size for path in files) / 1e6, 1)
+    files = list(map(Path.stat, filter(Path.is_file, folder.rglob("*"))))
+    used = max(map(attrgetter("st_atime"), files), default=0.0)
+    size = round(sum(map(attrgetter("st_size"), files)) / 1e6, 1)
     date = pd.Timestamp(used, unit="s").date().isoformat()
     return [DEFAULT, folder.name.rpartition("-")[2], size, len(files), date, str(folder)]
 
@@ -257,8 +258,9 @@ def _remove_default() -> float:
         raise ModelNotFound(
             f"the default model, {DEFAULT} of the package {PACKAGE}, is not kept on this machine"
         )
-    freed = sum(float(_default_row(folder)[2]) for folder in folders)
+    freed = 0.0
     for folder in folders:
+        freed += _default_row(folder)[2]
         try:
             shutil.rmtree(folder)
         except OSError as error:
@@ -283,4 +285,4 @@ def _hub_models() -> list[Any]:
     if not _hub_folder().is_dir():
         return []
     models = [repo for repo in _hub_info().repos if repo.repo_type == "model"]
-    return sorted(models, key=lambda repo: repo.repo_id)
+    return sorted(models, key=attrgetter("repo_id"))

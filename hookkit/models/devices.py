@@ -423,7 +423,7 @@ def _exists(device: torch.device) -> bool:
 
 
 def _list_devices() -> str:
-    devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = list(map("cuda:{}".format, range(torch.cuda.device_count())))
     if torch.backends.mps.is_available():
         devices.append("mps")
     return ", ".join([*devices, "cpu", "disk"])
@@ -438,8 +438,6 @@ def _check_memory(max_memory: Mapping[Any, Any], device_map: Any) -> None:
         raise BadHook(
             f"max_memory={max_memory!r}: give a mapping such as {{0: '20GB', 'cpu': '60GB'}}"
         )
-    from accelerate.utils import convert_file_size_to_int
-
     for storage, size in max_memory.items():
         argument = f"max_memory[{storage!r}]={size!r}"
         if type(storage) is not int and storage not in ("cpu", "disk", "mps"):
@@ -447,12 +445,18 @@ def _check_memory(max_memory: Mapping[Any, Any], device_map: Any) -> None:
                 f"{argument}: devices are the numbers of accelerators, 'cpu' and 'disk' here"
             )
         _check_storage(storage, argument)
-        try:
-            is_size = not isinstance(size, bool) and convert_file_size_to_int(size) >= 0
-        except (TypeError, ValueError):
-            is_size = False
-        if not is_size:
+        if not _is_size(size):
             raise BadHook(f"{argument}: give bytes, or a text such as '20GB' or '512MiB'")
+
+
+def _is_size(size: Any) -> bool:
+    """True for a number of bytes, and for a text such as "20GB"."""
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        return not isinstance(size, bool) and convert_file_size_to_int(size) >= 0
+    except (TypeError, ValueError):
+        return False
 
 
 def check_named(model: nn.Module, device_map: Any) -> None:

@@ -8,7 +8,7 @@ tensor (or a copy).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
@@ -102,9 +102,9 @@ class Layout:
         if "mlp_post" not in self.family.locations:
             return None
         layers = range(self.n_layers) if layer is None else (layer,)
-        locations = (self.find("mlp_post", number) for number in layers)
-        first = next(filter(None, locations), None)
-        return None if first is None else _input_size(self.submodule(first.path))
+        locations = map(partial(self.find, "mlp_post"), layers)
+        location = next(filter(None, locations), None)
+        return location and _input_size(self.submodule(location.path))
 
     @cached_property
     def n_layers(self) -> int:
@@ -196,7 +196,7 @@ class Layout:
                 return (width,)
         sizes = dict(self.sizes_of(site.layer))
         sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of sites inside attention
-        axes = [axis for axis in site.axes.split() if axis not in ("batch", "pos")]
+        axes = site.axes.removeprefix("batch ").removeprefix("pos ").split()
         return tuple(sizes.get(axis) or 0 for axis in axes)
 
     def factor(self, site: Site) -> float:
@@ -231,7 +231,7 @@ class Layout:
 
     def describe(self) -> pd.DataFrame:
         """Returns the table of all sites, one row each; see `LM.describe`."""
-        return pd.DataFrame([self._describe_site(name) for name in AXES])
+        return pd.DataFrame(list(map(self._describe_site, AXES)))
 
     def _describe_site(self, name: str) -> dict[str, object]:
         sizes = " ".join(str(self.sizes.get(axis) or axis) for axis in AXES[name].split())
@@ -412,7 +412,7 @@ class AttentionView(HeadFirstView):
             raw = raw.masked_fill(is_hidden(raw), unseen)
         spans = forward.keys(cells, raw.shape[-1])
         width = max(last for _, last, _ in spans)
-        if all(span == (0, width, 0) for span in spans):
+        if set(spans) == {(0, width, 0)}:
             return raw[..., :width]
         values = raw.new_full((*raw.shape[:-1], width), unseen)
         for row, (first, last, column) in enumerate(spans):
@@ -461,11 +461,7 @@ def full_sizes(layout: Layout, site: AnySite, location: ModuleLocation) -> dict[
     Returns None where they are not known.
     """
     if not isinstance(site, Site):
-        if location.item != 0:
-            return None
-        attribute = "in_features" if location.side == "input" else "out_features"
-        size = _read_int(layout.submodule(location.path), attribute)
-        return None if size is None else {-1: size}
+        return _module_sizes(layout, location)
     shape = layout.shape(replace(site, head=None))
     if location.side == "inside" and not location.flat:
         return {1: shape[0]}
@@ -473,6 +469,14 @@ def full_sizes(layout: Layout, site: AnySite, location: ModuleLocation) -> dict[
     if cut is not None:
         return {-1: cut.outer * cut.total}
     return {axis - len(shape): size for axis, size in enumerate(shape) if size}
+
+
+def _module_sizes(layout: Layout, location: ModuleLocation) -> dict[int, int] | None:
+    attribute = "in_features" if location.side == "input" else "out_features"
+    size = _read_int(layout.submodule(location.path), attribute)
+    if size is None or location.item != 0:
+        return None
+    return {-1: size}
 
 
 def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:

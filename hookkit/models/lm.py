@@ -302,8 +302,7 @@ class LM(Vocabulary):
 
     @cached_property
     def _embedding(self) -> nn.Module:
-        embedding = _call_method(self.root, "get_input_embeddings")
-        return self.root if embedding is None else embedding
+        return _call_method(self.root, "get_input_embeddings") or self.root
 
     @cached_property
     def takes(self) -> frozenset[str]:
@@ -450,8 +449,7 @@ class LM(Vocabulary):
 
 def _call_method(module: nn.Module, name: str) -> Any:
     """Returns what a method without arguments returns; None if there is no such method."""
-    method = getattr(module, name, None)
-    return method() if callable(method) else None
+    return getattr(module, name, lambda: None)()
 
 
 TOKENIZER_METHODS = ("encode", "decode", "convert_ids_to_tokens")
@@ -460,8 +458,7 @@ TOKENIZER_METHODS = ("encode", "decode", "convert_ids_to_tokens")
 def tokenizer_of(tokenizer: Any) -> Any:
     """Returns a tokenizer, or the tokenizer of a processor. Raises `BadArgument` for others."""
     for candidate in (tokenizer, getattr(tokenizer, "tokenizer", None)):
-        methods = [getattr(candidate, name, None) for name in TOKENIZER_METHODS]
-        if all(map(callable, methods)):
+        if all(map(partial(hasattr, candidate), TOKENIZER_METHODS)):
             return candidate
     raise BadArgument(
         f"{describe(tokenizer)} is no tokenizer of transformers, and no processor that holds one: "

@@ -134,28 +134,25 @@ def warn_of_dropout(model: nn.Module) -> None:
     if not model.training:
         return
     for path, module in model.named_modules():
-        dropout = _describe_dropout(module)
-        if dropout:
+        for name, probability in _dropout_probabilities(module).items():
             warnings.warn(
                 f"the model is in training mode and drops numbers out at random ({path}: "
-                f"{dropout}), so that what comes out differs from call to call: call model.eval() "
-                "first",
+                f"{name} = {probability:g}), so that what comes out differs from call to call: "
+                "call model.eval() first",
                 DroppedOut,
                 stacklevel=user_stacklevel(),
             )
             return
 
 
-def _describe_dropout(module: nn.Module) -> str | None:
-    """Returns a module's own dropout as text, or None. Attention has no dropout module."""
+def _dropout_probabilities(module: nn.Module) -> dict[str, float]:
+    """Returns a module's own probabilities of dropout. Attention has no dropout module."""
     if not module.training:
-        return None
+        return {}
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-        return f"p = {module.p:g}"
-    for name, value in vars(module).items():
-        if isinstance(value, float) and value > 0 and "drop" in name:
-            return f"{name} = {value:g}"
-    return None
+        return {"p": module.p}
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, float)}
+    return {name: number for name, number in numbers.items() if "drop" in name and number > 0}
 
 
 def layers_without_gradient(root: nn.Module) -> list[str]:
@@ -175,8 +172,8 @@ def layers_without_gradient(root: nn.Module) -> list[str]:
 
 def _gives_gradient(layer: nn.Module, width: int) -> bool:
     """True if a layer gives a gradient, or if this cannot be tried (for offloaded weights)."""
-    first = next(layer.parameters(), None)
-    dtype = first.dtype if first is not None and first.is_floating_point() else torch.float32
+    first = next(layer.parameters(), torch.zeros(0))
+    dtype = first.dtype if first.is_floating_point() else torch.float32
     with torch.inference_mode(False), torch.enable_grad():
         probe = torch.zeros(1, width, dtype=dtype, device=device_of(layer), requires_grad=True)
         try:

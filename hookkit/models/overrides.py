@@ -339,7 +339,7 @@ def adopt_attached_scopes() -> None:
         attached = list(_ATTACHED)
     current = CURRENT_SCOPES.get()
     candidates = [scope for scope in attached if scope.open and scope not in current]
-    adopted = tuple(scope for scope in candidates if scope.belongs_to_caller())
+    adopted = tuple(filter(Scope.belongs_to_caller, candidates))
     if adopted:
         CURRENT_SCOPES.set(adopted + current)
 

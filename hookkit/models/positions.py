@@ -119,12 +119,16 @@ def read_indices(count: IndicesLike, word: str, *, negative: bool = True) -> Ind
     if count is None:
         return None
     value = _read_value(count, word)
-    if isinstance(value, Span):
-        numbers = [value.start or 0, value.stop or 0]
-    else:
-        numbers = [value] if isinstance(value, int) else value
-    if not negative and min(numbers) < 0:
+    if not negative and min(_numbers_in(value)) < 0:
         raise OutOfRange(f"{word}={value!r}: {word}s count from 0 upwards")
+    return value
+
+
+def _numbers_in(value: int | tuple[int, ...] | Span) -> tuple[int, ...]:
+    if isinstance(value, Span):
+        return value.start or 0, value.stop or 0
+    if isinstance(value, int):
+        return (value,)
     return value
 
 
@@ -221,7 +225,7 @@ def _resolve(count: int | tuple[int, ...] | Span, length: int) -> PositionRange:
         start = _resolve_end(count.start, length, default=0)
         stop = _resolve_end(count.stop, length, default=NO_END)
         return range(start, stop, count.step or 1)
-    numbers = (count,) if isinstance(count, int) else count
+    numbers = _numbers_in(count)
     positions = sorted(_from_start(number, length) for number in numbers)
     if positions[0] < 0:
         raise OutOfRange(

@@ -93,7 +93,7 @@ def is_token_row(prompts: object) -> bool:
 
 
 def _are_whole(items: Iterable[object]) -> bool:
-    return all(as_integer(item) is not None for item in items)
+    return None not in map(as_integer, items)
 
 
 def refuse_non_prompts(prompts: Any, *, rows: bool = False) -> None:
@@ -120,7 +120,7 @@ def _refuse_table(prompts: Any, *, rows: bool) -> None:
         names = getattr(prompts, "column_names", None)
     if names is None or callable(names):
         return
-    columns = [repr(str(name)) for name in names]
+    columns = list(map(repr, map(str, names)))
     raise BadPrompt(
         f"the prompts are a table, a {type(prompts).__name__} with the columns "
         f"{', '.join(columns)}: give one column, list(table[{next(iter(columns), repr('text'))}])"
@@ -162,7 +162,7 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
     """Returns the rows of ids, without padding, of a mapping that a tokenizer returned."""
     _check_keys(inputs)
     rows = check_prompts(inputs["input_ids"])
-    if any(isinstance(row, str) for row in rows):
+    if str in map(type, rows):
         raise BadPrompt(
             "input_ids are texts: give token ids there, or the texts themselves as the prompts"
         )
@@ -190,7 +190,7 @@ def _rows_of_mask(mask: object) -> list[Any]:
 
 def _check_keys(inputs: Any) -> None:
     if "input_ids" not in inputs:
-        keys = ", ".join(repr(str(key)) for key in inputs) or "nothing"
+        keys = ", ".join(map(repr, map(str, inputs))) or "nothing"
         raise BadPrompt(
             f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, "
             "mapping['text'] for example, or what a tokenizer returns"

@@ -72,9 +72,8 @@ class Site:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        for word in ("layer", "head"):
-            if getattr(self, word) is not None:
-                object.__setattr__(self, word, _read_index(self.name, word, getattr(self, word)))
+        object.__setattr__(self, "layer", _read_index(self.name, "layer", self.layer))
+        object.__setattr__(self, "head", _read_index(self.name, "head", self.head))
         if self.layer is not None and self.name in SITES_WITHOUT_LAYER:
             raise UnknownSite(
                 f"{self.name!r} exists once in the model and has no layer {self.layer}: "
@@ -120,8 +119,10 @@ def check_name(name: object) -> None:
         )
 
 
-def _read_index(name: str, word: str, index: object) -> int:
-    """Returns a layer or head as a whole number from 0."""
+def _read_index(name: str, word: str, index: object) -> int | None:
+    """Returns a layer or head as a whole number from 0; None if it is left out."""
+    if index is None:
+        return None
     number = as_integer(index)
     if number is None:
         raise UnknownSite(
