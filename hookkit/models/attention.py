@@ -17,17 +17,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
 
 from ..errors import Unsupported
 from .layout import is_hidden
-from .overrides import Overrides
+from .overrides import Overrides, RemovableMode
 
 NAME = "hookkit"  # the attention implementation that is registered with transformers
 
@@ -138,35 +131,6 @@ def _input_dtype(arguments: tuple[Any, ...]) -> torch.dtype:
 
 class _Unchanged(Exception):
     """Raised when no callback changed scores or pattern, to end eager attention early."""
-
-
-class RemovableMode(TorchFunctionMode):
-    """A torch function mode that is removed even if Ctrl-C comes while torch sets it aside."""
-
-    def __exit__(self, *_: object) -> None:
-        if _get_current_function_mode() is self:
-            super().__exit__(None, None, None)
-        else:
-            remove_modes_except([mode for mode in current_modes() if mode is not self])
-
-
-def current_modes() -> list[Any]:
-    """Returns the torch function modes of this thread, the innermost last."""
-    return _get_current_function_mode_stack()
-
-
-def remove_modes_except(modes_to_keep: list[Any]) -> None:
-    """Removes from this thread's stack every mode of hookkit that is not among these."""
-    current = current_modes()
-    remaining = [
-        mode for mode in current if mode in modes_to_keep or not isinstance(mode, RemovableMode)
-    ]
-    if remaining == current:
-        return
-    for _ in current:
-        _pop_mode()
-    for mode in remaining:
-        _push_mode(mode)
 
 
 class _SoftmaxMode(RemovableMode):

@@ -23,6 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 _LOCK = threading.RLock()
 _SHARED: dict[tuple[int, str], "_SharedAttribute"] = {}  # has entries only while one is replaced
@@ -239,6 +246,38 @@ def skip_hooks(
     compiled = module.__dict__.get("_compiled_call_impl") is not None
     name = "_compiled_call_impl" if compiled else "_call_impl"
     overrides.wrap_method(module, name, call_forward, applies)
+
+
+# ---- torch function modes
+
+
+class RemovableMode(TorchFunctionMode):
+    """A torch function mode that is removed even if Ctrl-C comes while torch sets it aside."""
+
+    def __exit__(self, *_: object) -> None:
+        if _get_current_function_mode() is self:
+            super().__exit__(None, None, None)
+        else:
+            remove_modes_except([mode for mode in current_modes() if mode is not self])
+
+
+def current_modes() -> list[Any]:
+    """Returns the torch function modes of this thread, the innermost last."""
+    return _get_current_function_mode_stack()
+
+
+def remove_modes_except(modes_to_keep: list[Any]) -> None:
+    """Removes from this thread's stack every mode of hookkit that is not among these."""
+    current = current_modes()
+    remaining = [
+        mode for mode in current if mode in modes_to_keep or not isinstance(mode, RemovableMode)
+    ]
+    if remaining == current:
+        return
+    for _ in current:
+        _pop_mode()
+    for mode in remaining:
+        _push_mode(mode)
 
 
 # ---- scopes

@@ -27,7 +27,7 @@ from ..arguments import check_arguments
 from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import Captured, Captures, capture, merge_captures
-from ..models.attention import current_modes, intercept_tensors, remove_modes_except
+from ..models.attention import intercept_tensors
 from ..models.lm import LM, as_lm
 from ..models.model_setup import (
     checkpointing_parents,
@@ -36,7 +36,14 @@ from ..models.model_setup import (
     warn_of_dropout,
     wrappers_to_hook,
 )
-from ..models.overrides import Overrides, enter_scope, leave_scope, suspend_scope
+from ..models.overrides import (
+    Overrides,
+    current_modes,
+    enter_scope,
+    leave_scope,
+    remove_modes_except,
+    suspend_scope,
+)
 from ..models.prompts import Batch, as_batch
 from ..models.sites import AnySite, Sites
 from .dispatch import HookDispatcher, HookStrategy

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import (
-    RemovableMode,
-    current_modes,
     eager_attention_of,
     intercept_tensors,
-    remove_modes_except,
 )
 from ..families.schema import ModuleLocation
-from ..overrides import Overrides, skip_hooks
+from ..overrides import Overrides, RemovableMode, current_modes, remove_modes_except, skip_hooks
 
 ROWS, WIDTH = 2, 7  # of the token ids of a dry run
 PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm")
