@@ -311,8 +311,7 @@ class ForwardPass:
     ) -> Selection:
         first = columns[0]
         consecutive_rows = len(rows) == rows[-1] - rows[0] + 1
-        same_columns = all(row_columns == first for row_columns in columns)
-        is_rectangle = consecutive_rows and same_columns
+        is_rectangle = consecutive_rows and columns.count(first) == len(columns)
         if is_rectangle and isinstance(first, range) and first.step == 1:
             rectangle = slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
             whole = len(rows) == self.rows and len(first) == width

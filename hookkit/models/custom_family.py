@@ -141,7 +141,7 @@ def _check_added(added: Mapping[str, Any], removed: Collection[str]) -> None:
         if site in removed:
             raise BadHook(f"{site!r} is in locations= and in missing=: say one of them")
         locations = value if isinstance(value, tuple) else (value,)
-        if not locations or not all(isinstance(item, ModuleLocation) for item in locations):
+        if set(map(type, locations)) != {ModuleLocation}:
             raise BadHook(
                 f"the location of {site!r} is {value!r}: give hk.location(path, side=…), or a "
                 "tuple of them"

@@ -142,8 +142,9 @@ class Vocabulary(ABC):
         text = self.text([token_id])
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
         # Sentencepiece tokenizers drop a leading space when they decode.
-        has_space = isinstance(piece, str) and piece.startswith(SPACE)
-        return f" {text}" if has_space and not text.startswith(" ") else text
+        if str(piece).startswith(SPACE):
+            return f" {text.removeprefix(' ')}"
+        return text
 
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Returns the text that tokens add after others.
