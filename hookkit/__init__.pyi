@@ -69,10 +69,10 @@ from .steering.directions import fit_vector as fit_vector
 from .steering.directions import mean_difference as mean_difference
 from .steering.directions import principal_direction as principal_direction
 from .steering.doses import dose_response as dose_response
-from .sweeps.causal_tracing import causal_tracing as causal_tracing
 from .sweeps.grids import ablations as ablations
-from .sweeps.grids import patching as patching
-from .sweeps.path_patching import path_patching as path_patching
+from .sweeps.patching import causal_tracing as causal_tracing
+from .sweeps.patching import patching as patching
+from .sweeps.patching import path_patching as path_patching
 from .sweeps.sweep import sweep as sweep
 from .sweeps.sweep import sweep_plan as sweep_plan
 from .tables import metrics as metrics

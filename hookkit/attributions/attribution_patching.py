@@ -33,7 +33,6 @@ from ..models.lm import LM
 from ..models.positions import Where, read_indices
 from ..models.prompts import Prompts
 from ..models.sites import SITES_WITH_HEADS, AnySite, Site
-from ..sweeps.cell_metrics import metric_columns
 from ..sweeps.grids import (
     AT_ONCE,
     GridPositions,
@@ -43,6 +42,7 @@ from ..sweeps.grids import (
     grid_positions,
     site_names,
 )
+from ..sweeps.sweep import metric_columns
 from ..tables.metrics.metric import MetricLike
 from .backward import (
     CAPTURE_NAME,

@@ -36,8 +36,7 @@ from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import AnySite, SitesLike
 from ..runs.forward import forward
 from ..runs.manager import HookManager
-from ..sweeps.cell_metrics import CellMetrics
-from ..sweeps.inputs import SweepInputs, read_inputs
+from ..sweeps.inputs import CellMetrics, SweepInputs, read_inputs
 from ..tables.metrics.metric import FunctionMetric, Loss, Metric, MetricLike, as_metrics, loss
 
 BATCH = 16  # default number of prompts that run together
@@ -263,7 +262,7 @@ class Aim:
 
     def _total(self, vector: Float[Tensor, " d"], rows: range) -> Float[Tensor, ""]:
         logits = self._logits(rows, self._hooks(vector, rows))
-        return self._metrics.measures[0](self._metrics.said(rows, logits)).sum()
+        return self._metrics.measures[0](self._metrics.metric_input(rows, logits)).sum()
 
     @cached_property
     def _metrics(self) -> CellMetrics:

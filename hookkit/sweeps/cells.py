@@ -6,17 +6,12 @@ size in a random direction, or a patch from an unrelated prompt.
 
 import hashlib
 import inspect
-from collections.abc import (
-    Callable,
-    Hashable,
-    Iterable,
-    KeysView,
-    Mapping,
-    Sequence,
-    Set,
-    ValuesView,
-)
+import sys
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, product
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -36,8 +31,8 @@ from ..models.positions import Where
 from ..models.sites import AnySite, Site
 from ..runs.manager import capture_reference
 from ..runs.taps import BoundHook, HookPoint, Reference, build_hook_points, check_positions
+from .forwards import bound_hooks_of
 from .inputs import SweepInputs
-from .reach import bound_hooks_of
 
 Grid: TypeAlias = Mapping[str, Iterable[Any]]
 HooksAt: TypeAlias = Callable[..., Hook | Sequence[Hook] | None]
@@ -91,14 +86,13 @@ class References:
     def __call__(
         self, sites: Sequence[AnySite], prompts: tuple[Any, ...]
     ) -> dict[AnySite, Captured]:
-        captured: dict[AnySite, Captured] = {}
-        for site in sites:
-            if not isinstance(site, Site):
-                captured[site] = self._capture_layers(site, prompts)[site]
-                continue
-            values = self._capture_layers(site.name, prompts)[Site(site.name, site.layer)]
-            captured[site] = values if site.head is None else values.head(site.head)
-        return captured
+        return {site: self._capture_site(site, prompts) for site in sites}
+
+    def _capture_site(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
+        if not isinstance(site, Site):
+            return self._capture_layers(site, prompts)[site]
+        values = self._capture_layers(site.name, prompts)[Site(site.name, site.layer)]
+        return values if site.head is None else values.head(site.head)
 
     def _capture_layers(
         self, site: str | AnySite, prompts: tuple[Any, ...]
@@ -118,14 +112,10 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         cell_hooks = hooks_at(hooks, point)
-        if cell_hooks is None:
-            continue
-        try:
-            hook_points = bind_hooks(lm, cell_hooks, inputs, reference)
-        except Exception as error:
-            error.add_note(f"in the sweep's cell {point_name(point)}")
-            raise
-        cells.append(Cell(len(cells), point, cell_hooks, hook_points))
+        if cell_hooks is not None:
+            with _errors_name_cell(point):
+                hook_points = bind_hooks(lm, cell_hooks, inputs, reference)
+            cells.append(Cell(len(cells), point, cell_hooks, hook_points))
     if not cells:
         raise EmptySelection(
             "the function gave None for every point of the grid: give hooks for at least one"
@@ -134,6 +124,10 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
 
 
 def _check_axes(grid: Grid) -> dict[str, list[Any]]:
+    if not grid:
+        raise EmptySelection(
+            "the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}"
+        )
     axes: dict[str, list[Any]] = {}
     for name, values in grid.items():
         if not isinstance(name, str):
@@ -149,10 +143,6 @@ def _check_axes(grid: Grid) -> dict[str, list[Any]]:
         axes[name] = list_values(values, f"the grid's dimension {name!r}")
         if not axes[name]:
             raise EmptySelection(f"the grid's dimension {name!r} is empty: give at least one value")
-    if not axes:
-        raise EmptySelection(
-            "the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}"
-        )
     return axes
 
 
@@ -162,28 +152,33 @@ def list_values(values: Any, name: str) -> list[Any]:
     Raises `BadHook` for a single value, for a collection without an order, and for a value that
     occurs twice. `name` names the dimension in messages.
     """
-    is_scalar = getattr(values, "ndim", None) == 0
-    if isinstance(values, str | bytes) or is_scalar or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes) or _is_scalar(values) or not isinstance(values, Iterable):
         raise BadHook(
             f"{name} is {describe(values)}, one value, and a grid has a list of them: "
             f"[{describe(values)}]"
         )
-    is_view = isinstance(values, KeysView | ValuesView)
-    if isinstance(values, Mapping | Set | pd.DataFrame) and not is_view:
+    is_ordered = isinstance(values, KeysView)
+    if isinstance(values, Mapping | Set | pd.DataFrame) and not is_ordered:
         raise BadHook(
             f"{name} is a {type(values).__name__}: give its values as a list, in the order that "
             "is meant"
         )
-    items: list[Any] = []
+    items = [value.item() if _is_scalar(value) else value for value in values]
     unique = set()
-    for value in values:
-        item = value.item() if getattr(value, "ndim", None) == 0 else value
-        if isinstance(item, Hashable) and not isinstance(item, Tensor):
-            if item in unique:
-                raise BadHook(f"{name} has {item!r} twice: name each value once")
-            unique.add(item)
-        items.append(item)
+    for item in filter(_can_be_compared, items):
+        if item in unique:
+            raise BadHook(f"{name} has {item!r} twice: name each value once")
+        unique.add(item)
     return items
+
+
+def _is_scalar(value: Any) -> bool:
+    """True for a number of numpy, and an array or a tensor without axes."""
+    return getattr(value, "ndim", None) == 0
+
+
+def _can_be_compared(value: Any) -> bool:
+    return isinstance(value, Hashable) and not isinstance(value, Tensor)
 
 
 def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | None:
@@ -200,17 +195,23 @@ def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | Non
             "the function that gives the hooks cannot be called with the grid's dimensions "
             f"{', '.join(point)}: {error}"
         ) from None
-    try:
+    with _errors_name_cell(point):
         result = hooks(**point)
+    return None if result is None else as_hooks(result)
+
+
+@contextmanager
+def _errors_name_cell(point: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         error.add_note(f"in the sweep's cell {point_name(point)}")
         raise
-    return None if result is None else as_hooks(result)
 
 
 def as_hooks(hooks: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     """Returns one hook or several as a tuple."""
-    items: list[Any] | None = as_items(hooks)
+    items: Any = as_items(hooks)
     if items is None:
         items = [hooks]
     for item in items:
@@ -303,11 +304,9 @@ class Randomised(EditHook):
         position."""
         noise = torch.ones(values.shape)
         site = str(here.site)
-        for index, (row, positions) in enumerate(
-            zip(here.rows, here.cells.row_positions, strict=True)
-        ):
-            for column, position in enumerate(positions):
-                tokens = here.cells.text.prompt(row)
+        for index, row in enumerate(here.rows):
+            tokens = here.cells.text.prompt(row)
+            for column, position in enumerate(here.cells.row_positions[index]):
                 generator = noise_generator(self.seed, site, tokens, position)
                 noise[index, column] = torch.randn(values.shape[2:], generator=generator)
         return noise.to(values.device)
@@ -322,13 +321,32 @@ def noise_generator(*key: Any) -> torch.Generator:
 def create_controls(
     lm: LM,
     cells: Sequence[Cell],
-    control: Control,
+    control: Control | None,
     inputs: SweepInputs,
     *,
     draws: int | None = None,
     seed: int | None = None,
 ) -> list[Cell]:
     """Returns the controls of the cells: one if a function gives the hooks, else one per draw."""
+    _check_control_settings(control, draws, seed)
+    if control is None:
+        return []
+    reference = References(lm)
+    controls: list[Cell] = []
+    for draw, cell in product(range(_count_draws(cells, control, draws)), cells):
+        hooks = _control_hooks(cell, control, draw, seed or 0)
+        if hooks is not None:
+            hook_points = bind_hooks(lm, hooks, inputs, reference)
+            number = len(cells) + len(controls)
+            controls.append(Cell(number, cell.point, hooks, hook_points, True, draw))
+    return controls
+
+
+def _check_control_settings(control: Control | None, draws: int | None, seed: int | None) -> None:
+    if control is None and (draws, seed) != (None, None):
+        raise BadHook(
+            f"draws={draws!r} and control_seed={seed!r} are of a control: say control='random'"
+        )
     if callable(control) and draws is not None:
         raise BadHook(
             f"draws={draws!r} goes with control='random' or 'resample': a function gives one "
@@ -336,49 +354,49 @@ def create_controls(
         )
     if control != "random" and seed is not None:
         raise BadHook(f"control_seed={seed!r} goes with control='random': nothing else is drawn")
-    reference = References(lm)
-    controls: list[Cell] = []
-    for draw in range(1 if callable(control) else _count_draws(cells, control, draws)):
-        for cell in cells:
-            hooks = _control_hooks(cell, control, draw, seed or 0)
-            if hooks is not None:
-                hook_points = bind_hooks(lm, hooks, inputs, reference)
-                number = len(cells) + len(controls)
-                controls.append(Cell(number, cell.point, hooks, hook_points, True, draw))
-    return controls
 
 
 def _control_hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[Hook, ...] | None:
     """Returns the hooks of one draw of a control; None if a function leaves the cell out."""
     if callable(control):
         return hooks_at(control, cell.point)
+    control_of = partial(_resample, draw=draw)
     if control == "random":
-        hooks: list[Hook] = []
-        for hook in cell.hooks:
-            assert isinstance(hook, EditHook)
-            hooks.append(Randomised(hook.sites, hook.where, hook, seed * SEED_STRIDE + draw))
-        return tuple(hooks)
-    return tuple(_resample(hook, draw) for hook in cell.hooks)
+        control_of = partial(_randomise, seed=seed * SEED_STRIDE + draw)
+    return tuple(map(control_of, cell.hooks))
 
 
-def _count_draws(cells: Sequence[Cell], control: str, draws: int | None) -> int:
+def _randomise(hook: Hook, seed: int) -> Randomised:
+    assert isinstance(hook, EditHook)
+    return Randomised(hook.sites, hook.where, hook, seed)
+
+
+def _count_draws(cells: Sequence[Cell], control: Control, draws: int | None) -> int:
+    if callable(control):
+        return 1
     if draws is not None:
         meaning = "how many times a control is drawn,"
         check_integer(draws, "draws", least=1, meaning=meaning, error=BadHook)
     if control == "random":
         return draws or DRAWS
-    counts: list[int] = []  # of the other prompts of its length that each prompt has
-    for hook in chain.from_iterable(cell.hooks for cell in cells):
-        for source in _sources(hook):
-            lengths = list(map(len, source.prompts))
-            counts += [lengths.count(length) - 1 for length in lengths]
-    most = max(1, min(counts))
+    most = _count_other_prompts(cells)
     if draws is not None and draws > most:
         raise BadHook(
             f"draws={draws}, and a prompt has {most} other{'s' if most > 1 else ''} of its length "
             "to patch from: ask for no more, or give more prompts"
         )
     return draws or min(DRAWS, most)
+
+
+def _count_other_prompts(cells: Sequence[Cell]) -> int:
+    """Returns how many other prompts of its length every source has for each of its prompts; 1 if
+    there are none, since a prompt of another length is then patched from."""
+    fewest = sys.maxsize
+    hooks = chain.from_iterable(cell.hooks for cell in cells)
+    for source in chain.from_iterable(map(_sources, hooks)):
+        counts = Counter(map(len, source.prompts))
+        fewest = min(fewest, *counts.values())
+    return max(1, fewest - 1)
 
 
 def _sources(hook: Hook) -> tuple[Captured, ...]:
@@ -412,9 +430,8 @@ def _shift_prompts(source: Captured, draw: int) -> Captured:
     lengths = list(map(len, source.prompts))
     indices: list[int] = []
     for row, length in enumerate(lengths):
-        candidates = [*range(row + 1, len(lengths)), *range(row)]
-        same_length = [index for index in candidates if lengths[index] == length]
-        candidates = same_length or candidates
+        other_rows = [*range(row + 1, len(lengths)), *range(row)]
+        candidates = [index for index in other_rows if lengths[index] == length] or other_rows
         indices.append(candidates[draw % len(candidates)])
     prompts = tuple(source.prompts[index] for index in indices)
     values, positions = source.values[indices], source.positions[indices]

@@ -6,9 +6,11 @@ patches are first compared with the model's own values: only a source that agree
 positions before the first different token.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -21,11 +23,10 @@ from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import Step, Steps, run_steps
 from ..runs.engines.ray import Ray
 from ..runs.taps import BoundHook, HookPoint, build_hook_points
-from .cell_metrics import UNEDITED, CellMetrics, Values, cell_keys
-from .forwards import BaseForward, CellPrompt, run_base, run_cell_prompts
+from .forwards import BaseForward, CellPrompt, bound_hooks_of, run_base, run_cell_prompts
+from .inputs import UNEDITED, CellMetrics, Values, count_cells
 from .journal import Journal
-from .plan import Job, Plan
-from .reach import INPUT, bound_hooks_of, patch_source
+from .plan import Job, Plan, patch_source
 from .shortcuts import LIMITS, is_called, no_reference
 
 # Parts of torch's error messages that mean too little memory.
@@ -53,12 +54,14 @@ class BaseSettings:
         cls, plan: Plan, rows: tuple[int, ...], jobs: Sequence[Job], *, sources_match: bool
     ) -> "BaseSettings":
         """Returns the settings that these forwards need."""
+        blocks, widths = set(), [1]
+        for job in jobs:
+            if job.joins:
+                blocks |= {cell_prompt.block for cell_prompt in job.cell_prompts}
+                widths.append(job.width)
         columns = plan.inputs.count_columns(rows)
-        cell_prompts = chain.from_iterable(job.cell_prompts for job in jobs)
-        blocks = {cell_prompt.block for cell_prompt in cell_prompts} - {INPUT}
-        joining = [job.width for job in jobs if job.cell_prompts[0].block > INPUT]
         cache = any(job.width < columns for job in jobs)
-        return cls(rows, sources_match, tuple(sorted(blocks)), max(joining, default=1), cache)
+        return cls(rows, sources_match, tuple(sorted(blocks)), max(widths), cache)
 
     def run(self, plan: Plan, captures: Sequence[HookPoint] = ()) -> BaseForward:
         """Runs the unedited prompts, with some captures beside the base hooks."""
@@ -70,23 +73,24 @@ class BaseSettings:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One forward. `names` are the names of its first cells, for error messages."""
+    """One forward. `name` names its first cells, in error messages."""
 
     base: BaseSettings
     job: Job
-    names: tuple[str, ...]
+    name: str
 
     def __str__(self) -> str:
-        return f"the sweep's cell{'' if len(self.names) == 1 else 's'} {'; '.join(self.names)}"
+        return self.name
 
 
 def create_task(plan: Plan, base: BaseSettings, job: Job) -> Task:
     """Returns a task with the names of its cells."""
-    cells = list(dict.fromkeys(cell for cell, _ in job.keys))
-    names = [str(plan.cells[cell]) for cell in cells[:MAX_CELL_NAMES]]
+    cells = list(dict.fromkeys(plan.cells[cell] for cell, _ in job.keys))
+    names = list(map(str, cells[:MAX_CELL_NAMES]))
     if len(cells) > MAX_CELL_NAMES:
         names.append(f"and {len(cells) - MAX_CELL_NAMES} more")
-    return Task(base, job, tuple(names))
+    word = "cell" if len(cells) == 1 else "cells"
+    return Task(base, job, f"the sweep's {word} {'; '.join(names)}")
 
 
 @dataclass(eq=False)
@@ -102,7 +106,7 @@ class SweepWorker:
 
     def load(self, settings: BaseSettings, forward: BaseForward) -> CellMetrics:
         """Takes the results of an unedited forward. Returns the metrics of its prompts."""
-        cell_metrics = CellMetrics.after_base(self.plan, forward)
+        cell_metrics = self.plan.cell_metrics(forward)
         self.base = settings, forward, cell_metrics
         return cell_metrics
 
@@ -143,9 +147,7 @@ class SweepWorker:
         """Raises `NeverFired` for an edit that had to change this row and did nothing."""
         cell = self.plan.cells[cell_prompt.cell]
         for bound in cell.bound_hooks:
-            if bound.change is None or bound.fired:
-                continue
-            if had_to_fire(bound, self.plan, [cell_prompt.row], sources_match):
+            if should_have_fired(bound, self.plan, [cell_prompt.row], sources_match):
                 raise NeverFired(
                     f"{bound.hook} never fired at {bound.site} in the sweep's cell {cell}: the "
                     "model never calls this module (some are bypassed by fused code). See "
@@ -153,23 +155,27 @@ class SweepWorker:
                 )
 
 
-def had_to_fire(bound: BoundHook, plan: Plan, rows: Sequence[int], sources_match: bool) -> bool:
-    """True if a hook that did not fire would do nothing in forwards of whole prompts either.
+def should_have_fired(
+    bound: BoundHook, plan: Plan, rows: Sequence[int], sources_match: bool
+) -> bool:
+    """True if an edit did not fire and would do nothing in forwards of whole prompts either.
 
     An edit may be idle because it acts only where the metric cannot see it. At a module that the
     model never calls, it is idle everywhere.
     """
-    for row in rows:
-        if plan.first_effect.start_of(bound, row, sources_match=sources_match) is not None:
-            return True
+    if bound.fired or bound.change is None:
+        return False
+    start_of = partial(plan.first_effect.start_of, bound, sources_match=sources_match)
+    if any(map(start_of, rows)):
+        return True
     return isinstance(bound.site, ModuleSite) and not is_called(plan.lm, bound.site)
 
 
 def check_out_of_memory(error: RuntimeError, plan: Plan, rows: int) -> None:
     """Returns if an error means too little memory for so many rows, and this process alone can
     react to it by running fewer. Raises the error otherwise."""
-    is_memory = isinstance(error, torch.OutOfMemoryError)
-    is_memory = is_memory or any(part in str(error) for part in MEMORY_ERRORS)
+    is_named = any(map(str(error).__contains__, MEMORY_ERRORS))
+    is_memory = is_named or isinstance(error, torch.OutOfMemoryError)
     if not is_memory or plan.lm.ranks is not None:
         raise error
     if rows == 1:
@@ -184,23 +190,18 @@ def check_out_of_memory(error: RuntimeError, plan: Plan, rows: int) -> None:
 def collect_sources(plan: Plan) -> dict[AnySite, list[BoundHook]]:
     """Returns the patches whose sources have to be compared with the model's own values, by site
     without head; one for each source."""
-    patches: dict[AnySite, list[BoundHook]] = {}
-    keys = set()
-    for cell in plan.cells:
-        if cell.alone:
-            continue
-        for bound in cell.bound_hooks:
-            source = patch_source(bound)
-            if source is None:
-                continue
-            values, site = source.values, bound.site
-            tensor = values.data_ptr(), values.shape, values.stride()
-            key = site, tensor, source.rows, source.prompts
-            if key not in keys:
-                keys.add(key)
-                whole = Site(site.name, site.layer) if isinstance(site, Site) else site
-                patches.setdefault(whole, []).append(bound)
-    return patches
+    patches: dict[Any, BoundHook] = {}
+    sharing_cells = [cell.bound_hooks for cell in plan.cells if not cell.alone]
+    for bound in chain.from_iterable(sharing_cells):
+        source = patch_source(bound)
+        if source is not None:
+            tensor = source.values.data_ptr(), source.values.shape, source.values.stride()
+            patches.setdefault((bound.site, tensor, source.rows, source.prompts), bound)
+    by_site: dict[AnySite, list[BoundHook]] = defaultdict(list)
+    for bound in patches.values():
+        site = bound.site
+        by_site[Site(site.name, site.layer) if isinstance(site, Site) else site].append(bound)
+    return by_site
 
 
 def find_foreign_source(
@@ -219,24 +220,41 @@ def find_foreign_source(
     sizes = model_values.masked_fill(is_masked, 0).abs().flatten(2).amax(-1).clamp(min=1e-9)
     assert chunk.cells is not None
     for bound in patches:
-        source, site = patch_source(bound), bound.site
-        assert source is not None and source.positions is not None
-        limit = LIMITS.get(source.values.dtype, LIMITS[torch.float32])
-        for index, row in enumerate(rows):
-            if len(source.rows) > 1 and row not in source.rows:
-                continue  # the patch does not act on this row
-            source_row, places = source.row(row), chunk.cells.row_positions[index]
-            positions = source.positions[source_row]
-            end = min(plan.first_effect.common_prefix(source, row), places[-1] + 1)
-            is_shared = (positions >= places[0]) & (positions < end)
-            columns = positions[is_shared] - places[0]
-            row_values = model_values[index, columns]
-            if isinstance(site, Site) and site.head is not None:
-                row_values = row_values[:, site.head]
-            source_values = source.by_position[source_row, is_shared]
-            if not _is_close(source_values, row_values, limit * sizes[index, columns]):
+        rows_of_model = zip(chunk.cells.row_positions, model_values, sizes, strict=True)
+        for row, (positions, values, row_sizes) in zip(rows, rows_of_model, strict=True):
+            if not _has_values_of_model(plan, bound, row, positions, values, row_sizes):
                 return str(bound.hook)
     return ""
+
+
+def _has_values_of_model(
+    plan: Plan,
+    bound: BoundHook,
+    row: int,
+    positions: Sequence[int],
+    values: Float[Tensor, "pos ..."],
+    sizes: Float[Tensor, " pos"],
+) -> bool:
+    """True if a patch's source has the model's own values of a row where the tokens are the same.
+
+    `values` are the model's at these positions of the row, and `sizes` are their sizes.
+    """
+    source, site = patch_source(bound), bound.site
+    assert source is not None and source.positions is not None
+    if len(source.rows) > 1 and row not in source.rows:
+        return True  # the patch does not act on this row
+    source_row, first = source.row(row), positions[0]
+    source_positions = source.positions[source_row]
+    end = min(plan.first_effect.common_prefix(source, row), positions[-1] + 1)
+    is_shared = (source_positions >= first) & (source_positions < end)
+    columns = source_positions[is_shared] - first
+    model_values = values[columns]
+    if isinstance(site, Site) and site.head is not None:
+        model_values = model_values[:, site.head]
+    limit = LIMITS.get(source.values.dtype, LIMITS[torch.float32])
+    return _is_close(
+        source.by_position[source_row, is_shared], model_values, limit * sizes[columns]
+    )
 
 
 def _is_close(actual: Tensor, expected: Tensor, limits: Float[Tensor, " pos"]) -> bool:
@@ -291,25 +309,27 @@ class PlanRun:
 
     def _steps(self, rows: tuple[int, ...], worker: SweepWorker) -> Steps:
         """Yields the values that need no forward of a cell, and then the forwards."""
-        plan = self.plan
+        plan, stored = self.plan, self.journal.values
         settings, forward, jobs, cell_prompts = self._run_base(rows)
-        for bound in plan.first_effect.base:
-            if not bound.fired and had_to_fire(bound, plan, rows, sources_match=False):
-                raise NeverFired(
-                    f"{bound.hook}, a base hook of every cell, never fired at {bound.site}"
-                )
+        self._check_base_fired(rows)
         cell_metrics = worker.load(settings, forward)
-        values = cell_metrics.values(cell_keys(UNEDITED, rows), forward.logits)
+        values = cell_metrics.values(list(product([UNEDITED], rows)), forward.logits)
         del forward
         if self.engine is not None:
             worker.base = None
-        for key in values:
-            values[key] = self.journal.values.get(key, values[key])
+        values = {key: stored.get(key, numbers) for key, numbers in values.items()}
         yield Step(None, lambda _: self._store(values))
         yield Step(None, lambda _: self._store(self._unchanged(rows, cell_prompts, values)))
         for job in jobs:
-            if not all(key in self.journal.values for key in job.keys):
+            if not stored.keys() >= set(job.keys):
                 yield Step(create_task(plan, settings, job), self._store_parts)
+
+    def _check_base_fired(self, rows: Sequence[int]) -> None:
+        for bound in self.plan.first_effect.base:
+            if should_have_fired(bound, self.plan, rows, sources_match=False):
+                raise NeverFired(
+                    f"{bound.hook}, a base hook of every cell, never fired at {bound.site}"
+                )
 
     def _run_base(
         self, rows: tuple[int, ...]
@@ -321,7 +341,7 @@ class PlanRun:
         cell_prompts = plan.cell_prompts(rows, sources_match=sources_match)
         jobs = plan.jobs(rows, cell_prompts, max(1, plan.budget // 2**self.halvings))
         settings = BaseSettings.of_jobs(plan, rows, jobs, sources_match=sources_match)
-        captures = build_hook_points(plan.lm, [capture(site) for site in patches], no_reference)
+        captures = build_hook_points(plan.lm, list(map(capture, patches)), no_reference)
         forward = settings.run(plan, captures)
         for bound in bound_hooks_of(captures):
             foreign = find_foreign_source(plan, patches[bound.site], bound.pieces[0], rows)
@@ -335,12 +355,8 @@ class PlanRun:
     ) -> Values:
         """Returns the values of the cells that cannot matter: those of the unedited prompts."""
         running = {cell_prompt.key for cell_prompt in cell_prompts}
-        values: Values = {}
-        for cell in self.plan.cells:
-            for row in rows:
-                if (cell.number, row) not in running:
-                    values[cell.number, row] = unedited[UNEDITED, row]
-        return values
+        keys = product(range(len(self.plan.cells)), rows)
+        return {key: unedited[UNEDITED, key[1]] for key in keys if key not in running}
 
     def _store_parts(self, parts: list[Values]) -> None:
         self.halvings += len(parts) - 1
@@ -348,8 +364,7 @@ class PlanRun:
             self._store(values)
 
     def _store(self, values: Values) -> None:
-        stored = self.journal.values
-        new = {key: numbers for key, numbers in values.items() if key not in stored}
+        new = {key: values[key] for key in values if key not in self.journal.values}
         if new:
             self.journal.add(new)
-        self.on_progress(sum(cell != UNEDITED for cell, _ in new))
+        self.on_progress(count_cells(new))

@@ -7,27 +7,32 @@ positions that the metric reads are computed there.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, cat
 
 from ..errors import Unsupported
+from ..hooks.ablation import Ablate
+from ..hooks.base import EditHook
+from ..hooks.edits import Edit
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
 from ..models.overrides import Overrides
-from ..models.sites import Site
+from ..models.sites import QUERY_KEY_SITES, Site
 from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
-from ..runs.taps import HookPoint
+from ..runs.taps import BoundHook, HookPoint
 from .inputs import SweepInputs
-from .reach import AFTER_ATTENTION, INPUT, block_of_module, bound_hooks_of, needs_all_positions
+
+Lanes: TypeAlias = list[tuple[CellRows, Sequence[HookPoint]]]
+"""The rows of each cell in a forward, with its hook points."""
 
 
 def prefix_cache(whole: Any, columns: int, rows: Callable[[], Tensor]) -> Any:
@@ -75,6 +80,16 @@ def _append(prefix: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     return cat([selected, new], dim=-2)
 
 
+# ---- what the hooks of a cell need
+
+
+INPUT = -1  # the block number of what is before the first block
+
+# Sites after the attention of their block. They reach other positions through later blocks only.
+AFTER_ATTENTION = {"scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in"}
+AFTER_ATTENTION |= {"router_logits", "experts", "expert_weights", "mlp_pre", "mlp_post", "mlp_out"}
+AFTER_ATTENTION |= {"resid_post", "final_norm", "lm_head", "logits"}
+
 # Inputs of modules of the last block that work on each position by itself.
 NARROWED_INPUTS = ("z", "mlp_in")
 
@@ -82,59 +97,101 @@ NARROWED_INPUTS = ("z", "mlp_in")
 INSIDE_NARROWED = frozenset({"mlp_pre", "mlp_post", "router_logits", "experts", "expert_weights"})
 
 
-def can_narrow(lm: LM, hook_points: Sequence[HookPoint]) -> bool:
+def bound_hooks_of(hook_points: Iterable[HookPoint]) -> list[BoundHook]:
+    """Returns the hooks at all hook points."""
+    return list(chain.from_iterable(hook_point.actions for hook_point in hook_points))
+
+
+def block_of_module(lm: LM, path: str) -> int:
+    """Returns the block that a module is or is in; `INPUT` for a module outside the blocks."""
+    for layer in range(lm.n_layers):
+        if f"{path}.".startswith(f"{lm.family.block.format(layer=layer)}."):
+            return layer
+    return INPUT
+
+
+def needs_all_positions(bound: BoundHook) -> bool:
+    """True if what a hook does at a position may depend on other positions."""
+    mixes_positions = isinstance(bound.hook, EditHook) and bound.hook.mixes_positions
+    return mixes_positions or weights_later_keys(bound)
+
+
+def weights_later_keys(bound: BoundHook) -> bool:
+    """True if a query may attend to later positions after an edit of its scores or pattern.
+
+    A user's function may change the values of keys that the query does not see, and so does a
+    score of zero, since an unseen key's score is -inf. Other edits leave unseen keys unseen.
+    """
+    if not isinstance(bound.site, Site) or bound.site.name not in QUERY_KEY_SITES:
+        return False
+    if isinstance(bound.hook, Ablate):
+        return bound.hook.to == "zero" and bound.site.name == "scores"
+    return isinstance(bound.hook, Edit)
+
+
+def can_narrow(lm: LM, lanes: Lanes) -> bool:
     """True if no hook needs the other positions of the last block after its attention."""
-    for bound in bound_hooks_of(hook_points):
-        site = bound.site
-        if not isinstance(site, Site):
-            return False
-        if site.layer is not None and site.layer < lm.n_layers - 1:
-            continue
-        if site.name in INSIDE_NARROWED:
-            return False
-        if site.name in AFTER_ATTENTION and needs_all_positions(bound):
-            return False
-    return True
+    hook_points = chain.from_iterable(points for _, points in lanes)
+    return not any(_needs_last_block(lm, bound) for bound in bound_hooks_of(hook_points))
+
+
+def _needs_last_block(lm: LM, bound: BoundHook) -> bool:
+    site = bound.site
+    if not isinstance(site, Site):
+        return True
+    if site.layer is not None and site.layer < lm.n_layers - 1:
+        return False
+    mixes_later = site.name in AFTER_ATTENTION and needs_all_positions(bound)
+    return mixes_later or site.name in INSIDE_NARROWED
 
 
 @contextmanager
 def narrow_last_block(lm: LM, width: int) -> Iterator[None]:
     """Inside this context those modules compute the last `width` positions and return zeros for
     the other ones."""
-    with Overrides() as lent:
+    with Overrides() as overrides:
         for name in NARROWED_INPUTS:
             location = lm.layout.find(name, lm.n_layers - 1)
             if location is not None and location.side == "input":
                 module = lm.submodule(location.path)
-                lent.wrap_method(module, "forward", partial(_compute_last_positions, width))
+                overrides.wrap_method(module, "forward", partial(_compute_last_positions, width))
         yield
 
 
 def _compute_last_positions(
     width: int, inner: Any, /, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    shape = hidden.shape[:2]
     if hidden.ndim != 3:
         raise Unsupported(
             "a module of the last block has an input that is not [batch, pos, d]: "
             f"{list(hidden.shape)}"
         )
-
-    def crop(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape[:2] != shape:
-            return value
-        return value[:, -width:].contiguous()  # modules may make a view of their input
-
+    crop = partial(_crop, hidden.shape[:2], width)
     cropped_kwargs = {name: crop(value) for name, value in kwargs.items()}
     output = inner(crop(hidden), *map(crop, args), **cropped_kwargs)
-    first = output[0] if isinstance(output, tuple) else output
-    if not isinstance(first, Tensor) or first.shape[:2] != (shape[0], width):
-        raise Unsupported("a module of the last block has an output that is not [batch, pos, d]")
-    full = first.new_zeros(*shape, first.shape[-1])
-    full[:, -width:] = first
     if isinstance(output, tuple):
-        return (full, *output[1:])
+        return (_fill_with_zeros(output[0], hidden.shape, width), *output[1:])
+    return _fill_with_zeros(output, hidden.shape, width)
+
+
+def _crop(shape: torch.Size, width: int, value: Any) -> Any:
+    """Returns the last positions of a tensor with these rows and positions, and other values as
+    they are."""
+    if not isinstance(value, Tensor) or value.shape[:2] != shape:
+        return value
+    return value[:, -width:].contiguous()  # modules may make a view of their input
+
+
+def _fill_with_zeros(values: Any, shape: Sequence[int], width: int) -> Tensor:
+    """Returns the values of the last positions, with zeros at the positions before them."""
+    if not isinstance(values, Tensor) or values.shape[:2] != (shape[0], width):
+        raise Unsupported("a module of the last block has an output that is not [batch, pos, d]")
+    full = values.new_zeros(*shape[:2], values.shape[-1])
+    full[:, -width:] = values
     return full
+
+
+# ---- the forwards
 
 
 class CellPrompt(NamedTuple):
@@ -208,13 +265,13 @@ def run_base(
 
     columns = inputs.count_columns(rows)
     n_logits = inputs.count_logits(rows, columns)
-    cell_rows = _cell_rows(inputs.padded_batch(columns), tuple(rows), 0, 0, columns, n_logits)
+    cell_rows = _cell_rows(inputs.padded_batch(columns), 0, columns, n_logits, rows)
     recorder = Recorder(blocks, width)
     shared_forward = SharedForward(
         inputs.lm, [(cell_rows, hook_points)], recorder=recorder, rows=len(rows), width=columns
     )
     stored = DynamicCache() if cache else None
-    logits = _run_model(shared_forward, inputs, rows, columns, columns, stored, rows)
+    logits = _run_model(shared_forward, inputs, rows, columns, stored, rows)
     return BaseForward(tuple(rows), columns, stored, recorder.states, logits)
 
 
@@ -234,86 +291,54 @@ def run_cell_prompts(
     (the per-layer inputs of Gemma, for example).
     """
     lm, past = inputs.lm, base.columns - width
-    batch = inputs.padded_batch(base.columns)  # one for all cells: it caches the hooks' positions
     prompt_rows = [cell_prompt.row for cell_prompt in cell_prompts]
-    index_of = {row: index for index, row in enumerate(base.rows)}
-    row_indices = [index_of[row] for row in prompt_rows]
+    index_of_row = {row: index for index, row in enumerate(base.rows)}
+    row_indices = list(map(index_of_row.__getitem__, prompt_rows))
     n_logits = inputs.count_logits(prompt_rows, width)
-    lanes = _lanes_of_cells(batch, cell_prompts, hook_points, past, width, n_logits)
+    batch = inputs.padded_batch(base.columns)  # one for all cells: it caches the hooks' positions
+    cell_rows = partial(_cell_rows, batch, past, width, n_logits)
+    lanes = _lanes_of_cells(cell_prompts, hook_points, cell_rows)
     rows, schedule = prompt_rows, None
     if cell_prompts[0].block > INPUT:
         rows = base.rows
         schedule = _join_schedule(base, lm, cell_prompts, row_indices, width, shortcuts)
     shared_forward = SharedForward(lm, lanes, schedule, rows=len(rows), width=width)
-    if schedule is not None and base_hook_points:
-        lane = _cell_rows(batch, base.rows, 0, past, width, n_logits)
-        outside = _outside_the_blocks(lm, base_hook_points)
-        shared_forward.act_before_the_blocks(lane, outside)
+    if schedule is not None:
+        outside = [p for p in base_hook_points if block_of_module(lm, p.location.path) == INPUT]
+        shared_forward.act_before_the_blocks(cell_rows(rows), outside)
     cache = None
     if past:
         indices = torch.tensor(row_indices)
         cache = prefix_cache(base.cache, past, lambda: indices[: shared_forward.count])
-    narrows = shortcuts.last and n_logits < width
-    narrows = narrows and all(can_narrow(lm, points) for _, points in lanes)
+    narrows = shortcuts.last and n_logits < width and can_narrow(lm, lanes)
     with narrow_last_block(lm, n_logits) if narrows else nullcontext():
-        return _run_model(shared_forward, inputs, rows, base.columns, width, cache, prompt_rows)
-
-
-def _run_model(
-    shared_forward: SharedForward,
-    inputs: SweepInputs,
-    rows: Sequence[int],
-    columns: int,
-    width: int,
-    cache: Any,
-    prompt_rows: Sequence[int],
-) -> Float[Tensor, "row pos vocab"]:
-    """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
-    n_read = max(inputs.read_counts[row] for row in prompt_rows)
-    n_computed = inputs.count_logits(prompt_rows, width)
-    settings = inputs.lm.accepted(
-        use_cache=cache is not None, return_dict=True, logits_to_keep=n_computed
-    )
-    if cache is not None:
-        settings["past_key_values"] = cache
-    with torch.no_grad():
-        output = shared_forward.run({**inputs.model_inputs(rows, columns, width), **settings})
-    logits = logits_of(output)[:, -n_read:]
-    if n_read < n_computed:
-        return logits.clone()  # so that the other positions are freed
-    return logits
-
-
-def _outside_the_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPoint]:
-    return [point for point in hook_points if block_of_module(lm, point.location.path) == INPUT]
+        return _run_model(shared_forward, inputs, rows, base.columns, cache, prompt_rows)
 
 
 def _lanes_of_cells(
-    batch: SequenceBatch,
     cell_prompts: Sequence[CellPrompt],
     hook_points: Sequence[Sequence[HookPoint]],
-    past: int,
-    width: int,
-    n_logits: int,
-) -> list[tuple[CellRows, Sequence[HookPoint]]]:
+    cell_rows: Callable[[Sequence[int], int], CellRows],
+) -> Lanes:
     """Returns the rows of each cell and its hook points; rows that join together are together."""
-    lanes: list[tuple[CellRows, Sequence[HookPoint]]] = []
+    lanes: Lanes = []
     start = 0
     for (_, cell), group in groupby(cell_prompts, key=itemgetter(0, 1)):
-        rows = tuple(cell_prompt.row for cell_prompt in group)
-        lane = _cell_rows(batch, rows, start, past, width, n_logits)
-        lanes.append((lane, hook_points[cell]))
+        rows = [cell_prompt.row for cell_prompt in group]
+        lanes.append((cell_rows(rows, start), hook_points[cell]))
         start += len(rows)
     return lanes
 
 
 def _cell_rows(
-    batch: SequenceBatch, rows: tuple[int, ...], start: int, past: int, width: int, n_logits: int
+    batch: SequenceBatch, past: int, width: int, n_logits: int, rows: Sequence[int], start: int = 0
 ) -> CellRows:
     """Returns some rows of a forward that computes the logits of the last `n_logits` positions."""
+    numbers = tuple(rows)
     head = range(width - n_logits, width)
-    forward_pass = ForwardPass(replace(batch, numbers=rows), 0, past, len(rows), width, head, past)
-    return CellRows(rows, start, start + len(rows), forward_pass)
+    row_batch = replace(batch, numbers=numbers)
+    forward_pass = ForwardPass(row_batch, 0, past, len(rows), width, head, past)
+    return CellRows(numbers, start, start + len(rows), forward_pass)
 
 
 def _join_schedule(
@@ -329,15 +354,34 @@ def _join_schedule(
 
     def joining_states(block: int) -> Tensor:
         states = base.states[block]
-        joining = row_indices[bisect_left(blocks, block) : bisect_right(blocks, block)]
+        joining = row_indices[bisect_left(blocks, block) : counts[block]]
         return states[torch.tensor(joining, device=states.device), -width:]
 
-    return JoinSchedule(
-        blocks[0],
-        counts,
-        joining_states,
-        row_indices,
-        len(base.rows),
-        shortcuts.kinds,
-        shortcuts.factors,
+    kinds, factors = shortcuts.kinds, shortcuts.factors
+    n_base = len(base.rows)
+    return JoinSchedule(blocks[0], counts, joining_states, row_indices, n_base, kinds, factors)
+
+
+def _run_model(
+    shared_forward: SharedForward,
+    inputs: SweepInputs,
+    rows: Sequence[int],
+    columns: int,
+    cache: Any,
+    prompt_rows: Sequence[int],
+) -> Float[Tensor, "row pos vocab"]:
+    """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
+    width = shared_forward.width
+    n_read = inputs.count_read(prompt_rows)
+    n_computed = inputs.count_logits(prompt_rows, width)
+    settings = inputs.lm.accepted(
+        use_cache=cache is not None, return_dict=True, logits_to_keep=n_computed
     )
+    if cache is not None:
+        settings["past_key_values"] = cache
+    with torch.no_grad():
+        output = shared_forward.run({**inputs.model_inputs(rows, columns, width), **settings})
+    logits = logits_of(output)[:, -n_read:]
+    if n_read < n_computed:
+        return logits.clone()  # so that the other positions are freed
+    return logits

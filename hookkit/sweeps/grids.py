@@ -1,38 +1,26 @@
-"""The standard grids, each in one call: patching and ablation.
-
-metric = hk.metrics.logit_diff(" Mary", " John")
-hk.patching(lm, clean, corrupted, "resid_pre", metric)            # layer x pos
-hk.patching(lm, clean, corrupted, "z", metric)                    # layer x head
-hk.ablations(lm, prompts, "z", metric, to="mean", over=prompts)   # layer x head
-"""
+"""Grids over sites, their layers, heads and positions; and the sweep that ablates each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
-from typing import Any, Literal, TypeAlias, Unpack
+from functools import partial
+from itertools import product, starmap
+from typing import Any, TypeAlias, Unpack
 
 import pandas as pd
 
 from ..arguments import as_items, check_arguments, check_text, describe
 from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported
-from ..hooks.ablation import ablate, patch
+from ..hooks.ablation import ablate
 from ..hooks.base import Hook
-from ..hooks.capture import capture
 from ..hooks.edits import skip_block
 from ..models.lm import LM
 from ..models.positions import IndicesLike, Pos, PosLike, read_position
 from ..models.prompts import Prompts, as_batch
-from ..models.sites import (
-    SITES_WITH_HEADS,
-    SITES_WITH_KEY_HEADS,
-    SITES_WITHOUT_LAYER,
-    Site,
-)
-from ..runs.forward import forward
+from ..models.sites import SITES_WITH_HEADS, SITES_WITH_KEY_HEADS, SITES_WITHOUT_LAYER, Site
 from ..tables.metrics.metric import MetricLike
-from .cells import as_hooks, list_values
+from .cells import list_values
 from .sweep import Settings, sweep
 
 Metrics: TypeAlias = MetricLike | Sequence[MetricLike]
@@ -47,70 +35,6 @@ GridPositions: TypeAlias = Mapping[Any, RowPositions]
 
 AT_ONCE: GridPositions = {None: [(None, None)]}
 """All positions at once, so that the grid has no dimension of positions."""
-
-
-@check_arguments
-def patching(
-    lm: LM,
-    clean: Prompts,
-    corrupted: Prompts,
-    sites: str | Sequence[str],
-    metrics: Metrics,
-    *,
-    direction: Literal["denoise", "noise"] = "denoise",
-    layers: Iterable[int] | None = None,
-    heads: Iterable[int] | None = None,
-    pos: Positions = None,
-    **settings: Unpack[Settings],
-) -> pd.DataFrame:
-    """Returns the effect of activation patching at every layer and position, or layer and head, of
-    a site (Vig et al. 2020; Meng et al. 2022; Heimersheim and Nanda 2024).
-
-    "denoise" runs the corrupted prompts with the clean value at one site and position: it finds
-    what is sufficient. "noise" runs the clean prompts with the corrupted value: it finds what is
-    necessary. The effect is 0 if nothing changed and 1 if the metric became that of the prompts
-    patched from.
-
-    A site without heads is patched at each layer and position. A site with heads is patched at each
-    layer and head, at all positions at once, or with `pos` at each of those. There are as many
-    clean as corrupted prompts, of the same lengths. Other settings are those of `sweep`. Columns:
-    site if there are several, layer, head, pos, and those of `sweep`.
-
-    >>> metric = logit_diff(" Mary", " John")
-    >>> table = patching(lm, clean, corrupted, "attn_out", metric, layers=[9], pos=[-1])
-    >>> list(table.columns)[:4]
-    ['layer', 'pos', 'row', 'logit_diff']
-    """
-    names = site_names(sites)
-    target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    lengths = check_pairs(lm, source, target)
-    grid = create_site_grid(lm, names, layers, heads, grid_positions(lengths, names, pos))
-    base_hooks = as_hooks(settings.get("base_hooks", ()))
-    run = forward(lm, source, *base_hooks, capture(grid.sites()), logits=False)
-    hooks = grid.hooks(lambda site, pos, rows: patch(site, run, pos=pos, rows=rows))
-    return sweep(lm, target, grid.axes, hooks, metrics, target=source, **settings)
-
-
-def site_names(sites: str | Sequence[str]) -> list[str]:
-    """Returns the names of a grid's sites. Raises `BadHook` if there are none."""
-    items = [sites] if isinstance(sites, str) else as_items(sites)
-    if not items:
-        raise BadHook(f"sites={describe(sites)}: name a site, such as 'z', or several in a list")
-    meaning = "the name of a site, such as 'z'"
-    return [check_text(item, "sites", meaning) for item in items]
-
-
-def check_pairs(lm: LM, source: Prompts, target: Prompts) -> list[int]:
-    """Returns the lengths of prompts in pairs. Raises if numbers or lengths differ."""
-    source_lengths = as_batch(lm, source).lengths
-    target_lengths = as_batch(lm, target).lengths
-    if source_lengths != target_lengths:
-        raise BadPrompt(
-            f"prompts of {source_lengths} tokens are to be patched into prompts of "
-            f"{target_lengths} tokens: patching pairs positions, so give as many clean as "
-            "corrupted ones, as long as one another"
-        )
-    return target_lengths
 
 
 @check_arguments
@@ -147,36 +71,55 @@ def ablations(
     if pos is not None:
         positions = grid_positions(as_batch(lm, prompts).lengths, [what], pos)
     grid = create_site_grid(lm, [what], layers, heads, positions)
-    units_by_layer = _units_by_layer(units, list(grid.axes.get("layer", [])))
-    axes = dict(grid.axes)
-    if units_by_layer:
-        axes["unit"] = sorted(set().union(*units_by_layer.values()))
+    ablated = partial(ablate, to=to, over=over)
+    whole = grid.hooks(lambda site, pos, rows: ablated(site, pos=pos, rows=rows))
+    if units is None:
+        return sweep(lm, prompts, grid.axes, whole, metrics, **settings)
+    units_by_layer = _units_by_layer(units, grid.axes.get("layer", []))
+    axes = {**grid.axes, "unit": sorted(set().union(*units_by_layer.values()))}
 
-    def hooks(**point: Any) -> Sequence[Hook] | None:
-        unit = None
-        if units_by_layer:
-            unit = [point["unit"]]
-            if point["unit"] not in units_by_layer[point["layer"]]:
-                return None
+    def by_unit(unit: int, **point: Any) -> list[Hook] | None:
+        if unit not in units_by_layer[point["layer"]]:
+            return None
         at_point = grid.hooks(
-            lambda site, pos, rows: ablate(site, to=to, over=over, pos=pos, rows=rows, units=unit)
+            lambda site, pos, rows: ablated(site, pos=pos, rows=rows, units=[unit])
         )
         return at_point(**point)
 
-    return sweep(lm, prompts, axes, hooks, metrics, **settings)
+    return sweep(lm, prompts, axes, by_unit, metrics, **settings)
 
 
 def _units_by_layer(
-    units: Mapping[int, Iterable[int]] | Iterable[int] | None, layers: Sequence[int]
+    units: Mapping[int, Iterable[int]] | Iterable[int], layers: Sequence[int]
 ) -> dict[int, list[int]]:
-    if units is None:
-        return {}
     if not isinstance(units, Mapping):
         return dict.fromkeys(layers, list_values(units, "units"))
     for layer in units:
         if layer not in layers:
             raise BadHook(f"units= names layer {layer}, and the grid has the layers {list(layers)}")
     return {layer: list_values(units.get(layer, ()), f"units[{layer}]") for layer in layers}
+
+
+def site_names(sites: str | Sequence[str]) -> list[str]:
+    """Returns the names of a grid's sites. Raises `BadHook` if there are none."""
+    items = [sites] if isinstance(sites, str) else as_items(sites)
+    if not items:
+        raise BadHook(f"sites={describe(sites)}: name a site, such as 'z', or several in a list")
+    meaning = "the name of a site, such as 'z'"
+    return [check_text(item, "sites", meaning) for item in items]
+
+
+def check_pairs(lm: LM, source: Prompts, target: Prompts) -> list[int]:
+    """Returns the lengths of prompts in pairs. Raises if numbers or lengths differ."""
+    source_lengths = as_batch(lm, source).lengths
+    target_lengths = as_batch(lm, target).lengths
+    if source_lengths != target_lengths:
+        raise BadPrompt(
+            f"prompts of {source_lengths} tokens are to be patched into prompts of "
+            f"{target_lengths} tokens: patching pairs positions, so give as many clean as "
+            "corrupted ones, as long as one another"
+        )
+    return target_lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,10 +163,7 @@ class SiteGrid:
 
     def sites(self) -> list[Site]:
         """Returns all sites of the grid, with all heads."""
-        sites = []
-        for name, layers in self.layers.items():
-            sites += [Site(name, layer) for layer in layers]
-        return sites
+        return list(starmap(Site, _names_with_layers(self.layers)))
 
 
 def create_site_grid(
@@ -247,12 +187,19 @@ def create_site_grid(
     if head_values is not None:
         axes["head"] = head_values
     elif has_heads:
-        pairs = chain.from_iterable(product([name], site_layers[name]) for name in names)
-        counts = [_count_heads(lm, name, layer) for name, layer in pairs]
+        counts = starmap(partial(_count_heads, lm), _names_with_layers(site_layers))
         axes["head"] = list(range(max(counts, default=0)))
     if positions is not AT_ONCE:
         axes["pos"] = list(positions)
     return SiteGrid(lm, axes, site_layers, head_values is None, positions)
+
+
+def _names_with_layers(
+    layers: Mapping[str, Sequence[int | None]],
+) -> Iterator[tuple[str, int | None]]:
+    """Yields the name of each site with each of its layers."""
+    for name, site_layers in layers.items():
+        yield from product([name], site_layers)
 
 
 def _same_for_all(names: Sequence[str], group: Collection[str], word: str) -> bool:
@@ -293,12 +240,12 @@ def _count_heads(lm: LM, name: str, layer: int | None) -> int:
 
 def grid_positions(lengths: Sequence[int], names: Sequence[str], pos: Positions) -> GridPositions:
     """Returns the positions of a grid; all at once for sites with heads without `pos`."""
+    if pos is None and names[0] in SITES_WITH_HEADS:
+        return AT_ONCE
     if pos is None:
-        if names[0] in SITES_WITH_HEADS:
-            return AT_ONCE
         # every position that all prompts have, counted from the end if lengths differ
         shortest = min(lengths)
-        pos = range(shortest) if len(set(lengths)) == 1 else range(-shortest, 0)
+        pos = range(shortest) if max(lengths) == shortest else range(-shortest, 0)
     positions: dict[Any, RowPositions] = {}
     if isinstance(pos, Mapping):
         for name, value in pos.items():

@@ -1,14 +1,16 @@
-"""The prompts of a sweep as model inputs.
+"""The prompts of a sweep: as inputs of the model, and the metrics of their logits.
 
 A prompt is run up to the position that the metric reads, or with the continuation whose loss is
 measured.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import OutOfRange, Unsupported
@@ -16,7 +18,20 @@ from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.padding import padding_scheme
 from ..models.prompts import Prompts, Row, as_batch, pad_id, pad_rows, positions_of_text
-from ..tables.metrics.metric import Loss, Metric
+from ..tables.metrics.metric import Loss, Measure, Metric, MetricInput
+
+Values: TypeAlias = dict[tuple[int, int], list[float]]
+"""The values of the metrics, by cell number and row."""
+
+UNEDITED = -1  # the cell number of the prompts without any cell's edits
+
+
+def count_cells(values: Values) -> int:
+    """Returns of how many cells these are the values, counted for each prompt."""
+    return sum(cell != UNEDITED for cell, _ in values)
+
+
+LOGITS_AT_ONCE = 2**26  # numbers, in the logits that the metrics receive
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,30 +60,30 @@ class SweepInputs:
     @property
     def cropped(self) -> bool:
         """True if a prompt has tokens after the metric's position, which are not run."""
-        return any(
-            len(run_row) < len(row) for run_row, row in zip(self.run_rows, self.rows, strict=True)
-        )
+        return sum(self.lengths) < sum(map(len, self.rows))
 
     def uncropped(self) -> "SweepInputs":
         """Returns the same inputs with all tokens of each prompt run."""
-        pairs = zip(self.rows, self.run_rows, strict=True)
-        read_counts = tuple(len(row) - len(run_row) + 1 for row, run_row in pairs)
+        pairs = zip(self.rows, self.lengths, strict=True)
+        read_counts = tuple(len(row) - length + 1 for row, length in pairs)
         return replace(self, run_rows=self.rows, read_counts=read_counts)
 
     def count_logits(self, rows: Iterable[int], width: int) -> int:
         """Returns for how many of the last `width` positions logits are computed."""
-        if self.all_logits:
-            return width
-        return max(self.read_counts[row] for row in rows)
+        return width if self.all_logits else self.count_read(rows)
+
+    def count_read(self, rows: Iterable[int]) -> int:
+        """Returns how many of the last positions of these rows the metrics read."""
+        return max(map(self.read_counts.__getitem__, rows))
+
+    def count_columns(self, rows: Iterable[int]) -> int:
+        """Returns how many tokens the longest of these rows has."""
+        return max(map(self.lengths.__getitem__, rows))
 
     @cached_property
     def lengths(self) -> list[int]:
         """How many tokens of each prompt are run."""
         return list(map(len, self.run_rows))
-
-    def count_columns(self, rows: Iterable[int]) -> int:
-        """Returns how many tokens the longest of these rows has."""
-        return max(self.lengths[row] for row in rows)
 
     @cached_property
     def full(self) -> SequenceBatch:
@@ -87,44 +102,93 @@ class SweepInputs:
     def model_inputs(self, rows: Sequence[int], columns: int, width: int) -> dict[str, Tensor]:
         """Returns the arguments of a forward over the last `width` of `columns` columns."""
         lm = self.lm
-        lengths = [self.lengths[row] for row in rows]
-        ids = pad_rows([self.run_rows[row] for row in rows], pad_id(lm), "left")
+        run_rows = [self.run_rows[row] for row in rows]
+        ids = pad_rows(run_rows, pad_id(lm), "left")
         ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
         ids = ids.to(lm.device)
-        if set(lengths) == {columns}:
+        lengths = torch.tensor(list(map(len, run_rows)))
+        if bool((lengths == columns).all()):
             return {"input_ids": ids[:, -width:]}
-        positions = torch.stack([torch.arange(columns) - (columns - length) for length in lengths])
+        positions = torch.arange(columns) - (columns - lengths[:, None])
         return padding_scheme(lm, "left").inputs(ids, positions.clamp(min=-1), width)
 
 
 def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
     """Returns the inputs of a sweep whose metrics read position `pos` of each prompt."""
     rows = as_batch(lm, prompts).rows
-    ends = [_metric_position(number, len(row), pos) for number, row in enumerate(rows)]
-    losses: list[Loss] = []
-    for metric in metrics:
-        if isinstance(metric, Loss) and metric not in losses:
-            losses.append(metric)
-    if not losses:
-        run_rows = tuple(row[: end + 1] for row, end in zip(rows, ends, strict=True))
+    loss = _find_loss(metrics, pos)
+    if loss is None:
+        run_rows = tuple(_crop(number, row, pos) for number, row in enumerate(rows))
         return SweepInputs(lm, rows, run_rows, (1,) * len(rows))
-    if len(losses) > 1 or pos != -1:
-        raise Unsupported(
-            f"loss reads a continuation after the prompt, and {len(losses)} were asked for with "
-            f"pos={pos}: ask for one, at pos=-1"
-        )
-    continuations = losses[0].prepare(lm, len(rows))
+    continuations = loss.prepare(lm, len(rows))
     joined = [[*row, *tokens[:-1]] for row, tokens in zip(rows, continuations, strict=True)]
     run_rows = as_batch(lm, joined).rows
     read_counts = tuple(map(len, continuations))
     return SweepInputs(lm, rows, run_rows, read_counts, has_continuation=True)
 
 
-def _metric_position(row: int, length: int, pos: int) -> int:
-    position = length + pos if pos < 0 else pos
-    if not 0 <= position < length:
+def _find_loss(metrics: Sequence[Metric], pos: int) -> Loss | None:
+    """Returns the loss among the metrics, if there is one. Raises if its position is not -1, or
+    if there are several different ones."""
+    losses: list[Loss] = []
+    for metric in metrics:
+        if isinstance(metric, Loss) and metric not in losses:
+            losses.append(metric)
+    if len(losses) > 1 or (losses and pos != -1):
+        raise Unsupported(
+            f"loss reads a continuation after the prompt, and {len(losses)} were asked for with "
+            f"pos={pos}: ask for one, at pos=-1"
+        )
+    return next(iter(losses), None)
+
+
+def _crop(number: int, row: Row, pos: int) -> Row:
+    """Returns the tokens of a prompt up to the metric's position."""
+    length = len(row)
+    if not -length <= pos < length:
         raise OutOfRange(
-            f"the metric looks at position {pos}, and prompt {row} has {length} tokens: "
+            f"the metric looks at position {pos}, and prompt {number} has {length} tokens: "
             f"-{length} to {length - 1}"
         )
-    return position
+    return row[: pos % length + 1]
+
+
+@dataclass(frozen=True, eq=False)
+class CellMetrics:
+    """The metrics of the prompts of a sweep.
+
+    `before` are the logits of each row without a cell's edits, at the metric's position; None if no
+    metric compares with them.
+    """
+
+    inputs: SweepInputs
+    measures: Sequence[Measure]
+    before: Mapping[int, Float[Tensor, " vocab"]] | None = None
+
+    def values(
+        self, keys: Sequence[tuple[int, int]], logits: Float[Tensor, "row pos vocab"]
+    ) -> Values:
+        """Returns the metrics of these cells and rows, in parts because metrics make copies."""
+        values: Values = {}
+        size = max(1, LOGITS_AT_ONCE // max(1, logits[0].numel()))
+        for start in range(0, len(keys), size):
+            part = keys[start : start + size]
+            _, rows = zip(*part, strict=True)
+            inputs = self.metric_input(rows, logits[start : start + size])
+            columns = [measure(inputs).double().tolist() for measure in self.measures]
+            values |= zip(part, map(list, zip(*columns, strict=True)), strict=True)
+        return values
+
+    def metric_input(
+        self, rows: Sequence[int], logits: Float[Tensor, "row pos vocab"]
+    ) -> MetricInput:
+        """Returns the logits of these rows that the metrics read."""
+        before = after = None
+        if self.before is not None:
+            before = torch.stack([self.before[row] for row in rows]).float().to(logits.device)
+        counts = [self.inputs.read_counts[row] for row in rows]
+        if self.inputs.has_continuation:
+            pairs = zip(logits, counts, strict=True)
+            after = [row_logits[-count:].float() for row_logits, count in pairs]
+        at_position = logits[torch.arange(len(rows)), -torch.tensor(counts)]
+        return MetricInput(at_position.float(), rows, before, after)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,11 +31,12 @@ from ..files.atomic import (
 )
 from ..files.untrusted import check_folder, check_mapping, parse_json, path_inside, read_json
 from ..hooks import serialization as codec
+from ..hooks.base import Hook
 from ..models.model_setup import active_adapter_names
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
 from ..runs.run import Run
-from ..tables.metrics.metric import column_names
-from .cell_metrics import UNEDITED, Values
+from ..tables.metrics.metric import Metric, column_names
+from .inputs import Values, count_cells
 from .plan import Plan
 
 DESCRIPTION, CELLS, TABLE = "sweep.json", "cells.jsonl", "table.csv"
@@ -60,7 +61,7 @@ class Journal:
     @property
     def done(self) -> int:
         """How many cells are known, counted for each prompt."""
-        return sum(cell != UNEDITED for cell, _ in self.values)
+        return count_cells(self.values)
 
     def add(self, values: Values) -> None:
         """Stores values. They are on disk when this returns."""
@@ -74,22 +75,27 @@ class Journal:
         path = self.folder / TABLE
         data = table.to_csv(index=False, lineterminator="\n").encode()
         digest = hashlib.sha256(data).hexdigest()
-        if os.path.lexists(path):
-            is_file = path.is_file() and not path.is_symlink()
-            if not is_file or sha256(path) not in {digest, *self.tables}:
-                raise BadFile(
-                    f"{str(path)!r} is not as the sweep wrote it: move it away and call the sweep "
-                    "again"
-                )
+        stored = _table_hash(path)
+        if stored is not None and stored not in {digest, *self.tables}:
+            raise BadFile(
+                f"{str(path)!r} is not as the sweep wrote it: move it away and call the sweep again"
+            )
         if digest not in self.tables:
             self._add_line({"table": digest})
             self.tables.add(digest)
-        if not path.exists() or sha256(path) != digest:
+        if stored != digest:
             write_bytes(path, data)
 
     def _add_line(self, value: Any) -> None:
         if self.file is not None:
             add_line(self.file, json.dumps(value))
+
+
+def _table_hash(path: Path) -> str | None:
+    """Returns the sha256 of a file, an empty text for what is no file, None if nothing is there."""
+    if path.is_file() and not path.is_symlink():
+        return sha256(path)
+    return "" if os.path.lexists(path) else None
 
 
 @contextmanager
@@ -124,23 +130,25 @@ def _check_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes the description of a sweep, or raises if the folder has another one."""
     path = path_inside(folder, DESCRIPTION)
     if not path.exists():
-        for name in (CELLS, TABLE):
-            if os.path.lexists(folder / name):
-                raise BadFile(
-                    f"{folder} has a {name} and no {DESCRIPTION}, so it is no sweep's: give a "
-                    "folder of its own"
-                )
+        _check_is_new(folder)
         write_text(path, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     stored = check_mapping(read_json(path, finite=False), f"{DESCRIPTION} of {folder}")
-    differing = []
-    for name, value in description.items():
-        if name != "name" and stored.get(name) != value:
-            differing.append(name)
+    stored["name"] = description["name"]  # is for the reader only
+    differing = [name for name in description if stored.get(name) != description[name]]
     if differing:
         raise BadHook(
             f"{folder} holds another sweep: it differs in {', '.join(differing)}. Give this one a "
             "folder of its own, or remove that one"
         )
+
+
+def _check_is_new(folder: Path) -> None:
+    for name in (CELLS, TABLE):
+        if os.path.lexists(folder / name):
+            raise BadFile(
+                f"{folder} has a {name} and no {DESCRIPTION}, so it is no sweep's: give a "
+                "folder of its own"
+            )
 
 
 def _read_cells(path: Path, count: int) -> tuple[Values, set[str]]:
@@ -153,22 +161,23 @@ def _read_cells(path: Path, count: int) -> tuple[Values, set[str]]:
         if isinstance(entries, dict):
             tables.add(str(entries.get("table")))
             continue
-        if not isinstance(entries, list) or not all(_is_cell(entry, count) for entry in entries):
-            raise BadFile(
-                f"{name} holds no cells of this sweep: delete it, and they are computed anew"
-            )
-        for entry in entries:
-            values.setdefault((entry[0], entry[1]), entry[2:])
+        for key, numbers in _check_cells(entries, count, name).items():
+            values.setdefault(key, numbers)
     return values, tables
 
 
+def _check_cells(entries: Any, count: int, name: str) -> Values:
+    """Returns the values of a line: each entry is a cell number, a row and `count` values."""
+    if not isinstance(entries, list) or not all(_is_cell(entry, count) for entry in entries):
+        raise BadFile(f"{name} holds no cells of this sweep: delete it, and they are computed anew")
+    return {(cell, row): numbers for cell, row, *numbers in entries}
+
+
 def _is_cell(entry: Any, count: int) -> bool:
-    """True for a list of a cell number, a row and `count` values."""
     if not isinstance(entry, list) or len(entry) != count + 2:
         return False
-    if not all(type(number) is int for number in entry[:2]):
-        return False
-    return all(type(value) in (int, float) for value in entry[2:])
+    kinds = list(map(type, entry))
+    return kinds[:2] == [int, int] and set(kinds) <= {int, float}
 
 
 def _describe_sweep(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,21 +196,28 @@ def _describe_sweep(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     del model["versions"]
     cells = hashlib.sha256()
     for cell in plan.cells:
-        hooks = [hook.to_json(tensors="digest") for hook in cell.hooks]
+        hooks = hooks_as_json(cell.hooks)
         cells.update(json.dumps([ADDRESS.sub("", str(cell)), cell.control, hooks]).encode())
-    metrics: list[dict[str, Any]] = []
-    for metric in plan.metrics:
-        metrics.append({"metric": type(metric).__name__})
-        for parameter in fields(metric):
-            metrics[-1][parameter.name] = _value_as_json(getattr(metric, parameter.name))
     return {
         "name": [model.pop("model"), model.pop("revision")],
         "model": model,
-        "prompts": [list(row) for row in plan.inputs.rows],
+        "prompts": list(map(list, plan.inputs.rows)),
         "cells": {"count": len(plan.cells), "sha256": cells.hexdigest()},
-        "metrics": metrics,
+        "metrics": list(map(_metric_as_json, plan.metrics)),
         **settings,
     }
+
+
+def hooks_as_json(hooks: Iterable[Hook]) -> list[Any]:
+    """Returns hooks as JSON, with digests in place of tensors."""
+    return [hook.to_json(tensors="digest") for hook in hooks]
+
+
+def _metric_as_json(metric: Metric) -> dict[str, Any]:
+    description: dict[str, Any] = {"metric": type(metric).__name__}
+    for parameter in fields(metric):
+        description[parameter.name] = _value_as_json(getattr(metric, parameter.name))
+    return description
 
 
 def _value_as_json(value: Any) -> Any:
@@ -210,7 +226,7 @@ def _value_as_json(value: Any) -> Any:
         logits = codec.tensor_as_json(value.captured_logits().values, "digest")
         return {"tokens": value.tokens.tolist(), "logits": logits}
     if isinstance(value, list | tuple):
-        return [_value_as_json(item) for item in value]
+        return list(map(_value_as_json, value))
     if callable(value):
         return codec.function_as_json(value)
     return value

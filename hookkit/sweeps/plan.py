@@ -1,28 +1,208 @@
-"""The plan of a sweep: which forwards run, which cells need none, and the cost.
+"""The plan of a sweep: which cells can matter, which forwards run, and the cost.
+
+Where the rows of a cell begin to differ from the unedited rows is a block and a position. Four
+arguments decide it; nothing is measured.
+
+causal           A position depends on no later position, so an edit changes nothing before its own
+                 position. Where an edit of scores or a pattern may break this, whole prompts run.
+last block       After the attention of the last block no position reads another. An edit there
+                 matters only at the positions that the metric reads.
+all positions    A user's function receives all of its positions together, so what it does at one
+                 may depend on the other ones.
+shared prefix    A patch changes nothing up to the first token in which the source's prompt
+                 differs. The sweep compares the source with the model's own values before it
+                 relies on this.
 
 Which cell prompts share a forward depends on how many of the last positions they need, and on how
 much memory there is.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, takewhile
+from operator import attrgetter, eq, itemgetter
+from typing import TypeAlias
 
 import torch
 
 from ..arguments import check_integer
 from ..display import render_html
+from ..hooks.ablation import Ablate
+from ..hooks.capture import Captured
+from ..hooks.values import FromRun
 from ..models.lm import LM
-from ..runs.taps import HookPoint
+from ..models.positions import At, Where, resolve_positions
+from ..models.prompts import positions_of_text
+from ..models.sites import AnySite, ModuleSite, Site
+from ..runs.taps import BoundHook, HookPoint
 from ..tables.metrics.metric import Measure, Metric
 from .cells import Cell
-from .forwards import CellPrompt, Shortcuts
-from .inputs import SweepInputs
-from .reach import INPUT, FirstEffect, bound_hooks_of
+from .forwards import (
+    AFTER_ATTENTION,
+    INPUT,
+    BaseForward,
+    CellPrompt,
+    Shortcuts,
+    block_of_module,
+    bound_hooks_of,
+    needs_all_positions,
+)
+from .inputs import CellMetrics, SweepInputs
+
+Start: TypeAlias = tuple[int, int]
+"""The block and the position at which a row of a cell begins to differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class FirstEffect:
+    """Finds where edits begin to change a row of the inputs.
+
+    `base` are the hooks that act in every row, edited or not. `sources_match` in its methods is
+    True if the sources of patches were compared with the model's own values.
+    """
+
+    inputs: SweepInputs
+    base: list[BoundHook]
+
+    @cached_property
+    def _mixing(self) -> list[BoundHook]:
+        """Base hooks that may carry a change from a position to an earlier one."""
+        return list(filter(needs_all_positions, self.base))
+
+    def first_start(
+        self, bound_hooks: Iterable[BoundHook], row: int, *, sources_match: bool
+    ) -> Start | None:
+        """Returns where a row begins to differ under these hooks; None if it cannot matter."""
+        starts: list[Start] = []
+        for bound in bound_hooks:
+            start = self.start_of(bound, row, sources_match=sources_match)
+            if start is not None:
+                starts.append(start)
+        if not starts:
+            return None
+        blocks, positions = zip(*starts, strict=True)
+        return min(blocks), min(*positions, self._first_position(self._mixing, row))
+
+    def start_of(self, bound: BoundHook, row: int, *, sources_match: bool) -> Start | None:
+        """Returns where an edit begins to change a row, as far as the metric can see; None for a
+        capture."""
+        positions = self._positions(bound.where, row)
+        if bound.change is None or not positions:
+            return None
+        first = self._first_that_matters(bound, row)
+        if sources_match:
+            first = max(first, self._unchanged_prefix(bound, row))
+        position = first_position(positions, first, self.inputs.lengths[row])
+        return None if position is None else (self.block_of(bound.site), position)
+
+    def _first_that_matters(self, bound: BoundHook, row: int) -> int:
+        """Returns the first position whose change at the hook's site can reach the metric."""
+        is_last = self.is_after_last_attention(bound.site)
+        if not is_last or needs_all_positions(bound) or self._is_mixed_later(bound):
+            return 0
+        return self.inputs.lengths[row] - self.inputs.read_counts[row]
+
+    def _unchanged_prefix(self, bound: BoundHook, row: int) -> int:
+        """Returns the first position at which a patch may change a row; 0 for any other edit."""
+        source = patch_source(bound)
+        if source is None or not self._has_same_positions(bound.where, source, row):
+            return 0
+        return self.common_prefix(source, row)
+
+    def _is_mixed_later(self, bound: BoundHook) -> bool:
+        """True if a base hook after a hook of the last block may carry its change elsewhere."""
+        if not bound.head:
+            return bool(self._mixing)
+        return any(mixing.head or isinstance(mixing.site, ModuleSite) for mixing in self._mixing)
+
+    def block_of(self, site: AnySite) -> int:
+        """Returns the block of a site: the last one for sites after all blocks, `INPUT` for the
+        embedding and for modules outside the blocks."""
+        lm = self.inputs.lm
+        if isinstance(site, ModuleSite):
+            return block_of_module(lm, site.path)
+        if site.name in ("embed", "pos_embed"):
+            return INPUT
+        return lm.n_layers - 1 if site.layer is None else site.layer
+
+    def is_after_last_attention(self, site: AnySite) -> bool:
+        """True if no later attention reads a site."""
+        if not isinstance(site, Site) or site.name not in AFTER_ATTENTION:
+            return False
+        return site.layer is None or site.layer == self.inputs.lm.n_layers - 1
+
+    def common_prefix(self, source: Captured, row: int) -> int:
+        """Returns the first position at which a source's prompt differs from a prompt of the
+        sweep, or at which a base hook acts."""
+        if source.positions is None:
+            return 0
+        source_ids = source.prompts[source.row(row)]
+        key = id(source_ids), row
+        if key not in self._common_prefixes:
+            is_same = map(eq, self.inputs.rows[row], source_ids)
+            n_same = len(list(takewhile(bool, is_same)))
+            end = min(n_same, self._first_position(self.base, row))
+            self._common_prefixes[key] = source_ids, end
+        return self._common_prefixes[key][1]
+
+    @cached_property
+    def _common_prefixes(self) -> dict[tuple[int, int], tuple[tuple[int, ...], int]]:
+        """Cache of `common_prefix`, owned by this object. It keeps the source's tokens alive,
+        because their id is part of the key."""
+        return {}
+
+    def _has_same_positions(self, where: Where, source: Captured, row: int) -> bool:
+        """True if a hook's positions are the same in the source's prompt and in a row."""
+        source_ids = source.prompts[source.row(row)]
+        if len(source_ids) == len(self.inputs.rows[row]) and not isinstance(where.pos, At):
+            return True
+        positions = resolve_positions(
+            where, len(source_ids), lambda at: positions_of_text(self.inputs.lm, source_ids, at)
+        )
+        return positions == self._positions(where, row)
+
+    def _positions(self, where: Where, row: int) -> Sequence[int] | None:
+        """Returns the positions of a hook in a row; None if it does not act there."""
+        return self.inputs.full.selected_positions(where)[row]
+
+    def _first_position(self, bound_hooks: Iterable[BoundHook], row: int) -> int:
+        """Returns the first position of a row at which one of the hooks acts; its length if none
+        does."""
+        selected = [self._positions(bound.where, row) for bound in bound_hooks]
+        end = len(self.inputs.rows[row])
+        return min(map(itemgetter(0), filter(None, selected)), default=end)
+
+
+def first_position(positions: Sequence[int] | None, start: int, stop: int) -> int | None:
+    """Returns the first of these positions, in order, that is from `start` to before `stop`."""
+    positions = positions or ()
+    index = bisect_left(positions, start)
+    if index == len(positions) or positions[index] >= stop:
+        return None
+    return positions[index]
+
+
+def patch_source(bound: BoundHook) -> Captured | None:
+    """Returns the values that a patch inserts at its site; None for any other hook."""
+    hook = bound.hook
+    if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
+        return None
+    return next(source for source in hook.to.sources if source.site == bound.site)
+
 
 # The fixed cost of running a block (reading its weights, calling it), in tokens.
 BLOCK_COST = {"cpu": 40, "cuda": 256}
+
+# What the printed plan says of each shortcut: its name there, the field of `Shortcuts`, the words.
+SHORTCUT_DESCRIPTIONS = (
+    ("share", "batch", "cells share forwards"),
+    ("start", "grow", "at the block where a cell first differs"),
+    ("prefix", "prefix", "positions before the edit come from a cache"),
+    ("last block", "last", "after its attention at the metric's position only"),
+)
 
 # Bytes, where the free memory is unknown. Larger tensors would be mapped anew each time.
 DEFAULT_BUDGET = 128 * 2**20
@@ -43,6 +223,11 @@ class Job:
         """The cell number and the row of each cell prompt."""
         return [cell_prompt.key for cell_prompt in self.cell_prompts]
 
+    @property
+    def joins(self) -> bool:
+        """True if the cell prompts join at blocks."""
+        return self.cell_prompts[0].block > INPUT
+
     def split(self, size: int) -> list["Job"]:
         """Returns jobs of at most `size` of the cell prompts each."""
         starts = range(0, len(self.cell_prompts), size)
@@ -54,7 +239,7 @@ def _block_counts(cell_prompts: Sequence[CellPrompt], n_layers: int) -> list[int
     return [n_layers - max(0, cell_prompt.block) for cell_prompt in cell_prompts]
 
 
-def _cheapest_jobs(by_width: dict[int, list[CellPrompt]], lm: LM) -> list[Job]:
+def _cheapest_jobs(by_width: Mapping[int, Sequence[CellPrompt]], lm: LM) -> list[Job]:
     """Returns the cheapest jobs for cell prompts, by how many of the last positions they need.
 
     A job costs its tokens, at its largest width, and the fixed cost of each block that it runs.
@@ -62,19 +247,18 @@ def _cheapest_jobs(by_width: dict[int, list[CellPrompt]], lm: LM) -> list[Job]:
     """
     fixed = BLOCK_COST.get(lm.device.type, BLOCK_COST["cuda"])
     widths = sorted(by_width)
-    best: list[tuple[int, list[Job]]] = [(0, [])]  # for the first widths: none, one, two ...
     counts = [_block_counts(by_width[width], lm.n_layers) for width in widths]
-    blocks, deepest = [sum(group) for group in counts], [max(group) for group in counts]
+    blocks, deepest = list(map(sum, counts)), list(map(max, counts))
+    best: list[tuple[int, list[Job]]] = [(0, [])]  # for the first widths: none, one, two ...
     for last, width in enumerate(widths):
-        costs = []
+        costs: list[int] = []
         for first in range(last + 1):
-            tokens = sum(blocks[first : last + 1]) * width
-            costs.append(best[first][0] + tokens + fixed * max(deepest[first : last + 1]))
+            group = slice(first, last + 1)
+            costs.append(best[first][0] + sum(blocks[group]) * width + fixed * max(deepest[group]))
         first = costs.index(min(costs))
-        group: list[CellPrompt] = []
-        for narrower in widths[first : last + 1]:
-            group += by_width[narrower]
-        best.append((costs[first], [*best[first][1], Job(width, tuple(sorted(group)))]))
+        cell_prompts = chain.from_iterable(map(by_width.__getitem__, widths[first : last + 1]))
+        job = Job(width, tuple(sorted(cell_prompts)))
+        best.append((costs[first], [*best[first][1], job]))
     return best[-1][1]
 
 
@@ -116,20 +300,32 @@ class Plan:
     @property
     def compares(self) -> bool:
         """True if a metric compares a cell with the unedited prompts."""
-        return any(metric.compares for metric in self.metrics)
+        return any(map(attrgetter("compares"), self.metrics))
 
     def chunks(self) -> Iterator[tuple[int, ...]]:
         """Yields groups of prompts whose results, and whose forward, fit half the budget."""
         columns = max(self.inputs.lengths)
         row = max(self._base_row_bytes, self._row_bytes(columns, columns))
         size = max(1, self.budget // 2 // max(1, row))
-        for start in range(0, len(self.inputs), size):
-            yield tuple(range(start, min(start + size, len(self.inputs))))
+        rows = range(len(self.inputs))
+        for start in rows[::size]:
+            yield tuple(rows[start : start + size])
 
     @cached_property
     def first_effect(self) -> FirstEffect:
         """What decides which cells can matter."""
         return FirstEffect(self.inputs, bound_hooks_of(self.base_hook_points))
+
+    def cell_metrics(self, base: BaseForward | None) -> CellMetrics:
+        """Returns the metrics of the prompts of an unedited forward, which may be None if no metric
+        compares with it."""
+        before = None
+        if self.compares:
+            assert base is not None
+            before = {}
+            for row, logits in zip(base.rows, base.logits, strict=True):
+                before[row] = logits[-self.inputs.read_counts[row]]
+        return CellMetrics(self.inputs, self.measures, before)
 
     def cell_prompts(self, rows: Sequence[int], *, sources_match: bool = True) -> list[CellPrompt]:
         """Returns the cell prompts of some prompts that have to run.
@@ -137,22 +333,25 @@ class Plan:
         `sources_match` is True if patches have the model's own values (see `FirstEffect`).
         """
         key = tuple(rows), sources_match
-        if key in self._cell_prompts:
-            return self._cell_prompts[key]
-        cell_prompts: list[CellPrompt] = []
-        for cell in self.cells:
-            bound_hooks = cell.bound_hooks
-            for row in rows:
-                start = INPUT, 0
-                if not cell.alone:
-                    start = self.first_effect.first_start(
-                        bound_hooks, row, sources_match=sources_match
-                    )
-                if start is not None:
-                    block = start[0] if self.shortcuts.grow else INPUT
-                    cell_prompts.append(CellPrompt(block, cell.number, row, start[1]))
-        self._cell_prompts[key] = cell_prompts
-        return cell_prompts
+        if key not in self._cell_prompts:
+            cell_prompts: list[CellPrompt] = []
+            for cell in self.cells:
+                cell_prompts += self._prompts_of_cell(cell, rows, sources_match=sources_match)
+            self._cell_prompts[key] = cell_prompts
+        return self._cell_prompts[key]
+
+    def _prompts_of_cell(
+        self, cell: Cell, rows: Sequence[int], *, sources_match: bool
+    ) -> Iterator[CellPrompt]:
+        if cell.alone:
+            yield from (CellPrompt(INPUT, cell.number, row, 0) for row in rows)
+            return
+        bound_hooks = cell.bound_hooks
+        for row in rows:
+            start = self.first_effect.first_start(bound_hooks, row, sources_match=sources_match)
+            if start is not None:
+                block = start[0] if self.shortcuts.grow else INPUT
+                yield CellPrompt(block, cell.number, row, start[1])
 
     @cached_property
     def _cell_prompts(self) -> dict[tuple[tuple[int, ...], bool], list[CellPrompt]]:
@@ -164,27 +363,28 @@ class Plan:
     ) -> list[Job]:
         """Returns the forwards that run these cell prompts."""
         columns = self.inputs.count_columns(rows)
-        alone: dict[int, list[CellPrompt]] = {}
-        from_input: dict[int, list[CellPrompt]] = {}  # these cannot be in a batch that grows
-        joining: dict[int, list[CellPrompt]] = {}
+        alone: dict[int, list[CellPrompt]] = defaultdict(list)  # by cell
+        from_input: dict[int, list[CellPrompt]] = defaultdict(list)  # by width; their batch is full
+        joining: dict[int, list[CellPrompt]] = defaultdict(list)  # by width; their batch grows
         for cell_prompt in cell_prompts:
             if self.cells[cell_prompt.cell].alone:
-                alone.setdefault(cell_prompt.cell, []).append(cell_prompt)
-                continue
-            by_width = joining if cell_prompt.block > INPUT else from_input
-            width = columns
-            if self.shortcuts.prefix:
-                row = cell_prompt.row
-                width = self.inputs.lengths[row] - cell_prompt.pos
-                width = max(self.inputs.read_counts[row], width)
-            by_width.setdefault(width, []).append(cell_prompt)
+                alone[cell_prompt.cell].append(cell_prompt)
+            else:
+                by_width = joining if cell_prompt.block > INPUT else from_input
+                by_width[self._width_of(cell_prompt, columns)].append(cell_prompt)
         jobs = [Job(columns, tuple(group)) for group in alone.values()]
-        for by_width in (from_input, joining):
-            jobs += _cheapest_jobs(by_width, self.lm)
+        jobs += _cheapest_jobs(from_input, self.lm) + _cheapest_jobs(joining, self.lm)
         parts: list[Job] = []
         for job in jobs:
             parts += job.split(max(1, budget // 2 // self._row_bytes(job.width, columns)))
         return parts
+
+    def _width_of(self, cell_prompt: CellPrompt, columns: int) -> int:
+        """Returns how many of the last positions a cell prompt has to run."""
+        if not self.shortcuts.prefix:
+            return columns
+        row = cell_prompt.row
+        return max(self.inputs.read_counts[row], self.inputs.lengths[row] - cell_prompt.pos)
 
     @property
     def alone(self) -> list[Cell]:
@@ -274,39 +474,46 @@ class Plan:
 
     def _costs(self) -> Iterator[tuple[str, str]]:
         yield "cannot matter", f"{self.filled:,}: filled with the unedited value"
-        to_run = f"{self.running:,} in {_count(self.forwards, 'forward')}"
-        shared = [job for job in self.all_jobs if not self.cells[job.cell_prompts[0].cell].alone]
-        if shared:
-            widths = sorted({job.width for job in shared})
-            span = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
-            to_run += f", over {span} of {max(self.inputs.lengths)} positions"
-        yield "to run", to_run
+        yield "to run", f"{self.running:,} in {_count(self.forwards, 'forward')}{self._widths()}"
         tokens, naive = self.layer_tokens, self.naive_layer_tokens
         yield "layer-tokens", f"{tokens:,} instead of {naive:,} ({tokens / max(1, naive):.1%})"
         yield "memory", f"about {self.memory / 2**20:,.0f} MB beside the model"
 
+    def _widths(self) -> str:
+        """Returns over how many positions the shared forwards run, in words."""
+        shared = [job.width for job in self.all_jobs if not self._is_alone(job)]
+        if not shared:
+            return ""
+        span = " to ".join(map(str, sorted({min(shared), max(shared)})))
+        return f", over {span} of {max(self.inputs.lengths)} positions"
+
+    def _is_alone(self, job: Job) -> bool:
+        return bool(self.cells[job.cell_prompts[0].cell].alone)
+
     def _reductions(self) -> Iterator[tuple[str, str]]:
-        stop = "at the last position, where the metric looks"
-        if self.inputs.has_continuation:
-            stop = "at the end of the continuation"
-        elif self.inputs.cropped:
-            stop = "at the position where the metric looks"
-        elif max(self.inputs.read_counts) > 1:
-            stop = "no: a function receives positions after the one where the metric looks"
-        yield "stop", stop
-        for name, shortcut, description in (
-            ("share", "batch", "cells share forwards"),
-            ("start", "grow", "at the block where a cell first differs"),
-            ("prefix", "prefix", "positions before the edit come from a cache"),
-            ("last block", "last", "after its attention at the metric's position only"),
-        ):
+        yield "stop", self._last_position()
+        for name, shortcut, description in SHORTCUT_DESCRIPTIONS:
             is_used = getattr(self.shortcuts, shortcut)
-            yield name, description if is_used else f"no: {self.shortcuts.why[shortcut]}"
+            yield name, _use(is_used, description, self.shortcuts.why.get(shortcut, ""))
         takes_count = "logits_to_keep" in self.lm.takes
-        no_count = "no: the model takes no logits_to_keep"
-        yield "head", "at the metric's position only" if takes_count else no_count
+        no_count = "the model takes no logits_to_keep"
+        yield "head", _use(takes_count, "at the metric's position only", no_count)
         for reason, count in Counter(cell.alone for cell in self.alone).items():
             yield "alone", f"{_count(count, 'cell')}: {reason}"
+
+    def _last_position(self) -> str:
+        """Returns at which position the forwards end, in words."""
+        if self.inputs.has_continuation:
+            return "at the end of the continuation"
+        if self.inputs.cropped:
+            return "at the position where the metric looks"
+        if max(self.inputs.read_counts) > 1:
+            return "no: a function receives positions after the one where the metric looks"
+        return "at the last position, where the metric looks"
+
+
+def _use(is_used: bool, description: str, reason: str) -> str:
+    return description if is_used else f"no: {reason}"
 
 
 def _count(number: int, word: str) -> str:

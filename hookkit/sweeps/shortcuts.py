@@ -4,12 +4,13 @@ The trial runs a small sweep with each shortcut and compares it with one plain f
 that gives other logits, or that fails, is not used, and the reason is stored.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import product
-from typing import Any
+from itertools import chain, count, islice, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,8 @@ from ..runs.forward import forward
 from ..runs.manager import HookBlock
 from ..runs.partial import Path, SharedForward
 from ..runs.taps import HIDDEN_STATES_KEYWORDS, build_hook_points
-from .forwards import CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
+from .forwards import INPUT, CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
 from .inputs import SweepInputs
-from .reach import INPUT
 
 LENGTHS = (5, 3, 4)  # of the trial's prompts, in tokens
 POSITIONS = (-1, -2)  # at which the trial edits
@@ -59,8 +59,8 @@ def has_rows(lm: LM, site: ModuleSite) -> bool:
     """True if the tensor of a module site is [batch, pos, ...] for every batch size."""
 
     def trial() -> bool:
-        shapes = [_trial_shape(lm, site, count) for count in (2, 3)]
-        return [shape[:2] for shape in shapes] == [(2, max(LENGTHS)), (3, max(LENGTHS))]
+        of_two, of_three = _trial_shape(lm, site, 2), _trial_shape(lm, site, 3)
+        return of_two[:2] == (2, max(LENGTHS)) and of_three[:2] == (3, max(LENGTHS))
 
     return _once(lm, ("has_rows", site), trial)
 
@@ -79,22 +79,23 @@ def _once(lm: LM, key: Any, trial: Callable[[], Any]) -> Any:
     return lm.trial_results[key]
 
 
-def _record_module(lm: LM, site: ModuleSite, count: int) -> "_ShapeRecorder":
+def _record_module(lm: LM, site: ModuleSite, n_rows: int) -> "_ShapeRecorder":
     recorder = _ShapeRecorder([lm.submodule(site.path)])
-    _run_trial(recorder, _trial_inputs(lm), range(count))
+    _run_trial(recorder, _trial_inputs(lm), range(n_rows))
     return recorder
 
 
-def _trial_shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
-    """Returns the shape of a module site's tensor with `count` rows; () if there is no tensor, or
+def _trial_shape(lm: LM, site: ModuleSite, n_rows: int) -> tuple[int, ...]:
+    """Returns the shape of a module site's tensor with `n_rows` rows; () if there is no tensor, or
     if the module does not run."""
-    recorder = _record_module(lm, site, count)
+    recorder = _record_module(lm, site, n_rows)
     if site.side == "output":
         return recorder.outputs.get((0, site.item), ())
-    for name in (site.item, *(HIDDEN_STATES_KEYWORDS if site.item == 0 else ())):
-        if (0, (name,)) in recorder.inputs:
-            return recorder.inputs[0, (name,)]
-    return ()
+    names = [site.item]
+    if site.item == 0:
+        names += HIDDEN_STATES_KEYWORDS
+    shapes = (recorder.inputs.get((0, (name,))) for name in names)
+    return next(filter(None, shapes), ())
 
 
 def _try_shortcuts(lm: LM) -> Shortcuts:
@@ -106,21 +107,27 @@ def _try_shortcuts(lm: LM) -> Shortcuts:
         expected = _expected_logits(inputs)
     except Exception as error:  # noqa: BLE001  whatever fails, cells can still run one by one
         return no_shortcuts(_describe_error(error))
-    allowed = Shortcuts(True, True, False, True, {}, factors, kinds)
+    shared = Shortcuts(True, True, False, True, {}, factors, kinds)
+    return _try_each(inputs, shared, expected)
+
+
+def _try_each(inputs: SweepInputs, shared: Shortcuts, expected: Tensor) -> Shortcuts:
+    """Returns the shortcuts of those that `shared` allows with which a trial gives the expected
+    logits, and `prefix` if it does so too."""
     why: dict[str, str] = {}
     for grow, last in product((True, False), repeat=2):
-        allowed = replace(allowed, grow=grow, last=last)
+        allowed = replace(shared, grow=grow, last=last)
         reason = _difference(inputs, allowed, expected)
         if not reason:
             break
         why["last" if last else "grow"] = reason
     else:
         return no_shortcuts(why["grow"])
-    with_prefix = replace(allowed, prefix=True)
-    why["prefix"] = _difference(inputs, with_prefix, expected)
-    if not why["prefix"]:
-        allowed = with_prefix
-    why = {name: reason for name, reason in why.items() if not getattr(allowed, name)}
+    why["prefix"] = _difference(inputs, replace(allowed, prefix=True), expected)
+    allowed = replace(allowed, prefix=not why["prefix"])
+    for name in ("grow", "last", "prefix"):
+        if getattr(allowed, name):
+            why.pop(name, None)
     return replace(allowed, why=why)
 
 
@@ -139,63 +146,71 @@ def _describe_error(error: Exception) -> str:
 
 
 def _trial_inputs(lm: LM) -> SweepInputs:
-    number = 3
-    rows = []
-    for length in LENGTHS:
-        ids = [n**3 * 7919 % lm.n_tokens for n in range(number, number + length)]
-        rows.append(tuple(ids))
-        number += length
-    return SweepInputs(lm, tuple(rows), tuple(rows), (1,) * len(rows))
+    ids = (number**3 * 7919 % lm.n_tokens for number in count(3))
+    rows = tuple(tuple(islice(ids, length)) for length in LENGTHS)
+    return SweepInputs(lm, rows, rows, (1,) * len(rows))
 
 
-def _trial_edits(lm: LM) -> list[tuple[int, int, Callable[..., Hook]]]:
-    """Returns the blocks and positions at which the trial edits, with the edits of some rows."""
+class _TrialEdit(NamedTuple):
+    """An edit of the trial, which adds a random vector at a block and position of some rows."""
+
+    layer: int
+    pos: int
+    on_rows: Callable[..., Hook]
+
+
+def _trial_edits(lm: LM) -> list[_TrialEdit]:
     layers = lm.layout.layers("resid_pre") or []
-    edits = []
-    for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+    edits: list[_TrialEdit] = []
+    for layer, pos in product(sorted({layers[0], layers[len(layers) // 2], layers[-1]}), POSITIONS):
         site = Site("resid_pre", layer)
-        for pos in POSITIONS:
-            generator = torch.Generator().manual_seed(layer - pos)
-            vector = torch.randn(lm.shape(site), generator=generator)
-            edits.append((layer, pos, partial(steer, site, vector, pos=pos)))
+        generator = torch.Generator().manual_seed(layer - pos)
+        vector = torch.randn(lm.shape(site), generator=generator)
+        edits.append(_TrialEdit(layer, pos, partial(steer, site, vector, pos=pos)))
     return edits
 
 
 def _expected_logits(inputs: SweepInputs) -> Tensor:
     """Returns the last logits of each cell and prompt [cell row, vocab], from a plain forward."""
-    count = len(inputs)
-    prompts, edits = [], []
-    for number, (_, _, edit) in enumerate(_trial_edits(inputs.lm)):
-        prompts += [list(row) for row in inputs.rows]
-        edits.append(edit(rows=list(range(number * count, (number + 1) * count))))
-    return forward(inputs.lm, prompts, *edits, logits="last").logits[:, -1]
+    prompts, hooks = [], []
+    for edit in _trial_edits(inputs.lm):
+        rows = range(len(prompts), len(prompts) + len(inputs))
+        hooks.append(edit.on_rows(rows=list(rows)))
+        prompts += map(list, inputs.rows)
+    return forward(inputs.lm, prompts, *hooks, logits="last").logits[:, -1]
 
 
 def _difference(inputs: SweepInputs, allowed: Shortcuts, expected: Tensor) -> str:
     """Returns why these shortcuts do not work for this model; an empty string if they do."""
-    lm, count = inputs.lm, len(inputs)
-    width = -min(POSITIONS) if allowed.prefix else max(LENGTHS)
-    layers, hook_points, cell_prompts = [], [], []
-    for number, (layer, pos, edit) in enumerate(_trial_edits(lm)):
-        layers.append(layer)
-        hook_points.append(build_hook_points(lm, [edit()], no_reference))
-        block = layer if allowed.grow else INPUT
-        for row in range(count):
-            cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + pos))
-    cell_prompts.sort()
     try:
-        base = run_base(inputs, range(count), [], layers, width, cache=allowed.prefix)
-        logits = run_cell_prompts(base, inputs, cell_prompts, hook_points, width, allowed)[:, -1]
+        logits = _trial_logits(inputs, allowed)
     except Exception as error:  # noqa: BLE001  a model that cannot run this way raises anything
         return _describe_error(error)
-    rows = [cell_prompt.cell * count + cell_prompt.row for cell_prompt in cell_prompts]
-    target = expected[rows].float()
+    target = expected.float()
     largest = target.abs().max().clamp(min=1e-9)
     difference = float((logits.float() - target).abs().max() / largest)
     limit = LIMITS.get(expected.dtype, LIMITS[torch.float32])
     if difference <= limit:
         return ""
     return f"a trial gave other logits (by {difference:.1g} of the largest; {limit:.1g} is allowed)"
+
+
+def _trial_logits(inputs: SweepInputs, allowed: Shortcuts) -> Tensor:
+    """Returns the last logits of each cell and prompt [cell row, vocab], with these shortcuts."""
+    lm, edits = inputs.lm, _trial_edits(inputs.lm)
+    hook_points = [build_hook_points(lm, [edit.on_rows()], no_reference) for edit in edits]
+    cell_prompts: list[CellPrompt] = []
+    for (number, edit), row in product(enumerate(edits), range(len(inputs))):
+        block = edit.layer if allowed.grow else INPUT
+        cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + edit.pos))
+    in_order = sorted(range(len(cell_prompts)), key=cell_prompts.__getitem__)
+    width = -min(POSITIONS) if allowed.prefix else max(LENGTHS)
+    layers = [edit.layer for edit in edits]
+    base = run_base(inputs, range(len(inputs)), [], layers, width, cache=allowed.prefix)
+    logits = run_cell_prompts(base, inputs, sorted(cell_prompts), hook_points, width, allowed)
+    unsorted = torch.empty_like(logits[:, -1])
+    unsorted[in_order] = logits[:, -1]
+    return unsorted
 
 
 def no_reference(sites: Any, prompts: Any) -> Any:
@@ -247,30 +262,33 @@ class _ShapeRecorder:
 
 
 def _inspect_blocks(inputs: SweepInputs) -> tuple[dict[tuple[int, Path], int], list[int]]:
-    """Returns which inputs of the blocks have rows, and what the blocks return.
-
-    The blocks are inspected with batches of two and of three rows, with and without a cache.
-    """
-    lm = inputs.lm
-    block_names = [lm.family.block.format(layer=layer) for layer in range(lm.n_layers)]
-    blocks = [lm.submodule(name) for name in block_names]
-    lengths: dict[tuple[int, Path], dict[int, set[int]]] = {}  # of axis 0, by path and row count
-    kinds: dict[int, int] = {}
-    for count in (2, 3):
-        plain, cached = _ShapeRecorder(blocks), _ShapeRecorder(blocks)
-        _run_trial(plain, inputs, range(count))
-        with suppress(Exception):  # a model that takes no cache runs without one
-            _run_trial(cached, inputs, range(count), cached=True)
-        kinds = plain.kinds
-        for path, shape in (*plain.inputs.items(), *cached.inputs.items()):
-            by_count = lengths.setdefault(path, {})
-            by_count.setdefault(count, set()).add(shape[0] if shape else 0)
-    factors = {}
-    for path, by_count in lengths.items():
-        factor = _row_factor(*by_count.values()) if len(by_count) == 2 else None
+    """Returns which inputs of the blocks have rows, and what the blocks return."""
+    of_two, _ = _inspect_batch(inputs, 2)
+    of_three, kinds = _inspect_batch(inputs, 3)
+    factors: dict[tuple[int, Path], int] = {}
+    for path in of_two.keys() & of_three.keys():
+        factor = _row_factor(of_two[path], of_three[path])
         if factor is not None:
             factors[path] = factor
-    return factors, [kinds[number] for number in range(len(blocks))]
+    return factors, kinds
+
+
+def _inspect_batch(
+    inputs: SweepInputs, n_rows: int
+) -> tuple[dict[tuple[int, Path], set[int]], list[int]]:
+    """Runs `n_rows` rows with and without a cache. Returns the lengths of axis 0 of each input of
+    the blocks, and what the blocks return."""
+    lm = inputs.lm
+    block_names = [lm.family.block.format(layer=layer) for layer in range(lm.n_layers)]
+    blocks = list(map(lm.submodule, block_names))
+    plain, cached = _ShapeRecorder(blocks), _ShapeRecorder(blocks)
+    _run_trial(plain, inputs, range(n_rows))
+    with suppress(Exception):  # a model that takes no cache runs without one
+        _run_trial(cached, inputs, range(n_rows), cached=True)
+    lengths: dict[tuple[int, Path], set[int]] = defaultdict(set)
+    for path, shape in chain(plain.inputs.items(), cached.inputs.items()):
+        lengths[path].add(shape[0] if shape else 0)
+    return lengths, [plain.kinds[number] for number in range(len(blocks))]
 
 
 def _row_factor(of_two: set[int], of_three: set[int]) -> int | None:
@@ -279,10 +297,8 @@ def _row_factor(of_two: set[int], of_three: set[int]) -> int | None:
     of_two, of_three = of_two - {1}, of_three - {1}  # 1 is one entry for all rows
     if of_two == of_three and len(of_two) <= 1:
         return 0
-    if len(of_two) != 1 or len(of_three) != 1:
-        return None
-    factor, remainder = divmod(of_two.pop(), 2)
-    return factor if not remainder and of_three == {3 * factor} else None
+    factor = max(of_two, default=0) // 2
+    return factor if (of_two, of_three) == ({2 * factor}, {3 * factor}) else None
 
 
 def _run_trial(

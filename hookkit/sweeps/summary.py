@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from operator import itemgetter
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -75,20 +78,23 @@ def mean_over_prompts(
     cell_names, value_names = _column_names(table, by, values)
     cells = _Cells(table, cell_names)
     settings = _Settings(confidence, resamples, seed, effects)
-    first_rows = [int(rows[0]) for rows in cells.rows]
+    first_rows = list(map(itemgetter(0), cells.rows))
     summary = cells.table[cell_names].iloc[first_rows].reset_index(drop=True)
-    has_value = np.any([~np.isnan(cells.by_prompt(name)) for name in value_names], axis=0)
+    has_value = ~np.isnan(list(map(cells.by_prompt, value_names))).all(axis=0)
     summary["n"] = np.bincount(cells.prompt_cells, weights=has_value).astype(int)
-    methods: list[list[str]] = [[] for _ in cells.rows]
+    methods = []
     for name in value_names:
         column = _summarize(cells, name, settings)
         for suffix in SUFFIXES:
             summary[f"{name}{suffix}"] = column[suffix]
-        for cell_methods, method in zip(methods, column["interval"], strict=True):
-            if method and method not in cell_methods:
-                cell_methods.append(method)
-    summary["interval"] = ["; ".join(cell_methods) for cell_methods in methods]
+        methods.append(column["interval"])
+    summary["interval"] = list(map(_join_methods, zip(*methods, strict=True)))
     return summary
+
+
+def _join_methods(methods: Iterable[str]) -> str:
+    """Returns the different methods of a cell's intervals, in one text."""
+    return "; ".join(dict.fromkeys(filter(None, methods)))
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,7 @@ def _column_names(
 ) -> tuple[list[str], list[str]]:
     """Returns the columns that identify a cell, and those that are averaged."""
     value_names = _metric_columns(table) if values is None else list(values)
-    cell_names = list(by or ())
-    if by is None:
-        for name in table.columns:
-            is_value = name in value_names or name in NOT_VALUES
-            if not is_value and not name.endswith(COMPANIONS):
-                cell_names.append(name)
+    cell_names = _cell_columns(table, value_names) if by is None else list(by)
     _check_columns(table, *value_names, *cell_names)
     if not value_names or not cell_names:
         raise BadHook(
@@ -127,21 +128,30 @@ def _check_columns(table: pd.DataFrame, *names: str) -> None:
             raise BadHook(f"the table has no column {name!r}; it has {', '.join(table.columns)}")
 
 
+def _cell_columns(table: pd.DataFrame, value_names: Sequence[str]) -> list[str]:
+    excluded = {*value_names, *NOT_VALUES}
+    names = [name for name in table.columns if name not in excluded]
+    return [name for name in names if not name.endswith(COMPANIONS)]
+
+
 def _metric_columns(table: pd.DataFrame) -> list[str]:
-    metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
-    names = []
-    for name in table.columns:
-        belongs = any(name == metric or name.startswith(f"{metric}_") for metric in metrics)
-        if belongs and not name.endswith(COMPANIONS):
-            names.append(name)
-    return names
+    names = [name for name in table.columns if not name.endswith(COMPANIONS)]
+    metrics = [name.removesuffix("_before") for name in names if name.endswith("_before")]
+    prefixes = tuple(f"{metric}_" for metric in metrics)
+    return [name for name in names if name in metrics or name.startswith(prefixes)]
+
+
+def _prompt_column(table: pd.DataFrame) -> str:
+    return "prompt" if "prompt" in table.columns else "row"
 
 
 def _as_hashable(value: Any) -> Any:
     """Returns a value of a dimension by which rows can be grouped: a list becomes a tuple."""
     if isinstance(value, list):
         return tuple(value)
-    return value if isinstance(value, Hashable) else repr(value)
+    if isinstance(value, Hashable):
+        return value
+    return repr(value)
 
 
 class _Cells:
@@ -154,25 +164,25 @@ class _Cells:
     """
 
     def __init__(self, table: pd.DataFrame, cell_names: Sequence[str]) -> None:
-        for name in cell_names:
-            table = table.assign(**{name: [_as_hashable(value) for value in table[name]]})
-        self.table = table
-        row_cells = table.groupby(list(cell_names), sort=False, dropna=False).ngroup().to_numpy()
+        hashable = {name: list(map(_as_hashable, table[name])) for name in cell_names}
+        self.table, self.cell_names = table.assign(**hashable), cell_names
+        by_cell = self.table.groupby(list(cell_names), sort=False, dropna=False)
+        row_cells = by_cell.ngroup().to_numpy()
         ends = np.bincount(row_cells).cumsum()
         self.rows = np.split(np.argsort(row_cells, kind="stable"), ends[:-1])
-        key = "prompt" if "prompt" in table.columns else "row"
-        prompt_keys = np.arange(len(table))
-        if key in table.columns and key not in cell_names:
-            prompt_keys = self.codes(key)
+        prompt_keys = self._codes(_prompt_column(table))
+        if prompt_keys is None:
+            prompt_keys = np.arange(len(table))
         pairs = pd.DataFrame({"cell": row_cells, "prompt": prompt_keys}).groupby(["cell", "prompt"])
         self.prompts = pairs.ngroup().to_numpy()
         self.prompt_cells = pairs["cell"].first().to_numpy()
-        self.samples: Int[np.ndarray, " row"] | None = None
-        if "sample" in table.columns and "sample" not in cell_names:
-            self.samples = self.codes("sample")
+        self.samples = self._codes("sample")
 
-    def codes(self, name: str) -> Int[np.ndarray, " row"]:
-        """Returns a column with its different values numbered from 0."""
+    def _codes(self, name: str) -> Int[np.ndarray, " row"] | None:
+        """Returns a column with its different values numbered from 0; None if the table has none of
+        this name beside those that identify a cell."""
+        if name not in self.table.columns or name in self.cell_names:
+            return None
         return pd.factorize(self.table[name])[0]
 
     def numbers(self, name: str) -> Float[np.ndarray, " row"]:
@@ -188,19 +198,16 @@ class _Cells:
             sums = np.bincount(self.prompts, weights=np.where(is_number, numbers, 0.0))
         return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
 
-    def split(self, numbers: Float[np.ndarray, " prompt"]) -> list[np.ndarray]:
+    def split(self, numbers: Float[np.ndarray, "... prompt"]) -> list[np.ndarray]:
         """Returns numbers of all prompts by cell."""
-        return np.split(numbers, np.bincount(self.prompt_cells).cumsum()[:-1])
+        return np.split(numbers, np.bincount(self.prompt_cells).cumsum()[:-1], axis=-1)
 
     def matrix(self, cell: int, numbers: Float[np.ndarray, " row"]) -> Matrix | None:
         """Returns the numbers of a cell's rows by prompt and sample; None unless every prompt has
         every sample, with a finite number, and a sample is the same for all prompts."""
         rows = self.rows[cell]
-        if self.samples is None or not np.isfinite(numbers).all():
+        if self.samples is None or not np.isfinite(numbers).all() or self._has_own_draws(rows):
             return None
-        by_prompt_and_row = {"prompt", "row"} <= set(self.table.columns)
-        if by_prompt_and_row and self.table["row"].iloc[rows].nunique() == len(rows):
-            return None  # draws of noise, which differ between prompts
         prompts = np.unique(self.prompts[rows], return_inverse=True)[1]
         samples = np.unique(self.samples[rows], return_inverse=True)[1]
         matrix = np.full((prompts.max() + 1, samples.max() + 1), np.nan)
@@ -209,27 +216,35 @@ class _Cells:
         matrix[prompts, samples] = numbers
         return None if np.isnan(matrix).any() else matrix
 
+    def _has_own_draws(self, rows: Int[np.ndarray, " row"]) -> bool:
+        """True if the samples of rows are draws of noise, which differ between prompts."""
+        if not {"prompt", "row"} <= set(self.table.columns):
+            return False
+        return self.table["row"].iloc[rows].nunique() == len(rows)
+
 
 def _summarize(cells: _Cells, name: str, settings: _Settings) -> Summary:
     """Returns the mean, standard error, interval, count and method of one column in every cell."""
-    columns = cells.table.columns
-    if name.endswith("_effect") and settings.effects == "ratio_of_means":
-        metric = name.removesuffix("_effect")
-        parts = [f"{metric}{suffix}" for suffix in ("_delta", "_before", "_target")]
-        if all(part in columns for part in parts):
-            return _summarize_ratios(cells, parts, settings)
+    parts = _related_columns(cells.table, name, "_effect", ("_delta", "_before", "_target"))
+    if parts and settings.effects == "ratio_of_means":
+        return _summarize_ratios(cells, parts, settings)
     summary = _summarize_means(cells, name, settings)
-    metric = name.removesuffix("_gain")
-    companions = {f"{metric}{suffix}" for suffix in COMPANIONS}
-    if name.endswith("_gain") and companions <= set(columns):
-        _widen_gains(cells, summary, metric, settings)
+    spreads = _related_columns(cells.table, name, "_gain", COMPANIONS)
+    if spreads:
+        _widen_gains(cells, summary, name, spreads, settings)
         return summary
     numbers = cells.numbers(name)
     for cell, rows in enumerate(cells.rows):
-        matrix = cells.matrix(cell, numbers[rows])
-        if matrix is not None:
-            _widen(summary, cell, matrix, settings)
+        _widen(summary, cell, cells.matrix(cell, numbers[rows]), settings)
     return summary
+
+
+def _related_columns(
+    table: pd.DataFrame, name: str, suffix: str, suffixes: Sequence[str]
+) -> list[str]:
+    """Returns the columns with other suffixes in place of one; none unless the table has all."""
+    names = [f"{name.removesuffix(suffix)}{other}" for other in suffixes]
+    return names if name.endswith(suffix) and set(names) <= set(table.columns) else []
 
 
 def _estimate(
@@ -239,9 +254,9 @@ def _estimate(
     once, as [cell, part, value]."""
     summary: Summary = {suffix: np.full(len(parts), np.nan) for suffix in SUFFIXES[:-1]}
     summary |= {"_n": np.zeros(len(parts), dtype=int), "interval": np.full(len(parts), "", object)}
-    by_count: dict[int, list[int]] = {}
+    by_count: dict[int, list[int]] = defaultdict(list)
     for cell, part in enumerate(parts):
-        by_count.setdefault(part.shape[1], []).append(cell)
+        by_count[part.shape[1]].append(cell)
     by_count.pop(0, None)
     for count, cells in by_count.items():
         estimates = estimate(np.stack([parts[cell] for cell in cells]))
@@ -282,29 +297,25 @@ def _summarize_ratios(cells: _Cells, names: Sequence[str], settings: _Settings) 
             values[:, 0], values[:, 1], settings.confidence, settings.resamples, settings.seed
         )
 
-    delta, before, target = (cells.by_prompt(name) for name in names)
+    delta, before, target = map(cells.by_prompt, names)
     with np.errstate(invalid="ignore"):
         pairs = np.stack([delta, target - before])
-    parts = []
-    for delta, distance in zip(*map(cells.split, pairs), strict=True):
-        is_finite = np.isfinite(delta) & np.isfinite(distance)
-        parts.append(np.stack([delta[is_finite], distance[is_finite]]))
+    parts = [pair[:, np.isfinite(pair).all(axis=0)] for pair in cells.split(pairs)]
     summary = _estimate(parts, estimate)
-    summary["_n"] = np.array([int((part[1] != 0).sum()) for part in parts])
-    delta, before, target = (cells.numbers(name) for name in names)
+    summary["_n"] = np.array([np.count_nonzero(part[1]) for part in parts])
+    delta, before, target = map(cells.numbers, names)
     for cell, rows in enumerate(cells.rows):
-        ratio = summary[""][cell]
-        if np.isfinite(ratio):
+        with np.errstate(invalid="ignore"):
             distance = target[rows] - before[rows]
-            matrix = cells.matrix(cell, delta[rows] - ratio * distance)
-            if matrix is not None:
-                _widen(summary, cell, matrix / distance.mean(), settings)
+            matrix = cells.matrix(cell, delta[rows] - summary[""][cell] * distance)
+        if matrix is not None:
+            _widen(summary, cell, matrix / distance.mean(), settings)
     return summary
 
 
-def _widen(summary: Summary, cell: int, matrix: Matrix, settings: _Settings) -> None:
-    """Replaces the interval of a cell by one over prompts and samples."""
-    two_way = intervals.two_way(matrix, settings.confidence)
+def _widen(summary: Summary, cell: int, matrix: Matrix | None, settings: _Settings) -> None:
+    """Replaces the interval of a cell by one over prompts and samples, if it has such a matrix."""
+    two_way = None if matrix is None else intervals.two_way(matrix, settings.confidence)
     if two_way is not None:
         _set_interval(summary, cell, *two_way)
 
@@ -312,37 +323,51 @@ def _widen(summary: Summary, cell: int, matrix: Matrix, settings: _Settings) -> 
 def _set_interval(summary: Summary, cell: int, error: float, half: float) -> None:
     """Sets the standard error and the interval of a cell, of which half the width is given. An
     infinite one is none."""
+    mean, method = summary[""][cell], intervals.TWO_WAY
     if not np.isfinite(half):
-        error = half = np.nan
-    mean = summary[""][cell]
+        error, half, method = np.nan, np.nan, ""
     summary["_se"][cell], summary["_low"][cell] = error, mean - half
-    summary["_high"][cell] = mean + half
-    summary["interval"][cell] = "" if np.isnan(half) else intervals.TWO_WAY
+    summary["_high"][cell], summary["interval"][cell] = mean + half, method
 
 
-def _widen_gains(cells: _Cells, summary: Summary, metric: str, settings: _Settings) -> None:
+def _widen_gains(
+    cells: _Cells, summary: Summary, name: str, spreads: Sequence[str], settings: _Settings
+) -> None:
     """Replaces the intervals of gains by intervals over prompts and random vectors."""
-    table = cells.table
-    gains_by_cell = cells.split(cells.by_prompt(f"{metric}_gain"))
-    between, residual = (cells.numbers(f"{metric}{suffix}") for suffix in COMPANIONS)
+    gains_by_cell = cells.split(cells.by_prompt(name))
+    between, residual = map(cells.numbers, spreads)
     vectors = cells.numbers("random_vectors")
     for cell, (rows, gains) in enumerate(zip(cells.rows, gains_by_cell, strict=True)):
-        if "site" in table.columns and table["site"].iloc[rows].nunique(dropna=False) > 1:
-            raise BadHook(
-                "gains at several sites are in one cell, whose random vectors are others: name "
-                "'site' in by="
-            )
-        if "control" in table.columns and table["control"].iloc[rows].astype(bool).all():
-            gains = gains[:0]  # rows of random vectors: the interval of one more of them
-        gains, first = gains[np.isfinite(gains)], rows[0]
+        if _is_of_random_vectors(cells.table.iloc[rows]):
+            gains = gains[:0]  # the interval of one more of them
+        first = rows[0]
         error, half = intervals.beyond_random(
-            gains,
+            gains[np.isfinite(gains)],
             float(between[first]),
             float(residual[first]),
             int(vectors[first]),
             settings.confidence,
         )
         _set_interval(summary, cell, error, half)
+
+
+def _is_of_random_vectors(cell: pd.DataFrame) -> bool:
+    """True if the rows of a cell are those of random vectors. Raises if it has several sites."""
+    if "site" in cell.columns and len(cell["site"].unique()) > 1:
+        raise BadHook(
+            "gains at several sites are in one cell, whose random vectors are others: name "
+            "'site' in by="
+        )
+    return "control" in cell.columns and bool(cell["control"].astype(bool).all())
+
+
+class SummarySettings(TypedDict, total=False):
+    """The keywords that `strongest` passes to `mean_over_prompts`."""
+
+    effects: Effects
+    confidence: float
+    resamples: int
+    seed: int
 
 
 @check_arguments
@@ -353,10 +378,7 @@ def strongest(
     value: str | None = None,
     by: Sequence[str] | None = None,
     toward: Literal["either", "up", "down"] = "either",
-    effects: Effects = "ratio_of_means",
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    **settings: Unpack[SummarySettings],
 ) -> pd.DataFrame:
     """Returns the cells of a sweep with the largest effects, chosen on one half of the prompts and
     measured on the other.
@@ -368,7 +390,8 @@ def strongest(
     `value` is the column by which cells are chosen (by default the first effect, else the first
     delta): by absolute value, or `toward` "up" or "down". Controls are not chosen. Columns: those
     of `mean_over_prompts`, and `<value>_chosen`, the value in the choosing half, by which the rows
-    are sorted. The table needs at least 4 prompts.
+    are sorted. The table needs at least 4 prompts. `effects`, `confidence`, `resamples` and `seed`
+    are those of `mean_over_prompts`.
 
     >>> strongest(pd.concat([table, table.assign(row=table["row"] + 2)]), top=1)["n"].tolist()
     [2]
@@ -376,11 +399,9 @@ def strongest(
     check_integer(top, "top", least=1, meaning="how many cells are chosen,")
     only = None if value is None or by is None else [value]
     cell_names, value_names = _column_names(table, by, only)
-    defaults = [name for name in value_names if name.endswith("_effect")]
-    defaults += [name for name in value_names if name.endswith("_delta")]
-    value = value or [*defaults, *value_names][0]
+    value = value or _default_value(value_names)
     _check_columns(table, value)
-    key = "prompt" if "prompt" in table.columns else "row"
+    key = _prompt_column(table)
     count = len(set(table[key].dropna())) if key in table.columns else 0
     if count < 4:
         raise OutOfRange(
@@ -390,11 +411,14 @@ def strongest(
     if "control" in table.columns:
         table = pd.DataFrame(table[~table["control"].astype(bool)])
     is_first_half = pd.factorize(table[key])[0] % 2 == 0
-    settings: dict[str, Any] = {"by": cell_names, "values": value_names, "effects": effects}
-    settings |= {"confidence": confidence, "resamples": resamples, "seed": seed}
-    chosen = mean_over_prompts(pd.DataFrame(table[is_first_half]), **settings)
-    measured = mean_over_prompts(pd.DataFrame(table[~is_first_half]), **settings)
+    average = partial(mean_over_prompts, by=cell_names, values=value_names, **settings)
+    chosen, measured = average(table[is_first_half]), average(table[~is_first_half])
     keys = {"either": -chosen[value].abs(), "up": -chosen[value], "down": chosen[value]}
     order = keys[toward].sort_values(kind="stable").index[:top]
     best = chosen.loc[order, [*cell_names, value]].rename(columns={value: f"{value}_chosen"})
     return best.merge(measured, on=cell_names, how="left")
+
+
+def _default_value(names: Sequence[str]) -> str:
+    """Returns the first effect among columns, else the first delta, else the first column."""
+    return min(names, key=lambda name: (not name.endswith("_effect"), not name.endswith("_delta")))

@@ -10,13 +10,18 @@ Every cell has the numbers of one forward with its hooks. The plan decides how t
 from __future__ import annotations
 
 import os
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from itertools import chain, product, repeat
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..arguments import check_arguments, check_integer
@@ -24,14 +29,13 @@ from ..errors import BadHook, Interrupted, Unsupported
 from ..hooks.base import Hook
 from ..models.lm import LM
 from ..models.model_setup import user_stacklevel, warn_of_dropout
-from ..models.prompts import Prompts
+from ..models.prompts import Prompts, as_batch
 from ..models.sites import ModuleSite
 from ..runs.engines.ray import EngineLike, Ray, read_engine
 from ..runs.manager import find_user_hooks
 from ..runs.run import Run
 from ..runs.taps import BoundHook, HookPoint
-from ..tables.metrics.metric import MetricLike, as_metrics, column_names
-from .cell_metrics import UNEDITED, metric_columns, target_values, verify_cells
+from ..tables.metrics.metric import MetricLike, as_metrics, column_names, logits_at
 from .cells import (
     RESERVED,
     Cell,
@@ -41,22 +45,26 @@ from .cells import (
     References,
     as_hooks,
     bind_hooks,
+    check_reached,
     create_cells,
     create_controls,
 )
 from .execute import PlanRun
-from .forwards import Shortcuts
-from .inputs import SweepInputs, read_inputs
-from .journal import Journal, open_journal
-from .plan import Plan, memory_budget
-from .reach import (
+from .forwards import (
     INPUT,
+    Shortcuts,
     block_of_module,
     bound_hooks_of,
     needs_all_positions,
+    run_base,
     weights_later_keys,
 )
-from .shortcuts import has_rows, no_shortcuts, reads_ahead, shortcuts
+from .inputs import UNEDITED, CellMetrics, SweepInputs, Values, read_inputs
+from .journal import Journal, hooks_as_json, open_journal
+from .plan import Plan, first_position, memory_budget
+from .shortcuts import LIMITS, has_rows, no_shortcuts, reads_ahead, shortcuts
+
+METRIC_SUFFIXES = ("", "_before", "_delta", "_target", "_effect")  # of a metric's columns
 
 
 class Settings(TypedDict, total=False):
@@ -106,21 +114,13 @@ def sweep_plan(
     for metric in metric_values:
         metric.bind(lm, len(inputs))  # raises before anything runs
     cells = create_cells(lm, grid, hooks, inputs)
-    if control is not None:
-        cells += create_controls(lm, cells, control, inputs, draws=draws, seed=control_seed)
-    elif draws is not None or control_seed is not None:
-        raise BadHook(
-            f"draws={draws!r} and control_seed={control_seed!r} are of a control: say "
-            "control='random'"
-        )
+    cells += create_controls(lm, cells, control, inputs, draws=draws, seed=control_seed)
     base_hook_points = tuple(bind_hooks(lm, as_hooks(base_hooks), inputs, References(lm)))
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
-    _check_names(
-        cells[0], column_names(metric_values), ["draw"] if isinstance(control, str) else []
-    )
+    _check_names(cells[0], column_names(metric_values), _draw_column(control))
     allowed = _allowed_shortcuts(lm)
     for cell in cells:
-        cell.alone = _reason_alone(lm, cell) if allowed.batch else allowed.why["batch"]
+        cell.alone = allowed.why.get("batch") or _reason_alone(lm, cell)
     budget = memory_budget(lm, memory)
     return Plan(lm, tuple(cells), inputs, metric_values, base_hook_points, allowed, budget)
 
@@ -129,9 +129,8 @@ def _extend_inputs(
     lm: LM, inputs: SweepInputs, cells: Sequence[Cell], base_hook_points: Sequence[HookPoint]
 ) -> SweepInputs:
     """Returns the inputs with all positions and logits that the hooks have to receive."""
-    bound_hooks = bound_hooks_of(base_hook_points)
-    for cell in cells:
-        bound_hooks += cell.bound_hooks
+    hook_points = chain(base_hook_points, *[cell.hook_points for cell in cells])
+    bound_hooks = bound_hooks_of(hook_points)
     if any(_needs_cropped_positions(bound, inputs) for bound in bound_hooks):
         inputs = inputs.uncropped()
     if any(_needs_all_logits(lm, bound) for bound in bound_hooks):
@@ -143,13 +142,11 @@ def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
     """True if a hook receives a position after the metric's, or lets a query attend to it."""
     if not inputs.cropped or not needs_all_positions(bound):
         return False
-    selected_positions = inputs.full.selected_positions(bound.where)
-    for positions, length, row in zip(selected_positions, inputs.lengths, inputs.rows, strict=True):
-        if positions is None or length == len(row):
-            continue
-        if weights_later_keys(bound):
+    selected = inputs.full.selected_positions(bound.where)
+    for positions, length, row in zip(selected, inputs.lengths, inputs.rows, strict=True):
+        if positions and length < len(row) and weights_later_keys(bound):
             return True
-        if any(position in positions for position in range(length, len(row))):
+        if first_position(positions, length, len(row)) is not None:
             return True
     return False
 
@@ -161,23 +158,28 @@ def _needs_all_logits(lm: LM, bound: BoundHook) -> bool:
     return bound.head and needs_all_positions(bound)
 
 
-def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Sequence[str]) -> None:
-    for name in control_columns:
+def _draw_column(control: Control | None) -> list[str]:
+    """Returns the name of the column that numbers the draws of a control, if it is drawn."""
+    return ["draw"] if isinstance(control, str) else []
+
+
+def _check_names(cell: Cell, metric_names: Sequence[str], draw_column: Sequence[str]) -> None:
+    """Raises if two columns of the table have one name."""
+    for name in draw_column:
         if name in cell.point:
             raise BadHook(
                 f"the grid has a dimension {name!r}, which is a column of the control: give it "
                 "another name"
             )
-    for metric in metric_names:
-        suffixes = ("before", "delta", "target", "effect")
-        metric_columns = [metric, *(f"{metric}_{suffix}" for suffix in suffixes)]
-        for name in (*cell.point, *RESERVED, *control_columns):
-            if name in metric_columns:
-                raise BadHook(
-                    f"the table has a column {name!r} of the grid's or its own, and the metric "
-                    f"{metric} makes one of that name: give the dimension, or the metric's "
-                    "function, another name"
-                )
+    names = [*cell.point, *RESERVED, *draw_column]
+    for metric, suffix in product(metric_names, METRIC_SUFFIXES):
+        name = f"{metric}{suffix}"
+        if name in names:
+            raise BadHook(
+                f"the table has a column {name!r} of the grid's or its own, and the metric "
+                f"{metric} makes one of that name: give the dimension, or the metric's "
+                "function, another name"
+            )
 
 
 def _allowed_shortcuts(lm: LM) -> Shortcuts:
@@ -291,18 +293,13 @@ def sweep(
         memory=memory,
     )
     warn_of_dropout(lm.root)
-    settings = {
-        "pos": pos,
-        "base_hooks": [hook.to_json(tensors="digest") for hook in as_hooks(base_hooks)],
-    }
+    settings = {"pos": pos, "base_hooks": hooks_as_json(as_hooks(base_hooks))}
     with open_journal(save, plan, settings) as journal:
-        targets = None
-        if target is not None:
-            targets = target_values(plan, target, pos)
+        targets = None if target is None else target_values(plan, target, pos)
         foreign_sources, complete = _run_plan(plan, journal, progress, ray)
         if verify:
             verify_cells(plan, journal.values, verify)
-        table = _table(plan, journal, targets, drawn=isinstance(control, str))
+        table = _table(plan, journal.values, targets, _draw_column(control))
         table.attrs["complete"] = complete
         table.attrs["plan"] = repr(plan)
         table.attrs["sources_not_the_models_own"] = foreign_sources
@@ -337,31 +334,133 @@ def _run_plan(
 
 def _table(
     plan: Plan,
-    journal: Journal,
+    values: Values,
     targets: Sequence[Sequence[float]] | None,
-    *,
-    drawn: bool,
+    draw_column: Sequence[str],
 ) -> pd.DataFrame:
-    control_columns = ["control"] if any(cell.control for cell in plan.cells) else []
-    if drawn:
-        control_columns.append("draw")
+    """Returns a row for each cell and prompt whose values are known."""
+    control_column = ["control"] if plan.cells[-1].control else []  # controls are the last cells
+    names = [*plan.cells[0].point, "row", *control_column, *draw_column]
+    every = product(range(len(plan.cells)), range(len(plan.inputs)))
+    keys = [key for key in every if key in values]
     records: list[dict[str, Any]] = []
-    numbers: list[list[list[float]]] = []  # of each record: the values, before, in the target
-    for cell in plan.cells:
-        controls = {name: getattr(cell, name) for name in control_columns}
-        for row in range(len(plan.inputs)):
-            if (cell.number, row) in journal.values:
-                records.append({**cell.point, "row": row, **controls})
-                before = journal.values[UNEDITED, row]
-                target = before if targets is None else targets[row]
-                numbers.append([journal.values[cell.number, row], before, [*target]])
-    names = [*plan.cells[0].point, "row", *control_columns]
+    for number, row in keys:
+        cell = plan.cells[number]
+        records.append({"control": cell.control, "draw": cell.draw, **cell.point, "row": row})
     table = pd.DataFrame(records, columns=names)
-    by_metric = np.array(numbers, dtype=float).reshape(-1, 3, len(plan.metrics))
-    for index, name in enumerate(column_names(plan.metrics)):
-        values, before, target = by_metric[:, :, index].T
-        with np.errstate(invalid="ignore"):  # infinity minus infinity
-            delta = values - before
-        target = None if targets is None else target
-        table = table.assign(**metric_columns(name, values, before, delta, target))
+    after = _by_metric(plan, values, keys)
+    before = _by_metric(plan, values, product([UNEDITED], table["row"]))
+    target: Iterable[Any] = repeat(None, len(plan.metrics))
+    if targets is not None:
+        target = _by_metric(plan, targets, table["row"])
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        delta = after - before
+    for numbers in zip(column_names(plan.metrics), after, before, delta, target, strict=True):
+        table = table.assign(**metric_columns(*numbers))
     return table
+
+
+def _by_metric(plan: Plan, values: Any, keys: Iterable[Any]) -> Float[np.ndarray, "metric cell"]:
+    """Returns the values of some cells, which `values` has by key, as a row for each metric."""
+    numbers = [values[key] for key in keys]
+    return np.array(numbers, dtype=float).reshape(-1, len(plan.metrics)).T
+
+
+def metric_columns(
+    name: str,
+    values: Float[np.ndarray, " cell"],
+    before: Float[np.ndarray, " cell"],
+    delta: Float[np.ndarray, " cell"],
+    target: Float[np.ndarray, " cell"] | None,
+) -> dict[str, Float[np.ndarray, " cell"]]:
+    """Returns the columns of a metric: its values, `_before` and `_delta`, with a target also
+    `_target` and `_effect` (NaN where the target is the unedited value)."""
+    columns = {name: values, f"{name}_before": before, f"{name}_delta": delta}
+    if target is not None:
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            distance = target - before
+            effect = np.divide(delta, distance, out=distance * np.nan, where=distance != 0)
+        columns |= {f"{name}_target": target, f"{name}_effect": effect}
+    return columns
+
+
+# ---- the target, and the check of single cells
+
+
+def target_values(plan: Plan, target: Run | Prompts, pos: int) -> list[list[float]]:
+    """Returns the metrics of each prompt's target: of a run, or of prompts, which are run with the
+    base hooks."""
+    if isinstance(target, Run):
+        inputs, logits_of = _read_run(plan, target, pos)
+    else:
+        inputs, logits_of = _read_prompts(plan, target, pos)
+    values: Values = {}
+    for rows in plan.chunks():
+        cell_metrics = replace(_unedited_metrics(plan, rows), inputs=inputs)
+        values |= cell_metrics.values(list(product([UNEDITED], rows)), logits_of(rows))
+    return list(values.values())  # in the order of the prompts
+
+
+def _unedited_metrics(plan: Plan, rows: tuple[int, ...]) -> CellMetrics:
+    """Returns the metrics of some prompts, which are run if a metric compares with them."""
+    base = run_base(plan.inputs, rows, plan.base_hook_points) if plan.compares else None
+    return plan.cell_metrics(base)
+
+
+LogitsOf: TypeAlias = Callable[[Sequence[int]], Float[Tensor, "row pos vocab"]]
+"""Returns the logits of some prompts' targets that the metrics read."""
+
+
+def _read_run(plan: Plan, target: Run, pos: int) -> tuple[SweepInputs, LogitsOf]:
+    if plan.inputs.has_continuation:
+        raise Unsupported(
+            "a run has not read the continuation whose loss is meant: give prompts as the target"
+        )
+    logits = logits_at(target, pos)
+    _check_target_count(plan, len(logits))
+    by_prompt = logits.expand(len(plan.inputs), -1)[:, None]
+    inputs = replace(plan.inputs, read_counts=(1,) * len(plan.inputs))
+    return inputs, lambda rows: by_prompt[list(rows)]
+
+
+def _read_prompts(plan: Plan, target: Prompts, pos: int) -> tuple[SweepInputs, LogitsOf]:
+    rows = list(map(list, as_batch(plan.lm, target).rows))
+    _check_target_count(plan, len(rows))
+    if len(rows) == 1:
+        rows *= len(plan.inputs)
+    inputs = read_inputs(plan.lm, rows, plan.metrics, pos)
+    check_reached(plan.base_hook_points, inputs)
+    return inputs, lambda rows: run_base(inputs, rows, plan.base_hook_points).logits
+
+
+def _check_target_count(plan: Plan, n_rows: int) -> None:
+    count = len(plan.inputs)
+    if n_rows not in (1, count):
+        raise BadHook(
+            f"the target has {n_rows} rows, and there are {count} prompts: give as many, or one"
+        )
+
+
+def verify_cells(plan: Plan, values: Values, count: int) -> None:
+    """Runs some random cells by themselves. Raises `Unsupported` if one has other values."""
+    cells = sorted({cell for cell, _ in values} - {UNEDITED})
+    for cell in random.Random(0).sample(cells, min(count, len(cells))):
+        for rows in plan.chunks():
+            logits = run_base(plan.inputs, rows, plan.hook_points[cell]).logits
+            keys = list(product([cell], rows))
+            for key, expected in _unedited_metrics(plan, rows).values(keys, logits).items():
+                _check_values(plan, key, values.get(key, expected), expected)
+
+
+def _check_values(
+    plan: Plan, key: tuple[int, int], actual: Sequence[float], expected: Sequence[float]
+) -> None:
+    dtype = getattr(plan.lm.root, "dtype", torch.float64)
+    limit = 5 * LIMITS.get(dtype, LIMITS[torch.float64])
+    for metric, value, number in zip(plan.metrics, actual, expected, strict=True):
+        if abs(value - number) > limit * max(1.0, abs(number)):
+            raise Unsupported(
+                f"the cell {plan.cells[key[0]]} of prompt {key[1]} has {metric.name} {value:.6g}, "
+                f"and {number:.6g} when it is run by itself: a shortcut does not hold for this "
+                "model. Please report it; until then run the cells with hk.forward"
+            )

@@ -25,8 +25,8 @@ from hookkit.errors import (
     UnknownKeyword,
     Unsupported,
 )
-from hookkit.sweeps.causal_tracing import embedding_std, noise_generator
-from hookkit.sweeps.cells import Randomised
+from hookkit.sweeps.cells import Randomised, noise_generator
+from hookkit.sweeps.patching import embedding_std
 
 METRIC = hk.metrics.logit_diff(5, 7)
 LAYERS, HEADS, WIDTH = range(3), range(4), 8

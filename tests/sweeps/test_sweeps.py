@@ -5,7 +5,7 @@ import torch
 
 import hookkit as hk
 from hookkit.models.families.table import FAMILIES
-from hookkit.sweeps.reach import FirstEffect
+from hookkit.sweeps.plan import FirstEffect
 from hookkit.sweeps.shortcuts import shortcuts
 
 METRICS = [hk.metrics.logit_diff(5, 7), hk.metrics.kl()]
@@ -163,12 +163,12 @@ def test_a_wrong_cannot_matter_is_caught(lm, monkeypatch):
 
 
 def test_as_many_cells_are_verified_as_were_asked_for(lm, monkeypatch):
-    from hookkit.sweeps import cell_metrics
+    from hookkit.sweeps import sweep
 
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
-    alone, run = [], cell_metrics.run_base
-    monkeypatch.setattr(cell_metrics, "run_base", lambda *a, **k: alone.append(a) or run(*a, **k))
+    alone, run = [], sweep.run_base
+    monkeypatch.setattr(sweep, "run_base", lambda *a, **k: alone.append(a) or run(*a, **k))
     for count, expected in ((0, 0), (2, 2), (500, 18)):
         alone.clear()
         hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=count)
