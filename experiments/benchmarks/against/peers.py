@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hookkit.models.loading import cache_folder, default_folder
+from hookkit.models.cache import cache_folder, default_folder
 
 from .serving import Answer, Cells, Task
 
