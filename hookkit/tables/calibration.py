@@ -94,10 +94,11 @@ def roc(score: Iterable[float], right: Iterable[Any]) -> pd.DataFrame:
 def _pairs(numbers: Iterable[float], right: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns both as arrays, after checking that they belong together."""
     number_items, answers = _items(numbers, "the numbers"), _items(right, "right")
-    for item in number_items:
-        if as_number(item) is None:
-            raise BadHook(f"{describe(item)} is no number: give a real number for each answer")
-    values = np.array(list(map(as_number, number_items)), dtype=float)
+    numbers_or_none = list(map(as_number, number_items))
+    if None in numbers_or_none:
+        item = number_items[numbers_or_none.index(None)]
+        raise BadHook(f"{describe(item)} is no number: give a real number for each answer")
+    values = np.array(numbers_or_none, dtype=float)
     if len(values) != len(answers):
         raise BadHook(
             f"there are {len(values)} numbers and {len(answers)} answers: "

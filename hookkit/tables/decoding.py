@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -30,7 +31,7 @@ from ..hooks.logit_shifts import Ban, Restrict
 from ..hooks.logits import Force
 from ..models.lm import LM
 from ..models.next_token import ranks_for_table
-from ..models.positions import IndicesLike, read_indices, resolve_rows
+from ..models.positions import IndicesLike
 from ..models.prompts import Prompts, as_batch
 from ..runs.forward import Logits
 from ..runs.generate import generate_with_tracer
@@ -39,6 +40,7 @@ from ..runs.run import Run
 from ..runs.trace import STAGES, Decision, GenerationRecord, Trace, Tracer
 from ..runs.trace import trace as every_step
 from ..runs.worker_thread import ThreadedGenerator
+from .distributions import selected_rows
 from .rank_tables import reasons_of
 
 
@@ -67,16 +69,15 @@ def candidates(run: Run, *, top: int | None = None, rows: IndicesLike = None) ->
 
 def candidates_table(record: GenerationRecord, count: int) -> pd.DataFrame:
     """Returns the table of `candidates` for a record, with `count` tokens of each stage."""
-    table_rows: list[dict[str, object]] = []
-    for decision in record.decisions:
-        for name in STAGES:
-            table_rows += _candidates(record, decision, name, count)
+    table_rows: list[dict[str, Any]] = []
+    for decision, name in product(record.decisions, STAGES):
+        table_rows += _candidates(record, decision, name, count)
     return pd.DataFrame(table_rows)
 
 
 def _candidates(
     record: GenerationRecord, decision: Decision, name: str, count: int
-) -> Iterator[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Returns the rows of `candidates` for one stage of one step of one row."""
     why = reasons_of(
         {
@@ -86,20 +87,24 @@ def _candidates(
             "drawn": (decision.token,),
         }
     )
-    numbers = {token: _numbers(decision, name, token) for token in why}
-    ranks = {token: numbers[token]["rank"] for token in why}  # tokens without one are the last
-    for token in sorted(why, key=lambda token: (math.isnan(ranks[token]), ranks[token], token)):
-        yield {
-            "row": decision.row,
-            "step": decision.step,
-            "pos": decision.pos,
-            "stage": name,
-            "token": repr(record.lm.string(token)),
-            "token_id": token,
-            **numbers[token],
-            "drawn": token == decision.token,
-            "why": why[token],
-        }
+    table_rows: list[dict[str, Any]] = []
+    for token, reason in why.items():
+        table_rows.append(
+            {
+                "row": decision.row,
+                "step": decision.step,
+                "pos": decision.pos,
+                "stage": name,
+                "token": repr(record.lm.string(token)),
+                "token_id": token,
+                **_numbers(decision, name, token),
+                "drawn": token == decision.token,
+                "why": reason,
+            }
+        )
+    # tokens without a rank are the last
+    table_rows.sort(key=lambda row: (math.isnan(row["rank"]), row["rank"], row["token_id"]))
+    return table_rows
 
 
 def _numbers(decision: Decision, name: str, token: int) -> dict[str, float]:
@@ -144,7 +149,7 @@ def _record_of(run: Run, rows: IndicesLike) -> GenerationRecord:
         raise NotCaptured(
             "this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())"
         )
-    selected = set(resolve_rows(read_indices(rows, "row", negative=False), len(run.lengths)))
+    selected = selected_rows(rows, len(run.lengths))
     decisions = [decision for decision in run.recorded.decisions if decision.row in selected]
     return replace(run.recorded, decisions=tuple(decisions))
 

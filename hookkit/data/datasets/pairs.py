@@ -10,12 +10,12 @@ prompts have equally many tokens, and both answers are one token that can follow
 same seed and tokenizer give the same pairs: random numbers come only from `random.Random(seed)`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, product
 from random import Random
-from typing import Any, TypeAlias
+from statistics import multimode
+from typing import Any, NamedTuple, TypeAlias
 from zlib import crc32
 
 import pandas as pd
@@ -33,17 +33,11 @@ from ...arguments import (
 )
 from ...display import count_of, render_html
 from ...errors import BadPrompt, EmptySelection, NotOneToken, OutOfRange, TooFew, Unsupported
+from ...hooks.base import set_field
 from ...models.lm import LM, Token
 from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.positions import At
-from ...models.prompts import (
-    Prompts,
-    Row,
-    as_batch,
-    check_prompt,
-    positions_of_text,
-    shorten,
-)
+from ...models.prompts import Prompts, Row, as_batch, check_prompt, positions_of_text, shorten
 from ...models.tokens import check_token
 from ...runs.forward import forward
 from ...tables.metrics.token_metrics import LogitDiff, logit_diff
@@ -91,10 +85,10 @@ class Pairs:
                 "Pairs('mine', clean, corrupted, …)"
             )
         for name in FIELDS:
-            object.__setattr__(self, name, _check_field(name, getattr(self, name)))
-        object.__setattr__(self, "seed", check_seed(self.seed))
+            set_field(self, name, _check_field(name, getattr(self, name)))
+        set_field(self, "seed", check_seed(self.seed))
         labels = {name: tuple(positions) for name, positions in self.labels.items()}
-        object.__setattr__(self, "labels", labels)
+        set_field(self, "labels", labels)
         self._check_lengths()
         if not self.clean:
             raise EmptySelection("there is no pair: give at least one")
@@ -127,9 +121,11 @@ class Pairs:
         all_rows = range(len(self))
         if isinstance(which, slice):
             return list(all_rows[which])
-        items = [which] if as_integer(which) is not None else as_items(which)
-        numbers = list(map(as_integer, items or ()))
-        if items is None or None in numbers:
+        items = as_items(which)
+        if items is None:
+            items = [which]
+        numbers = list(map(as_integer, items))
+        if None in numbers:
             raise OutOfRange(
                 "pairs are chosen by a whole number, a slice or a list of numbers, "
                 f"not by {describe(which)}"
@@ -164,10 +160,10 @@ class Pairs:
         prompt = self.clean[0]
         if not isinstance(prompt, str):
             prompt = " ".join(f"<{token_id}>" for token_id in prompt)
-        note = f"; {self.note}" if self.note else ""
+        example = f"{shorten(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}"
         return (
             f"Pairs({self.name}, {count_of(len(self), 'pair')}, seed {self.seed}: "
-            f"{shorten(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}{note})"
+            f"{_join_notes(example, self.note)})"
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -232,7 +228,7 @@ class Pairs:
             )
         removed = len(self) - len(rows)
         note = f"{model} solves {len(rows)} of {len(self)} pairs, {removed} fell out"
-        return replace(self[rows], note=f"{self.note}; {note}" if self.note else note)
+        return replace(self[rows], note=_join_notes(self.note, note))
 
     def _answer_ids(self, lm: LM) -> tuple[list[int], list[int]]:
         """Returns the ids of the answers and of the wrong ones, and checks the pairs' tokens."""
@@ -255,6 +251,10 @@ class Pairs:
                     "give two prompts of one length"
                 )
         return answers, wrong
+
+
+def _join_notes(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _take(values: Sequence[Any], rows: list[int]) -> list[Any]:
@@ -316,28 +316,21 @@ class TokenAfter:
 Label: TypeAlias = int | At | TokenAfter  # an At is the position of the text's last token
 
 
-@dataclass(frozen=True)
-class Draw:
-    """A pair of prompts with its answers, and labels for some positions of the clean prompt."""
+class Draw(NamedTuple):
+    """A pair of prompts with its answers, and labels for some positions of the clean prompt.
+
+    The sampler replaces the labels by positions, and adds a checksum of the token ids.
+    """
 
     clean: Prompt
     corrupted: Prompt
     answer: Token
     wrong: Token
-    labels: Mapping[str, Label] = field(default_factory=dict)
+    labels: Mapping[str, Any]  # of a Label, or of an int
+    checksum: int = 0
 
 
 DrawPair: TypeAlias = Callable[[Random], Draw | None]  # None for a pair that is unusable
-
-
-@dataclass(frozen=True)
-class TokenizedDraw:
-    """A draw that is usable with the tokenizer. `length` is the number of tokens of a prompt."""
-
-    draw: Draw
-    labels: dict[str, int]
-    length: int
-    checksum: int
 
 
 def check_draws(n: int, seed: int) -> None:
@@ -360,41 +353,31 @@ def sample_pairs(
     `draw` returns a random pair, or None if it is unusable. Raises `TooFew` if there are fewer
     than n.
     """
-    check_draws(n, seed)
-    samples, of_length = _distinct_samples(lm, draw, seed), ""
+    length, of_length = None, ""
     if same_length:
         pilot = islice(_distinct_samples(lm, draw, seed), PILOT_PAIRS)
-        counts = Counter(sample.length for sample in pilot)
-        length = max(counts, key=lambda length: (counts[length], -length), default=None)
+        length = min(multimode(map(_length_of, pilot)), default=None)
         of_length = f" of {length} tokens, the commonest length"
-        samples = _distinct_samples(lm, draw, seed, length)
-    pairs = list(islice(samples, n))
-    if len(pairs) < n:
+    samples = list(islice(_distinct_samples(lm, draw, seed, length), n))
+    if len(samples) < n:
         advice = "ask for another dataset, or give another model"
-        if pairs:
-            advice = f"ask for at most {len(pairs)}"
+        if samples:
+            advice = f"ask for at most {len(samples)}"
         raise TooFew(
-            f"{name}: n={n} was asked for, and {len(pairs)} pairs{of_length} were found "
+            f"{name}: n={n} was asked for, and {len(samples)} pairs{of_length} were found "
             f"with this tokenizer: {advice}"
         )
+    columns = map(list, zip(*samples, strict=True))
+    clean, corrupted, answers, wrong, positions, checksums = columns
     labels: dict[str, tuple[int, ...]] = {}
-    for label in pairs[0].labels:
-        labels[label] = tuple(pair.labels[label] for pair in pairs)
-    return Pairs(
-        name,
-        clean=[pair.draw.clean for pair in pairs],
-        corrupted=[pair.draw.corrupted for pair in pairs],
-        answers=[pair.draw.answer for pair in pairs],
-        wrong=[pair.draw.wrong for pair in pairs],
-        labels=labels,
-        seed=seed,
-        checksums=tuple(pair.checksum for pair in pairs),
-    )
+    for label in positions[0]:
+        labels[label] = tuple(row[label] for row in positions)
+    return Pairs(name, clean, corrupted, answers, wrong, labels, seed, checksums=tuple(checksums))
 
 
 def _distinct_samples(
     lm: LM, draw_pair: DrawPair, seed: int, length: int | None = None
-) -> Iterator[TokenizedDraw]:
+) -> Iterator[Draw]:
     """Yields different pairs of a seed, with `length` those of so many tokens."""
     source, previous, idle = Random(seed), set(), 0
     while idle < MAX_IDLE_DRAWS:
@@ -404,23 +387,28 @@ def _distinct_samples(
             continue
         previous.add((draw.clean, draw.corrupted))
         sample = _tokenize_draw(lm, draw)
-        if sample is not None and length in (None, sample.length):
+        if sample is not None and length in (None, _length_of(sample)):
             idle = 0
             yield sample
 
 
-def _tokenize_draw(lm: LM, draw: Draw) -> TokenizedDraw | None:
+def _length_of(sample: Draw) -> int:
+    """Returns the number of tokens of a prompt."""
+    return sample.labels["end"] + 1
+
+
+def _tokenize_draw(lm: LM, draw: Draw) -> Draw | None:
     """Returns the draw with its positions, or None if the tokenizer makes it unusable."""
     clean, corrupted = tokenize(lm, draw.clean), tokenize(lm, draw.corrupted)
     if len(clean) != len(corrupted):
         return None
-    for prompt in (draw.clean, draw.corrupted):
-        if not _can_follow(lm, prompt, draw.answer) or not _can_follow(lm, prompt, draw.wrong):
+    for prompt, answer in product((draw.clean, draw.corrupted), (draw.answer, draw.wrong)):
+        if not _can_follow(lm, prompt, answer):
             return None
     labels = {name: _position(lm, clean, label) for name, label in draw.labels.items()}
     labels["end"] = len(clean) - 1
     tokens = checksum(clean, corrupted, lm.token(draw.answer), lm.token(draw.wrong))
-    return TokenizedDraw(draw, labels, len(clean), tokens)
+    return draw._replace(labels=labels, checksum=tokens)
 
 
 def _can_follow(lm: LM, prompt: Prompt, answer: Token) -> bool:
@@ -475,8 +463,9 @@ def is_one_token(lm: LM, text: str) -> bool:
     return True
 
 
-def require_tokenizer(lm: LM, name: str) -> None:
-    """Raises `Unsupported` for a model without a tokenizer."""
+def check_text_draws(lm: LM, name: str, n: int, seed: int) -> None:
+    """Like `check_draws`. Also raises `Unsupported` for a model without a tokenizer."""
+    check_draws(n, seed)
     if lm.tokenizer is None:
         raise Unsupported(
             f"{name} writes texts, and this model came without a tokenizer: "

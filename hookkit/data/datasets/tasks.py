@@ -22,10 +22,10 @@ from .pairs import (
     Pairs,
     TokenAfter,
     check_draws,
+    check_text_draws,
     is_one_token,
     next_token,
     one_token_words,
-    require_tokenizer,
     sample_pairs,
     tokenize,
 )
@@ -97,8 +97,8 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     Pairs(capitals, 50 pairs, seed 0: 'On a map of Peru, the capital is the city of' → ' Lima',
     not ' Vienna')
     """
-    check_draws(n, seed)
-    draw = _fact_draw(lm, "capitals", CAPITALS, "capitals", OF_CAPITALS)
+    check_text_draws(lm, "capitals", n, seed)
+    draw = _fact_draw(lm, CAPITALS, "capitals", OF_CAPITALS)
     return sample_pairs("capitals", lm, draw, n, seed=seed, same_length=same_length)
 
 
@@ -117,14 +117,13 @@ def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     >>> datasets.landmarks(lm, 50)
     Pairs(landmarks, 50 pairs, seed 0: 'The Acropolis is in the city of' → ' Athens', not ' Berlin')
     """
-    check_draws(n, seed)
-    draw = _fact_draw(lm, "landmarks", LANDMARKS, "cities", OF_LANDMARKS)
+    check_text_draws(lm, "landmarks", n, seed)
+    draw = _fact_draw(lm, LANDMARKS, "cities", OF_LANDMARKS)
     return sample_pairs("landmarks", lm, draw, n, seed=seed, same_length=same_length)
 
 
-def _fact_draw(lm: LM, name: str, facts: str, what: str, templates: Sequence[str]) -> DrawPair:
+def _fact_draw(lm: LM, facts: str, what: str, templates: Sequence[str]) -> DrawPair:
     """Returns a function that draws two facts whose cities are one token each."""
-    require_tokenizer(lm, name)
     pairs = [tuple(fact.strip().rsplit(" ", 1)) for fact in facts.split(";")]
     cities = list(dict.fromkeys(city for _, city in pairs))
     one_token_cities = one_token_words(lm, cities, what)
@@ -215,8 +214,7 @@ def indirect_object(
     >>> pairs.answers[0], pairs.wrong[0]
     (' Eve', ' Laura')
     """
-    check_draws(n, seed)
-    require_tokenizer(lm, "indirect_object")
+    check_text_draws(lm, "indirect_object", n, seed)
     if corrupt not in CORRUPT:
         raise EmptySelection(
             f"corrupt={corrupt!r} is unknown{did_you_mean(corrupt, CORRUPT)} Say 'swap' or 'abc'"
@@ -273,6 +271,7 @@ def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
     >>> pairs.labels["B1"][0], lm.string(pairs.clean[0][7]) == pairs.answers[0]
     (7, True)
     """
+    check_draws(n, seed)
     check_integer(length, "length", least=2, meaning="how many tokens are repeated,")
     prefix = _added_prefix(lm)
     prompt_length = len(prefix) + 2 * length - 1
@@ -370,8 +369,7 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     Pairs(successor, 50 pairs, seed 0: 'They come in this order: one, two, three, four,' → ' five',
     not ' seven')
     """
-    check_draws(n, seed)
-    require_tokenizer(lm, "successor")
+    check_text_draws(lm, "successor", n, seed)
     all_series = {name: words.split() for name, words in {**ROUND, **STRAIGHT}.items()}
     words = list(chain.from_iterable(all_series.values()))
     usable_words = set(one_token_words(lm, words, "days, months, letters, numbers and ordinals"))
@@ -438,8 +436,7 @@ def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) ->
     >>> pairs.answers[0], pairs.wrong[0]
     ('7', '3')
     """
-    check_draws(n, seed)
-    require_tokenizer(lm, "greater_than")
+    check_text_draws(lm, "greater_than", n, seed)
 
     def draw(source: Random) -> Draw | None:
         noun = source.choice(NOUNS.split())

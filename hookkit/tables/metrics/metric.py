@@ -26,6 +26,7 @@ from ...arguments import (
     describe,
 )
 from ...errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
+from ...hooks.base import set_field
 from ...models.lm import LM
 from ...models.next_token import entropy_of, exact_logprobs, kl_divergence, token_logits, values_at
 from ...models.prompts import check_prompts, shorten
@@ -136,7 +137,7 @@ def _as_metric(item: Any) -> Metric:
         return item
     if getattr(item, "__module__", "").startswith("hookkit.tables."):
         name = getattr(item, "__name__", "entropy")
-        raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
+        raise BadHook(f"hk.metrics.{name} makes a metric: call it, hk.metrics.{name}(…)")
     if not callable(item):
         raise BadHook(
             f"{describe(item)} is no metric: give hk.metrics.logit_diff(…), hk.metrics.prob(…) …, "
@@ -269,7 +270,7 @@ class Loss(Metric):
             raise EmptySelection(
                 "loss was given an empty list of continuations: a list has one for each prompt"
             )
-        object.__setattr__(self, "continuation", continuation)
+        set_field(self, "continuation", continuation)
 
     def prepare(self, lm: LM, count: int) -> list[tuple[int, ...]]:
         """Returns the tokens of each prompt's continuation."""
