@@ -7,9 +7,11 @@ checks. `LAWS` lists the laws, and `check_laws` runs them all.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -33,6 +35,10 @@ from ..runs.manager import attach
 from .study import Finding, Law, Study, default_prompts, relative_difference, representative_layers
 
 OUTPUTS = (("z", "attn_out"), ("mlp_post", "mlp_out"))  # a projection's input, and its output
+
+
+def _sites_except(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in AXES if name not in names)
 
 
 # A model that is only observed.
@@ -66,19 +72,22 @@ def _residual_sum(study: Study) -> Iterator[Finding]:
         yield study.compare("resid_mid", middle, run[f"resid_mid.{layer}"])
 
 
-def _output_projection(study: Study) -> Iterator[Finding]:
-    """The output projection of z is attn_out, and that of mlp_post is mlp_out."""
+def _projections(study: Study) -> Iterator[tuple[Site, Site, Tensor]]:
+    """Yields z with attn_out, and mlp_post with mlp_out, and the values that are projected."""
     for name, output_name in OUTPUTS:
         for layer in study.layers_with(name, output_name):
-            source, target = Site(name, layer), Site(output_name, layer)
-            values = study.run[source]
-            if name == "z":
-                values = values.flatten(2)
-            # Each row by itself: padding is zero, and a bias would change it.
-            for row, length in enumerate(study.run.lengths):
-                projected = study.project_to_stream(values[row : row + 1, :length], source, target)
-                expected = study.run[target][row : row + 1, :length]
-                yield study.compare(name, projected, expected)
+            source = Site(name, layer)
+            yield source, Site(output_name, layer), study.run[source].flatten(2)
+
+
+def _output_projection(study: Study) -> Iterator[Finding]:
+    """The output projection of z is attn_out, and that of mlp_post is mlp_out."""
+    for source, target, values in _projections(study):
+        # Each row by itself: padding is zero, and a bias would change it.
+        for row, length in enumerate(study.run.lengths):
+            projected = study.project_to_stream(values[row : row + 1, :length], source, target)
+            expected = study.run[target][row : row + 1, :length]
+            yield study.compare(source.name, projected, expected)
 
 
 def _unembedding(study: Study) -> Iterator[Finding]:
@@ -107,7 +116,7 @@ def _attention_pattern(study: Study) -> Iterator[Finding]:
 # A model that is edited.
 
 MIN_CHANGE = 1e-6  # the smallest change of the logits by an edit, as a fraction of the largest one
-STEERED = tuple(name for name in AXES if name not in QUERY_KEY_SITES and name != "experts")
+STEERED = _sites_except("experts", *QUERY_KEY_SITES)
 
 
 def _patch_with_itself(study: Study) -> Iterator[Finding]:
@@ -135,45 +144,44 @@ def _edit_has_effect(study: Study) -> Iterator[Finding]:
 def _opposite_vectors(study: Study) -> Iterator[Finding]:
     """Steering by a vector and by its opposite gives the original logits."""
     study = study.without_first_prompt
-    for site in study.sites:
-        if site.name in STEERED:
-            vector = study.random_vector(site)
-            actual = study.logits(steer(site, vector), steer(site, -vector))
-            yield study.compare(site.name, actual, study.plain_run.logits, 5)
+    for site in study.sites_named(STEERED):
+        vector = study.random_vector(site)
+        actual = study.logits(steer(site, vector), steer(site, -vector))
+        yield study.compare(site.name, actual, study.plain_run.logits, 5)
 
 
 def _steered_stream(study: Study) -> Iterator[Finding]:
     """Steering attn_out or mlp_out is the same as steering the residual stream after it."""
     study = study.without_first_prompt
-    pairs: list[tuple[Site, Site]] = []
-    for layer in study.layers_with("attn_out", "resid_mid"):
-        pairs.append((Site("attn_out", layer), Site("resid_mid", layer)))
-    for layer in study.layers_with("mlp_out"):
-        pairs.append((Site("mlp_out", layer), Site("resid_post", layer)))
-        if "resid_mid" not in study.lm.layout.names and study.layers_with("attn_out"):
-            pairs.append((Site("attn_out", layer), Site("resid_post", layer)))
-    for layer in range(study.lm.n_layers - 1):
-        if layer in study.layers:
-            pairs.append((Site("resid_post", layer), Site("resid_pre", layer + 1)))
-    for first, second in pairs:
+    for first, second in _equivalent_sites(study):
         vector = study.random_vector(Site("resid_post", first.layer))
         actual, expected = study.logits(steer(first, vector)), study.logits(steer(second, vector))
         yield study.compare(first.name, actual, expected, 5)
 
 
+def _equivalent_sites(study: Study) -> Iterator[tuple[Site, Site]]:
+    """Yields pairs of sites at which the same vector has the same effect."""
+    for layer in study.layers_with("attn_out", "resid_mid"):
+        yield Site("attn_out", layer), Site("resid_mid", layer)
+    for layer in study.layers_with("mlp_out"):
+        yield Site("mlp_out", layer), Site("resid_post", layer)
+        if "resid_mid" not in study.lm.layout.names and study.layers_with("attn_out"):
+            yield Site("attn_out", layer), Site("resid_post", layer)
+    last = study.lm.n_layers - 1
+    for layer in filter(lambda layer: layer != last, study.layers):
+        yield Site("resid_post", layer), Site("resid_pre", layer + 1)
+
+
 def _all_heads(study: Study) -> Iterator[Finding]:
     """Zeroing all heads, or all neurons, leaves only the projection of zero: its bias."""
     study = study.without_first_prompt
-    for name, output_name in OUTPUTS:
-        for layer in study.layers_with(name, output_name):
-            source, target = Site(name, layer), Site(output_name, layer)
-            values, sites = study.run[source], [source]
-            if name == "z":
-                sites = [Site(name, layer, head) for head in range(values.shape[2])]
-                values = values.flatten(2)
-            bias = study.project_to_stream(torch.zeros_like(values)[:1, :1], source, target)[0, 0]
-            expected = study.logits(ablate(target, to=bias))
-            yield study.compare(name, study.logits(ablate(sites)), expected, 5)
+    for source, target, values in _projections(study):
+        sites = [source]
+        if source.name == "z":
+            sites = [replace(source, head=head) for head in range(study.run[source].shape[2])]
+        bias = study.project_to_stream(torch.zeros_like(values)[:1, :1], source, target)[0, 0]
+        expected = study.logits(ablate(target, to=bias))
+        yield study.compare(source.name, study.logits(ablate(sites)), expected, 5)
 
 
 def _one_head(study: Study) -> Iterator[Finding]:
@@ -191,34 +199,31 @@ GENERATION = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 # Inputs of another shape cost accuracy, which a pattern amplifies: so many times the tolerance.
 SHAPE_FACTOR = 10
 # A tie between experts may be resolved either way; expert_weights are compared instead.
-BY_ROW = tuple(name for name in AXES if name != "experts")
+BY_ROW = _sites_except("experts")
 # generate computes the other sites at the last position of the prompt only.
-GENERATED_SITES = tuple(name for name in BY_ROW if name not in LOGIT_SITES)
+GENERATED_SITES = _sites_except("experts", *LOGIT_SITES)
 CACHED_EDITS = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
 
 
 def _padded_batch(study: Study) -> Iterator[Finding]:
     """A row has the same values alone and in a batch padded on the right or left, at every site."""
-    sites = study.sites
     rows = as_batch(study.lm, study.prompts).rows
-    left_padded = _left_padded_values(study, rows)
+    padded_values = (study.run, _left_padded_values(study, rows))
     for number, row in enumerate(rows):
-        alone = forward(study.lm, [list(row)], capture(sites))
-        for site in sites:
-            if site.name not in BY_ROW:
-                continue
+        alone = forward(study.lm, [list(row)], capture(study.sites))
+        for site, values in itertools.product(study.sites_named(BY_ROW), padded_values):
             expected = alone.captured(site).by_position[0]
-            for batch_values in (study.run[site], left_padded[site]):
-                if site.name in QUERY_KEY_SITES:
-                    batch_values = batch_values.transpose(1, 2)
-                actual = batch_values[number, : expected.shape[0]]
-                yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
+            actual = values[site]
+            if site.name in QUERY_KEY_SITES:
+                actual = actual.transpose(1, 2)
+            actual = actual[number, : expected.shape[0]]
+            yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
 
 
 def _left_padded_values(study: Study, rows: Sequence[Sequence[int]]) -> dict[Site, Tensor]:
     """Returns the captured values of a left-padded batch in a call of the plain model."""
     ids = [torch.tensor(row, device=study.lm.device) for row in rows]
-    ones = [torch.ones_like(row) for row in ids]
+    ones = list(map(torch.ones_like, ids))
     mask = pad_sequence(ones, batch_first=True, padding_side="left")
     padded_ids = pad_sequence(ids, batch_first=True, padding_side="left")
     inputs = {"input_ids": padded_ids, "attention_mask": mask}
@@ -235,9 +240,7 @@ def _generated_values(study: Study) -> Iterator[Finding]:
     for row, length in enumerate(generated.lengths):
         ids = generated.tokens[row, : length - 1].tolist()
         alone = forward(study.lm, [ids], capture(study.sites))
-        for site in study.sites:
-            if site.name not in GENERATED_SITES:
-                continue
+        for site in study.sites_named(GENERATED_SITES):
             expected = alone.captured(site).by_position[0]
             actual = generated.captured(site).by_position[row, : expected.shape[0]]
             yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
@@ -249,7 +252,7 @@ def _edit_without_cache(study: Study) -> Iterator[Finding]:
     """An edit of the prompt and the new text gives the same logits with and without the cache."""
     layer = study.layers[len(study.layers) // 2]
     for name in CACHED_EDITS:
-        if name in study.lm.layout.names and study.lm.layout.find(name, layer):
+        if layer in study.layers_with(name):
             hooks = [scale(Site(name, layer), 1.5, pos=slice(0, -1)), ban(0)]
             cached = generate(study.lm, study.prompts, *hooks, use_cache=True, **GENERATION)
             uncached = generate(study.lm, study.prompts, *hooks, use_cache=False, **GENERATION)
@@ -339,33 +342,37 @@ def check_laws(
     """
     if prompts is None:
         prompts = default_prompts(lm)
-    if layers is None:
-        numbers = representative_layers(lm)
-    else:
-        numbers = check_integers(layers, "layers", least=0, meaning="the blocks to try,")
-        for layer in numbers:
-            lm.location(
-                Site("resid_post", layer)
-            )  # raises for a layer that the model does not have
-    study = Study(lm, prompts, numbers)
+    study = Study(lm, prompts, _layers_to_check(lm, layers))
     rows = []
-    for current_law in LAWS:
-        worst_at: dict[str, Finding] = {}
-        for finding in _check_law(current_law, study):
-            worst = worst_at.setdefault(finding.site, finding)
-            worst_at[finding.site] = max(worst, finding, key=_severity)
-        rows += [_table_row(lm, current_law, finding) for finding in worst_at.values()]
+    for law in LAWS:
+        rows += [_table_row(lm, law, finding) for finding in _worst_by_site(law, study)]
     return pd.DataFrame(rows, columns=["law", "site", "difference", "limit", "holds", "note"])
 
 
-def _table_row(lm: LM, checked_law: Law, finding: Finding) -> dict[str, object]:
-    exceptions, name = lm.family.exceptions, checked_law.name
-    reason = exceptions.get(name) or exceptions.get(f"{name} {finding.site}")
-    note = finding.note
+def _layers_to_check(lm: LM, layers: Iterable[int] | None) -> list[int]:
+    if layers is None:
+        return representative_layers(lm)
+    numbers = check_integers(layers, "layers", least=0, meaning="the blocks to try,")
+    for layer in numbers:
+        lm.location(Site("resid_post", layer))  # raises for a layer that the model does not have
+    return numbers
+
+
+def _worst_by_site(law: Law, study: Study) -> Iterable[Finding]:
+    """Returns the worst finding of a law at each site."""
+    worst: dict[str, Finding] = {}
+    for finding in _check_law(law, study):
+        worst[finding.site] = max(worst.get(finding.site, finding), finding, key=_severity)
+    return worst.values()
+
+
+def _table_row(lm: LM, law: Law, finding: Finding) -> dict[str, object]:
+    exceptions, note = lm.family.exceptions, finding.note
+    reason = exceptions.get(law.name) or exceptions.get(f"{law.name} {finding.site}")
     if reason and not finding.holds:
         note = f"exception: {reason}"
     return {
-        "law": name,
+        "law": law.name,
         "site": finding.site,
         "difference": finding.difference,
         "limit": finding.limit,
@@ -380,21 +387,20 @@ def _severity(finding: Finding) -> tuple[bool, float]:
     return not finding.holds, -difference if finding.at_least else difference
 
 
-def _check_law(checked_law: Law, study: Study) -> list[Finding]:
+def _check_law(law: Law, study: Study) -> list[Finding]:
     """Returns the findings of a law.
 
     A law that raises an error holds at none of its sites, since some layer or row may be unchecked.
     """
     findings: list[Finding] = []
     try:
-        findings.extend(checked_law.check(study))
+        findings.extend(law.check(study))
     except (HookkitError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0][:300]
         note = f"could not be tried: {type(error).__name__}: {reason}"
-        findings.append(Finding("", math.nan, 0.0, note))
         failed = {finding.site for finding in findings if not finding.holds}
-        unfinished = {site.name for site in study.sites} - failed
-        for name in checked_law.sites:
-            if name in unfinished:
-                findings.append(Finding(name, math.nan, 0.0, UNFINISHED))
+        unfinished = {site.name for site in study.sites_named(law.sites)} - failed
+        findings.append(Finding("", math.nan, 0.0, note))
+        for name in sorted(unfinished, key=law.sites.index):
+            findings.append(Finding(name, math.nan, 0.0, UNFINISHED))
     return findings

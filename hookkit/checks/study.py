@@ -6,7 +6,7 @@ a law at one site.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -33,7 +33,7 @@ TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, tor
 class Study:
     """A model with prompts, the layers to check, and the runs that several laws read.
 
-    A call of `prove` owns it. Its runs are computed when they are first read, and kept.
+    A call of `check_laws` owns it. Its runs are computed when they are first read, and kept.
     """
 
     lm: LM
@@ -48,8 +48,13 @@ class Study:
     @cached_property
     def sites(self) -> list[Site]:
         """The sites of the whole model and of the layers to check."""
-        sites = [site for site in self.lm.sites() if isinstance(site, Site)]
-        return [site for site in sites if site.layer is None or site.layer in self.layers]
+        layers = {None, *self.layers}
+        sites = self.lm.sites()
+        return [site for site in sites if isinstance(site, Site) and site.layer in layers]
+
+    def sites_named(self, names: Collection[str]) -> list[Site]:
+        """Returns the sites with one of these names."""
+        return [site for site in self.sites if site.name in names]
 
     def layers_with(self, *names: str) -> list[int]:
         """Returns the layers to check that have all these sites."""

@@ -6,13 +6,15 @@ that says why there are no sites.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ...arguments import as_number
 from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES
 from ..layout import Layout
@@ -20,22 +22,17 @@ from ..sites import AXES, SITES_WITHOUT_LAYER
 from .attention_sites import (
     HEADED,
     UNPROVED,
+    Attention,
     FoundSites,
     find_attention,
     locate_attention_sites,
     locate_rotated_sites,
 )
-from .dry_run import ROWS, WIDTH, ModuleCall, Recording, dry_run
-from .matching import equal_values, is_sum, scale_factor
-from .mlp_sites import locate_mlp_sites
-from .residual_sites import Block, locate_residual_sites
+from .block_sites import Block, locate_mlp_sites, locate_residual_sites
+from .dry_run import ROWS, WIDTH, ModuleCall, Recording, dry_run, equal_values, is_sum, scale_factor
 
 LAYER_SITES = tuple(name for name in AXES if name not in SITES_WITHOUT_LAYER)
 MODULES = "name its modules with hk.module(path)"
-NOT_SEEN = UNPROVED + "nothing like it was seen"
-
-Findings = Mapping[int, Block | str]
-"""By the number of a block: what was found in it, or the reason why nothing was."""
 
 
 def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
@@ -45,42 +42,33 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     without a head get the sites that they have, and the reason why others are missing.
     """
     kind, model_type = type(model).__name__, getattr(config, "model_type", None)
-    is_causal_lm = kind.endswith("ForCausalLM")
     if getattr(config, "is_encoder_decoder", False):
         reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
         return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
     if head is None:
-        reason = "the model has no unembedding head"
-        if model_type is not None and not is_causal_lm:
-            reason += f": it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
-        else:
-            reason += f" (a ...ForCausalLM has one); {MODULES}"
-        return Family("module", {}, dict.fromkeys(AXES, reason))
+        return Family("module", {}, dict.fromkeys(AXES, _why_no_head(kind, model_type)))
     row = FAMILIES.get(str(model_type))
     if row is not None:
         return replace(row if isinstance(row, Family) else row(config), name=model_type)
-    if not is_causal_lm and getattr(config, "is_decoder", None) is False:
-        reason = (
-            f"{kind} is an encoder, and named sites beside head and logits are those of decoders; "
-            f"{MODULES}"
-        )
-    else:
-        family = _try_discovery(model, config)
-        if isinstance(family, Family):
-            return family
-        reason = family
+    family = _try_discovery(model, config)
+    if isinstance(family, Family):
+        return family
     locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
-    return Family(model_type or "unknown", locations, dict.fromkeys(AXES, reason))
+    return Family(model_type or "unknown", locations, dict.fromkeys(AXES, family))
+
+
+def _why_no_head(kind: str, model_type: str | None) -> str:
+    hint = " (a ...ForCausalLM has one)"
+    if model_type is not None and not kind.endswith("ForCausalLM"):
+        hint = f": it is a {kind}, load it with AutoModelForCausalLM"
+    return f"the model has no unembedding head{hint}; {MODULES}"
 
 
 def _try_discovery(model: nn.Module, config: Any) -> Family | str:
     """Returns the family of a causal language model, or the reason why discovery has none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind, model_type = type(model).__name__, getattr(config, "model_type", None)
-    is_named_so = "CausalLM" in kind or "LMHead" in kind
-    if not is_named_so and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
+    reason = _why_not_causal(type(model).__name__, config)
+    if reason:
+        return reason
     try:
         return discover_family(model, config)
     except Exception as error:  # noqa: BLE001  a model may raise anything; the reason says it
@@ -89,6 +77,22 @@ def _try_discovery(model: nn.Module, config: Any) -> Family | str:
             "no row of hookkit's table has this model type, and a dry run of it ended with: "
             f"{message}; use hk.module(path)"
         )
+
+
+def _why_not_causal(kind: str, config: Any) -> str:
+    """Returns the reason why a model is no causal language model, or "" if it is one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not kind.endswith("ForCausalLM") and getattr(config, "is_decoder", None) is False:
+        return (
+            f"{kind} is an encoder, and named sites beside head and logits are those of decoders; "
+            f"{MODULES}"
+        )
+    is_named_so = "CausalLM" in kind or "LMHead" in kind
+    if is_named_so or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return ""
+    model_type = getattr(config, "model_type", None)
+    return f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
 
 
 def discover_family(model: nn.Module, config: Any) -> Family:
@@ -102,33 +106,28 @@ def discover_family(model: nn.Module, config: Any) -> Family:
     kinds = _block_kinds(blocks)
     repeated = {path.format(layer=number) for number, kind in enumerate(kinds) if kind != number}
     recording = dry_run(model, repeated, _token_ids(model, config))
-    findings: dict[int, Block | str] = {}
-    for number in sorted(set(kinds)):
-        findings[number] = _study_block(recording, path.format(layer=number))
-    studied = [block for block in findings.values() if isinstance(block, Block)]
-    styles = {block.attention.style for block in studied if block.attention}
-    _add_rotated_sites(studied)
-    if len(styles) == 2:
-        _remove_sites_inside_attention(studied)
-    locations, missing = _merge_blocks(findings, kinds, path)
+    blocks_of_kinds, sites_of_kinds = _study_kinds(recording, kinds, path)
+    attention_style = _unify_attention(list(blocks_of_kinds.values()))
+    locations, missing = _merge_blocks(sites_of_kinds, kinds, path)
     for name, site in _locate_whole_model_sites(model, config, recording, path).items():
         if isinstance(site, str):
             missing[name] = site
         else:
             locations[name] = site
     exceptions: dict[str, str] = {}
-    for block in studied:
+    for block in blocks_of_kinds.values():
         exceptions |= block.exceptions
     family = Family(
         getattr(config, "model_type", None) or "unknown",
         locations,
         missing,
         block=path,
-        attention="own" if styles == {"own"} else "interface",
+        attention=attention_style,
         exceptions=exceptions,
         found=True,
     )
-    return replace(family, sizes=_corrected_sizes(model, config, family, kinds, findings))
+    layout = Layout(model, config, family)
+    return replace(family, sizes=_corrected_sizes(layout, kinds, blocks_of_kinds))
 
 
 # ---- what is run
@@ -137,36 +136,42 @@ def discover_family(model: nn.Module, config: Any) -> Family:
 def _find_blocks(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
     """Returns the list of the blocks, the shallowest of its length, and the path of a block."""
     count = getattr(config, "num_hidden_layers", None)
-    lists: list[tuple[str, nn.ModuleList]] = []
+    lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            lists.append((path, module))
+            lists[path] = module
     if not lists:
         raise LookupError(
             f"the model has no list of {count} blocks (the configuration's num_hidden_layers)"
         )
-    path, blocks = min(lists, key=lambda item: item[0].count("."))
-    return blocks, f"{path}.{{layer}}"
+    path = min(lists, key=lambda path: path.count("."))
+    return lists[path], f"{path}.{{layer}}"
 
 
 def _block_kinds(blocks: nn.ModuleList) -> list[int]:
     """Returns for each block the number of the first one with equal modules, sizes and settings."""
-    signatures = [_signature(block) for block in blocks]
-    return [signatures.index(signature) for signature in signatures]
+    signatures = list(map(_signature, blocks))
+    return list(map(signatures.index, signatures))
 
 
 def _signature(block: nn.Module) -> str:
+    """Returns a text that is the same for blocks of one kind."""
     parts = []
     for path, module in block.named_modules():
         weights = module.named_parameters(recurse=False)
-        shapes = {name: tuple(weight.shape) for name, weight in weights}
-        settings = []
-        for name, value in sorted(vars(module).items()):
-            is_setting = isinstance(value, bool | int | float | str)
-            if is_setting and "layer" not in name and name != "training":
-                settings.append((name, value))
-        parts.append((path, type(module), shapes, settings))
+        shapes = [(name, weight.shape) for name, weight in weights]
+        parts.append((path, type(module), shapes, _settings_of(module)))
     return repr(parts)
+
+
+def _settings_of(module: nn.Module) -> list[tuple[str, bool | int | float | str]]:
+    """Returns the attributes that say how a module computes, without the number of its block."""
+    settings = []
+    for name, value in sorted(vars(module).items()):
+        is_setting = isinstance(value, bool | int | float | str)
+        if is_setting and "layer" not in name and name != "training":
+            settings.append((name, value))
+    return settings
 
 
 def _token_ids(model: Any, config: Any) -> Tensor:
@@ -185,7 +190,22 @@ def _token_ids(model: Any, config: Any) -> Tensor:
     return torch.tensor(ids, device=embedding.weight.device).view(ROWS, WIDTH)
 
 
-# ---- one block
+# ---- one block of each kind
+
+
+def _study_kinds(
+    recording: Recording, kinds: list[int], path: str
+) -> tuple[dict[int, Block], dict[int, FoundSites]]:
+    """Returns the first block of each kind, where it can be studied, and its sites, by number."""
+    blocks: dict[int, Block] = {}
+    sites: dict[int, FoundSites] = {}
+    for number in sorted(set(kinds)):
+        block = _study_block(recording, path.format(layer=number))
+        if isinstance(block, Block):
+            blocks[number], sites[number] = block, block.sites
+        else:
+            sites[number] = dict.fromkeys(LAYER_SITES, block)
+    return blocks, sites
 
 
 def _study_block(recording: Recording, path: str) -> Block | str:
@@ -199,11 +219,11 @@ def _study_block(recording: Recording, path: str) -> Block | str:
         return UNPROVED + "the block does not read and give the stream as [batch, pos, d_model]"
     block = Block(call, pre, post)
     attention = find_attention(call)
-    if isinstance(attention, str):
-        block.sites |= dict.fromkeys(("attn_in", *HEADED), attention)
-    else:
+    if isinstance(attention, Attention):
         block.attention = attention
         block.sites |= locate_attention_sites(attention, recording.attention_error)
+    else:
+        block.sites |= dict.fromkeys(("attn_in", *HEADED), attention)
     block.sites["resid_pre"] = ModuleLocation(path, "input")
     block.sites["resid_post"] = ModuleLocation(path)
     locate_residual_sites(block)
@@ -212,6 +232,18 @@ def _study_block(recording: Recording, path: str) -> Block | str:
 
 
 # ---- from the studied blocks to all blocks
+
+
+def _unify_attention(blocks: list[Block]) -> Literal["own", "interface"]:
+    """Makes the sites of all blocks' attention agree, and returns its style."""
+    attentions = {block: block.attention for block in blocks if block.attention}
+    styles = {attention.style for attention in attentions.values()}
+    any_rotates = any(attention.rotates for attention in attentions.values())
+    for block, attention in attentions.items():
+        block.sites |= locate_rotated_sites(attention, any_rotates)
+    if len(styles) == 2:
+        _remove_sites_inside_attention(blocks)
+    return "own" if styles == {"own"} else "interface"
 
 
 def _remove_sites_inside_attention(blocks: list[Block]) -> None:
@@ -224,44 +256,32 @@ def _remove_sites_inside_attention(blocks: list[Block]) -> None:
                 block.sites[name] = reason
 
 
-def _add_rotated_sites(blocks: list[Block]) -> None:
-    """Adds q_rot and k_rot to blocks without a rotation if other blocks have one."""
-    attentions = [(block, block.attention) for block in blocks if block.attention]
-    if not any(attention.rotates for _, attention in attentions):
-        return
-    for block, attention in attentions:
-        if not attention.rotates and attention.style == "interface":
-            attention.rotates = True
-            block.sites |= locate_rotated_sites(attention)
-
-
 def _merge_blocks(
-    findings: Findings, kinds: list[int], path: str
+    sites_of_kinds: Mapping[int, FoundSites], kinds: list[int], path: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the locations of each site over all blocks, and why a kind of block has none.
 
-    `kinds` gives for each block the number of the block of its kind in `findings`.
+    `kinds` gives for each block the number of the block of its kind in `sites_of_kinds`.
     """
     locations: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name in LAYER_SITES:
-        alternatives: dict[ModuleLocation, list[int]] = {}
+        layers: dict[ModuleLocation, list[int]] = {}
         reasons: dict[str, None] = {}
         for layer, kind in enumerate(kinds):
-            block = findings[kind]
-            site = block.sites.get(name, NOT_SEEN) if isinstance(block, Block) else block
+            site = sites_of_kinds[kind][name]
             if isinstance(site, str):
                 reasons[site] = None
                 continue
             relative = site.path.removeprefix(path.format(layer=kind)).removeprefix(".")
-            alternatives.setdefault(replace(site, path=f".{relative}"), []).append(layer)
+            layers.setdefault(replace(site, path=f".{relative}"), []).append(layer)
         if reasons:
             missing[name] = "; or ".join(reasons)
-        if len(alternatives) == 1 and not reasons:
-            (locations[name],) = alternatives
-        elif alternatives:
+        if len(layers) == 1 and not reasons:
+            (locations[name],) = layers
+        elif layers:
             locations[name] = tuple(
-                replace(location, layers=tuple(layers)) for location, layers in alternatives.items()
+                replace(location, layers=tuple(numbers)) for location, numbers in layers.items()
             )
     return locations, missing
 
@@ -278,28 +298,14 @@ def _locate_whole_model_sites(
     first_block = next(iter(recording.calls_at(path.format(layer=0))), None)
     stream = first_block.input_by_token if first_block else None
     outside = _calls_outside_blocks(recording, path, embed)
-    no_head = UNPROVED + "the head does not run once in a forward"
-    sites: FoundSites = {
-        "embed": UNPROVED
-        + "the token embedding does not run once, with as many numbers for each token as the "
-        "stream has",
-        "pos_embed": UNPROVED
-        + "the first block does not read the token embedding and something more",
-        "final_norm": no_head,
-        "lm_head": no_head,
-        "logits": ModuleLocation("", item="logits"),
-    }
-    if head is not None:
-        sites["lm_head"] = ModuleLocation(head.path)
+    sites = _locate_embeddings(embed, first_block, outside)
+    if head is None:
+        reason = UNPROVED + "the head does not run once in a forward"
+        sites |= dict.fromkeys(("final_norm", "lm_head"), reason)
+    else:
         sites["final_norm"] = _locate_final_norm(config, outside, head, stream)
-    token = embed.output_by_token if embed else None
-    if embed is None or first_block is None or stream is None or token is None:
-        return sites
-    if token.shape == stream.shape:
-        if token is embed.output:
-            sites["embed"] = ModuleLocation(embed.path)
-        earlier = [call for call in outside if call.start < first_block.start]
-        sites["pos_embed"] = _locate_pos_embed(earlier, token, stream)
+        sites["lm_head"] = ModuleLocation(head.path)
+    sites["logits"] = ModuleLocation("", item="logits")
     return sites
 
 
@@ -310,10 +316,32 @@ def _calls_outside_blocks(
     excluded: set[ModuleCall | None] = {embed}
     prefix = path.removesuffix("{layer}")
     for call in recording.calls:
-        chain = (*call.enclosing, call)
-        if any(other.path.startswith(prefix) for other in chain):
-            excluded.update(chain)
+        if call.path.startswith(prefix):
+            excluded.update((*call.enclosing, call, *call.inner))
     return [call for call in recording.calls if call not in excluded]
+
+
+def _locate_embeddings(
+    embed: ModuleCall | None, first_block: ModuleCall | None, outside: list[ModuleCall]
+) -> FoundSites:
+    """Locates embed and pos_embed. `outside` are the calls outside the blocks."""
+    sites: FoundSites = {
+        "embed": UNPROVED
+        + "the token embedding does not run once, with as many numbers for each token as the "
+        "stream has",
+        "pos_embed": UNPROVED
+        + "the first block does not read the token embedding and something more",
+    }
+    if embed is None or first_block is None:
+        return sites
+    token, stream = embed.output_by_token, first_block.input_by_token
+    if token is None or stream is None or token.shape != stream.shape:
+        return sites
+    if token is embed.output:
+        sites["embed"] = ModuleLocation(embed.path)
+    earlier = [call for call in outside if call.start < first_block.start]
+    sites["pos_embed"] = _locate_pos_embed(earlier, token, stream)
+    return sites
 
 
 def _locate_pos_embed(
@@ -324,10 +352,9 @@ def _locate_pos_embed(
         return "nothing is added to the token's embedding: positions act inside the blocks"
     for call in calls:
         output = call.output
-        if output is None or output.ndim != 3 or not call.runs_once:
+        if output is None or output.shape[1:] != token.shape[1:] or not call.runs_once:
             continue
-        is_like_token = output.shape[1:] == token.shape[1:]
-        if is_like_token and is_sum([token, output.expand_as(token)], stream):
+        if is_sum([token, output.expand_as(token)], stream):
             return ModuleLocation(call.path)
     return UNPROVED + (
         "no module's output, added to the token's embedding, is what the first block reads"
@@ -343,53 +370,55 @@ def _locate_final_norm(
         return UNPROVED + "the head does not read as many numbers of each token as the stream has"
     subject = "no module outside the blocks"
     for call in calls:
-        output = call.output
-        if call.end > head.start or output is None or output.shape != head_input.shape:
+        if call.end > head.start:
             continue
-        divisor = _find_divisor(config, output, head_input)
+        divisor = _find_divisor(config, call.output, head_input)
+        if divisor is not None and call.runs_once:
+            return ModuleLocation(call.path, over=divisor)
         if divisor is not None:
-            if call.runs_once:
-                return ModuleLocation(call.path, over=divisor)
             subject = f"{call.path!r}, which runs more than once,"
     return f"{UNPROVED}{subject} gives what the head reads"
 
 
-def _find_divisor(config: Any, output: Tensor, quotient: Tensor) -> str | None:
+def _find_divisor(config: Any, output: Tensor | None, quotient: Tensor) -> str | None:
     """Returns the setting by which the output is divided; "" for none; None if it is not so."""
+    if output is None or output.shape != quotient.shape:
+        return None
     if equal_values(output, quotient):
         return ""
     factor = scale_factor(quotient, output)
     if factor is None:
         return None
+    for name, value in _numeric_settings(config):
+        if abs(value - factor) <= 1e-4 * abs(factor):
+            return name
+    return None
+
+
+def _numeric_settings(config: Any) -> Iterator[tuple[str, float]]:
     for name in dir(config):
         static_value = inspect.getattr_static(config, name, None)
         if name.startswith("_") or not isinstance(static_value, property | float | int):
             continue
-        value = getattr(config, name)
-        is_number = isinstance(value, float | int) and not isinstance(value, bool)
-        if is_number and abs(value - factor) <= 1e-4 * abs(factor):
-            return name
-    return None
+        value = as_number(getattr(config, name))
+        if value is not None:
+            yield name, value
 
 
 # ---- sizes
 
 
 def _corrected_sizes(
-    model: nn.Module, config: Any, family: Family, kinds: list[int], findings: Findings
+    layout: Layout, kinds: list[int], blocks: Mapping[int, Block]
 ) -> SizeCorrections:
     """Returns a function that gives the sizes of a block in which its configuration is wrong."""
-    layout = Layout(model, config, family)
-    general: dict[str, int | None] = {}
-    by_kind: dict[int, dict[str, int | None]] = {}
-    for number, block in findings.items():
-        by_kind[number] = {}
-        if isinstance(block, Block):
-            configured = layout.sizes_of(number)
-            for name, size in _measured_sizes(block).items():
-                if configured.get(name) != size:
-                    by_kind[number][name] = size
-                    general.setdefault(name, size)
+    by_kind: dict[int, dict[str, int | None]] = {kind: {} for kind in kinds}
+    for kind, block in blocks.items():
+        configured, measured = layout.sizes_of(kind), _measured_sizes(block)
+        by_kind[kind] = {
+            name: size for name, size in measured.items() if configured.get(name) != size
+        }
+    general = dict(ChainMap(*by_kind.values()))  # the sizes of the first block that has them
 
     def sizes(config: Any, layer: int | None) -> dict[str, int | None]:
         return general if layer is None else by_kind[kinds[layer]]
@@ -400,12 +429,10 @@ def _corrected_sizes(
 def _measured_sizes(block: Block) -> dict[str, int | None]:
     sizes: dict[str, int | None] = {"d_model": block.pre.shape[-1]}
     if block.attention:
-        for name in HEAD_SIZES:
-            sizes[name] = block.attention.sizes[name]
+        sizes |= {name: block.attention.sizes[name] for name in HEAD_SIZES}
+    calls = {call.path: call for call in block.call.inner}
     for site, axis, item in (("router_logits", "expert", 0), ("experts", "choice", 2)):
         location = block.sites[site]
         if isinstance(location, ModuleLocation):
-            for call in block.call.inner:
-                if call.path == location.path:
-                    sizes[axis] = call.outputs[item].shape[-1]
+            sizes[axis] = calls[location.path].outputs[item].shape[-1]
     return sizes

@@ -2,14 +2,14 @@
 
 During the run, each recorded module has a wrapped forward that copies its inputs and outputs;
 copies are needed because some families add to a tensor in place. Afterwards the model is as it was
-before.
+before. At the end are the comparisons of recorded tensors: equal values, sums and multiples.
 """
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ KINDS = {  # of the torch functions, and methods of tensors, with these names
     **dict.fromkeys((*SATURATING, *RECTIFIERS), "activation"),
 }
 HEAD_TENSORS = frozenset({"query", "key", "value"})
+RELATIVE_TOLERANCE = 1e-5
 INPUT_KEYWORDS = ("hidden_states", "input", "x")  # the names of a module's main input
 
 
@@ -45,6 +46,11 @@ class FunctionCall:
     owner: "ModuleCall"
     inputs: list[Tensor]
     output: Tensor
+
+    @property
+    def is_matrix_product(self) -> bool:
+        """True for a product of two matrices, or of two batches of them."""
+        return self.kind == "product" and len(self.inputs) >= 2
 
 
 @dataclass(eq=False, repr=False)
@@ -61,7 +67,7 @@ class ModuleCall:
     start: int
     end: int = 0
     inputs: dict[int | str, Tensor] = field(default_factory=dict)
-    outputs: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()  # tensors, and None for anything else
     inner: list["ModuleCall"] = field(default_factory=list)
     function_calls: list[FunctionCall] = field(default_factory=list)
     attention_tensors: dict[str, Tensor] = field(default_factory=dict)  # of `intercept_tensors`
@@ -78,9 +84,7 @@ class ModuleCall:
     @property
     def output(self) -> Tensor | None:
         """The output, or the first of several."""
-        if self.outputs and isinstance(self.outputs[0], Tensor):
-            return self.outputs[0]
-        return None
+        return next(iter(self.outputs), None)
 
     @property
     def input_by_token(self) -> Tensor | None:
@@ -102,6 +106,21 @@ class ModuleCall:
         is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
         return is_matrix and not isinstance(self.module, nn.Embedding)
 
+    @property
+    def has_matrix(self) -> bool:
+        """True for a module with a matrix in it, or a weight with more axes."""
+        return self.is_linear or any(weight.ndim > 1 for weight in self.module.parameters())
+
+    @property
+    def linear_calls(self) -> list["ModuleCall"]:
+        """The calls of linear modules during it."""
+        return [call for call in self.inner if call.is_linear]
+
+    @property
+    def parent(self) -> "ModuleCall":
+        """The innermost of the enclosing calls."""
+        return self.enclosing[-1]
+
     def is_within(self, other: "ModuleCall | None") -> bool:
         """True if it is the other call, or happened during it."""
         return self is other or other in self.enclosing
@@ -117,11 +136,11 @@ class ModuleCall:
 
 def by_token(tensor: Tensor | None) -> Tensor | None:
     """Returns a tensor as [batch, pos, …], or None if it has no such axes."""
-    if tensor is not None and tensor.ndim == 2 and tensor.shape[0] == ROWS * WIDTH:
+    if tensor is None:
+        return None
+    if tensor.shape[:-1] == (ROWS * WIDTH,):
         return tensor.view(ROWS, WIDTH, -1)
-    if tensor is not None and tensor.ndim == 3 and tensor.shape[:2] == (ROWS, WIDTH):
-        return tensor
-    return None
+    return tensor if tensor.shape[:-1] == (ROWS, WIDTH) else None
 
 
 @dataclass(eq=False)
@@ -159,19 +178,14 @@ def _run(
     root: nn.Module, skipped: set[str], ids: Tensor, attention_tensors: frozenset[str]
 ) -> Recording:
     recorder = _Recorder()
-    inside_skipped = tuple(f"{path}." for path in skipped)
     with Overrides() as overrides:
         overrides.add_cleanup(partial(remove_modes_except, current_modes()))
         for module in root.modules():
-            if module.training:  # no dropout
-                overrides.replace_attribute(module, "training", lambda training: False)
-            if module._forward_hooks or module._forward_pre_hooks:
-                skip_hooks(module, overrides)
+            _disable_dropout_and_hooks(module, overrides)
         for path, module in root.named_modules():
             if path in skipped:
                 overrides.wrap_method(module, "forward", recorder.skipped_forward)
-            if not path or f"{path}.".startswith(inside_skipped):
-                continue
+        for path, module in _recorded_modules(root, skipped):
             if _may_call_attention_interface(module):
                 intercept_tensors(
                     overrides, module, "interface", attention_tensors, recorder.record_attention
@@ -182,6 +196,21 @@ def _run(
     for call in recorder.calls:
         call.runs_once = recorder.counts[call.module] == 1
     return Recording(recorder.calls)
+
+
+def _disable_dropout_and_hooks(module: nn.Module, overrides: Overrides) -> None:
+    if module.training:
+        overrides.replace_attribute(module, "training", lambda training: False)
+    if module._forward_hooks or module._forward_pre_hooks:
+        skip_hooks(module, overrides)
+
+
+def _recorded_modules(root: nn.Module, skipped: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yields every module with its path, except for the root and the skipped modules."""
+    prefixes = tuple(f"{path}." for path in skipped)
+    for path, module in root.named_modules():
+        if path and not f"{path}.".startswith(prefixes):
+            yield path, module
 
 
 def _may_call_attention_interface(module: nn.Module) -> bool:
@@ -221,7 +250,7 @@ class _Recorder(RemovableMode):
             if not isinstance(items, tuple | list):
                 items = (items,)
             copies = _copy_tensors(enumerate(items))
-            call.outputs = tuple(copies.get(index) for index in range(len(items)))
+            call.outputs = tuple(map(copies.get, range(len(items))))
             call.end = next(self.clock)
             return output
 
@@ -246,15 +275,19 @@ class _Recorder(RemovableMode):
         kind = KINDS.get(getattr(func, "__name__", ""))
         if kind is None or not self.stack:
             return func(*args, **kwargs)
-        inputs: list[Tensor] = []
-        if kind != "linear":  # the module call has its input, and its weight is large
-            named = kwargs.items() if kind == "product" else ()
-            inputs = list(_copy_tensors([*enumerate(args), *named]).values())
+        inputs = _copy_function_inputs(kind, args, kwargs)
         output = func(*args, **kwargs)
         function_call = FunctionCall(kind, self.stack[-1], inputs, output.detach().clone())
         for enclosing in self.stack:
             enclosing.function_calls.append(function_call)
         return output
+
+
+def _copy_function_inputs(kind: str, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    if kind == "linear":  # the module call has its input, and its weight is large
+        return []
+    named = kwargs.items() if kind == "product" else ()
+    return list(_copy_tensors([*enumerate(args), *named]).values())
 
 
 def _copy_tensors(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Tensor]:
@@ -264,3 +297,45 @@ def _copy_tensors(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Tensor]:
         if isinstance(value, Tensor) and not value.is_meta:
             copies[key] = value.detach().clone()
     return copies
+
+
+def tolerance(tensor: Tensor) -> float:
+    """Returns how far two computations of the same tensor may differ, relative to their terms."""
+    if not tensor.is_floating_point():
+        return 0.0
+    return max(RELATIVE_TOLERANCE, 2 * torch.finfo(tensor.dtype).eps)
+
+
+def equal_values(first: Tensor | None, second: Tensor | None) -> bool:
+    """True if both have the same numbers in the same order. Their axes may differ."""
+    if first is None or second is None:
+        return False
+    if (first.numel(), first.dtype) != (second.numel(), second.dtype):
+        return False
+    return torch.equal(first.reshape(-1), second.reshape(-1))
+
+
+def sum_error(terms: list[Tensor], total: Tensor) -> float:
+    """Returns how far the sum is from the total at most, relative to the size of its terms."""
+    added, size = reduce(torch.add, terms), reduce(torch.add, map(torch.abs, terms))
+    relative = (added - total).abs() / (size + total.abs()).clamp(min=1e-20)
+    return float(relative.max().nan_to_num(nan=1e9))
+
+
+def is_sum(terms: list[Tensor], total: Tensor) -> bool:
+    """True if the terms add up to the total."""
+    same_shape = {term.shape for term in terms} == {total.shape}
+    return same_shape and sum_error(terms, total) <= tolerance(total)
+
+
+def scale_factor(tensor: Tensor, expected: Tensor) -> float | None:
+    """Returns the number by which `tensor` must be multiplied to give `expected`, or None."""
+    tensor, expected = tensor.double(), expected.double()
+    square = float((tensor * tensor).sum())
+    if square == 0:
+        return None
+    factor = float((tensor * expected).sum()) / square
+    limit = max(RELATIVE_TOLERANCE, float(expected.abs().max()) * RELATIVE_TOLERANCE)
+    if factor == 0 or not float((tensor * factor - expected).abs().max()) <= limit:
+        return None
+    return factor

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .schema import Family, ModuleLocation
-from .shared import (
+from .schema import (
     ALIBI,
     BY_HEAD,
     FUSED,
@@ -17,6 +16,8 @@ from .shared import (
     PARALLEL_BLOCK,
     ROTARY,
     STREAM,
+    Family,
+    ModuleLocation,
     attention_sites,
     fused_qkv,
     input_of,

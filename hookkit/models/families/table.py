@@ -22,8 +22,7 @@ from .others import (
     gpt_neox,
     opt,
 )
-from .schema import Family, ModuleLocation, SiteLocations
-from .shared import (
+from .schema import (
     BY_HEAD,
     EXPERT_NEURONS,
     HEAD,
@@ -33,6 +32,9 @@ from .shared import (
     ROTARY,
     ROUTER_ELSEWHERE,
     STREAM,
+    Family,
+    ModuleLocation,
+    SiteLocations,
     attention_sites,
     fused_qkv,
     input_of,
