@@ -435,7 +435,33 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
         with _restored_gradient_mode():
             return function(*bound.args, **bound.kwargs)
 
+    if settings is not None:
+        checked.__dict__["__signature__"] = _with_keywords(signature, settings)
     return checked
+
+
+class _Default:
+    """The default of a keyword that another function sets; help() shows it as three dots."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _with_keywords(signature: inspect.Signature, settings: Any) -> inspect.Signature:
+    """Returns the signature with the keywords of a TypedDict in place of `**settings`.
+
+    So help() lists them, and the tab key completes them.
+    """
+    parameters = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    for name, annotation in settings.__annotations__.items():
+        text = getattr(annotation, "__forward_arg__", annotation)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, keyword, default=_Default(), annotation=text))
+    return signature.replace(parameters=parameters)
 
 
 def _read_kinds(

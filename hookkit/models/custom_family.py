@@ -10,7 +10,7 @@ lm = hk.LM(model, tokenizer, row=row)
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 from ..arguments import check_arguments
 from ..errors import BadHook, UnknownSite, did_you_mean
@@ -26,6 +26,16 @@ WORDS = ("d_model", *HEAD_SIZES, "d_mlp", "expert", "choice", "vocab", "share", 
 LocationLike: TypeAlias = ModuleLocation | tuple[ModuleLocation, ...]
 
 
+class LocationFields(TypedDict, total=False):
+    """Further fields of `ModuleLocation`, for tensors of an unusual form."""
+
+    shared: bool
+    flat: bool
+    times: str
+    over: str
+    layers: tuple[int, ...]
+
+
 @check_arguments
 def location(
     path: str,
@@ -34,11 +44,7 @@ def location(
     item: int | str = 0,
     cut: str = "",
     part: int = 0,
-    shared: bool = False,
-    flat: bool = False,
-    times: str = "",
-    over: str = "",
-    layers: tuple[int, ...] = (),
+    **others: Unpack[LocationFields],
 ) -> ModuleLocation:
     """Returns the location of a site for `hk.family`: a module, a side, and a part of its tensor.
 
@@ -60,7 +66,7 @@ def location(
     parts = cut.rpartition(":")[2].count("|") + 1
     if not 0 <= part < parts:
         raise BadHook(f"part={part} was asked for, and cut={cut!r} has {parts}: 0 to {parts - 1}")
-    return ModuleLocation(path, side, item, cut, part, shared, flat, times, over, layers)
+    return ModuleLocation(path, side, item, cut, part, **others)
 
 
 @check_arguments

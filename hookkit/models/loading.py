@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -27,19 +27,25 @@ TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "local_files_only", "gguf_
 NETWORK_ERRORS = "Connect|LocalEntryNotFound|OfflineMode|Timeout|ProxyError|MaxRetry|NameResolution"
 
 
+class Placement(TypedDict, total=False):
+    """Where the parts of a model go that does not fit on one device."""
+
+    device_map: Any
+    max_memory: Mapping[int | str, int | str] | None
+    offload_folder: str | os.PathLike[str] | None
+    tp_plan: str | Mapping[str, str] | None
+
+
 @check_arguments
 def load(
     name: str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    device_map: Any = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    tp_plan: str | Mapping[str, str] | None = None,
+    **placement: Unpack[Placement],
 ) -> LM:
     """Returns a model and its tokenizer as an LM, in evaluation mode.
 
@@ -71,6 +77,8 @@ def load(
     name or a folder that cannot be read, and `DownloadFailed` if the network, the disk or a
     checksum fails.
     """
+    device_map, max_memory = placement.get("device_map"), placement.get("max_memory")
+    offload_folder, tp_plan = placement.get("offload_folder"), placement.get("tp_plan")
     check_placement(device, device_map, max_memory, offload_folder)
     check_dtype(dtype)
     options = {

@@ -37,6 +37,22 @@ AT_ONCE: GridPositions = {None: [(None, None)]}
 """All positions at once, so that the grid has no dimension of positions."""
 
 
+class GridSettings(Settings, total=False):
+    """The keywords of a grid over sites: which layers and heads, and those of `sweep`."""
+
+    layers: Iterable[int] | None
+    heads: Iterable[int] | None
+
+
+def split_settings(
+    settings: GridSettings,
+) -> tuple[Iterable[int] | None, Iterable[int] | None, Settings]:
+    """Returns the layers and heads of a grid (None: all), and the settings of its sweep."""
+    names = Settings.__annotations__
+    of_sweep: Any = {name: value for name, value in settings.items() if name in names}
+    return settings.get("layers"), settings.get("heads"), of_sweep
+
+
 @check_arguments
 def ablations(
     lm: LM,
@@ -46,19 +62,19 @@ def ablations(
     *,
     to: Any = "zero",
     over: Any = None,
-    layers: Iterable[int] | None = None,
-    heads: Iterable[int] | None = None,
     units: Mapping[int, Iterable[int]] | Iterable[int] | None = None,
     pos: Positions = None,
-    **settings: Unpack[Settings],
+    **settings: Unpack[GridSettings],
 ) -> pd.DataFrame:
     """Returns what the metric loses without each head, neuron or block.
 
     `what` is a site. A site with heads is ablated head by head ("z"), "mlp_post" neuron by neuron
     if `units` names them (for each layer, or for all layers), and any other site layer by layer.
     "block" skips each block. `to` and `over` are those of `ablate`: zeros, the mean or a draw of
-    other prompts, or a run. All positions are ablated at once, or each of `pos`.
+    other prompts, or a run. All positions are ablated at once, or each of `pos`. `layers` and
+    `heads` select some of them; by default all are ablated. Other settings are those of `sweep`.
     """
+    layers, heads, sweep_settings = split_settings(settings)
     if what == "block":
         if to != "zero" or any(option is not None for option in (over, pos, heads, units)):
             raise BadHook(
@@ -66,7 +82,7 @@ def ablations(
                 "ablate 'attn_out' and 'mlp_out'"
             )
         axes = {"layer": range(lm.n_layers) if layers is None else layers}
-        return sweep(lm, prompts, axes, lambda layer: skip_block(layer), metrics, **settings)
+        return sweep(lm, prompts, axes, lambda layer: skip_block(layer), metrics, **sweep_settings)
     positions = AT_ONCE
     if pos is not None:
         positions = grid_positions(as_batch(lm, prompts).lengths, [what], pos)
@@ -74,7 +90,7 @@ def ablations(
     ablated = partial(ablate, to=to, over=over)
     whole = grid.hooks(lambda site, pos, rows: ablated(site, pos=pos, rows=rows))
     if units is None:
-        return sweep(lm, prompts, grid.axes, whole, metrics, **settings)
+        return sweep(lm, prompts, grid.axes, whole, metrics, **sweep_settings)
     units_by_layer = _units_by_layer(units, grid.axes.get("layer", []))
     axes = {**grid.axes, "unit": sorted(set().union(*units_by_layer.values()))}
 
@@ -86,7 +102,7 @@ def ablations(
         )
         return at_point(**point)
 
-    return sweep(lm, prompts, axes, by_unit, metrics, **settings)
+    return sweep(lm, prompts, axes, by_unit, metrics, **sweep_settings)
 
 
 def _units_by_layer(

@@ -39,6 +39,7 @@ from .execute import PlanRun
 from .grids import (
     AT_ONCE,
     GridPositions,
+    GridSettings,
     Metrics,
     Positions,
     RowPositions,
@@ -46,6 +47,7 @@ from .grids import (
     create_site_grid,
     grid_positions,
     site_names,
+    split_settings,
 )
 from .journal import Journal
 from .plan import Plan
@@ -62,10 +64,8 @@ def patching(
     metrics: Metrics,
     *,
     direction: Literal["denoise", "noise"] = "denoise",
-    layers: Iterable[int] | None = None,
-    heads: Iterable[int] | None = None,
     pos: Positions = None,
-    **settings: Unpack[Settings],
+    **settings: Unpack[GridSettings],
 ) -> pd.DataFrame:
     """Returns the effect of activation patching at every layer and position, or layer and head, of
     a site (Vig et al. 2020; Meng et al. 2022; Heimersheim and Nanda 2024).
@@ -77,14 +77,16 @@ def patching(
 
     A site without heads is patched at each layer and position. A site with heads is patched at each
     layer and head, at all positions at once, or with `pos` at each of those. There are as many
-    clean as corrupted prompts, of the same lengths. Other settings are those of `sweep`. Columns:
-    site if there are several, layer, head, pos, and those of `sweep`.
+    clean as corrupted prompts, of the same lengths. `layers` and `heads` select some of them; by
+    default all are patched. Other settings are those of `sweep`. Columns: site if there are
+    several, layer, head, pos, and those of `sweep`.
 
     >>> metric = logit_diff(" Mary", " John")
     >>> table = patching(lm, clean, corrupted, "attn_out", metric, layers=[9], pos=[-1])
     >>> list(table.columns)[:4]
     ['layer', 'pos', 'row', 'logit_diff']
     """
+    layers, heads, sweep_settings = split_settings(settings)
     names = site_names(sites)
     target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, source, target)
@@ -92,7 +94,7 @@ def patching(
     base_hooks = as_hooks(settings.get("base_hooks", ()))
     run = forward(lm, source, *base_hooks, capture(grid.sites()), logits=False)
     hooks = grid.hooks(lambda site, pos, rows: patch(site, run, pos=pos, rows=rows))
-    return sweep(lm, target, grid.axes, hooks, metrics, target=source, **settings)
+    return sweep(lm, target, grid.axes, hooks, metrics, target=source, **sweep_settings)
 
 
 # ---- path patching
@@ -113,10 +115,8 @@ def path_patching(
     senders: str = "z",
     receivers: SitesLike | None = None,
     freeze: Sequence[str] = ("z",),
-    layers: Iterable[int] | None = None,
-    heads: Iterable[int] | None = None,
     pos: Positions = None,
-    **settings: Unpack[Settings],
+    **settings: Unpack[GridSettings],
 ) -> pd.DataFrame:
     """Returns the direct effect of each sender on the receivers: the metric when only that path
     carries corrupted values (Wang et al. 2022; Goldowsky-Dill et al. 2023).
@@ -132,11 +132,14 @@ def path_patching(
                 logits
     freeze      what is frozen at its clean value: with ("z",) the MLPs pass the change on, as in
                 the paper on indirect objects; with ("z", "mlp_out") only the residual stream does
+    layers      the senders' layers; by default all
+    heads       the senders' heads; by default all
     pos         positions at which the sender is patched; by default all at once
 
     The clean prompts run. The effect is 0 if nothing changed and 1 if the metric became that of the
     corrupted prompts. Columns: layer, head, pos, and those of `sweep`.
     """
+    layers, heads, sweep_settings = split_settings(settings)
     _check_components(senders, *freeze)
     receiver_sites = Sites(()) if receivers is None else lm.expand(receivers)
     if not freeze and not receiver_sites:
@@ -169,7 +172,7 @@ def path_patching(
         )
         received = _read_receivers(first_plan, clean_run, read_sites)
         hooks = partial(_patch_receivers, receiver_sites, received, lengths)
-    return sweep(lm, clean, grid.axes, hooks, metrics, target=corrupted, **settings)
+    return sweep(lm, clean, grid.axes, hooks, metrics, target=corrupted, **sweep_settings)
 
 
 def _patch_receivers(
