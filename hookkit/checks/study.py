@@ -20,9 +20,9 @@ from ..hooks.capture import capture
 from ..models.layout import is_hidden
 from ..models.lm import LM
 from ..models.sites import QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
+from ..runs.dispatch import forward_of_site
 from ..runs.forward import forward
 from ..runs.run import Run
-from ..runs.taps import forward_of_site
 
 PROMPT_LENGTHS = (7, 2, 5)  # of the default prompts, in tokens
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}

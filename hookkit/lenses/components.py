@@ -21,8 +21,8 @@ from ..errors import Unsupported
 from ..models.layout import Layout
 from ..models.lm import LM
 from ..models.sites import Site
+from ..runs.dispatch import forward_of_site
 from ..runs.run import Run
-from ..runs.taps import forward_of_site
 from .model_end import Cells
 
 Map = Callable[[Tensor], Tensor]

@@ -22,9 +22,10 @@ from ..models.lm import LM, logits_of
 from ..models.overrides import MethodReplacement, skip_hooks
 from ..models.prompts import Row, pad_id, positions_of_text
 from ..models.sites import Site
+from ..runs.dispatch import find_input
+from ..runs.hook_points import BoundHook, HookPoint, build_hook_points
 from ..runs.manager import HookBlock, RegisteredHook, capture_reference
 from ..runs.partial import CellRows, SharedForward, skip_block
-from ..runs.taps import BoundHook, HookPoint, build_hook_points, find_input
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 """What the hooks of a block do in each forward of the model.
 
 `HookDispatcher` has the functions that are registered on the model. It decides which calls belong
-to a forward in which the hooks act. A `HookStrategy` applies the hooks there: that of runs is
-`TextHooks`. Nothing is registered on the model here.
+to a forward in which the hooks act, and takes the tensors out of a module's input and output. A
+`HookStrategy` applies the hooks to them: that of runs is `TextHooks`. Nothing is registered on the
+model here.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from threading import get_ident
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from ..errors import Unsupported
+from ..errors import BadEdit, Unsupported
 from ..models.batch_positions import ForwardPass
+from ..models.families.schema import ModuleLocation
 from ..models.layout import full_sizes
 from ..models.lm import LM
 from ..models.overrides import (
@@ -25,8 +29,8 @@ from ..models.overrides import (
     has_open_scope,
     in_padding_trial,
 )
-from ..models.sites import Site
-from .taps import HookPoint, find_input, pick_output, replace_input, replace_output
+from ..models.sites import AnySite, Site
+from .hook_points import HookPoint
 from .tracking import arguments_by_name
 
 ELSEWHERE = (
@@ -36,6 +40,9 @@ ELSEWHERE = (
     "asyncio.to_thread does and "
     "threading.Thread(target=contextvars.copy_context().run, args=(model.generate,))"
 )
+
+
+HIDDEN_STATES_KEYWORDS = ("hidden_states", "input", "x")
 
 
 @runtime_checkable
@@ -146,17 +153,20 @@ class HookDispatcher:
         if not self.acts_here() or self._is_inside_forward(module):
             return False
         if not self.strategy.accepts_forward():
-            if self.scope.attached:
-                raise Unsupported(
-                    "the model is called while a generate of the same block runs, and the call is "
-                    "no step of it: call it after the generate, or give the generate a block of "
-                    "its own"
-                )
-            if self._unrelated is None:
-                self._unrelated = module
+            self._note_unrelated(module)
             return False
         self._unrelated = None
         return True
+
+    def _note_unrelated(self, module: nn.Module) -> None:
+        """Notes a call of the model in which the hooks do not act, because a `generate` runs."""
+        if self.scope.attached:
+            raise Unsupported(
+                "the model is called while a generate of the same block runs, and the call is no "
+                "step of it: call it after the generate, or give the generate a block of its own"
+            )
+        if self._unrelated is None:
+            self._unrelated = module
 
     def _is_inside_forward(self, module: nn.Module) -> bool:
         """True if a hook's own function, or a wrapper whose forward has begun, calls the module."""
@@ -193,9 +203,9 @@ class HookDispatcher:
             return
         if self._forward_thread == get_ident() and not self.hook_thread:
             forward_pass = self._pass
+            assert forward_pass is not None
             self.clear_forward()
-            if forward_pass is not None:
-                self.strategy.end_forward(forward_pass, output)
+            self.strategy.end_forward(forward_pass, output)
 
     def clear_forward(self) -> None:
         """Notes that no forward runs. A forward that was interrupted does not come to its end."""
@@ -330,8 +340,10 @@ class HookDispatcher:
             return self._apply_to_whole(hook_point, module_input, tensor)
         site = hook_point.actions[0].site if hook_point.actions else Site("logits")
         sizes = full_sizes(self.lm.layout, site, self.lm.location(site))
+        location = hook_point.location
+        key = location.path, location.side, location.item
         apply = partial(self._apply_to_whole, hook_point, module_input)
-        return ranks.around(hook_point.key, tensor, sizes, apply)
+        return ranks.around(key, tensor, sizes, apply)
 
     def _apply_to_whole(
         self, hook_point: HookPoint, module_input: Tensor | None, tensor: Tensor
@@ -346,3 +358,99 @@ class HookDispatcher:
             )
         finally:
             self.hook_thread = 0
+
+
+# ---- the tensors of a module
+
+
+def find_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, where: str
+) -> tuple[Tensor, int | str]:
+    """Returns a tensor that a module was called with, and its index or keyword.
+
+    `where` names the module in the error message.
+    """
+    key = item
+    if item == 0 and not args:
+        key = next((name for name in HIDDEN_STATES_KEYWORDS if name in kwargs), 0)
+    tensor = _tensor_at(kwargs if isinstance(key, str) else args, key)
+    if tensor is None:
+        keywords = ", ".join(kwargs) or "none"
+        raise BadEdit(
+            f"{where} was given {len(args)} positional values and the keywords {keywords}, and "
+            f"{item!r} is no tensor among them: say which is meant, "
+            "hk.module(path, side='input', item=…)"
+        )
+    return tensor, key
+
+
+def replace_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, new: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a module with one of them replaced, by its index or keyword."""
+    if isinstance(key, str):
+        return args, kwargs | {key: new}
+    return (*args[:key], new, *args[key + 1 :]), kwargs
+
+
+def pick_output(output: Any, location: ModuleLocation) -> Tensor:
+    """Returns the tensor of a module's output, or one of several; `BadEdit` if it is no tensor."""
+    key = location.item
+    if key == "logits" and not location.path and isinstance(output, Tensor | tuple):
+        key = 0  # the model returns its logits alone, or as the first item of a tuple
+    if isinstance(output, Tensor):
+        tensor = output if key == 0 else None
+    else:
+        tensor = _tensor_at(output, key)
+    if tensor is None:
+        size = f" of {len(output)}" if isinstance(output, tuple | list) else ""
+        raise BadEdit(
+            f"{location.path or 'the model'} gives a {type(output).__name__}{size}, and item "
+            f"{location.item!r} of it is no tensor: say which is meant, hk.module(path, item=…)"
+        )
+    return tensor
+
+
+def _tensor_at(values: Any, key: int | str) -> Tensor | None:
+    """The tensor at an index or a name; None if no tensor is there."""
+    try:
+        value = values[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def replace_output(output: Any, item: int | str, new: Tensor) -> Any:
+    """Returns the same output with one tensor replaced; its type is the type of the output."""
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, tuple | list):
+        items = list(output)
+        items[item if isinstance(item, int) else 0] = new
+        make = getattr(output, "_make", type(output))  # `_make` is that of a named tuple
+        return make(items)
+    changed = copy.copy(output)  # a dict, or a ModelOutput, which is a dict that has indices too
+    key = item
+    if isinstance(item, int) and item not in output:
+        key = list(output)[item]
+    changed[key] = new
+    return changed
+
+
+def forward_of_site(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
+    """Returns the forward of the module that reads a site, as a function of the whole site.
+
+    This also holds where each process of a split model has a part of the module's weights.
+    """
+    location = lm.location(site)
+    forward, split = lm.submodule(location.path).forward, None
+    ranks = lm.ranks
+    if ranks is not None:
+        split = ranks.splits.get((location.path, location.side, location.item))
+    if ranks is None or split is None:
+        return forward
+
+    def forward_of_part(values: Tensor) -> Tensor:
+        return forward(ranks.part(values, replace(split, axis=values.ndim - 1)))
+
+    return forward_of_part

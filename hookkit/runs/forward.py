@@ -23,7 +23,7 @@ from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site
 from .manager import HookManager
 from .run import Run
-from .texts import Stop
+from .text_hooks import Stop
 
 LogitsOption: TypeAlias = Literal["all", "last", "none"]
 Logits: TypeAlias = LogitsOption | bool | None
@@ -88,9 +88,9 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     """
     option = read_logits_option(logits)
     refuse_two_texts(lm)
-    if option != "none" and lm.config is not None:
-        lm.location(Site("logits"))  # raises if the model has no logits
-    if option == "none" and not hooks:
+    if option != "none":
+        _check_logits(lm)
+    elif not hooks:
         raise EmptySelection(
             "the forward was asked for nothing: give it hooks, or logits='all' or 'last'"
         )
@@ -121,6 +121,12 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         output=output,
         _captures=manager.captures,
     )
+
+
+def _check_logits(lm: LM) -> None:
+    """Raises if a model of transformers has no logits."""
+    if lm.config is not None:
+        lm.location(Site("logits"))
 
 
 def _batch_of(lm: LM, prompts: Prompts, option: LogitsOption) -> Batch:
@@ -163,10 +169,8 @@ def _logits_of(output: Any, batch: Batch, option: LogitsOption) -> Captured:
         values, positions = select_columns(values, last), last[:, None]
     elif batch.padded:
         fill = ~batch.mask[..., None]
-        if values.requires_grad:
-            values = values.masked_fill(fill, 0)
-        else:
-            values = values.masked_fill_(fill, 0)
+        mask_values = values.masked_fill if values.requires_grad else values.masked_fill_
+        values = mask_values(fill, 0)
     prompts = tuple(range(len(batch.rows)))
     return Captured(Site("logits"), Where(), values, positions, prompts, batch.rows)
 

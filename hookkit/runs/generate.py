@@ -1,13 +1,21 @@
-"""hk.generate: transformers' generate, with hooks, a seed of its own and a record of every step."""
+"""hk.generate: transformers' generate, with hooks, a seed of its own and a record of every step.
+
+torch has one generator of random numbers for the whole process. Runs that draw take turns, so that
+the draws of one thread do not change those of another. Code that is not hookkit's does not wait.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from ..arguments import check_arguments, check_integer, check_seed, describe
 from ..errors import BadArgument, NeverFired, UnknownKeyword, Unsupported, did_you_mean
@@ -15,6 +23,7 @@ from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture, Captured, CaptureLast
 from ..models.lm import LM
 from ..models.model_setup import warn_of_dropout
+from ..models.overrides import PROGRESS
 from ..models.padding import check_generation
 from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
@@ -29,9 +38,9 @@ from .forward import (
 )
 from .generation import NEUTRAL
 from .manager import HookManager
-from .random_state import Draws
 from .run import Run
 from .trace import Trace, Tracer
+from .worker_thread import accelerator_type
 
 FROM_THE_PROMPTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
 COUNTS = {  # the arguments that are whole numbers, with the smallest value of each
@@ -89,14 +98,10 @@ def generate_with_tracer(
 ) -> Run:
     """`generate`, with a tracer that is called at each step."""
     refuse_two_texts(lm)
-    _check_names(lm, arguments)
-    if draws.seed is not None:
-        check_seed(draws.seed)
-    config = _effective_config(lm, arguments)
-    _check_effects(config.get_generation_mode().value, arguments)
+    config = _checked_config(lm, draws.seed, arguments)
+    draws.sampling = bool(config.do_sample)
     warn_of_dropout(lm.root)
     option = read_logits_option(logits)
-    draws.sampling = bool(config.do_sample)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     check_generation(
         lm,
@@ -105,11 +110,7 @@ def generate_with_tracer(
         width=batch.ids.shape[1],
         cache=config.cache_implementation,
     )
-    # the logits that chose each token, which the user does not see as a hook
-    kind = CaptureLast if option == "last" else Capture
-    observer = kind(Sites((Site("logits"),)), Where(step=EVERY_STEP))
-    observers = [] if option == "none" else [observer]
-    manager = HookManager(lm, hooks, observers=observers, tracer=tracer)
+    manager = HookManager(lm, hooks, observers=_observers(option), tracer=tracer)
     settings = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
     if draws.seed is not None:
         settings["seed"] = draws.seed
@@ -160,6 +161,14 @@ def _inputs(lm: LM, batch: Batch, config: Any, arguments: Mapping[str, Any]) -> 
     return inputs
 
 
+def _observers(option: LogitsOption) -> list[Hook]:
+    """A capture of the logits that chose each token, which the user does not see as a hook."""
+    if option == "none":
+        return []
+    kind = CaptureLast if option == "last" else Capture
+    return [kind(Sites((Site("logits"),)), Where(step=EVERY_STEP))]
+
+
 def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | None:
     if option == "none":
         return None
@@ -173,6 +182,20 @@ def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | N
 
 
 # ---- the arguments
+
+
+def _checked_config(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> Any:
+    """The generation configuration with the arguments in it; raises for those without effect."""
+    _check_names(lm, arguments)
+    if seed is not None:
+        check_seed(seed)
+    config = _effective_config(lm, arguments)
+    mode = config.get_generation_mode().value
+    if mode in ("greedy_search", "beam_search"):
+        _refuse_sampling_rules(arguments)
+    if mode == "greedy_search":
+        _refuse_beam_rules(arguments)
+    return config
 
 
 def _check_names(lm: LM, arguments: Mapping[str, Any]) -> None:
@@ -219,22 +242,21 @@ def _effective_config(lm: LM, arguments: Mapping[str, Any]) -> Any:
     return config
 
 
-def _check_effects(mode: str, arguments: Mapping[str, Any]) -> None:
-    """Raises for an argument that would have no effect on a generation of this mode."""
-    if mode not in ("greedy_search", "beam_search"):
-        return
+def _refuse_sampling_rules(arguments: Mapping[str, Any]) -> None:
     for name, neutral in NEUTRAL.items():
         if arguments.get(name) not in (None, neutral):
             raise BadArgument(
                 f"{name}={describe(arguments[name])} is a rule of sampling, and this generation "
                 f"takes the most likely token: say do_sample=True, or leave {name} out"
             )
-    if mode == "greedy_search":
-        for name in BEAM_RULES:
-            if arguments.get(name) is not None:
-                raise BadArgument(
-                    f"{name} is a rule of beam search, and num_beams is 1: leave {name} out"
-                )
+
+
+def _refuse_beam_rules(arguments: Mapping[str, Any]) -> None:
+    for name in BEAM_RULES:
+        if arguments.get(name) is not None:
+            raise BadArgument(
+                f"{name} is a rule of beam search, and num_beams is 1: leave {name} out"
+            )
 
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,3 +266,104 @@ def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         plain[name] = value if isinstance(value, plain_types) else type(value).__name__
     return plain
+
+
+# ---- random numbers
+
+_TURN = threading.RLock()
+PATIENCE = 20.0  # seconds without a forward in any thread after which waiting ends
+
+
+class Draws:
+    """A context in which draws start from a seed; afterwards torch's generators are as before.
+
+    Without a seed the draws are torch's own; `sampling` says whether there are any. All processes
+    that hold a split model draw the same.
+    """
+
+    def __init__(self, lm: LM, seed: int | None, *, sampling: bool = False) -> None:
+        self.lm, self.seed, self.sampling = lm, seed, sampling
+        self._turns = 0  # how often this object has acquired the lock
+        self._outer_states: Any = None  # of torch's generators outside the context
+
+    def __enter__(self) -> None:
+        seed = self.seed
+        if seed is None and self.lm.ranks is not None:
+            seed = self.lm.ranks.gather_values(int(torch.randint(2**62, ())))[0]
+        if seed is None and not self.sampling:
+            return
+        try:
+            self._take_turn()
+            if seed is not None:
+                self._outer_states = _generator_states()
+                torch.manual_seed(seed)
+        except BaseException:
+            self._end()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._end()
+        except BaseException:
+            self._end()  # Ctrl-C may have come in the midst of it
+            raise
+
+    def _end(self) -> None:
+        if self._outer_states is not None:
+            _set_generator_states(self._outer_states)
+            self._outer_states = None
+        self._give_turn()
+
+    @contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """A context inside this one in which others may draw; it does not change the next draw."""
+        turns, inner_states = self._turns, None
+        if self._outer_states is not None:
+            inner_states = _generator_states()
+            _set_generator_states(self._outer_states)
+        self._give_turn()
+        try:
+            yield
+        finally:
+            if turns:
+                self._take_turn()
+            if inner_states is not None:
+                self._outer_states = _generator_states()
+                _set_generator_states(inner_states)
+
+    def _take_turn(self) -> None:
+        forwards = -1
+        while not _TURN.acquire(timeout=PATIENCE):
+            if forwards == PROGRESS.forwards:
+                raise Unsupported(
+                    "another thread draws random numbers in a generate that does not go on: torch "
+                    "has one generator for all threads, so let one generate end before the next"
+                )
+            forwards = PROGRESS.forwards
+        self._turns += 1
+
+    def _give_turn(self) -> None:
+        while self._turns:
+            self._turns -= 1
+            _TURN.release()
+
+
+def _generator_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    kind = accelerator_type()
+    if kind == "cuda":
+        if torch.cuda.is_initialized():
+            states["cuda"] = torch.cuda.get_rng_state_all()
+    elif kind is not None:
+        states[kind] = torch.get_device_module(kind).get_rng_state()
+    return states
+
+
+def _set_generator_states(states: dict[str, Any]) -> None:
+    for kind, state in states.items():
+        if kind == "cpu":
+            torch.set_rng_state(state)
+        elif kind == "cuda":
+            torch.cuda.set_rng_state_all(state)
+        else:
+            torch.get_device_module(kind).set_rng_state(state)

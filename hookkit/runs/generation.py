@@ -72,19 +72,13 @@ def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     arguments = dict(kwargs)
     inputs = (*args, arguments.pop("inputs", None))[0]
     config_argument = _config_argument(args, kwargs)
-    arguments.pop("generation_config", None)
     _refuse_arguments(arguments)
     stopping_criteria = arguments.pop("stopping_criteria", None)
-    for name in PASSED_ON:
+    for name in ("generation_config", *PASSED_ON):
         arguments.pop(name, None)
     config, model_inputs = model._prepare_generation_config(config_argument, **arguments)
     _refuse_mode(config)
-    ids: Any = inputs if inputs is not None else model_inputs.get("input_ids")
-    embeds: Any = model_inputs.get("inputs_embeds")
-    if ids is None and embeds is None:
-        raise Unsupported("generate was called without input_ids: hookkit needs to know the prompt")
-    has_embeddings = embeds is not None and (ids is None or ids.shape[1] == 0)
-    prompt: Any = embeds if has_embeddings else ids
+    prompt, has_embeddings = _find_prompt(inputs, model_inputs)
     columns, lengths = _lay_out_rows(prompt, model_inputs.get("attention_mask"), config)
     width = prompt.shape[1]
     new_tokens = _max_new_tokens(model, config, config_argument, arguments, width)
@@ -92,18 +86,34 @@ def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return Generation(
         columns=columns,
         lengths=lengths,
-        prompt=partial(_read_prompt, None if has_embeddings else ids, columns, lengths),
+        prompt=partial(_read_prompt, None if has_embeddings else prompt, columns, lengths),
         width=width,
         max_width=width + new_tokens,
         eos=frozenset(eos),
         pad=next(iter([*_token_ids(config.pad_token_id), *eos]), None),
         beams=config.num_beams or 1,
         returned=config.num_return_sequences or 1,
-        other_stops=bool(stopping_criteria) or not (config.stop_strings is config.max_time is None),
+        other_stops=bool(stopping_criteria) or _may_stop_early(config),
         embeddings=has_embeddings,
         mode=config.get_generation_mode().value,
         rules=_rules_text(config),
     )
+
+
+def _may_stop_early(config: Any) -> bool:
+    """True if the configuration may end a row without an end token."""
+    return config.stop_strings is not None or config.max_time is not None
+
+
+def _find_prompt(inputs: Any, model_inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """The ids or the embeddings of the prompts; True if they are embeddings."""
+    ids = inputs if inputs is not None else model_inputs.get("input_ids")
+    embeddings = model_inputs.get("inputs_embeds")
+    if embeddings is not None and (ids is None or ids.shape[1] == 0):
+        return embeddings, True
+    if ids is None:
+        raise Unsupported("generate was called without input_ids: hookkit needs to know the prompt")
+    return ids, False
 
 
 def _config_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -294,15 +304,17 @@ class GenerationWatch:
         if self.last_step is None or self.previous_tokens is None:
             return []
         candidates, done = self.last_step
-        if not bool(done.any()):
-            return []
         if self.ended is not None and len(candidates) == len(self.previous_tokens):
             return (self.ended == candidates.shape[1]).nonzero().flatten().tolist()
         rows: set[int] = set()
-        for number in done.nonzero().flatten().tolist():
-            same = (self.previous_tokens == candidates[number, :-1]).all(dim=1)
-            rows.update(same.nonzero().flatten().tolist())
+        for candidate in candidates[done]:
+            rows.update(_rows_equal(self.previous_tokens, candidate[:-1]))
         return sorted(rows)
+
+
+def _rows_equal(tokens: Tensor, row: Tensor) -> list[int]:
+    """The rows of tokens [row, column] that are equal to one row."""
+    return (tokens == row.to(tokens.device)).all(dim=1).nonzero().flatten().tolist()
 
 
 @contextmanager
@@ -335,9 +347,7 @@ def end_of_rows(
 
     The last token of a row was chosen and never read, so its position does not count.
     """
-    prompts: list[int] = []
-    for prompt in range(len(text.lengths)):
-        prompts += [prompt] * generation.returned
+    prompts = [row // generation.returned for row in range(len(sequences))]
     ended = [0] * len(prompts)
     if watch.ended is not None and generation.beams == 1:
         ended = watch.ended.tolist()
@@ -380,13 +390,9 @@ def _ancestors(
         return [prompt * expand for prompt in prompts]  # all beams of a prompt are the same
     width = history.shape[1]
     ancestors = []
-    for row, prompt in enumerate(prompts):
-        first = prompt * expand
-        ancestor = -1
-        if width <= sequences.shape[1]:
-            beams = history[first : first + expand]
-            same = (beams == sequences[row, :width].to(beams.device)).all(dim=1).nonzero()
-            if len(same):
-                ancestor = first + int(same[0])
-        ancestors.append(ancestor)
+    for prompt, sequence in zip(prompts, sequences[:, :width], strict=True):
+        first, same = prompt * expand, []
+        if len(sequence) == width:
+            same = _rows_equal(history[first : first + expand], sequence)
+        ancestors.append(first + same[0] if same else -1)
     return ancestors

@@ -47,8 +47,9 @@ from ..models.overrides import (
 from ..models.prompts import Batch, as_batch
 from ..models.sites import AnySite, Sites
 from .dispatch import HookDispatcher, HookStrategy
-from .taps import HookPoint, build_hook_points, logits_hook_point
-from .texts import CaptureStore, Stop, TextHooks
+from .hook_points import HookPoint, build_hook_points
+from .run import CaptureStore
+from .text_hooks import Stop, TextHooks, logits_hook_point
 from .trace import Tracer
 
 REFERENCE_BATCH = 16  # prompts of a reference that run together

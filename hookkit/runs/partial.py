@@ -17,9 +17,9 @@ from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
-from .acting import apply_hook, forget, settle
+from .dispatch import find_input, replace_input
+from .hook_points import BoundHook, HookPoint, apply_hook, forget, in_order_of_registration, settle
 from .manager import ForwardBoundary, HookBlock
-from .taps import BoundHook, HookPoint, find_input, in_order_of_registration, replace_input
 
 Path: TypeAlias = tuple[Any, ...]
 """Where a value is among the arguments of a block: indices and keywords."""
@@ -156,21 +156,24 @@ class SharedForward:
     # ---- at the blocks
 
     def _change_blocks(self, hook_block: HookBlock) -> None:
-        growth, recorder = self.growth, self.recorder
+        growth = self.growth
         for number in range(self.lm.n_layers):
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
                 skip = partial(skip_block, growth.kinds[number])
                 hook_block.overrides.wrap_method(block, "forward", skip)
-            elif growth is not None or (recorder is not None and number in recorder.blocks):
+            elif growth is not None or self._records(number):
                 on_input = partial(self._on_block_input, number)
                 hook = ForwardBoundary(hook_block.dispatcher.if_in_forward, on_input)
                 hook_block.register_at_input(block, hook)
 
+    def _records(self, number: int) -> bool:
+        return self.recorder is not None and number in self.recorder.blocks
+
     def _on_block_input(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records the input of a block, and lets rows join there."""
         hidden, key = find_input(args, kwargs, 0, f"block {number}")
-        if self.recorder is not None and number in self.recorder.blocks:
+        if self.recorder is not None and self._records(number):
             self.recorder.states[number] = hidden[:, -self.recorder.width :].detach().clone()
         growth = self.growth
         if growth is None:
@@ -249,16 +252,10 @@ class SharedForward:
         for lane, bound_hooks in hooks_by_cell.get(hook_point, ()):
             if lane.stop > self.count:
                 continue  # it joins later, with a state in which these edits are done
-            part = new = self._rows_of(lane, hook_point, result)
-            input_part = None
+            part, input_part = self._rows_of(lane, hook_point, result), None
             if module_input is not None:
                 input_part = self._rows_of(lane, hook_point, module_input)
-            for bound_hook in bound_hooks:
-                try:
-                    _, new = apply_hook(bound_hook, hook_point, lane.call, new, input_part)
-                except Exception as error:
-                    error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, in a sweep")
-                    raise
+            new = _apply_in_cell(lane, bound_hooks, hook_point, part, input_part)
             if new is part:
                 continue
             if lane.stop - lane.start == self.count:
@@ -272,12 +269,13 @@ class SharedForward:
     def _rows_of(self, lane: CellRows, hook_point: HookPoint, tensor: Tensor) -> Tensor:
         if lane.stop - lane.start == self.count:
             return tensor  # no other cell is in the forward
-        if tensor.ndim and len(tensor) == self.count:
+        length, width = len(tensor) if tensor.ndim else 0, self.width
+        if length == self.count:
             return tensor[lane.start : lane.stop]
         is_flat = hook_point.location.flat or tensor.ndim == 2
-        if is_flat and tensor.ndim and len(tensor) == self.count * self.width:
-            return tensor[lane.start * self.width : lane.stop * self.width]
-        if tensor.ndim > 1 and len(tensor) == 1:
+        if is_flat and length == self.count * width:
+            return tensor[lane.start * width : lane.stop * width]
+        if length == 1 and tensor.ndim > 1:
             return tensor
         raise NotByRow(
             f"{hook_point.location.path} has a tensor {list(tensor.shape)}, and {self.count} "
@@ -289,6 +287,23 @@ class SharedForward:
         if tensor.shape[0] == 1 and self.count > 1:
             return tensor.expand(self.count, *tensor.shape[1:]).clone()
         return tensor.clone()
+
+
+def _apply_in_cell(
+    lane: CellRows,
+    bound_hooks: list[BoundHook],
+    hook_point: HookPoint,
+    tensor: Tensor,
+    module_input: Tensor | None,
+) -> Tensor:
+    """Returns the rows of a cell after its hooks."""
+    for bound_hook in bound_hooks:
+        try:
+            _, tensor = apply_hook(bound_hook, hook_point, lane.call, tensor, module_input)
+        except Exception as error:
+            error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, in a sweep")
+            raise
+    return tensor
 
 
 def skip_block(kind: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:

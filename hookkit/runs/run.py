@@ -1,11 +1,16 @@
-"""Run: the result of one `hk.forward` or one `hk.generate`."""
+"""Run: the result of one `hk.forward` or one `hk.generate`.
+
+`CaptureStore` holds the captures and the firings of the texts that run in a block. It raises for a
+hook that never fired, and gives the log.
+"""
 
 import copy
 import json
 import os
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..display import render_html
-from ..errors import NotCaptured, Unsupported
-from ..files.atomic import save_tensors
+from ..errors import NeverFired, NotCaptured, Unsupported
+from ..files.tensors import save_tensors
 from ..hooks.base import Hook
-from ..hooks.capture import Captured, Captures
+from ..hooks.capture import Capture
+from ..hooks.captured_values import (
+    Captured,
+    CapturedChunk,
+    Captures,
+    LazyCapture,
+    SequenceEnd,
+    join_chunks,
+    swap_head_and_query,
+)
+from ..models.batch_positions import Selection, SequenceBatch
+from ..models.layout import unseen_value
 from ..models.lm import LM
-from ..models.sites import AnySite, Sites
-from .texts import CaptureStore
+from ..models.positions import PositionRange
+from ..models.sites import AnySite, Site, Sites
+from .hook_points import BoundHook, Firing, one_per_selection
 from .trace import GenerationRecord
+
+LOG_COLUMNS = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,7 +68,7 @@ class Run:
     kept_logits: Captured | None
     settings: Mapping[str, Any]
     output: Any
-    _captures: CaptureStore | None
+    _captures: "CaptureStore | None"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     recorded: GenerationRecord | None = None
 
@@ -212,3 +231,233 @@ class Run:
         if self.kept_logits is not None:
             logits = f"logits {list(self.kept_logits.values.shape)}"
         return f"Run({rows} of up to {max(self.lengths)} tokens; {logits}; captured {self.sites})"
+
+
+class CaptureStore:
+    """The captures and firings of the bound hooks of one block, by text.
+
+    Owned by the manager of the block. It also owns the state in the bound hooks: their `pieces`
+    are those of the current text.
+    """
+
+    def __init__(self, bound_hooks: Sequence[BoundHook]) -> None:
+        self.bound_hooks = bound_hooks
+        self.current_text: SequenceBatch | None = None  # the text of the last forward
+        self.firings: list[Firing] = []
+        # of each text in the order in which the texts began: a list for each bound hook
+        self._chunks: dict[SequenceBatch, list[list[CapturedChunk]]] = {}
+        self._endings: dict[SequenceBatch, SequenceEnd] = {}  # of the texts that have ended
+        self._finished: dict[SequenceBatch, Captures] = {}
+        self._problem: str | None = None
+        for bound_hook in bound_hooks:
+            bound_hook.pieces, bound_hook.fired, bound_hook.last_pass = [], 0, None
+
+    def turn_to(self, text: SequenceBatch) -> None:
+        """Makes this text the one to which captures are added."""
+        if text is self.current_text:
+            return
+        self.current_text = text
+        if text not in self._chunks:
+            self._chunks[text] = [[] for _ in self.bound_hooks]
+        for bound_hook, chunks in zip(self.bound_hooks, self._chunks[text], strict=True):
+            bound_hook.pieces = chunks
+
+    def finish(self, text: SequenceBatch, ending: SequenceEnd) -> None:
+        """Ends a text. Its captures are joined when they are first asked for."""
+        if text not in self._chunks or text in self._finished:
+            return
+        self._endings[text] = ending
+        self._finished[text] = self._captures(text, ending)
+        if self._problem is None:
+            self._problem = _unreached_message(self.bound_hooks, text, ending)
+        if text is self.current_text:
+            self._leave_text()
+
+    def finish_all(self) -> None:
+        """Ends each text that no `generate` has ended."""
+        for text in list(self._chunks):
+            self.finish(text, _plain_ending(text))
+
+    def forget(self, text: SequenceBatch) -> None:
+        """Drops a text that was interrupted."""
+        self._chunks.pop(text, None)
+        self._leave_text()
+
+    def _leave_text(self) -> None:
+        self.current_text = None
+        for bound_hook in self.bound_hooks:
+            bound_hook.pieces = []
+
+    def texts(self) -> list[Captures]:
+        """Returns the captures of the user's hooks by text; open texts as if they ended now."""
+        texts = []
+        for text in self._chunks:
+            if text in self._finished:
+                texts.append(self._finished[text])
+            elif not text.generating:
+                texts.append(self._captures(text, _plain_ending(text)))
+        return texts
+
+    def observed(self) -> Captures:
+        """Returns the captures of the observers in the first text, after its end."""
+        text = next(iter(self._chunks))
+        return self._captures(text, self._endings[text], observers=True)
+
+    def _captures(
+        self, text: SequenceBatch, ending: SequenceEnd, *, observers: bool = False
+    ) -> Captures:
+        slots, ended = [], []
+        for bound_hook, chunks in zip(self.bound_hooks, self._chunks[text], strict=True):
+            hook, site = bound_hook.hook, bound_hook.site
+            if not isinstance(hook, Capture) or bound_hook.observer is not observers:
+                continue
+            if any(_acts_before_end(chunk.cells, ending) for chunk in chunks):
+                join = partial(_join_chunks, hook, site, list(chunks), text, ending)
+                slots.append(LazyCapture(site, hook.name, join))
+            elif chunks:  # all that was captured is the padding of rows that had ended
+                ended.append(site)
+        return Captures(tuple(slots), tuple(dict.fromkeys(ended)))
+
+    def check_fired(self, forwards: int) -> None:
+        """Raises `NeverFired` for the first hook that did nothing, or not all that it was to do."""
+        fired: set[BoundHook] = set()  # before the end of some row
+        for bound_hook, _, selection, _, _ in self.firings:
+            if bound_hook not in fired and _acts_before_end(selection, self._ending(selection)):
+                fired.add(bound_hook)
+        for bound_hook in self.bound_hooks:
+            if bound_hook not in fired:
+                raise NeverFired(_never_fired_message(bound_hook, forwards))
+        if self._problem is not None:
+            raise NeverFired(self._problem)
+
+    def _ending(self, selection: Selection | None) -> SequenceEnd | None:
+        """How the text of a selection ended; None if it has not ended, or has no positions."""
+        return None if selection is None else self._endings.get(selection.text)
+
+    def log(self) -> pd.DataFrame:
+        """Returns one row for each hook, site, forward and row of the batch where a hook fired.
+
+        Columns: hook (its number, in the order in which the hooks were passed), do, site, forward,
+        row, positions ("0-14"), numbers (how many the hook read or wrote) and changed (how many of
+        those an edit changed; 0 for a capture). Observers are left out.
+        """
+        table: list[list[object]] = []
+        for firing in self.firings:
+            bound_hook, forward, selection, _, _ = firing
+            if not bound_hook.observer:
+                subject = [bound_hook.number, str(bound_hook.hook), str(bound_hook.site), forward]
+                for facts in _log_of_rows(firing, self._ending(selection)):
+                    table.append([*subject, *facts])
+        return pd.DataFrame(table, columns=LOG_COLUMNS)
+
+
+def _log_of_rows(firing: Firing, ending: SequenceEnd | None) -> Iterator[tuple[int, str, int, int]]:
+    """The last four columns of the log: row, positions, numbers and changed."""
+    _, _, selection, shape, changed = firing
+    if selection is None:
+        yield -1, "", shape.numel(), 0 if changed is None else int(changed)
+        return
+    counts = [[0]] * len(selection.rows) if changed is None else changed.tolist()
+    rows = zip(selection.rows, selection.prompts, selection.row_positions, counts, strict=True)
+    for row, prompt, all_positions, row_counts in rows:
+        positions = _before_end(all_positions, row, ending)
+        if positions:
+            count = len(positions)
+            yield prompt, _positions_text(positions), count * shape.numel(), sum(row_counts[:count])
+
+
+def _plain_ending(text: SequenceBatch) -> SequenceEnd:
+    return SequenceEnd(range(len(text.lengths) * text.expand))
+
+
+def _join_chunks(
+    hook: Capture,
+    site: AnySite,
+    chunks: list[CapturedChunk],
+    text: SequenceBatch,
+    ending: SequenceEnd,
+) -> Captured:
+    first = chunks[0]
+    if first.cells is None:
+        return Captured(site, hook.where, first.values, None, (), (), hook.name)
+    is_scores = isinstance(site, Site) and site.name == "scores"
+    fill = unseen_value(first.values.dtype, is_scores)
+    values, positions, final_rows = join_chunks(chunks, ending, fill)
+    values = swap_head_and_query(site, values) if first.leaf is None else first.leaf
+    rows_per_prompt = text.expand if ending.limits is None else 1
+    rows = tuple(ending.prompts[row] // rows_per_prompt for row in final_rows)
+    prompts = tuple(map(text.prompt, rows))
+    return Captured(site, hook.where, values, positions, rows, prompts, hook.name)
+
+
+def _before_end(positions: PositionRange, row: int, ending: SequenceEnd | None) -> PositionRange:
+    """The positions before the end of a model row.
+
+    A row that has ended is given padding while the other rows continue.
+    """
+    limit = None if ending is None else ending.limit(row)
+    if limit is None:
+        return positions
+    return positions[: bisect_left(positions, limit)]
+
+
+def _acts_before_end(selection: Selection | None, ending: SequenceEnd | None) -> bool:
+    if selection is None or ending is None or ending.limits is None:
+        return True
+    rows = zip(selection.row_positions, selection.rows, strict=True)
+    return any(_before_end(positions, row, ending) for positions, row in rows)
+
+
+def _positions_text(positions: PositionRange) -> str:
+    """Positions as text: "3", "0-14", "2,5,7"."""
+    if len(positions) > 1 and positions[-1] - positions[0] == len(positions) - 1:
+        return f"{positions[0]}-{positions[-1]}"
+    return ",".join(map(str, positions))
+
+
+# ---- hooks that did not fire
+
+
+def _unreached_message(
+    bound_hooks: Iterable[BoundHook], text: SequenceBatch, ending: SequenceEnd
+) -> str | None:
+    """The message for the first position of a hook that the text did not reach; None if none."""
+    for bound_hook in one_per_selection(bound_hooks):
+        positions_by_prompt = text.selected_positions(bound_hook.where)
+        for number, row in enumerate(ending.prompts):
+            if ending.limits is None:
+                positions = positions_by_prompt[row // text.expand]
+                reached = text.reached(row, head=bound_hook.head)
+            else:
+                positions = positions_by_prompt[row]
+                reached = range(ending.limits[number])
+            if isinstance(positions, tuple) and positions[-1] not in reached:
+                return (
+                    f"{bound_hook.hook} at {bound_hook.site} means position {positions[-1]} of row "
+                    f"{row}, and the text ended before it came there (positions "
+                    f"{first_to_last(reached)})"
+                )
+    return None
+
+
+def first_to_last(positions: range) -> str:
+    """Returns positions as text for a message."""
+    return f"{positions[0]} to {positions[-1]}" if positions else "none"
+
+
+def _never_fired_message(bound_hook: BoundHook, forwards: int) -> str:
+    subject = f"{bound_hook.hook} never fired at {bound_hook.site}"
+    if not forwards:
+        return f"{subject}: no forward of the model ran inside the block"
+    ran = "1 forward ran" if forwards == 1 else f"{forwards} forwards ran"
+    if bound_hook.fired:
+        return (
+            f"{subject} before a row's end, though {ran}: the rows that it means had ended before "
+            "they came to its positions or steps. Look at run.log, and at the lengths of the rows; "
+            "leave those rows out with rows="
+        )
+    return (
+        f"{subject}, though {ran}: either its positions, rows or steps did not come, or the model "
+        "never calls this module (some are bypassed by fused code). Look at run.log, and at "
+        "lm.describe() for the sites"
+    )

@@ -64,7 +64,7 @@ class PositionTracker:
         if self.two_texts:
             arguments = {"input_ids": _first_tensor(arguments.values())}
         rows, width = _rows_and_width(arguments)
-        cache = None if self.two_texts else cache_in(arguments)
+        cache = cache_in(arguments)
         past = columns_in(cache, self.caches.text_of(cache))
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         text = self._text_of(_ForwardArguments(ids, mask, cache, past, rows, width))
@@ -72,8 +72,7 @@ class PositionTracker:
         self.text = text
         if is_new_text:
             text.begun, text.start, text.n_read = True, past, past
-        if cache is not None:
-            self.caches.note(cache, text, past)
+        self.caches.note(cache, text, past)
         head = self._head(arguments.get("logits_to_keep", 0), width)
         if text.head is None and head:
             text.head = past + head.start
@@ -86,11 +85,9 @@ class PositionTracker:
 
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
         """Notes the cache that a forward returned, from which a later one may go on."""
-        if self.two_texts or not forward_pass.text.begun:
-            return
-        cache = cache_of(output)
-        if cache is not None:
-            self.caches.note(cache, forward_pass.text, forward_pass.past + forward_pass.width)
+        text = forward_pass.text
+        if text.begun and not text.final and not self.two_texts:
+            self.caches.note(cache_of(output), text, forward_pass.past + forward_pass.width)
 
     def expect(self, batch: Batch) -> None:
         """Sets the prompts of the next forward. No later forward goes on from it."""
@@ -115,10 +112,9 @@ class PositionTracker:
         if not self.takes_logits_to_keep:
             return range(width)
         if isinstance(logits_to_keep, int):
-            first = max(0, width - logits_to_keep) if logits_to_keep else 0
-            return range(first, width)
+            return range(width)[-logits_to_keep:]
         indices = torch.as_tensor(logits_to_keep)
-        columns = [int(index) % width for index in indices.flatten()]
+        columns = (indices.flatten() % width).tolist()
         if indices.ndim != 1 or columns != list(range(columns[0], columns[0] + len(columns))):
             raise Unsupported(
                 "logits_to_keep chooses scattered positions: give a number of last positions, or a "
@@ -130,24 +126,28 @@ class PositionTracker:
 
     def _text_of(self, call: _ForwardArguments) -> SequenceBatch:
         if self.generation is not None:
-            text = self.text
-            assert text is not None
-            text.expand = call.rows // len(text.lengths)
-            if call.past and not text.begun:
-                self._note_source(text, self._source_of(call), call.rows)
-            return text
+            return self._generated_text(call)
         if self.expected is not None:
             text, self.expected = self.expected, None
             return text
         if not call.past:
             return self._new_text(call)
         source = self._source_of(call)
-        if source is not None and not source.generating and call.rows == len(source.lengths):
+        text = None
+        if source is not None:
             text = self._continued_text(call, source)
-            if text is not None:
-                return text
-        text = self._new_text(call)
-        self._note_source(text, source, call.rows)
+        if text is None:
+            text = self._new_text(call)
+            _note_source(text, source, call.rows)
+        return text
+
+    def _generated_text(self, call: _ForwardArguments) -> SequenceBatch:
+        """The text of the `generate` that runs."""
+        text = self.text
+        assert text is not None
+        text.expand = call.rows // len(text.lengths)
+        if call.past and not text.begun:
+            _note_source(text, self._source_of(call), call.rows)
         return text
 
     def _source_of(self, call: _ForwardArguments) -> SequenceBatch | None:
@@ -170,7 +170,12 @@ class PositionTracker:
     def _continued_text(
         self, call: _ForwardArguments, source: SequenceBatch
     ) -> SequenceBatch | None:
-        """The text of a forward in a decoding loop; None if its cache ends inside the prompts."""
+        """The text of a forward in a decoding loop; None if the forward begins another text.
+
+        That is so if it has other rows, or if its cache ends inside the prompts.
+        """
+        if source.generating or call.rows != len(source.lengths):
+            return None
         if self.caches.text_of(call.cache) is not None:
             if not self.caches.unchanged(call.cache, source, call.past):
                 raise Unsupported(
@@ -181,9 +186,9 @@ class PositionTracker:
             if source.n_read == call.past:
                 _check_open_ends(source)
                 return source
-        for row, length in enumerate(source.lengths):
-            if source.columns[row][length - 1] >= call.past:
-                return None
+        prompts = zip(source.columns, source.lengths, strict=True)
+        if any(columns[length - 1] >= call.past for columns, length in prompts):
+            return None
         _check_open_ends(source)
         # the same prompts once more, from a cache that was cut off, or copied
         return SequenceBatch(
@@ -195,15 +200,6 @@ class PositionTracker:
             before_rows=range(len(source.lengths)),
         )
 
-    def _note_source(self, text: SequenceBatch, source: SequenceBatch | None, rows: int) -> None:
-        """Notes with which text's cache a text begins, if its rows are the rows of that text."""
-        if source is None or source.expand > 1 or source.beams > 1 or text.expand > 1:
-            return
-        if len(source.lengths) == rows:
-            text.before, text.before_rows = source, range(rows)
-        elif len(source.lengths) == 1:
-            text.before, text.before_rows = source, [0] * rows
-
     def _new_text(self, call: _ForwardArguments) -> SequenceBatch:
         """A text whose rows are laid out by the mask of its first forward."""
         rows, past, ids, mask = call.rows, call.past, call.ids, call.mask
@@ -211,7 +207,7 @@ class PositionTracker:
         if mask is None:
             lengths = [end] * rows
             columns: list[Columns] = [range(NO_END)] * rows
-        elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (rows, end):
+        elif isinstance(mask, Tensor) and mask.shape == (rows, end):
             columns, lengths = columns_of_mask(mask.bool(), generating=False)
         else:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -231,16 +227,23 @@ class PositionTracker:
         return SequenceBatch(columns, lengths, prompt, self.find)
 
 
+def _note_source(text: SequenceBatch, source: SequenceBatch | None, rows: int) -> None:
+    """Notes with which text's cache a text begins, if its rows are the rows of that text."""
+    if source is None or source.expand > 1 or source.beams > 1 or text.expand > 1:
+        return
+    if len(source.lengths) == rows:
+        text.before, text.before_rows = source, range(rows)
+    elif len(source.lengths) == 1:
+        text.before, text.before_rows = source, [0] * rows
+
+
 def _first_tensor(values: Iterable[Any]) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def _rows_and_width(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    tensor = arguments.get("input_ids")
-    if tensor is None:
-        tensor = arguments.get("inputs_embeds")
-    if not isinstance(tensor, Tensor):
-        tensor = _first_tensor(arguments.values())
+    named = (arguments.get("input_ids"), arguments.get("inputs_embeds"))
+    tensor = _first_tensor((*named, *arguments.values()))
     if tensor is None or tensor.ndim == 0:
         raise Unsupported("a forward was given no tensor, so its rows and positions are unknown")
     if tensor.ndim == 1:
@@ -250,14 +253,10 @@ def _rows_and_width(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 def _check_open_ends(text: SequenceBatch) -> None:
     """Raises `Unsupported` if a row of a text ends in padding, so that no forward can go on."""
-    if text.generating:
-        return
-    for columns in text.columns:
-        if not isinstance(columns, range) or columns.stop != NO_END:
-            raise Unsupported(
-                "this forward goes on after rows that end in padding: pad on the left to decode a "
-                "batch"
-            )
+    if any(not isinstance(columns, range) or columns.stop != NO_END for columns in text.columns):
+        raise Unsupported(
+            "this forward goes on after rows that end in padding: pad on the left to decode a batch"
+        )
 
 
 def arguments_by_name(
@@ -294,7 +293,7 @@ class Caches:
         self._fingerprints: dict[tuple[SequenceBatch, int], Tensor] = {}
 
     def note(self, cache: Any, text: SequenceBatch, columns: int) -> None:
-        """Notes that a cache has this many columns of a text."""
+        """Notes that a cache, if there is one, has this many columns of a text."""
         identity = _identity(cache)
         if identity is None:
             return
@@ -332,24 +331,17 @@ class Caches:
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
     """Returns the cache among the arguments of a forward; None if there is none."""
-    for name in ARGUMENT_NAMES:
-        cache = arguments.get(name)
-        if cache is not None:
-            return cache
-    return None
+    caches = map(arguments.get, ARGUMENT_NAMES)
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def cache_of(output: Any) -> Any:
     """Returns the cache in the output of a forward; None if there is none."""
-    for name in ARGUMENT_NAMES:
-        cache = getattr(output, name, None)
-        if cache is not None:
-            return cache
-    if isinstance(output, tuple):
-        for item in output:
-            if _is_cache(item):
-                return item
-    return None
+    caches = (getattr(output, name, None) for name in ARGUMENT_NAMES)
+    cache = next((cache for cache in caches if cache is not None), None)
+    if cache is None and isinstance(output, tuple):
+        cache = next(filter(_is_cache, output), None)
+    return cache
 
 
 def columns_in(cache: Any, entry: tuple[SequenceBatch, int] | None) -> int:
@@ -359,19 +351,13 @@ def columns_in(cache: Any, entry: tuple[SequenceBatch, int] | None) -> int:
     """
     if cache is None:
         return 0
+    columns = None
     if hasattr(cache, "get_seq_length"):
-        try:
-            return int(cache.get_seq_length())
-        except ValueError:  # a state-space model's cache does not count
-            if not cache.has_previous_state():
-                return 0
+        columns = _columns_by_itself(cache)
     elif entry is None:
-        tensors = list(_tensors(cache))
-        if not tensors:
-            return 0
-        lengths = {tensor.shape[-2] for tensor in tensors if tensor.ndim == 4}
-        if len(lengths) == 1 and all(tensor.ndim == 4 for tensor in tensors):
-            return lengths.pop()
+        columns = _columns_of_tensors(cache)
+    if columns is not None:
+        return columns
     if entry is None:
         raise Unsupported(
             f"this forward goes on from a {type(cache).__name__} that no forward of the block has "
@@ -381,15 +367,34 @@ def columns_in(cache: Any, entry: tuple[SequenceBatch, int] | None) -> int:
     return entry[1]
 
 
+def _columns_by_itself(cache: Any) -> int | None:
+    """The columns that a cache says it has; None if it has some and does not count them."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # a state-space model's cache does not count
+        return None if cache.has_previous_state() else 0
+
+
+def _columns_of_tensors(cache: Any) -> int | None:
+    """The columns that the tensors of a cache have; None if they are not all keys and values."""
+    tensors = list(_tensors(cache))
+    if not tensors:
+        return 0
+    if any(tensor.ndim != 4 for tensor in tensors):
+        return None
+    lengths = {tensor.shape[-2] for tensor in tensors}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
 def _is_cache(item: Any) -> bool:
     if hasattr(item, "get_seq_length"):
         return True
     if not isinstance(item, tuple | list) or not item:
         return False
-    for layer in item:
-        if not isinstance(layer, tuple | list) or next(_tensors(layer), None) is None:
-            return False
-    return True
+    return all(
+        isinstance(layer, tuple | list) and next(_tensors(layer), None) is not None
+        for layer in item
+    )
 
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
@@ -401,7 +406,10 @@ def _tensors(cache: Any) -> Iterator[Tensor]:
 
 
 def _identity(cache: Any) -> Any:
-    if cache is None or isinstance(cache, tuple | list):
+    """The object by which a cache is recognised; None if there is no cache, or no such object."""
+    if cache is None:
+        return None
+    if isinstance(cache, tuple | list):
         return next(_tensors(cache), None)
     try:
         weakref.ref(cache)
@@ -415,18 +423,22 @@ def _fingerprint(cache: Any, columns: int) -> Tensor | None:
     layers = getattr(cache, "layers", None)
     if layers is None:
         tensors = [tensor for tensor in _tensors(cache) if tensor.ndim == 4]
-        if not tensors:
-            return None
-        return tensors[-1][..., -1, :].detach().clone()
-    for layer in reversed(layers):
-        for name in LAYER_TENSORS:
-            values = getattr(layer, name, None)
-            if not isinstance(values, Tensor) or values.ndim < 3 or not values.numel():
-                continue
-            if name != "keys":
-                return values.detach().clone()
-            last = columns - 1 if columns <= values.shape[-2] else -1
-            return values[..., last, :].detach().clone()
+        values = tensors[-1][..., -1, :] if tensors else None
+    else:
+        states = (_last_state(layer, columns) for layer in reversed(layers))
+        values = next((state for state in states if state is not None), None)
+    return None if values is None else values.detach().clone()
+
+
+def _last_state(layer: Any, columns: int) -> Tensor | None:
+    """A layer's keys at the last column, or the state of a layer without keys; None if empty."""
+    for name in LAYER_TENSORS:
+        values = getattr(layer, name, None)
+        if not isinstance(values, Tensor) or values.ndim < 3 or not values.numel():
+            continue
+        if name != "keys":
+            return values
+        return values[..., columns - 1 if columns <= values.shape[-2] else -1, :]
     return None
 
 

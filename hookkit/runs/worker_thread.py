@@ -147,12 +147,7 @@ def state_of_torch() -> list[Callable[[], AbstractContextManager[Any]]]:
         contexts.append(partial(_entered, TorchFunctionMode, mode))
     contexts.append(partial(torch.inference_mode, torch.is_inference_mode_enabled()))
     contexts.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-    devices = ["cpu"]
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            devices.append(accelerator.type)
-    for device in devices:
+    for device in filter(None, ("cpu", accelerator_type())):
         autocast = partial(
             torch.autocast,
             device,
@@ -165,6 +160,14 @@ def state_of_torch() -> list[Callable[[], AbstractContextManager[Any]]]:
         contexts.append(partial(torch.cuda.device, torch.cuda.current_device()))
         contexts.append(partial(torch.cuda.stream, torch.cuda.current_stream()))
     return contexts
+
+
+def accelerator_type() -> str | None:
+    """Returns the type of this machine's accelerator, such as "cuda"; None if it has none."""
+    if not torch.accelerator.is_available():
+        return None
+    accelerator = torch.accelerator.current_accelerator()
+    return None if accelerator is None else accelerator.type
 
 
 @contextmanager

@@ -29,9 +29,9 @@ from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import AnySite, Site
+from ..runs.hook_points import BoundHook, HookPoint, Reference, build_hook_points
 from ..runs.manager import capture_reference
-from ..runs.taps import BoundHook, HookPoint, Reference, build_hook_points, check_positions
-from .forwards import bound_hooks_of
+from ..runs.text_hooks import check_positions
 from .inputs import SweepInputs
 
 Grid: TypeAlias = Mapping[str, Iterable[Any]]

@@ -19,11 +19,12 @@ from ..hooks.base import Hook
 from ..hooks.edits import steer
 from ..models.lm import LM
 from ..models.sites import ModuleSite, Site
+from ..runs.dispatch import HIDDEN_STATES_KEYWORDS
 from ..runs.forward import forward
+from ..runs.hook_points import build_hook_points
 from ..runs.manager import HookBlock
 from ..runs.partial import Path, SharedForward
-from ..runs.taps import HIDDEN_STATES_KEYWORDS, build_hook_points
-from .forwards import INPUT, CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
+from .forwards import CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
 from .inputs import SweepInputs
 
 LENGTHS = (5, 3, 4)  # of the trial's prompts, in tokens

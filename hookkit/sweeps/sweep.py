@@ -32,10 +32,11 @@ from ..models.model_setup import user_stacklevel, warn_of_dropout
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import ModuleSite
 from ..runs.engines.ray import EngineLike, Ray, read_engine
+from ..runs.hook_points import BoundHook, HookPoint
 from ..runs.manager import find_user_hooks
 from ..runs.run import Run
-from ..runs.taps import BoundHook, HookPoint
-from ..tables.metrics.metric import MetricLike, as_metrics, column_names, logits_at
+from ..tables.metrics.metric import MetricLike, as_metrics, column_names
+from .cell_metrics import UNEDITED, metric_columns, target_values, verify_cells
 from .cells import (
     RESERVED,
     Cell,

@@ -31,8 +31,7 @@ from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import Site, Sites
 from ..models.tokens import Token, check_tokens
-from ..runs.generate import generate, generate_with_tracer
-from ..runs.random_state import Draws
+from ..runs.generate import Draws, generate, generate_with_tracer
 from ..runs.run import Run
 from ..runs.trace import Trace, Tracer
 from .distributions import Distribution

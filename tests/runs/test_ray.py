@@ -21,7 +21,7 @@ from conftest import tiny
 
 import hookkit as hk
 from hookkit.errors import ActorLost, BadHook, OtherModel, Unsupported
-from hookkit.runs.engines import transport as travelling
+from hookkit.runs.engines import actors as travelling
 from hookkit.runs.engines.actors import Crew, Member, Step, Task
 
 ray = pytest.importorskip("ray")

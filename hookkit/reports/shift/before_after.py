@@ -28,10 +28,10 @@ from ...models.prompts import Row
 from ...models.sites import Site
 from ...runs.forward import forward
 from ...runs.generate import generate
+from ...runs.hook_points import build_hook_points
 from ...runs.manager import capture_reference
 from ...runs.partial import skip_block
 from ...runs.run import Run
-from ...runs.taps import build_hook_points
 from ...sweeps.shortcuts import shortcuts
 from ...tables import rank_tables
 from ...tables.counterfactuals import first_difference

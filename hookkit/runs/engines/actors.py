@@ -3,32 +3,41 @@
 The actors of a `Crew` hold the model each. Ray places the actors, sends them the model and the
 units, and says which have died. This file adds an order: results are taken in the order of the
 steps, as in one process, so that all that is written is the same, byte for byte. Ray Data cannot be
-used here: it has no source that reads a Python iterator as it goes (it takes in a whole iterator,
-or has tasks that read files), while a harvest's texts are read once, here, and no further ahead
-than is computed; nor does it know bfloat16.
+used here: it has no source that reads a Python iterator as it goes, while a harvest's texts are
+read once, here, and no further ahead than is computed; nor does it know bfloat16.
 
 Up to `AHEAD` units for each actor are in flight, or wait for an earlier one. If an actor dies,
 another one computes its unit from the beginning, with the same result. Each result is taken once.
+
+The model itself is sent, not its name, with all changes after loading: an actor needs neither a Hub
+nor the folders of this machine. The numbers of the weights are sent beside the bytes, each storage
+once. Ray keeps them in shared memory, and the actors of a node compute with that memory, without a
+copy. Work is pickled without the model. It names the model's modules by their paths, and so finds
+them in the actor's model.
 """
 
+import io
 import pickle
 import sys
 import traceback
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 
-from ...errors import ActorLost
+from ...errors import ActorLost, OtherModel, Unsupported
 from ...models.lm import LM
+from ...models.provenance import weights_hash
 from .ray import Ray, actors_of, joined, room
-from .transport import Packed, pack_model, pack_result, pack_work, unpack, unpack_model
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
 CHECK_INTERVAL = 10  # seconds between checks whether a node with room is left
+THE_LM = "lm:"  # the name of the LM, among names that are paths of modules
 LOSSES = 5  # how often actors may die at one unit, or in a row before they were ready
 
 
@@ -67,6 +76,19 @@ def run_steps(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
 
 
 # ---- in the process of an actor
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A value as bytes, with the storages of its tensors beside them.
+
+    A storage that is `shared` is only read, never written to.
+    """
+
+    data: bytes
+    storages: Sequence[np.ndarray]
+    devices: Sequence[str]
+    shared: Sequence[bool]
 
 
 class Actor:
@@ -177,6 +199,8 @@ class Crew:
     work: Work
     members: list[Member] = field(default_factory=list)
     count: int = 1
+    _queue: deque[Task] = field(default_factory=deque)  # in the order of the steps
+    _waiting: deque[Task] = field(default_factory=deque)  # those that no actor has
     _stack: ExitStack = field(default_factory=ExitStack)
     _packed: Any = None  # the model and the work, in Ray's store
     # by Ray's reference: the tasks that are computed, None for an actor that starts
@@ -194,55 +218,58 @@ class Crew:
 
         What was computed before an error is taken first, as if all had run in this process.
         """
-        queue: deque[Task] = deque()  # in the order of the steps
-        waiting: deque[Task] = deque()  # those that no actor has
-        has_next, error = True, None
-        while has_next or queue:
-            while has_next and self._has_capacity(queue):
-                try:
-                    step = next(steps, None)
-                except Exception as raised:  # noqa: BLE001  it is raised after the steps before it
-                    step, error = None, raised
-                if step is None:
-                    has_next = False
-                    break
-                task = Task(step, done=step.unit is None)
-                queue.append(task)
-                if step.unit is not None:
-                    waiting.append(task)
-                self._assign(waiting)
-                self._take_results(queue)
-            if queue:
-                lost_task = self._wait_for_actor()
-                if lost_task is not None:
-                    waiting.appendleft(lost_task)
-                self._assign(waiting)
-                self._take_results(queue)
+        error: Exception | None = None
+        while True:
+            while not self._has_capacity():
+                self._wait_for_results()
+            try:
+                step = next(steps, None)
+            except Exception as raised:  # noqa: BLE001  it is raised after the steps before it
+                step, error = None, raised
+            if step is None:
+                break
+            task = Task(step, done=step.unit is None)
+            self._queue.append(task)
+            if not task.done:
+                self._waiting.append(task)
+            self._assign()
+            self._take_results()
+        while self._queue:
+            self._wait_for_results()
         if error is not None:
             raise error
 
-    def _has_capacity(self, queue: deque[Task]) -> bool:
-        units = sum(task.step.unit is not None for task in queue)
+    def _has_capacity(self) -> bool:
+        units = sum(task.step.unit is not None for task in self._queue)
         return units < AHEAD * self.count
 
-    def _take_results(self, queue: deque[Task]) -> None:
-        while queue and queue[0].done:
-            task = queue.popleft()
+    def _take_results(self) -> None:
+        while self._queue and self._queue[0].done:
+            task = self._queue.popleft()
             if isinstance(task.result, Failure):
                 raise task.result.to_error(task.step.unit) from None
             task.step.then(task.result)
 
-    def _assign(self, waiting: deque[Task]) -> None:
+    def _assign(self) -> None:
         """Gives tasks to the actors that are ready, those with the fewest tasks first."""
-        if waiting and self._packed is None:
+        if self._waiting and self._packed is None:
             self._start()
-        while waiting:
-            free = [member for member in self.members if member.ready and len(member.tasks) < AHEAD]
-            if not free:
+        ready = [member for member in self.members if member.ready]
+        while self._waiting and ready:
+            member = min(ready, key=lambda member: len(member.tasks))
+            if len(member.tasks) == AHEAD:
                 return
-            member, task = min(free, key=lambda member: len(member.tasks)), waiting.popleft()
+            task = self._waiting.popleft()
             member.tasks.append(task)
             self._in_flight[member.handle.compute.remote(task.step.unit)] = task, member
+
+    def _wait_for_results(self) -> None:
+        """Waits for an actor, gives it the next tasks, and takes the results that have come."""
+        lost_task = self._wait_for_actor()
+        if lost_task is not None:
+            self._waiting.appendleft(lost_task)
+        self._assign()
+        self._take_results()
 
     def _wait_for_actor(self) -> Task | None:
         """Waits for a result or a start; returns the task of an actor that has died."""
@@ -251,11 +278,7 @@ class Crew:
 
         done, _ = ray.wait([*self._in_flight], num_returns=1, timeout=CHECK_INTERVAL)
         if not done:
-            is_computing = any(task is not None for task, _ in self._in_flight.values())
-            if not is_computing and not room(self.engine):
-                raise ActorLost(
-                    "no node that is left has room for an actor: what was done before it is kept"
-                )
+            self._check_room()
             return None
         task, member = self._in_flight.pop(done[0])
         try:
@@ -267,11 +290,19 @@ class Crew:
             return task
         if task is not None:
             _finish(task, member, result)
-            return None
-        if isinstance(result, Failure):
+        elif isinstance(result, Failure):
             raise result.to_error("an actor's start") from None
-        member.ready, self._losses_at_start = True, 0
+        else:
+            member.ready, self._losses_at_start = True, 0
         return None
+
+    def _check_room(self) -> None:
+        """Raises `ActorLost` if nothing is computed and no actor can start."""
+        is_computing = any(task is not None for task, _ in self._in_flight.values())
+        if not is_computing and not room(self.engine):
+            raise ActorLost(
+                "no node that is left has room for an actor: what was done before it is kept"
+            )
 
     # ---- the actors
 
@@ -289,16 +320,14 @@ class Crew:
         import ray
 
         engine = self.engine
-        options: dict[str, Any] = {
-            "num_cpus": engine.cpus,
-            "num_gpus": engine.gpus,
-            "scheduling_strategy": "SPREAD",
-            "max_restarts": 0,
-            "max_task_retries": 0,
-        }
-        if engine.memory is not None:
-            options["memory"] = engine.memory
-        remote_actor: Any = ray.remote(**options)(Actor)
+        remote_actor: Any = ray.remote(
+            num_cpus=engine.cpus,
+            num_gpus=engine.gpus,
+            memory=engine.memory,  # pyright: ignore[reportArgumentType]
+            scheduling_strategy="SPREAD",
+            max_restarts=0,
+            max_task_retries=0,
+        )(Actor)
         precision = torch.get_float32_matmul_precision()
         member = Member(remote_actor.remote(engine.threads, precision, sys.path))
         self.members.append(member)
@@ -325,7 +354,7 @@ class Crew:
             subject, losses = f"the actors that computed {task.step.unit}", task.losses
         if not member.ready:
             self._losses_at_start += 1
-        if self._losses_at_start > LOSSES or losses > LOSSES:
+        if max(self._losses_at_start, losses) > LOSSES:
             reason = str(error).strip().splitlines()[0]
             raise ActorLost(
                 f"{subject} died {LOSSES + 1} times: is the memory enough? What was done before it "
@@ -361,3 +390,133 @@ def _finish(task: Task, member: Member, result: Any) -> None:
     task.result = result if isinstance(result, Failure) else unpack(result)
     task.done = True
     member.tasks.remove(task)
+
+
+# ---- models, work and results
+
+
+def pack_model(lm: LM) -> Packed:
+    """Returns the model with its tokenizer, its name and its row of the families' table."""
+    weights = frozenset(weight.untyped_storage().data_ptr() for weight in lm.model.parameters())
+    return _pack([lm.model, lm.tokenizer, lm.name, lm.row, weights_hash(lm)], {}, weights)
+
+
+def unpack_model(packed: Packed) -> LM:
+    """Returns the model in an actor; `OtherModel` if its weights are not those that were sent."""
+    model, tokenizer, name, row, sent_hash = unpack(packed)
+    lm = LM(model, tokenizer, name, row)
+    own_hash = weights_hash(lm)
+    if own_hash != sent_hash:
+        raise OtherModel(
+            f"the weights in the actor have the sha256 {own_hash}, and {sent_hash} was sent: "
+            "report this"
+        )
+    return lm
+
+
+def pack_work(work: Any, lm: LM) -> Packed:
+    """Returns work for a model, without the model."""
+    references = {id(module): path for path, module in lm.model.named_modules()}
+    return _pack(work, {**references, id(lm): THE_LM}, frozenset())
+
+
+def pack_result(value: Any) -> Packed:
+    """Returns the result of a unit; its tensors will be in Ray's shared memory."""
+    return _pack(value, {}, None)
+
+
+# ---- pickling
+
+
+def _pack(value: Any, references: Mapping[int, str], read_only: frozenset[int] | None) -> Packed:
+    """Pickles a value.
+
+    `references` has, by id, the paths of modules that are not sent; `read_only` the addresses of
+    storages that nothing writes to, None for all.
+    """
+    # cloudpickle sends the user's functions by their code
+    from ray.cloudpickle import CloudPickler  # pyright: ignore[reportAttributeAccessIssue]
+
+    storages = _Storages(read_only)
+
+    class Pickler(CloudPickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if id(obj) in references:
+                return references[id(obj)]
+            return storages.add(obj) if isinstance(obj, torch.TypedStorage) else None
+
+    file = io.BytesIO()
+    try:
+        Pickler(file, protocol=5).dump(value)
+    # what the pickle methods of torch, of Python and of the user's objects raise
+    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
+        raise Unsupported(
+            f"something in the model, a hook or a metric cannot go to an actor ({error}): a "
+            "function may use values and modules, and no open file, lock or connection"
+        ) from error
+    return Packed(file.getvalue(), storages.arrays, storages.devices, storages.shared)
+
+
+def unpack(packed: Packed, lm: LM | None = None) -> Any:
+    """Returns work, with the modules of this copy of the model, or the result of a unit.
+
+    The tensors of a result must not be written to.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Any:
+            if isinstance(pid, str):
+                assert lm is not None
+                return lm if pid == THE_LM else lm.model.get_submodule(pid)
+            number, dtype = pid
+            if number not in storages:
+                storages[number] = _storage(packed, number)
+            return torch.TypedStorage(wrap_storage=storages[number], dtype=dtype, _internal=True)
+
+    return Unpickler(io.BytesIO(packed.data)).load()
+
+
+def _storage(packed: Packed, number: int) -> torch.UntypedStorage:
+    array = packed.storages[number]
+    if len(array):
+        with warnings.catch_warnings():
+            # torch warns that the memory is read-only, which shared memory has to be
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch.from_numpy(array)
+    else:
+        tensor = torch.empty(0, dtype=torch.uint8)
+    device = packed.devices[number]
+    if device != "cpu":
+        return tensor.to(device).untyped_storage()
+    if not packed.shared[number]:
+        tensor = tensor.clone()
+    return tensor.untyped_storage()
+
+
+@dataclass(eq=False)
+class _Storages:
+    """The storages of the tensors in a value, each once. Owned by one call of `_pack`."""
+
+    read_only: frozenset[int] | None
+    arrays: list[np.ndarray] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
+    shared: list[bool] = field(default_factory=list)
+    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    # the storages are kept alive, so that no address is used twice
+    _added: list[torch.TypedStorage] = field(default_factory=list)
+
+    def add(self, storage: torch.TypedStorage) -> tuple[int, torch.dtype]:
+        """Adds a storage and returns its persistent id."""
+        untyped = storage._untyped_storage
+        key = untyped.data_ptr(), untyped.nbytes()
+        if key not in self._numbers or not untyped.nbytes():
+            self._numbers[key] = len(self.arrays)
+            numbers = torch.empty(0, dtype=torch.uint8, device=untyped.device)
+            numbers.set_(untyped)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            self.arrays.append(numbers.cpu().numpy())
+            self.devices.append(untyped.device.type)
+            is_shared = self.read_only is None or untyped.data_ptr() in self.read_only
+            self.shared.append(is_shared)
+            self._added.append(storage)
+        return self._numbers[key], storage.dtype

@@ -14,9 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
+import torch
+from torch import nn
+
 from ...errors import BadHook, MissingExtra, Unsupported
 from ...models.lm import LM
-from .transport import check_can_be_sent
+from ..manager import find_user_hooks
 
 ANY_CLUSTER = ("auto", "local")  # addresses that name no cluster in particular
 OLDEST_VERSION = (2, 59)  # the first version whose local cluster requires a token
@@ -93,8 +96,60 @@ def read_engine(engine: EngineLike, lm: LM) -> Ray | None:
             "this process"
         )
     check_installed()
-    check_can_be_sent(lm, engine.gpus)
+    _check_whole_model(lm)
+    _check_weights(lm, engine.gpus)
     return engine
+
+
+# ---- models that can be sent to an actor
+
+
+def _check_whole_model(lm: LM) -> None:
+    """Raises `Unsupported` for a model with hooks of the user's, or which is not all here."""
+    root, kind = lm.root, type(lm.root).__name__
+    hooked_paths = find_user_hooks(lm.model)
+    if hooked_paths:
+        raise Unsupported(
+            "the model carries hooks that are not hookkit's (on "
+            f"{hooked_paths[0] or 'the model'}), which cannot go with it to an actor: remove them, "
+            "or leave engine= out"
+        )
+    if lm.ranks is not None:
+        raise Unsupported(
+            f"this {kind} is held by {lm.ranks.count} processes together, and every actor holds a "
+            "whole model: load it without tp_plan, or leave engine= out"
+        )
+    is_offloaded = any(weight.is_meta for weight in root.parameters())
+    if is_offloaded or any(hasattr(module, "_hf_hook") for module in root.modules()):
+        raise Unsupported(
+            f"this {kind} is offloaded or spread by accelerate, and every actor holds a whole "
+            "model: load it without device_map, or leave engine= out"
+        )
+
+
+def _check_weights(lm: LM, gpus: float) -> None:
+    """Raises `Unsupported` for weights that cannot be sent to an actor with so many GPUs."""
+    kind, weights = type(lm.root).__name__, list(lm.root.parameters())
+    devices = {weight.device for weight in weights} or {torch.device("cpu")}
+    if len(devices) > 1:
+        raise Unsupported(
+            f"this {kind} is on several devices, and an actor's model is on one: leave engine= out"
+        )
+    if any("_orig_mod" in module._modules for module in lm.wrapping):
+        raise Unsupported(
+            "a compiled model does not travel: give the one that was compiled, or leave engine= out"
+        )
+    if set(map(type, weights)) - {nn.Parameter}:
+        raise Unsupported(
+            f"this {kind} has quantised weights, which do not travel: leave engine= out"
+        )
+    device_type = devices.pop().type
+    if (device_type == "cuda") != (gpus > 0):
+        device_name = "a GPU" if device_type == "cuda" else f"the {device_type}"
+        raise Unsupported(
+            f"the model is on {device_name}, and its actors have gpus={gpus:g}: an actor computes "
+            "where this process does, so load the model there, or change gpus="
+        )
 
 
 # ---- the installation
@@ -222,14 +277,17 @@ def actors_of(engine: Ray) -> int:
     """Returns how many actors to start, or raises `Unsupported` if the cluster has no room."""
     import ray
 
-    resources, fit = ray.cluster_resources(), room(engine)
-    if fit < (engine.actors or 1):
-        needs = ", ".join(f"{value:g} {name}" for name, value in engine.needs.items())
-        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in engine.needs)
+    fit, actors = room(engine), engine.actors or 1
+    if fit < actors:
+        resources = ray.cluster_resources()
+        needs, has = [], []
+        for name, value in engine.needs.items():
+            needs.append(f"{value:g} {name}")
+            has.append(f"{resources.get(name, 0):g} {name}")
         count = sum(node["Alive"] for node in ray.nodes())
         nodes = "1 node" if count == 1 else f"{count} nodes"
         raise Unsupported(
-            f"{engine.actors or 1} actors of {needs} each were asked for, and the cluster has "
-            f"{has} on {nodes}, room for {fit}: give fewer actors, or less to each"
+            f"{actors} actors of {', '.join(needs)} each were asked for, and the cluster has "
+            f"{', '.join(has)} on {nodes}, room for {fit}: give fewer actors, or less to each"
         )
     return engine.actors or fit

@@ -1,0 +1,508 @@
+"""Hook points: the sides of modules at which hooks act, and how one hook acts on a tensor there.
+
+`build_hook_points` turns the user's hooks into `HookPoint`s, each with the bound hooks that act
+there in their order. All that can be checked without a forward is checked here. `apply_hook`
+captures or edits the selected cells of a tensor. Nothing is registered on the model here.
+
+An edit whose result is infinite or NaN where the model's own value was finite raises `BadEdit`.
+On a CPU the result is checked at once. On other devices this would wait for the device after each
+edit, so the flags of all edits are read together, at the end of the forward.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadEdit, BadHook, Unsupported
+from ..hooks.base import Binding, Change, EditContext, EditHook, Hook
+from ..hooks.capture import Capture, CaptureLast
+from ..hooks.captured_values import Captured, CapturedChunk, swap_head_and_query
+from ..hooks.values import convert_dtype
+from ..models.batch_positions import ForwardPass, Selection
+from ..models.families.schema import ModuleLocation
+from ..models.layout import SiteView, view_of
+from ..models.lm import LM, refuse_no_gradient
+from ..models.positions import Where
+from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Site
+
+Reference: TypeAlias = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
+"""A function that captures sites on the prompts of a reference."""
+
+# where the model itself may have -inf, as a mask, which an edit may set
+SITES_WITH_MASKS = LOGIT_SITES | QUERY_KEY_SITES
+AT_ONCE = frozenset({"cpu", "meta"})  # devices whose results can be read without waiting
+
+
+@dataclass(eq=False, slots=True)
+class BoundHook:
+    """One hook at one site, and what it has captured or changed.
+
+    The fields from `pieces` on are state. They are owned by the `CaptureStore` of the manager.
+    """
+
+    number: int  # index of the hook in the order in which the hooks were passed
+    hook: Hook
+    site: AnySite
+    where: Where  # the positions of the hook; the steps of a phrase are written out
+    view: SiteView  # where the site is in the tensor of the module
+    change: Change | None  # None for a capture
+    head: bool  # True at the unembedding, which may compute fewer positions than the blocks
+    observer: bool = False  # True for a hook of hookkit's own, which the user does not see
+    pieces: list[CapturedChunk] = field(default_factory=list)  # of the current text
+    fired: int = 0  # number of forwards in which the hook did something
+    overflow_flags: list[Tensor] = field(default_factory=list)  # of the current forward
+    last_pass: Any = None  # the last forward in which the hook did something
+
+
+@dataclass(eq=False)
+class HookPoint:
+    """One side of one module, with the bound hooks that act there in the order of the hooks."""
+
+    module: nn.Module
+    location: ModuleLocation
+    actions: list[BoundHook]
+    reads_input: bool = False  # True if an edit of the output also needs the module's input
+    copies_output: bool = False  # True if all that is done is to copy a whole output tensor
+
+    def add(self, bound_hook: BoundHook, location: ModuleLocation) -> None:
+        """Adds a hook, whose site is at this location in the tensor."""
+        hook = bound_hook.hook
+        if isinstance(hook, EditHook) and hook.reads_input:
+            self.reads_input = True
+        self.copies_output = not self.actions and _is_copy(bound_hook, location)
+        self.actions.append(bound_hook)
+
+
+Firing: TypeAlias = tuple[BoundHook, int, Selection | None, torch.Size, Tensor | None]
+"""One hook at one site in one forward.
+
+The bound hook, the forward's number, the selection, the shape of one cell (of the whole tensor if
+there is no selection), and for an edit how many numbers it changed in each cell.
+"""
+
+
+# ---- from hooks to hook points
+
+
+def build_hook_points(
+    lm: LM, hooks: Sequence[Hook], reference: Reference, observers: Sequence[Hook] = ()
+) -> list[HookPoint]:
+    """Returns the hook points of these hooks, each checked against the model.
+
+    `reference` captures sites on the prompts of a reference. `observers` are hooks of hookkit's
+    own. They act after the user's hooks.
+    """
+    hook_points: dict[ModuleLocation, HookPoint] = {}
+    for number, hook in enumerate((*hooks, *observers)):
+        _check_hook(lm, hook)
+        locations = lm.located(hook.sites)
+        reference_value = _reference_values(tuple(locations), reference)
+        where = hook.placed(lm)
+        for site, location in locations.items():
+            tensor = location.tensor  # all sites in a tensor share its hook point
+            if tensor not in hook_points:
+                hook_points[tensor] = HookPoint(lm.submodule(tensor.path), tensor, [])
+            bound_hook = BoundHook(
+                number,
+                hook,
+                site,
+                where,
+                view=view_of(lm.layout, site, location),
+                change=_bind_edit(lm, hook, site, reference_value),
+                head=isinstance(site, Site) and site.name in LOGIT_SITES,
+                observer=number >= len(hooks),
+            )
+            hook_points[tensor].add(bound_hook, location)
+    return in_order_of_registration(hook_points.values())
+
+
+def in_order_of_registration(hook_points: Iterable[HookPoint]) -> list[HookPoint]:
+    """Returns the hook points with those that write into a shared input before all others.
+
+    torch calls the hook that was registered first first, and those have to act before the hooks
+    that read the input.
+    """
+    return sorted(hook_points, key=lambda hook_point: not hook_point.location.shared)
+
+
+def _check_hook(lm: LM, hook: object) -> None:
+    if not isinstance(hook, Hook):
+        raise BadHook(
+            f"{hook!r} is a {type(hook).__name__} and no hook: make one with hk.capture, hk.steer, "
+            "hk.force …"
+        )
+    if isinstance(hook, Capture):
+        if hook.device is not None:
+            _check_device(hook.device)
+        if hook.grad:
+            refuse_no_gradient(lm)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch raises another class for each kind of device that is missing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadHook(f"device={device!r} is not on this machine: {reason}") from error
+
+
+def _is_copy(bound_hook: BoundHook, location: ModuleLocation) -> bool:
+    """True if all that a hook does is to copy a whole output, without a conversion or a move."""
+    hook = bound_hook.hook
+    if not isinstance(hook, Capture) or hook.grad or not (hook.dtype is hook.device is None):
+        return False
+    is_module_output = location.item == 0 and not location.shared and not bound_hook.head
+    return is_module_output and bound_hook.view.plain
+
+
+def _reference_values(
+    sites: tuple[AnySite, ...], capture_sites: Reference
+) -> Callable[[AnySite, tuple[Any, ...]], Captured]:
+    """A function of the values at one of the sites, all of which it captures when first called."""
+    values: dict[AnySite, Captured] = {}
+
+    def reference_value(site: AnySite, prompts: tuple[Any, ...]) -> Captured:
+        if not values:
+            values.update(capture_sites(sites, prompts))
+        return values[site]
+
+    return reference_value
+
+
+def _bind_edit(
+    lm: LM,
+    hook: Hook,
+    site: AnySite,
+    reference_value: Callable[[AnySite, tuple[Any, ...]], Captured],
+) -> Change | None:
+    """The function by which a hook changes the values at a site; None for a capture."""
+    if not isinstance(hook, EditHook):
+        return None
+    try:
+        return hook.change(Binding(lm, site, partial(reference_value, site)))
+    except Exception as error:
+        error.add_note(f"in {hook}")
+        raise
+
+
+def one_per_selection(bound_hooks: Iterable[BoundHook]) -> Iterable[BoundHook]:
+    """Returns one bound hook for each selection: a hook selects the same at all its sites."""
+    by_selection: dict[tuple[int, bool], BoundHook] = {}
+    for bound_hook in bound_hooks:
+        by_selection[id(bound_hook.where), bound_hook.head] = bound_hook
+    return by_selection.values()
+
+
+# ---- one hook on a tensor
+
+
+def apply_hook(
+    bound_hook: BoundHook,
+    hook_point: HookPoint,
+    forward_pass: ForwardPass,
+    tensor: Tensor,
+    module_input: Tensor | None,
+) -> tuple[Firing | None, Tensor]:
+    """Applies one hook to the tensor at its hook point.
+
+    Returns the firing, None if the hook selects no cell, and the tensor with which the model goes
+    on. `module_input` is for edits that need it. The tensor itself is written to only at a shared
+    location, where the block reads it twice.
+    """
+    if not forward_pass.placed:
+        return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
+    view = bound_hook.view
+    forward_pass = view.call(forward_pass, tensor)
+    full = _with_positions(bound_hook, forward_pass, tensor)
+    if full is None:
+        return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
+    at_head = bound_hook.head or full.shape[1] != forward_pass.width
+    is_capture = bound_hook.change is None
+    selection = forward_pass.cells(bound_hook.where, at_head, is_capture)
+    if selection is None:
+        return None, tensor
+    _count_firing(bound_hook, forward_pass)
+    raw = selection.gather(view.view(full))
+    values = view.read(raw, selection, forward_pass)
+    changed = None
+    if is_capture:
+        new = _capture(bound_hook, forward_pass, selection, raw, values)
+    else:
+        new = _edit(bound_hook, selection, values, module_input)
+        changed = selection.real(new != values)
+        new = view.write(new, values, raw, selection, forward_pass)
+    if new is not None:
+        tensor = _put(bound_hook, hook_point, forward_pass, selection, tensor, new)
+    return (bound_hook, forward_pass.number, selection, values.shape[2:], changed), tensor
+
+
+def _edit(
+    bound_hook: BoundHook, selection: Selection, values: Tensor, module_input: Tensor | None
+) -> Tensor:
+    """Returns the edited values; raises if they are not finite, or of another dtype."""
+    assert bound_hook.change is not None
+    selected_input = None
+    if module_input is not None:
+        selected_input = selection.gather(module_input)
+    new = bound_hook.change(
+        values, EditContext(bound_hook.site, bound_hook.where, selection, selected_input)
+    )
+    _check_result(bound_hook, selection, values, new)
+    if new.dtype != values.dtype:
+        raise BadEdit(
+            f"{bound_hook.hook} gives {new.dtype}, and {bound_hook.site} is {values.dtype}: "
+            "edit it with hk.edit"
+        )
+    assert new.shape == values.shape, f"{bound_hook.hook} changed {values.shape} to {new.shape}"
+    return new
+
+
+def _put(
+    bound_hook: BoundHook,
+    hook_point: HookPoint,
+    forward_pass: ForwardPass,
+    selection: Selection,
+    tensor: Tensor,
+    new: Tensor,
+) -> Tensor:
+    """Returns the tensor with the selected cells replaced."""
+    view = bound_hook.view
+    if hook_point.location.shared:
+        # the block reads this same tensor again: a replacement would reach only the module, and
+        # not the residual stream
+        selection.scatter(view.batch_view(tensor, forward_pass), new)
+        return tensor
+    if selection.whole and type(view) is SiteView:
+        # modules may take a view of what they are called with, which needs a contiguous tensor
+        return new.contiguous() if tensor.is_contiguous() else new
+    laid_out = view.batch_view(tensor, forward_pass)
+    expanded = _with_batch_axis(laid_out, forward_pass.rows)
+    source = tensor if expanded is laid_out else expanded
+    copy = source.clone(memory_format=torch.contiguous_format)
+    selection.scatter(view.view(view.batch_view(copy, forward_pass)), new)
+    return copy
+
+
+def _capture(
+    bound_hook: BoundHook,
+    forward_pass: ForwardPass,
+    selection: Selection,
+    raw: Tensor,
+    values: Tensor,
+) -> Tensor | None:
+    """Stores the values.
+
+    Returns the cells with which the model has to go on; None if they are unchanged.
+    """
+    capture, number = bound_hook.hook, forward_pass.number
+    assert isinstance(capture, Capture)
+    if capture.grad:
+        leaf = _leaf_with_gradient(bound_hook, values)
+        values = swap_head_and_query(bound_hook.site, leaf)
+        bound_hook.pieces.append(CapturedChunk(number, selection, values, leaf))
+        # the model continues with the stored values, so that they get a gradient
+        return bound_hook.view.write(values.clone(), None, raw, selection, forward_pass)
+    is_copy = selection.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
+    stored = _stored_copy(values, capture, is_copy)
+    if isinstance(capture, CaptureLast) and bound_hook.pieces:
+        previous = bound_hook.pieces.pop()
+        bound_hook.pieces += previous.of_rows(forward_pass.text.ended_rows())
+    bound_hook.pieces.append(CapturedChunk(number, selection, stored))
+    return None
+
+
+def _leaf_with_gradient(bound_hook: BoundHook, values: Tensor) -> Tensor:
+    """A copy of the values that keeps its gradient, with axes as a run has them."""
+    if not torch.is_grad_enabled():
+        raise Unsupported(
+            f"{bound_hook.hook} needs gradients, which are off here (generate always runs without)"
+        )
+    leaf = swap_head_and_query(bound_hook.site, values)
+    if not leaf.requires_grad:
+        leaf = leaf.detach()
+    leaf = leaf.clone().requires_grad_()
+    leaf.retain_grad()
+    return leaf
+
+
+def _stored_copy(values: Tensor, capture: Capture, is_copy: bool) -> Tensor:
+    """Returns values on the capture's device and in its dtype, as a tensor of their own.
+
+    It is made outside inference mode, so that autograd can use it later. `is_copy` is True if the
+    values share no memory with the model's tensor.
+    """
+    if values.requires_grad:
+        values = values.detach()
+    inference_mode = torch.is_inference_mode_enabled()
+    if capture.dtype is capture.device is None and not inference_mode:
+        return values if is_copy else values.clone()
+    values = _in_dtype_of(capture, values)
+    with torch.inference_mode(False):
+        return values.to(
+            device=capture.device or values.device,
+            copy=inference_mode or not is_copy,
+            memory_format=torch.contiguous_format,
+        )
+
+
+def _in_dtype_of(capture: Capture, values: Tensor) -> Tensor:
+    """Returns the values in the dtype of a capture. Raises if it cannot hold them."""
+    if capture.dtype is None:
+        return values
+    dtype = getattr(torch, capture.dtype)
+    if not values.is_floating_point() or dtype == values.dtype:
+        return values.to(dtype)
+    if not dtype.is_floating_point:
+        raise BadHook(
+            f"{capture}: dtype={capture.dtype!r} cannot hold the real numbers there: say a "
+            "floating dtype, such as 'float16'"
+        )
+    return convert_dtype(values, dtype, f"what {capture} keeps")
+
+
+def _apply_to_whole_tensor(
+    bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor
+) -> tuple[Firing, Tensor]:
+    """Applies a hook without pos, rows and step to all of a tensor without axes batch and pos."""
+    shape, hook = list(tensor.shape), bound_hook.hook
+    if bound_hook.where != Where():
+        reason = (
+            f"{bound_hook.site} has shape {shape}, without axes batch and pos "
+            f"({forward_pass.rows} rows of {forward_pass.width} positions ran)"
+        )
+        if not forward_pass.placed:
+            reason = (
+                f"an encoder-decoder reads two texts, so a position at {bound_hook.site} may be of "
+                "either"
+            )
+        raise BadHook(f"{reason}: leave pos, rows and step out of {hook}")
+    _count_firing(bound_hook, forward_pass)
+    changed = None
+    if isinstance(hook, Capture):
+        if bound_hook.pieces:
+            raise Unsupported(
+                f"{bound_hook.site} has shape {shape}, without axes batch and pos along which "
+                "several forwards of one text could be joined: capture it in one forward"
+            )
+        stored = _stored_copy(tensor, hook, False)
+        bound_hook.pieces.append(CapturedChunk(forward_pass.number, None, stored))
+        new = tensor
+    else:
+        assert bound_hook.change is not None
+        new = bound_hook.change(tensor, EditContext(bound_hook.site, bound_hook.where, None))
+        _check_result(bound_hook, None, tensor, new)
+        changed = (new != tensor).sum()
+    return (bound_hook, forward_pass.number, None, tensor.shape, changed), new
+
+
+def _count_firing(bound_hook: BoundHook, forward_pass: ForwardPass) -> None:
+    """Counts a forward in which a hook acts; `Unsupported` if it has acted in this one before."""
+    if bound_hook.last_pass is forward_pass:
+        raise Unsupported(
+            f"the module at {bound_hook.site} ran twice or more in one forward, and "
+            f"{bound_hook.hook} cannot tell which run is meant: put the hook at a module that runs "
+            "once, before it or after it; where the whole model runs several times in one call, "
+            "attach to the model inside"
+        )
+    bound_hook.last_pass = forward_pass
+    bound_hook.fired += 1
+
+
+def _with_batch_axis(tensor: Tensor, rows: int) -> Tensor:
+    """Expands a tensor that is the same for all rows, such as position embeddings [1, pos, d]."""
+    if tensor.ndim > 1 and tensor.shape[0] == 1 and rows > 1:
+        return tensor.expand(rows, *tensor.shape[1:])
+    return tensor
+
+
+def _with_positions(
+    bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor
+) -> Tensor | None:
+    """The tensor as [batch, pos, ...]; None for a module's tensor that has no such axes."""
+    rows, width = forward_pass.shape
+    full = bound_hook.view.batch_view(tensor, forward_pass)
+    if full.shape[:2] == forward_pass.shape:
+        return full
+    full = _with_batch_axis(full, rows)
+    is_module = isinstance(bound_hook.site, ModuleSite)
+    if full.shape[:2] in ((rows, width), (rows, len(forward_pass.head))):
+        is_head_first = full.ndim > 3 and full.shape[2] == width != full.shape[1]
+        return None if is_module and is_head_first else full  # [batch, head, pos, d_head]
+    if is_module:
+        return None
+    raise BadEdit(
+        f"{bound_hook.site} has shape {list(full.shape)}, and {rows} rows of {width} positions ran"
+    )
+
+
+# ---- results that are not finite
+
+
+def _check_result(
+    bound_hook: BoundHook, selection: Selection | None, old: Tensor, new: Tensor
+) -> None:
+    """Raises `BadEdit`, here or in `settle`, if an edit made a finite number infinite or NaN."""
+    hook, site = bound_hook.hook, bound_hook.site
+    assert isinstance(hook, EditHook)
+    if not new.is_floating_point() or hook.gives_infinity:
+        return
+    new, old = new.detach(), old.detach()
+    may_have_masks = isinstance(site, ModuleSite) or site.name in SITES_WITH_MASKS
+    # an edit that inserts other values may insert -inf; arithmetic gives it by overflow only
+    lost = partial(_lost, selection, old, new, allows_masks=may_have_masks and hook.puts_in)
+    if new.device.type not in AT_ONCE:
+        flag = lost().any() if may_have_masks else _overflows(old, new)
+        bound_hook.overflow_flags.append(flag)
+    elif not bool(torch.isfinite(new.sum(dtype=torch.float32))):
+        count = int(lost().sum())
+        if count == 1:
+            _raise_bad_edit(bound_hook, "a number", "is")
+        if count:
+            _raise_bad_edit(bound_hook, f"{count} numbers", "are")
+
+
+def _overflows(old: Tensor, new: Tensor) -> Tensor:
+    """`_lost` as one flag, for values that were finite: two sums cost less than comparisons."""
+    # float64 cannot overflow in the sums
+    new_sum, old_sum = new.sum(dtype=torch.float64), old.sum(dtype=torch.float64)
+    return torch.isfinite(old_sum) & ~torch.isfinite(new_sum)
+
+
+def _lost(selection: Selection | None, old: Tensor, new: Tensor, *, allows_masks: bool) -> Tensor:
+    """Where an edit made a finite number infinite or NaN; with a selection, how often by cell."""
+    lost = ~torch.isfinite(new) & torch.isfinite(old)
+    if allows_masks:
+        lost = lost & ~torch.isneginf(new)
+    return lost if selection is None else selection.real(lost)
+
+
+def settle(bound_hooks: Iterable[BoundHook]) -> None:
+    """Raises `BadEdit` for the first edit of a forward whose result is not finite."""
+    for bound_hook in bound_hooks:
+        flags = bound_hook.overflow_flags
+        if flags:
+            bound_hook.overflow_flags = []
+            device = flags[0].device
+            if bool(torch.stack([flag.to(device) for flag in flags]).any()):
+                _raise_bad_edit(bound_hook, "numbers", "are")
+
+
+def forget(bound_hooks: Iterable[BoundHook]) -> None:
+    """Drops the flags of a forward that was interrupted."""
+    for bound_hook in bound_hooks:
+        bound_hook.overflow_flags = []
+
+
+def _raise_bad_edit(bound_hook: BoundHook, numbers: str, verb: str) -> None:
+    source = f"{bound_hook.hook} gives"
+    if hasattr(bound_hook.hook, "fn"):
+        source = f"the function of {bound_hook.hook} returned"
+    raise BadEdit(
+        f"{source} {numbers} at {bound_hook.site} that {verb} infinite or NaN, where there was "
+        "none: use smaller values than the dtype can hold, and look for 0/0 and inf-inf"
+    )

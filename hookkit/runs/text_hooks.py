@@ -1,0 +1,422 @@
+"""TextHooks: applies the hooks of a run in each forward, to the whole batch.
+
+It knows to which text each forward belongs, and checks that the positions of the hooks exist there.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import EmptySelection, OutOfRange, Unsupported
+from ..hooks.captured_values import CapturedChunk
+from ..hooks.decided_tokens import Decisions
+from ..hooks.logits import Force
+from ..models.batch_positions import ForwardPass, SequenceBatch
+from ..models.lm import LM
+from ..models.overrides import CURRENT_SCOPES, Scope
+from ..models.positions import PositionRange
+from ..models.prompts import positions_of_text
+from ..models.sites import Site
+from .generation import (
+    Generation,
+    GenerationWatch,
+    end_of_rows,
+    plan_generation,
+    watch_generate,
+    without_compilation,
+)
+from .hook_points import BoundHook, HookPoint, apply_hook, forget, one_per_selection, settle
+from .run import CaptureStore, first_to_last
+from .trace import Tracer
+from .tracking import PositionTracker
+
+
+class Stop(BaseException):
+    """Ends a forward after the last hook has acted, where no output is needed.
+
+    It is no `Exception`, so that code which handles errors does not catch it.
+    """
+
+
+class TextHooks:
+    """The strategy of runs: each hook sees the whole batch, whose rows are followed as texts.
+
+    It owns the records of the texts that have run since a block was entered. With `stop_early`, a
+    forward ends once the last of the hooks has acted.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        bound_hooks: Sequence[BoundHook],
+        tracer: Tracer | None = None,
+        traced_point: HookPoint | None = None,
+        *,
+        stop_early: bool = False,
+    ) -> None:
+        self.lm, self.bound_hooks = lm, bound_hooks
+        self.tracer, self._traced_point, self._stop_early = tracer, traced_point, stop_early
+        self.tracker = PositionTracker(
+            partial(positions_of_text, lm), "logits_to_keep" in lm.takes, lm.two_texts
+        )
+        self.captures = CaptureStore(bound_hooks)
+        self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`
+        self.watch = GenerationWatch()
+        self._generate_thread = 0  # the thread in which a `generate` runs
+        self._pending: set[BoundHook] = set()  # the hooks that a forward has not reached yet
+
+    @property
+    def generating(self) -> bool:
+        """True while a `generate` runs."""
+        return self.tracker.generation is not None
+
+    def accepts_forward(self) -> bool:
+        if not self.generating:
+            return True
+        return self._generate_thread == get_ident() and self.watch.begins_step()
+
+    def begin_forward(self, arguments: Mapping[str, Any]) -> ForwardPass:
+        forward_pass, is_new_text = self.tracker.begin_forward(arguments)
+        self.captures.turn_to(forward_pass.text)
+        if is_new_text:
+            _check_text(self.bound_hooks, forward_pass, self.tracker.generation)
+        if self.tracker.generation is not None:
+            self.watch.begin_forward(forward_pass, self.tracker.generation.width)
+        forget(self.bound_hooks)
+        if self._stop_early:
+            self._pending = set(self.bound_hooks)
+        return forward_pass
+
+    def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
+        self.tracker.end_forward(forward_pass, output)
+        settle(self.bound_hooks)
+
+    def finish(self) -> None:
+        self.captures.finish_all()
+        self.captures.check_fired(self.tracker.forwards)
+
+    # ---- the work at a hook point
+
+    def apply(
+        self,
+        hook_point: HookPoint,
+        forward_pass: ForwardPass,
+        tensor: Tensor,
+        module_input: Tensor | None,
+        *,
+        recomputing: bool,
+    ) -> Tensor:
+        if recomputing:
+            return _apply_again(hook_point, forward_pass, tensor, module_input)
+        if hook_point is self._traced_point:
+            tensor = self._apply_traced(hook_point, forward_pass, tensor, module_input)
+        elif not self._copy_whole(hook_point, forward_pass, tensor):
+            for bound_hook in hook_point.actions:
+                tensor = self._apply_hook(
+                    bound_hook, hook_point, forward_pass, tensor, module_input
+                )
+        if self._stop_early:
+            self._pending.difference_update(hook_point.actions)
+            if not self._pending:  # the hooks at this hook point were the last ones
+                settle(self.bound_hooks)
+                raise Stop
+        return tensor
+
+    def _apply_traced(
+        self,
+        hook_point: HookPoint,
+        forward_pass: ForwardPass,
+        tensor: Tensor,
+        module_input: Tensor | None,
+    ) -> Tensor:
+        """Applies the hooks at the logits of a generate, and records what each of them changes."""
+        tracer = self.tracer
+        assert tracer is not None
+        tracer.before(forward_pass.number, tensor)
+        for bound_hook in hook_point.actions:
+            before = tensor
+            tensor = self._apply_hook(bound_hook, hook_point, forward_pass, before, module_input)
+            if tensor is not before:
+                tracer.changed(bound_hook.hook, before, tensor)
+        tracer.after(tensor)
+        return tensor
+
+    def _apply_hook(
+        self,
+        bound_hook: BoundHook,
+        hook_point: HookPoint,
+        forward_pass: ForwardPass,
+        tensor: Tensor,
+        module_input: Tensor | None,
+    ) -> Tensor:
+        """Applies one hook and notes that it fired."""
+        try:
+            firing, tensor = apply_hook(bound_hook, hook_point, forward_pass, tensor, module_input)
+        except Exception as error:
+            number = forward_pass.number
+            error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, forward {number}")
+            raise
+        if firing is not None:
+            self.captures.firings.append(firing)
+        return tensor
+
+    def _copy_whole(self, hook_point: HookPoint, forward_pass: ForwardPass, tensor: Tensor) -> bool:
+        """Captures a whole tensor by a copy, the most common work. False if more is needed."""
+        if not hook_point.copies_output or forward_pass.inference:
+            return False
+        bound_hook = hook_point.actions[0]
+        selection = forward_pass.whole(bound_hook.where)
+        if selection is None or bound_hook.last_pass is forward_pass:
+            return False
+        is_plain = type(tensor) is Tensor and not tensor.requires_grad
+        if not is_plain or tensor.shape[:2] != forward_pass.shape:
+            return False
+        bound_hook.last_pass = forward_pass
+        bound_hook.fired += 1
+        number = forward_pass.number
+        bound_hook.pieces.append(CapturedChunk(number, selection, tensor.clone()))
+        self.captures.firings.append((bound_hook, number, selection, tensor.shape[2:], None))
+        return True
+
+    # ---- generate
+
+    def generate(
+        self, inner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], scope: Scope
+    ) -> Any:
+        """Runs transformers' `generate` and follows each row from its prompt to its end.
+
+        To it belong the calls of the model's own methods that this thread makes in `scope`.
+        """
+        if self.lm.two_texts:
+            raise Unsupported(
+                f"generate of an encoder-decoder ({type(self.lm.root).__name__}) runs its two "
+                "parts by themselves: call the model with input_ids and decoder_input_ids in the "
+                "block"
+            )
+        plan = plan_generation(self.lm.root, args, kwargs)
+        text = self.tracker.begin_generation(plan)
+        self.captures.turn_to(text)
+        if self.tracer is not None:
+            self.tracer.begin(plan)
+        thread = self._generate_thread = get_ident()
+
+        def acts() -> bool:
+            return get_ident() == thread and scope in CURRENT_SCOPES.get()
+
+        decisions = self._decisions(plan, text)
+        try:
+            with watch_generate(self.lm.root, self.tracer, decisions, acts) as self.watch:
+                keywords = without_compilation(args, self._with_every_position(kwargs))
+                output = inner(*args, **keywords)
+            self._end_generation(plan, text, getattr(output, "sequences", output))
+        except BaseException:
+            self.captures.forget(text)
+            raise
+        finally:
+            self.tracker.generation = None
+        return output
+
+    def _decisions(self, plan: Generation, text: SequenceBatch) -> Decisions | None:
+        """The record of the tokens that `force` decides on; None if no hook does."""
+        hooks = (bound_hook.hook for bound_hook in self.bound_hooks)
+        if any(isinstance(hook, Force) and hook.decides for hook in hooks):
+            return Decisions(text, plan.width if plan.embeddings else 0)
+        return None
+
+    def _with_every_position(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds logits_to_keep where the model needs it to run its blocks at every position."""
+        keep = self.lm.logits_to_keep(1)
+        if keep == 1 or all(bound_hook.head for bound_hook in self.bound_hooks):
+            return kwargs
+        return {"logits_to_keep": keep, **kwargs}
+
+    def _end_generation(self, plan: Generation, text: SequenceBatch, sequences: Tensor) -> None:
+        """Ends the text of a `generate` that has returned these sequences."""
+        self.rows, ending = end_of_rows(plan, text, sequences, self.watch)
+        self.captures.finish(text, ending)
+        if self.tracer is not None:
+            prompt_lengths = [text.lengths[prompt] for prompt in ending.prompts]
+            self.tracer.finish(self.rows, prompt_lengths, ending.sources)
+
+
+def _apply_again(
+    hook_point: HookPoint,
+    forward_pass: ForwardPass,
+    tensor: Tensor,
+    module_input: Tensor | None,
+) -> Tensor:
+    """Does the work of a forward again in a backward pass; nothing of it is stored."""
+    for bound_hook in hook_point.actions:
+        unstored = replace(bound_hook, pieces=[], last_pass=None)
+        _, tensor = apply_hook(unstored, hook_point, forward_pass, tensor, module_input)
+    return tensor
+
+
+# ---- checks of positions before a forward
+
+
+def _check_text(
+    bound_hooks: Sequence[BoundHook], forward_pass: ForwardPass, generation: Generation | None
+) -> None:
+    """Raises if a hook names a position that the text of its first forward cannot have."""
+    text = forward_pass.text
+    if text.start:
+        _check_cached(bound_hooks, text)
+    if text.final or generation is not None:
+        check_positions(bound_hooks, forward_pass, generation)
+        return
+    for bound_hook in one_per_selection(bound_hooks):
+        # raises for a phrase that is not in the text, or a position below 0
+        text.selected_positions(bound_hook.where)
+
+
+def check_positions(
+    bound_hooks: Iterable[BoundHook], forward_pass: ForwardPass, generation: Generation | None
+) -> None:
+    """Raises if a hook names a position that the text cannot have, or selects nothing in a row.
+
+    Only for a text whose length is known: one forward of prompts, or a `generate`.
+    """
+    text = forward_pass.text
+    for bound_hook in one_per_selection(bound_hooks):
+        first, end = _possible_columns(bound_hook, forward_pass, generation)
+        for row, positions in enumerate(text.selected_positions(bound_hook.where)):
+            if positions is not None:
+                possible = _positions_between(text, row, first, end)
+                _check_row(bound_hook, text, row, positions, possible, generation)
+
+
+def _check_row(
+    bound_hook: BoundHook,
+    text: SequenceBatch,
+    row: int,
+    positions: PositionRange,
+    possible: range,
+    generation: Generation | None,
+) -> None:
+    """Raises if the positions of a hook in one row are not possible."""
+    if isinstance(positions, tuple):
+        missing = next((position for position in positions if position not in possible), None)
+        if missing is not None:
+            raise OutOfRange(
+                _out_of_range_message(bound_hook, text, row, missing, possible, generation)
+            )
+    elif bisect_left(positions, possible.start) >= bisect_left(positions, possible.stop):
+        at_logits = " at the logits" if bound_hook.head else ""
+        raise EmptySelection(
+            f"{bound_hook.hook} selects nothing in row {row}, which has positions "
+            f"{first_to_last(possible)}{at_logits}: choose others, or leave the row out with rows="
+        )
+
+
+def _possible_columns(
+    bound_hook: BoundHook, forward_pass: ForwardPass, generation: Generation | None
+) -> tuple[int, int]:
+    """The first column at which a hook can act, and the end of the columns that are read."""
+    first = 0
+    if generation is not None:
+        if bound_hook.head:
+            first = forward_pass.text.head or 0
+        return first, generation.max_width - 1  # the last token is never read
+    if bound_hook.head:
+        first = forward_pass.past + forward_pass.head.start
+    return first, forward_pass.past + forward_pass.width
+
+
+def _positions_between(text: SequenceBatch, row: int, first: int, end: int) -> range:
+    """The positions of a row from column `first` to before column `end`."""
+    columns = text.columns[row]
+    last = bisect_left(columns, end)
+    if not text.generating:
+        last = min(last, text.lengths[row])
+    return range(bisect_left(columns, first), last)
+
+
+def _out_of_range_message(
+    bound_hook: BoundHook,
+    text: SequenceBatch,
+    row: int,
+    position: int,
+    possible: range,
+    generation: Generation | None,
+) -> str:
+    length, new_tokens = text.lengths[row], 0
+    if generation is not None:
+        new_tokens = generation.max_width - generation.width
+    if bound_hook.where.step is not None:
+        meaning = f"{bound_hook.hook} means step {position - length + 1} of row {row}"
+        if generation is not None:
+            return f"{meaning}, and at most {new_tokens} tokens are generated: steps count from 0"
+        return (
+            f"{meaning}, and a forward of the prompt has step 0 only: use generate for later steps"
+        )
+    meaning = f"{bound_hook.hook} means position {position} of row {row}"
+    if bound_hook.head and position < possible.start:
+        return (
+            f"{meaning}, where no logits are computed; they are at positions "
+            f"{first_to_last(possible)} (forward with logits='all')"
+        )
+    if generation is None:
+        return f"{meaning}, which has {length} tokens: positions 0 to {length - 1}"
+    return (
+        f"{meaning}, and with {new_tokens} new tokens the model reads positions "
+        f"{first_to_last(possible)}"
+    )
+
+
+def _check_cached(bound_hooks: Iterable[BoundHook], text: SequenceBatch) -> None:
+    """Raises for a hook at positions that are in a cache already, at which it did not act.
+
+    A capture of all positions is allowed: it holds the positions that it has.
+    """
+    for bound_hook in bound_hooks:
+        everywhere = bound_hook.where.pos is bound_hook.where.step is None
+        if bound_hook.head or (everywhere and bound_hook.change is None):
+            continue
+        for row in range(len(text.lengths)):
+            position = text.first_missed_position(bound_hook.where, row)
+            if position is not None:
+                error = Unsupported if everywhere else OutOfRange
+                raise error(_cached_message(bound_hook, text, row, position))
+
+
+def _cached_message(bound_hook: BoundHook, text: SequenceBatch, row: int, position: int) -> str:
+    return (
+        f"{bound_hook.hook} at {bound_hook.site} means position {position} of row {row}, and the "
+        f"forward goes on from a cache that has columns 0 to {text.start - 1}: they are not read "
+        "again, and the hook did not act there when the cache was filled. Run the whole text, say "
+        f"pos=slice({text.start}, None), or fill the cache inside the same block"
+    )
+
+
+# ---- the logits that a trace reads
+
+
+def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
+    """Returns the hook point at the logits that the model returns; adds it if no hook acts there.
+
+    Raises `Unsupported` if an edit changes the logits before a trace can read them.
+    """
+    for hook_point in hook_points:
+        for bound_hook in hook_point.actions:
+            if bound_hook.head and bound_hook.change is not None:
+                _check_at_logits(bound_hook)
+    location = lm.location(Site("logits"))
+    for hook_point in hook_points:
+        if hook_point.location == location:
+            return hook_point
+    hook_points.append(HookPoint(lm.submodule(location.path), location, []))
+    return hook_points[-1]
+
+
+def _check_at_logits(bound_hook: BoundHook) -> None:
+    if bound_hook.site != Site("logits"):
+        raise Unsupported(
+            f"{bound_hook.hook} acts at {bound_hook.site}, before the logits that a trace reads as "
+            "the model's own: let it act at 'logits', or leave trace= out"
+        )
