@@ -190,14 +190,6 @@ def _bind_edit(
         raise
 
 
-def one_per_selection(bound_hooks: Iterable[BoundHook]) -> Iterable[BoundHook]:
-    """Returns one bound hook for each selection: a hook selects the same at all its sites."""
-    by_selection: dict[tuple[int, bool], BoundHook] = {}
-    for bound_hook in bound_hooks:
-        by_selection[id(bound_hook.where), bound_hook.head] = bound_hook
-    return by_selection.values()
-
-
 # ---- one hook on a tensor
 
 
@@ -459,16 +451,18 @@ def _check_result(
         flag = lost().any() if may_have_masks else _overflows(old, new)
         bound_hook.overflow_flags.append(flag)
     elif not bool(torch.isfinite(new.sum(dtype=torch.float32))):
-        count = int(lost().sum())
-        if count == 1:
-            _raise_bad_edit(bound_hook, "a number", "is")
-        if count:
-            _raise_bad_edit(bound_hook, f"{count} numbers", "are")
+        _refuse_lost(bound_hook, int(lost().sum()))
+
+
+def _refuse_lost(bound_hook: BoundHook, count: int) -> None:
+    if count == 1:
+        _raise_bad_edit(bound_hook, "a number", "is")
+    if count:
+        _raise_bad_edit(bound_hook, f"{count} numbers", "are")
 
 
 def _overflows(old: Tensor, new: Tensor) -> Tensor:
-    """`_lost` as one flag, for values that were finite: two sums cost less than comparisons."""
-    # float64 cannot overflow in the sums
+    """`_lost` as one flag. Two sums cost less than comparisons; float64 cannot overflow in them."""
     new_sum, old_sum = new.sum(dtype=torch.float64), old.sum(dtype=torch.float64)
     return torch.isfinite(old_sum) & ~torch.isfinite(new_sum)
 

@@ -37,7 +37,7 @@ from ..models.layout import unseen_value
 from ..models.lm import LM
 from ..models.positions import PositionRange
 from ..models.sites import AnySite, Site, Sites
-from .hook_points import BoundHook, Firing, one_per_selection
+from .hook_points import BoundHook, Firing
 from .trace import GenerationRecord
 
 LOG_COLUMNS = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
@@ -438,6 +438,14 @@ def _unreached_message(
                     f"{first_to_last(reached)})"
                 )
     return None
+
+
+def one_per_selection(bound_hooks: Iterable[BoundHook]) -> Iterable[BoundHook]:
+    """Returns one bound hook for each selection: a hook selects the same at all its sites."""
+    by_selection: dict[tuple[int, bool], BoundHook] = {}
+    for bound_hook in bound_hooks:
+        by_selection[id(bound_hook.where), bound_hook.head] = bound_hook
+    return by_selection.values()
 
 
 def first_to_last(positions: range) -> str:

@@ -30,8 +30,8 @@ from .generation import (
     watch_generate,
     without_compilation,
 )
-from .hook_points import BoundHook, HookPoint, apply_hook, forget, one_per_selection, settle
-from .run import CaptureStore, first_to_last
+from .hook_points import BoundHook, HookPoint, apply_hook, forget, settle
+from .run import CaptureStore, first_to_last, one_per_selection
 from .trace import Tracer
 from .tracking import PositionTracker
 

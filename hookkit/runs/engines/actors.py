@@ -10,10 +10,9 @@ Up to `AHEAD` units for each actor are in flight, or wait for an earlier one. If
 another one computes its unit from the beginning, with the same result. Each result is taken once.
 
 The model itself is sent, not its name, with all changes after loading: an actor needs neither a Hub
-nor the folders of this machine. The numbers of the weights are sent beside the bytes, each storage
-once. Ray keeps them in shared memory, and the actors of a node compute with that memory, without a
-copy. Work is pickled without the model. It names the model's modules by their paths, and so finds
-them in the actor's model.
+nor the folders of this machine. Each storage of the weights is sent once, beside the pickle. Ray
+keeps it in shared memory, and the actors of a node compute with that memory, without a copy. Work
+is pickled without the model: it names the model's modules by their paths.
 """
 
 import io
@@ -68,8 +67,7 @@ def run_steps(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
     Here, each step runs to its end before the next is requested.
     """
     if engine is not None:
-        with Crew(engine, lm, work) as crew:
-            crew.run(steps)
+        Crew(engine, lm, work).run(steps)
         return
     for step in steps:
         step.then(None if step.unit is None else work.compute(step.unit))
@@ -179,6 +177,12 @@ class Task:
     result: Any = None
     losses: int = 0  # how many actors have died at it
 
+    def finish(self, member: "Member", result: Any) -> None:
+        """Stores the result, which this actor has computed."""
+        self.result = result if isinstance(result, Failure) else unpack(result)
+        self.done = True
+        member.tasks.remove(self)
+
 
 @dataclass(eq=False)
 class Member:
@@ -192,7 +196,7 @@ class Member:
 
 @dataclass(eq=False)
 class Crew:
-    """Actors that do some work. They start with the first unit, and end with the context."""
+    """Actors that do some work, from its first unit to its end. Used once."""
 
     engine: Ray
     lm: LM
@@ -207,37 +211,35 @@ class Crew:
     _in_flight: dict[Any, tuple[Task | None, Member]] = field(default_factory=dict)
     _losses_at_start: int = 0  # in a row
 
-    def __enter__(self) -> "Crew":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
     def run(self, steps: Steps) -> None:
         """Runs steps in their order.
 
         What was computed before an error is taken first, as if all had run in this process.
         """
-        error: Exception | None = None
+        with self._stack:
+            error = self._run_until_error(steps)
+            while self._queue:
+                self._wait_for_results()
+            if error is not None:
+                raise error
+
+    def _run_until_error(self, steps: Steps) -> Exception | None:
+        """Gives all steps to actors; returns the error of the iterator, which comes after them."""
         while True:
             while not self._has_capacity():
                 self._wait_for_results()
             try:
                 step = next(steps, None)
-            except Exception as raised:  # noqa: BLE001  it is raised after the steps before it
-                step, error = None, raised
+            except Exception as error:  # noqa: BLE001  it is raised after the steps before it
+                return error
             if step is None:
-                break
+                return None
             task = Task(step, done=step.unit is None)
             self._queue.append(task)
             if not task.done:
                 self._waiting.append(task)
             self._assign()
             self._take_results()
-        while self._queue:
-            self._wait_for_results()
-        if error is not None:
-            raise error
 
     def _has_capacity(self) -> bool:
         units = sum(task.step.unit is not None for task in self._queue)
@@ -265,21 +267,19 @@ class Crew:
 
     def _wait_for_results(self) -> None:
         """Waits for an actor, gives it the next tasks, and takes the results that have come."""
-        lost_task = self._wait_for_actor()
-        if lost_task is not None:
-            self._waiting.appendleft(lost_task)
+        self._wait_for_actor()
         self._assign()
         self._take_results()
 
-    def _wait_for_actor(self) -> Task | None:
-        """Waits for a result or a start; returns the task of an actor that has died."""
+    def _wait_for_actor(self) -> None:
+        """Waits for a result or a start. The task of an actor that has died waits for another."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         done, _ = ray.wait([*self._in_flight], num_returns=1, timeout=CHECK_INTERVAL)
         if not done:
             self._check_room()
-            return None
+            return
         task, member = self._in_flight.pop(done[0])
         try:
             result: Any = ray.get(done[0])
@@ -287,14 +287,15 @@ class Crew:
             raise
         except RayError as error:  # the actor died, or its node, with what it had computed
             self._replace(member, error)
-            return task
+            if task is not None:
+                self._waiting.appendleft(task)
+            return
         if task is not None:
-            _finish(task, member, result)
+            task.finish(member, result)
         elif isinstance(result, Failure):
             raise result.to_error("an actor's start") from None
         else:
             member.ready, self._losses_at_start = True, 0
-        return None
 
     def _check_room(self) -> None:
         """Raises `ActorLost` if nothing is computed and no actor can start."""
@@ -371,7 +372,7 @@ class Crew:
             if owner is not member or task is None or not ray.wait([reference], timeout=0)[0]:
                 continue
             with suppress(RayError):  # this task is lost: the next wait for it raises this error
-                _finish(task, member, ray.get(reference))
+                task.finish(member, ray.get(reference))
                 del self._in_flight[reference]
 
     def _kill_all(self) -> None:
@@ -383,13 +384,6 @@ class Crew:
             with suppress(Exception):
                 ray.kill(member.handle)
         self._packed = None
-
-
-def _finish(task: Task, member: Member, result: Any) -> None:
-    """Stores the result of a task that an actor has computed."""
-    task.result = result if isinstance(result, Failure) else unpack(result)
-    task.done = True
-    member.tasks.remove(task)
 
 
 # ---- models, work and results

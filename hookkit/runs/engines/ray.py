@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -264,7 +265,8 @@ def room(engine: Ray) -> int:
     """
     import ray
 
-    return sum(_room_on(node["Resources"], engine.needs) for node in ray.nodes() if node["Alive"])
+    alive = filter(itemgetter("Alive"), ray.nodes())
+    return sum(_room_on(node["Resources"], engine.needs) for node in alive)
 
 
 def _room_on(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
@@ -284,7 +286,7 @@ def actors_of(engine: Ray) -> int:
         for name, value in engine.needs.items():
             needs.append(f"{value:g} {name}")
             has.append(f"{resources.get(name, 0):g} {name}")
-        count = sum(node["Alive"] for node in ray.nodes())
+        count = sum(map(itemgetter("Alive"), ray.nodes()))
         nodes = "1 node" if count == 1 else f"{count} nodes"
         raise Unsupported(
             f"{actors} actors of {', '.join(needs)} each were asked for, and the cluster has "
