@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook
-from ..hooks.capture import Capture, CaptureLast
-from ..hooks.captured_values import Captured, CapturedChunk, swap_head_and_query
+from ..hooks.capture import Capture, Captured, CapturedChunk, CaptureLast, swap_head_and_query
 from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.families.schema import ModuleLocation

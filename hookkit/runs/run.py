@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..display import render_html
 from ..errors import NeverFired, NotCaptured, Unsupported
-from ..files.tensors import save_tensors
+from ..files.atomic import save_tensors
 from ..hooks.base import Hook
-from ..hooks.capture import Capture
-from ..hooks.captured_values import (
+from ..hooks.capture import (
+    Capture,
     Captured,
     CapturedChunk,
     Captures,

@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange, Unsupported
-from ..hooks.captured_values import CapturedChunk
-from ..hooks.decided_tokens import Decisions
-from ..hooks.logits import Force
+from ..hooks.capture import CapturedChunk
+from ..hooks.logits import Decisions, Force
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.overrides import CURRENT_SCOPES, Scope

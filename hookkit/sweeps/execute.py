@@ -23,8 +23,8 @@ from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import Step, Steps, run_steps
 from ..runs.engines.ray import Ray
 from ..runs.hook_points import BoundHook, HookPoint, build_hook_points
-from .cell_metrics import UNEDITED, CellMetrics, Values, cell_keys
-from .forwards import BaseForward, CellPrompt, run_base, run_cell_prompts
+from .forwards import BaseForward, CellPrompt, bound_hooks_of, run_base, run_cell_prompts
+from .inputs import UNEDITED, CellMetrics, Values, count_cells
 from .journal import Journal
 from .plan import Job, Plan, patch_source
 from .shortcuts import LIMITS, is_called, no_reference

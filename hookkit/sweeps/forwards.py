@@ -26,8 +26,8 @@ from ..hooks.edits import Edit
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
 from ..models.overrides import Overrides
-from ..models.sites import Site
-from ..runs.hook_points import HookPoint
+from ..models.sites import QUERY_KEY_SITES, Site
+from ..runs.hook_points import BoundHook, HookPoint
 from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
 from .inputs import SweepInputs
 

@@ -31,8 +31,8 @@ from ..models.positions import At, IndicesLike, at
 from ..models.prompts import Prompts, Row, as_batch, as_rows, positions_of_text
 from ..models.sites import SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike
 from ..runs.forward import forward
+from ..runs.hook_points import build_hook_points
 from ..runs.run import Run
-from ..runs.taps import build_hook_points
 from ..tables.metrics.token_metrics import logit
 from .cells import Cell, HooksAt, as_hooks, list_values, noise_generator
 from .execute import PlanRun

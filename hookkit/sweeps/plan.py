@@ -34,7 +34,10 @@ from ..hooks.ablation import Ablate
 from ..hooks.capture import Captured
 from ..hooks.values import FromRun
 from ..models.lm import LM
-from ..runs.hook_points import HookPoint
+from ..models.positions import At, Where, resolve_positions
+from ..models.prompts import positions_of_text
+from ..models.sites import AnySite, ModuleSite, Site
+from ..runs.hook_points import BoundHook, HookPoint
 from ..tables.metrics.metric import Measure, Metric
 from .cells import Cell
 from .forwards import (

@@ -24,7 +24,7 @@ from ..runs.forward import forward
 from ..runs.hook_points import build_hook_points
 from ..runs.manager import HookBlock
 from ..runs.partial import Path, SharedForward
-from .forwards import CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
+from .forwards import INPUT, CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
 from .inputs import SweepInputs
 
 LENGTHS = (5, 3, 4)  # of the trial's prompts, in tokens

@@ -35,8 +35,7 @@ from ..runs.engines.ray import EngineLike, Ray, read_engine
 from ..runs.hook_points import BoundHook, HookPoint
 from ..runs.manager import find_user_hooks
 from ..runs.run import Run
-from ..tables.metrics.metric import MetricLike, as_metrics, column_names
-from .cell_metrics import UNEDITED, metric_columns, target_values, verify_cells
+from ..tables.metrics.metric import MetricLike, as_metrics, column_names, logits_at
 from .cells import (
     RESERVED,
     Cell,

@@ -34,8 +34,7 @@ from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike
 from ..models.prompts import Prompts, as_batch
 from ..runs.forward import Logits
-from ..runs.generate import generate_with_tracer
-from ..runs.random_state import Draws
+from ..runs.generate import Draws, generate_with_tracer
 from ..runs.run import Run
 from ..runs.trace import STAGES, Decision, GenerationRecord, Trace, Tracer
 from ..runs.trace import trace as every_step

@@ -445,6 +445,6 @@ def test_logits_of_the_last_step_are_the_last_of_all_and_no_others_are_held(way,
         "hookkit.hooks.capture.join_chunks",
         lambda pieces, *more: held.append(len(pieces)) or real(pieces, *more),
     )
-    monkeypatch.setattr("hookkit.runs.run.join_chunks", captured_values.join_chunks)
+    monkeypatch.setattr("hookkit.runs.run.join_chunks", capture_module.join_chunks)
     hk.generate(lm, [[5, 6, 7]], logits="last", max_new_tokens=6, eos_token_id=None, **settings)
     assert held == [1]
