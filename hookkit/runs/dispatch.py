@@ -203,9 +203,9 @@ class HookDispatcher:
             return
         if self._forward_thread == get_ident() and not self.hook_thread:
             forward_pass = self._pass
-            assert forward_pass is not None
             self.clear_forward()
-            self.strategy.end_forward(forward_pass, output)
+            if forward_pass is not None:
+                self.strategy.end_forward(forward_pass, output)
 
     def clear_forward(self) -> None:
         """Notes that no forward runs. A forward that was interrupted does not come to its end."""
