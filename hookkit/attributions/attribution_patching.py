@@ -306,7 +306,7 @@ def compare_attributions(
     top: int = 10,
 ) -> pd.DataFrame:
     """Returns how well two tables of the same cells agree: those of `attribution` and `patching`,
-    for example, or `over_prompts` of each.
+    for example, or `mean_over_prompts` of each.
 
     Cells are matched by all columns that both tables have beside the metric's. `value` is the
     column that is compared (by default the first `_delta` that both have). `by` is a column for

@@ -67,7 +67,7 @@ def write_index(folder: str | os.PathLike[str], *, title: str = "Results") -> Pa
 
     Both have the question, the answer and the first figure of each result, and link to it. Results
     without a question are at the end. The page is self-contained; README.md is for a code host, and
-    a README.md that hookkit did not write is not changed. Raises what `results` raises, and
+    a README.md that hookkit did not write is not changed. Raises what `list_results` raises, and
     `BadFile` if the folder has an index.html that hookkit did not write, or for a picture that
     cannot be read.
 

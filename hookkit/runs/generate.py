@@ -73,7 +73,7 @@ def generate(
     number), "last" for those of the last step, or False. `seed` seeds the draws of this call and
     leaves torch's own generator as it was; without it the draws are those of transformers in the
     state in which torch is. A generation that draws nothing takes a seed too, and records it.
-    `trace` records every step for `decoding` and `decisions`.
+    `trace` records every step for `candidates` and `decisions`.
 
     Hooks on logits act first, on the logits of the model; then transformers' own and the user's
     `logits_processor`, in the order of transformers.

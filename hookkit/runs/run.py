@@ -54,7 +54,7 @@ class Run:
     prompt_lengths  the number of tokens of each row that are its prompt
     output          what transformers returned
     arguments       the arguments of generate that were passed on to transformers
-    recorded        the record of each step of a generate with trace=, for `decoding` and
+    recorded        the record of each step of a generate with trace=, for `candidates` and
                     `decisions`
     """
 

@@ -131,7 +131,7 @@ def dose_response(
     control, sample, row, prompt (the same), those of `sweep` for each metric, and with neutral
     texts the damage of the dose over all their tokens: damage_kl (KL(without ‖ with), nats per
     token), damage_loss (loss with minus without, nats per token) and perplexity (exp of the loss
-    with). `over_doses` returns the means and intervals.
+    with). `mean_over_doses` returns the means and intervals.
 
     >>> steered = hk.Vector("resid_post.20", direction, norm=120.0)
     >>> settings = {"doses": [0.5], "samples": 1, "neutral": "The sky is blue."}

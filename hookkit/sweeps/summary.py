@@ -65,9 +65,10 @@ def mean_over_prompts(
 
     Several rows of one prompt in a cell are averaged first: draws of noise (`causal_tracing`) or of
     a control, or layers that `by` does not name. If every prompt has the same samples, such as
-    random vectors, the interval covers prompts and samples (two-way). A `_gain` (`at_damage`) has
-    the interval over prompts and random vectors of what a vector does beyond one more random
-    vector; in rows of random vectors (`control`) it is where such a vector would lie.
+    random vectors, the interval covers prompts and samples (two-way). A `_gain`
+    (`effect_at_damage`) has the interval over prompts and random vectors of what a vector does
+    beyond one more random vector; in rows of random vectors (`control`) it is where such a vector
+    would lie.
 
     >>> mean_over_prompts(table).columns[:4].tolist()
     ['layer', 'n', 'prob', 'prob_se']

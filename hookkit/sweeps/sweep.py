@@ -254,11 +254,11 @@ def sweep(
                   is the same
 
     Columns: the grid's dimensions; row (the prompt); control if one was asked for, and draw if it
-    is drawn (`over_prompts` has the control's mean over its draws, with its interval). For each
-    metric its value, `_before` (without the cell's hooks) and `_delta` (after minus before); with a
-    target also `_target` (the metric there) and `_effect` (NaN for a prompt whose metric is the
-    same there; `over_prompts` has the ratio of the means). Ctrl-C returns the rows that are done,
-    with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
+    is drawn (`mean_over_prompts` has the control's mean over its draws, with its interval). For
+    each metric its value, `_before` (without the cell's hooks) and `_delta` (after minus before);
+    with a target also `_target` (the metric there) and `_effect` (NaN for a prompt whose metric is
+    the same there; `mean_over_prompts` has the ratio of the means). Ctrl-C returns the rows that
+    are done, with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
 
     A user's function in an edit receives the rows of one cell at a time, perhaps not all of them,
     and cells run in an order that the plan chooses. So its result for a prompt must depend on

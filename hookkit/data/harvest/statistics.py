@@ -1,10 +1,10 @@
 """Statistics of activations over a corpus, in float64 and in constant memory.
 
-`statistics` reads texts once and adds up each batch: the moments and norms of each site, and on
-request its covariance and the tokens at which each unit is largest. Each batch is summed by itself
-and merged into the total by the formulas of Chan, Golub and LeVeque (1979), which lose no digits
-where a mean is large and a variance small. Of equal values the earlier token comes first, so that
-the result does not depend on batches.
+`activation_statistics` reads texts once and adds up each batch: the moments and norms of each site,
+and on request its covariance and the tokens at which each unit is largest. Each batch is summed by
+itself and merged into the total by the formulas of Chan, Golub and LeVeque (1979), which lose no
+digits where a mean is large and a variance small. Of equal values the earlier token comes first, so
+that the result does not depend on batches.
 """
 
 from __future__ import annotations
@@ -196,8 +196,9 @@ class Statistics:
     """Statistics of several sites: `statistics["resid_post.6"].mean`, `statistics["z.9.3"]` for a
     head.
 
-    Made by `statistics` and by `Harvest.statistics`. `hk.ablate(sites, to=statistics)` writes each
-    site's mean. `about` has the model, the positions, the number of texts and their sha256.
+    `activation_statistics` and `Harvest.statistics` return it. `hk.ablate(sites, to=statistics)`
+    writes each site's mean. `about` has the model, the positions, the number of texts and their
+    sha256.
     """
 
     of_site: Mapping[AnySite, SiteStatistics]
@@ -311,7 +312,7 @@ def _site_statistics(site: str, tensors: dict[str, Tensor]) -> SiteStatistics:
 
 @dataclass(eq=False)
 class StatisticsSum:
-    """The statistics of the rows that were added so far. `statistics` or a harvest owns it."""
+    """The statistics of the rows that were added so far. One pass over a corpus owns it."""
 
     covariance: bool
     top: int

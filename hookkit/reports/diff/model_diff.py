@@ -68,7 +68,7 @@ CAPTIONS = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Difference:
-    """The comparison of two models, made by `diff`. Tables are plain DataFrames.
+    """The comparison of two models. `model_diff` returns it. Tables are plain DataFrames.
 
     Deltas are after minus before.
 
