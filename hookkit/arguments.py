@@ -517,13 +517,16 @@ def _read_keywords(signature: inspect.Signature, settings: Any) -> tuple[list[st
 
 
 def _evaluate(annotation: Any, names: dict[str, Any]) -> Any:
-    """Returns the type that an annotation names. It is `Any` if its module is not imported."""
-    if not isinstance(annotation, str):
-        return annotation
-    try:
-        return eval(annotation, names)
-    except (NameError, AttributeError, TypeError):
-        return Any
+    """Returns the type that an annotation names. It is `Any` if its module is not imported.
+
+    The value of an alias may be a text too.
+    """
+    while isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, names)
+        except (NameError, AttributeError, TypeError):
+            return Any
+    return annotation
 
 
 def _check_value(

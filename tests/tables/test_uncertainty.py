@@ -155,7 +155,7 @@ def test_a_warped_distribution_is_what_generate_draws_from(llama, rules):
         ({"top_p": 1.5}, BadHook, "top_p=1.5: give a probability above 0 and at most 1"),
         ({"top_p": 0.5, "top": 0}, OutOfRange, "top=0: give how many tokens to show"),
         ({"top_p": 0.5, "pos": 99}, OutOfRange, "pos=99 was asked for in row 0"),
-        ({"min_p": 0.5}, UnknownKeyword, r"warped\(\) has no keyword 'min_p'"),
+        ({"min_p": 0.5}, UnknownKeyword, r"sampling_distributions\(\) has no keyword 'min_p'"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(llama, words, error, said):
