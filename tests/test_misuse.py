@@ -553,6 +553,7 @@ CALLS = {
     "hk.patching(lm, P, P, 'z', hk.metrics.entropy(), pos=[1.5], progress=False)": "is not valid",
     "hk.patching(lm, P, P, 'z', hk.metrics.entropy(), target=run, progress=False)": "target",
     "hk.ablations(lm, P, 'blok', hk.metrics.entropy(), progress=False)": "blok",
+    "hk.ablations(lm, P, 'embed', hk.metrics.entropy(), units=[1], progress=False)": "no layers",
     "hk.ablations(lm, P, 5, hk.metrics.entropy(), progress=False)": "text",
     "hk.ablations(lm, P, 'block', hk.metrics.entropy(), heads=[1], progress=False)": "whole",
     "hk.ablations(lm, P, 'z', hk.metrics.entropy(), to='median', progress=False)": "median",

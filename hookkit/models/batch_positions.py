@@ -350,7 +350,7 @@ def _columns_of_row(mask_row: list[bool]) -> Columns:
     real = tuple(compress(count(), mask_row))
     if real[-1] - real[0] + 1 != len(real):
         return real
-    # a row without padding at its end goes on in the generated text
+    # a row without padding at its end continues in the generated text
     return range(real[0], NO_END if mask_row[-1] else real[-1] + 1)
 
 

@@ -155,17 +155,6 @@ class Report:
             write_text(readme, render_readme(self.title, self.parts, self.footer, hashes))
         return page
 
-    def write_page(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html alone, into a folder that has the files already. Returns its path."""
-        from ..models.devices import is_writing_process
-
-        page = Path(folder) / PAGE
-        if is_writing_process():
-            _check_files(page.parent, {})
-            make_folder(page.parent)
-            write_text(page, self.html())
-        return page
-
     def _build_files(self) -> dict[str, bytes]:
         data: dict[str, bytes] = {}
         for part in self._written_parts():

@@ -326,11 +326,11 @@ def watch_generate(
     `acts` is true for the calls that belong to it.
     """
     watch = GenerationWatch(tracer, decisions)
-    with Overrides() as lent:
+    with Overrides() as overrides:
         if tracer is not None or decisions is not None:
-            lent.wrap_method(model, "_get_logits_processor", watch.get_logits_processor, acts)
-        lent.wrap_method(model, "_get_stopping_criteria", watch.get_stopping_criteria, acts)
-        lent.wrap_method(model, "prepare_inputs_for_generation", watch.prepare_inputs, acts)
+            overrides.wrap_method(model, "_get_logits_processor", watch.get_logits_processor, acts)
+        overrides.wrap_method(model, "_get_stopping_criteria", watch.get_stopping_criteria, acts)
+        overrides.wrap_method(model, "prepare_inputs_for_generation", watch.prepare_inputs, acts)
         yield watch
 
 

@@ -463,13 +463,13 @@ _UNCOMPILED_BLOCKS: set[object] = set()
 _STANCES: list[Any] = []  # the stance of the first block, which restores the one before
 
 
-def run_uncompiled(lent: Overrides) -> None:
-    """Lets compiled code run uncompiled until `lent` is given back.
+def run_uncompiled(overrides: Overrides) -> None:
+    """Lets compiled code run uncompiled until `overrides` are undone.
 
     A compiled model ignores hooks that are registered after its first call.
     """
     block = object()
-    lent.add_cleanup(partial(_restore_compilation, block))
+    overrides.add_cleanup(partial(_restore_compilation, block))
     with _LOCK:
         _UNCOMPILED_BLOCKS.add(block)
         if not _STANCES:

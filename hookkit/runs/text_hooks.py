@@ -387,7 +387,7 @@ def _check_cached(bound_hooks: Iterable[BoundHook], text: SequenceBatch) -> None
 def _cached_message(bound_hook: BoundHook, text: SequenceBatch, row: int, position: int) -> str:
     return (
         f"{bound_hook.hook} at {bound_hook.site} means position {position} of row {row}, and the "
-        f"forward goes on from a cache that has columns 0 to {text.start - 1}: they are not read "
+        f"forward continues a cache that has columns 0 to {text.start - 1}: they are not read "
         "again, and the hook did not act there when the cache was filled. Run the whole text, say "
         f"pos=slice({text.start}, None), or fill the cache inside the same block"
     )

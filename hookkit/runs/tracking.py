@@ -1,7 +1,7 @@
 """PositionTracker: from each forward's arguments to the text and the columns that it works on.
 
 A forward says only its ids or embeddings, a mask and a cache. The tracker finds out from them
-which text the forward belongs to (a new one, or one that goes on from a cache), and which columns
+which text the forward belongs to (a new one, or one that continues a cache), and which columns
 of the text it reads.
 """
 
@@ -90,7 +90,7 @@ class PositionTracker:
             self.caches.note(cache_of(output), text, forward_pass.past + forward_pass.width)
 
     def expect(self, batch: Batch) -> None:
-        """Sets the prompts of the next forward. No later forward goes on from it."""
+        """Sets the prompts of the next forward. No later forward continues it."""
         columns: list[Columns] = []
         for length in batch.lengths:
             pad = batch.ids.shape[1] - length if batch.side == "left" else 0
@@ -161,7 +161,7 @@ class PositionTracker:
             return text if call.past <= text.n_read else None
         if self.caches.could_be_copy(call.cache, call.past):
             raise Unsupported(
-                f"this forward goes on from a {type(call.cache).__name__} that no forward of the "
+                f"this forward continues a {type(call.cache).__name__} that no forward of the "
                 "block has returned, and hookkit cannot tell whether it is a copy of one: go on "
                 "from the cache that the forward returned, or run the whole text"
             )
@@ -255,7 +255,7 @@ def _check_open_ends(text: SequenceBatch) -> None:
     """Raises `Unsupported` if a row of a text ends in padding, so that no forward can go on."""
     if any(not isinstance(columns, range) or columns.stop != NO_END for columns in text.columns):
         raise Unsupported(
-            "this forward goes on after rows that end in padding: pad on the left to decode a batch"
+            "this forward continues rows that end in padding: pad on the left to decode a batch"
         )
 
 
@@ -360,7 +360,7 @@ def columns_in(cache: Any, entry: tuple[SequenceBatch, int] | None) -> int:
         return columns
     if entry is None:
         raise Unsupported(
-            f"this forward goes on from a {type(cache).__name__} that no forward of the block has "
+            f"this forward continues a {type(cache).__name__} that no forward of the block has "
             "filled, and it does not say how many tokens it has read: fill it in the block, or run "
             "the whole text"
         )

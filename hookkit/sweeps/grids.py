@@ -91,7 +91,12 @@ def ablations(
     whole = grid.hooks(lambda site, pos, rows: ablated(site, pos=pos, rows=rows))
     if units is None:
         return sweep(lm, prompts, grid.axes, whole, metrics, **sweep_settings)
-    units_by_layer = _units_by_layer(units, grid.axes.get("layer", []))
+    if "layer" not in grid.axes:
+        raise BadHook(
+            f"units= selects units in each layer, and {what!r} has no layers: sweep over "
+            f"hk.ablate({what!r}, units=[unit]) with hk.sweep"
+        )
+    units_by_layer = _units_by_layer(units, grid.axes["layer"])
     axes = {**grid.axes, "unit": sorted(set().union(*units_by_layer.values()))}
 
     def by_unit(unit: int, **point: Any) -> list[Hook] | None:

@@ -330,7 +330,7 @@ class Stream:
     def __iter__(self) -> Iterator[StreamStep]:
         if self._turns is not None:
             raise Unsupported(
-                "a stream is gone through once: make another, with the same seed for the same text"
+                "a stream can be iterated once: make another, with the same seed for the same text"
             )
         self._turns = ThreadedGenerator(self._generate, name="hookkit.stream")
         try:

@@ -53,7 +53,7 @@ def by_hand(model, row, positions):
 def test_an_edit_of_positions_that_a_cache_has_is_refused_in_generate(lm, pos):
     hook = hk.steer(SITE, VECTOR, pos=pos)
     with pytest.raises(
-        (OutOfRange, Unsupported), match="goes on from a cache that has columns 0 to 2"
+        (OutOfRange, Unsupported), match="continues a cache that has columns 0 to 2"
     ):
         hk.generate(lm, [ROW], hook, past_key_values=filled(lm.model, ROW[:3]), **GREEDY)
 

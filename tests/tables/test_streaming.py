@@ -61,7 +61,7 @@ def test_a_stream_is_gone_through_once_and_has_its_run_at_the_end(lm):
         _ = steps.run
     list(steps)
     assert steps.run.logits.shape[1] == 1  # those of the last step, unless all are asked for
-    with pytest.raises(Unsupported, match="gone through once"):
+    with pytest.raises(Unsupported, match="can be iterated once"):
         list(steps)
 
 

@@ -65,9 +65,9 @@ class ResumePlan:
             self.block_outputs[number] = inner(*args, **kwargs)
             return self.block_outputs[number]
 
-        with Overrides() as lent:
+        with Overrides() as overrides:
             for number in {start - 1 for start in self.starts.values()}:
-                lent.wrap_method(self._block(number), "forward", partial(record, number))
+                overrides.wrap_method(self._block(number), "forward", partial(record, number))
             yield
 
     @contextmanager
@@ -80,12 +80,14 @@ class ResumePlan:
                 return output.clone()
             return (output[0].clone(), *output[1:])
 
-        with Overrides() as lent:
+        with Overrides() as overrides:
             for number in range(start - 1):
                 output_kind = find_ending(self.lm).kinds[number]
-                lent.wrap_method(self._block(number), "forward", partial(skip_block, output_kind))
+                overrides.wrap_method(
+                    self._block(number), "forward", partial(skip_block, output_kind)
+                )
             if start:
-                lent.wrap_method(self._block(start - 1), "forward", replay)
+                overrides.wrap_method(self._block(start - 1), "forward", replay)
             yield
 
     def _block(self, number: int) -> Any:
