@@ -220,7 +220,7 @@ def measured(lm: hk.LM, make) -> pd.DataFrame:
             }
         )
     everywhere = [] if make is None else [make(pos=slice(None))]
-    apart = hk.shift_summary(
+    apart = hk.stats.shift_summary(
         hk.forward(lm, NEUTRAL), hk.forward(lm, NEUTRAL, *everywhere), pos=slice(None)
     )
     kl: Any = apart.groupby("row")["kl"].mean()

@@ -110,7 +110,7 @@ def moved(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
         lm, TEXTS["city"], hk.capture(lm.sites("resid_post")), hk.capture("final_norm")
     )
     patched = hk.forward(lm, TEXTS["river"], hk.patch("final_norm", source, pos=-1))
-    same = hk.shift_summary(runs["city"], patched)
+    same = hk.stats.shift_summary(runs["city"], patched)
     results.answer(
         "With the last position's h from the city text and all weights as they are, the river "
         f"text's distribution is that of the city text: KL = {same['kl'].max():.1e} nats. So h "
@@ -125,7 +125,7 @@ def moved(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
             logits="last",
         )
         ranks = hk.ranks(run, top=0, watch=WATCH).set_index("token")["rank"].to_dict()
-        left = hk.shift_summary(runs["city"], run)["kl"][0]
+        left = hk.stats.shift_summary(runs["city"], run)["kl"][0]
         rows.append(
             {
                 "layer": layer,

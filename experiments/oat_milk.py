@@ -161,7 +161,8 @@ def change_the_inside(lm: hk.LM, before: hk.types.Run, results: hk.types.Record)
     edits = {"block": hk.skip_block(BLOCK), "head": hk.ablate(hk.Site("z", *HEAD))}
     runs = {name: results.run(name, hk.forward(lm, MILK, edit)) for name, edit in edits.items()}
     summary = [
-        hk.shift_summary(before, run).assign(edit=str(edits[name])) for name, run in runs.items()
+        hk.stats.shift_summary(before, run).assign(edit=str(edits[name]))
+        for name, run in runs.items()
     ]
     table = pd.concat(summary).set_index("edit").reset_index()
     results.table(

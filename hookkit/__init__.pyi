@@ -13,7 +13,6 @@ from .checks.doctor import doctor as doctor
 from .checks.laws import check_laws as check_laws
 from .data import datasets as datasets
 from .data.harvest.harvest import open_harvest as open_harvest
-from .data.harvest.statistics import activation_statistics as activation_statistics
 from .data.harvest.writing import harvest as harvest
 from .hooks import when as when
 from .hooks.ablation import ablate as ablate
@@ -84,7 +83,6 @@ from .tables.decoding import stream as stream
 from .tables.rank_tables import rank_shift as rank_shift
 from .tables.rank_tables import ranks as ranks
 from .tables.rank_tables import sampling_distributions as sampling_distributions
-from .tables.rank_tables import shift_summary as shift_summary
 from .tables.rank_tables import uncertainty as uncertainty
 from .tables.surprisal import surprisal as surprisal
 from .tables.surprisal import surprisal_shift as surprisal_shift

@@ -1,18 +1,24 @@
-"""Statistics of tables: means over prompts with intervals, and the agreement of two methods.
+"""Statistics: means over prompts with intervals, the agreement of two methods, summaries of shifts.
 
     table = hk.patching(lm, clean, corrupted, "resid_post", metrics=metric)
     hk.stats.mean_over_prompts(table)
+    hk.stats.shift_summary(before, after)
+    hk.stats.activation_statistics(lm, texts, "resid_post.6")
 
-Every function takes a table that hookkit returned and returns a DataFrame.
+Most functions take a table that hookkit returned. `shift_summary` takes two runs, and
+`activation_statistics` takes a model and texts.
 """
 
 from .attributions.attribution_patching import compare_attributions
+from .data.harvest.statistics import activation_statistics
 from .lenses.logit_lens import lens_summary
 from .steering.controls import effect_at_damage, mean_over_doses
 from .sweeps.summary import mean_over_prompts, strongest
 from .tables.calibration import calibration, roc
+from .tables.rank_tables import shift_summary
 
 __all__ = [
+    "activation_statistics",
     "calibration",
     "compare_attributions",
     "effect_at_damage",
@@ -20,6 +26,7 @@ __all__ = [
     "mean_over_doses",
     "mean_over_prompts",
     "roc",
+    "shift_summary",
     "strongest",
 ]
 

@@ -100,7 +100,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     )
 }
 LM = hk.tiny("llama")
-STATISTICS = hk.activation_statistics(LM, [[5, 6, 7]], "resid_post.1", progress=False)
+STATISTICS = hk.stats.activation_statistics(LM, [[5, 6, 7]], "resid_post.1", progress=False)
 LENS = hk.train_lens(LM, [list(range(2, 90))], window=16, steps=1, progress=False)
 
 

@@ -168,7 +168,9 @@ def surprised(lm):
 
 
 def counted(lm):
-    found = hk.activation_statistics(lm, IDS * 3, has(lm, "mlp_post.0", "z.1"), progress=False)
+    found = hk.stats.activation_statistics(
+        lm, IDS * 3, has(lm, "mlp_post.0", "z.1"), progress=False
+    )
     return {
         f"{site} {what}": getattr(found[site], what)
         for site in found.sites

@@ -72,7 +72,7 @@ def things(lm):
     metric = hk.metrics.logit_diff(ids[0], ids[1])
     yield hk.gradients(lm, [ids], metric, "embed")
     yield hk.sweep_plan(lm, [ids], {"layer": range(3)}, lambda layer: hk.skip_block(layer), metric)
-    yield hk.activation_statistics(lm, [ids], "z.1", progress=False)
+    yield hk.stats.activation_statistics(lm, [ids], "z.1", progress=False)
     vectors = hk.mean_difference(lm, [ids], [[5, 6]], "resid_post.1")
     sites = lm.describe().assign(blocks=3, proved=True)
     yield from (

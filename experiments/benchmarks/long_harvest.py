@@ -3,7 +3,7 @@
 Yes, if memory from a tenth of the way to the end stays the same to 5 %.
 
 Two million tokens of text from a generator, which are never in memory together: harvested, summed
-up by hk.activation_statistics without a harvest, and read again from the disk, in order and
+up by hk.stats.activation_statistics without a harvest, and read again from the disk, in order and
 shuffled. A random model of 3 blocks gives the numbers, since memory is what counts here and not
 what they are; the default model runs over a part of the text beside it. What is sampled, whenever a
 text or a batch is taken, is the memory of the whole process (RSS), and its own part of it,
@@ -128,7 +128,7 @@ def measured(small: hk.LM, default: hk.LM, folder: Path) -> Iterator[Way]:
     way.tokens = tokens = len(made)
     yield way
     way = Way("statistics, no harvest", TEXTS, tokens=tokens)
-    hk.activation_statistics(
+    hk.stats.activation_statistics(
         small, way.watched(texts(TEXTS)), "resid_post.1", covariance=True, top=10, progress=False
     )
     yield way

@@ -125,7 +125,7 @@ def shift(
     before = hk.forward(lm, texts, logits="last")
     after = hk.forward(lm, texts, *edits, logits="last")
     shifts = hk.rank_shift(before, after, top=top, movers=movers, watch=watched_ids)
-    summary = hk.shift_summary(before, after, top=top)
+    summary = hk.stats.shift_summary(before, after, top=top)
     parts = {
         "shifts": TableView(shifts, SHIFT_COLUMNS, title),
         "summary": TableView(summary, SUMMARY_COLUMNS, "how far all of it moved (nats)"),

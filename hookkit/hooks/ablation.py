@@ -130,7 +130,7 @@ def ablate(
                     2022); the same draw for the same prompt, alone or in a batch
     to=tensor       these values: the site's axes after batch and pos, or with [pos, …] or
                     [batch, pos, …] before them
-    to=statistics   each site's mean over the texts that `hk.activation_statistics` read
+    to=statistics   each site's mean over the texts that `hk.stats.activation_statistics` read
     to=run          the values of that run (as `patch`)
 
     For mean and resample, per="position" (the default) takes the reference's values at the same

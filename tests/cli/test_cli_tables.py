@@ -68,7 +68,7 @@ def test_a_shift_has_the_table_and_the_distance_of_the_two_runs(hookkit, llama):
     before, after = hk.forward(llama, MILK), hk.forward(llama, MILK, *HOOKS)
     found = json.loads(done.stdout)
     same(found["shifts"], hk.rank_shift(before, after, top=4, watch=" milk"))
-    same(found["summary"], hk.shift_summary(before, after, top=4))
+    same(found["summary"], hk.stats.shift_summary(before, after, top=4))
     table = pd.read_csv(io.StringIO(hookkit("shift", MILK, *EDITS, "--csv").stdout))
     assert table["token"].tolist() == hk.rank_shift(before, after)["token"].tolist()
 

@@ -58,7 +58,7 @@ def check(found: "hk.types.Statistics", site: str, values: np.ndarray, within: f
 
 @pytest.fixture(scope="module")
 def found(llama) -> "hk.types.Statistics":
-    return hk.activation_statistics(llama, iter(ROWS), SITES, covariance=True, top=4, **SMALL)
+    return hk.stats.activation_statistics(llama, iter(ROWS), SITES, covariance=True, top=4, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,9 @@ def test_statistics_of_a_harvest_need_no_model(harvest, site):
 
 
 def test_one_head_has_the_statistics_that_it_has_alone(llama, found):
-    alone = hk.activation_statistics(llama, ROWS, "z.2.1", covariance=True, top=4, **SMALL)["z.2.1"]
+    alone = hk.stats.activation_statistics(llama, ROWS, "z.2.1", covariance=True, top=4, **SMALL)[
+        "z.2.1"
+    ]
     of_all = found["z.2.1"]
     assert torch.equal(of_all.mean, alone.mean)
     assert torch.equal(of_all.norm.max, alone.norm.max)
@@ -98,7 +100,7 @@ def test_one_head_has_the_statistics_that_it_has_alone(llama, found):
 
 def test_only_the_positions_asked_for_count(llama, harvest):
     given = [row for row in ROWS if len(row) > 1]
-    made = hk.activation_statistics(
+    made = hk.stats.activation_statistics(
         llama, given, "resid_post.1", pos=slice(1, None), covariance=True, **SMALL
     )
     values = np.concatenate([by_hand(llama, "resid_post.1", [row])[1:] for row in given])
@@ -148,7 +150,7 @@ def test_the_strongest_tokens_of_a_unit_are_those_of_a_full_sort_even_among_equa
     values = kept["mlp_post.1"][:]
     assert (values == 0).float().mean() > 0.2
     for made in (
-        hk.activation_statistics(rectified, ROWS, "mlp_post.1", top=top, **SMALL),
+        hk.stats.activation_statistics(rectified, ROWS, "mlp_post.1", top=top, **SMALL),
         kept.statistics(top=top),
     ):
         for unit, rows in enumerate(largest(values, top)):
@@ -205,9 +207,9 @@ def test_statistics_say_of_what_they_are(llama, tmp_path):
     )
     assert (kept.about["texts"], kept.about["left_out"], kept.about["pos"]) == (4, 2, "-1")
     assert kept["resid_post.1"].count == 2
-    made = hk.activation_statistics(llama, given, "resid_post.1", on_error="skip", **SMALL)
+    made = hk.stats.activation_statistics(llama, given, "resid_post.1", on_error="skip", **SMALL)
     assert (made.about["texts"], made.about["left_out"], made.about["pos"]) == (4, 2, "None")
-    again = hk.activation_statistics(llama, ["tea"], "resid_post.1", **SMALL)
+    again = hk.stats.activation_statistics(llama, ["tea"], "resid_post.1", **SMALL)
     assert made.about["stream"] != again.about["stream"]
     assert repr(again) == "Statistics(2 tokens of 1 text; 1 site: resid_post.1)"
     assert repr(again["resid_post.1"]) == "SiteStatistics(resid_post.1, [32], 2 tokens)"
@@ -223,7 +225,7 @@ def test_a_stream_is_read_no_further_ahead_than_a_window(llama):
 
     hook = llama.root.register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
-        hk.activation_statistics(llama, stream(), "resid_post.0", **SMALL)
+        hk.stats.activation_statistics(llama, stream(), "resid_post.0", **SMALL)
     finally:
         hook.remove()
     ahead = [
@@ -235,7 +237,7 @@ def test_a_stream_is_read_no_further_ahead_than_a_window(llama):
 
 
 def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
-    bare = hk.activation_statistics(llama, ROWS[:2], "resid_post.1", **SMALL)
+    bare = hk.stats.activation_statistics(llama, ROWS[:2], "resid_post.1", **SMALL)
     for wish, error, words in (
         (lambda: bare["resid_post.1"].covariance, NotCaptured, "ask for it with covariance=True"),
         (lambda: bare["resid_post.1"].top(3), NotCaptured, "ask for them with top=10"),
@@ -261,17 +263,17 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
             r"unit 3 of z.2 was asked for, and its units are counted \[4, 8\]",
         ),
         (
-            lambda: hk.activation_statistics(llama, ROWS, "z.1", top=-1, **SMALL),
+            lambda: hk.stats.activation_statistics(llama, ROWS, "z.1", top=-1, **SMALL),
             BadHook,
             "top=-1: give how many tokens are kept",
         ),
         (
-            lambda: hk.activation_statistics(llama, ROWS, "pattern.1", **SMALL),
+            lambda: hk.stats.activation_statistics(llama, ROWS, "pattern.1", **SMALL),
             BadHook,
             "a statistic keeps as many numbers for",
         ),
         (
-            lambda: hk.activation_statistics(llama, [], "z.1", **SMALL),
+            lambda: hk.stats.activation_statistics(llama, [], "z.1", **SMALL),
             EmptySelection,
             "none of the 0 texts",
         ),
@@ -296,7 +298,7 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
 
 def test_numbers_of_which_a_mean_says_nothing_are_refused(small_tokenizer):
     with pytest.raises(BadHook, match="experts.1 holds ids or indices, whose mean has no meaning"):
-        hk.activation_statistics(hk.tiny("mixtral"), ROWS[:2], "experts.1", **SMALL)
+        hk.stats.activation_statistics(hk.tiny("mixtral"), ROWS[:2], "experts.1", **SMALL)
     own = hk.LM(tiny("llama"), small_tokenizer)
     with torch.no_grad():
         own.root.model.embed_tokens.weight[7] = float("nan")
@@ -304,7 +306,7 @@ def test_numbers_of_which_a_mean_says_nothing_are_refused(small_tokenizer):
         Unsupported,
         match="embed is not a finite number at position 2 of text 1, so its mean would",
     ):
-        hk.activation_statistics(own, [[1, 2], [3, 4, 7, 5]], "embed", **SMALL)
+        hk.stats.activation_statistics(own, [[1, 2], [3, 4, 7, 5]], "embed", **SMALL)
 
 
 # ---- ablation
@@ -338,7 +340,7 @@ def test_one_head_is_ablated_with_the_statistics_of_all(llama, found):
 
 
 def test_a_bare_name_means_every_layer_that_has_statistics(llama):
-    made = hk.activation_statistics(llama, ROWS[:9], ["z.0", "z.2"], **SMALL)
+    made = hk.stats.activation_statistics(llama, ROWS[:9], ["z.0", "z.2"], **SMALL)
     hook = hk.ablate("z", to=made)
     assert [str(site) for site in hook.sites] == ["z.0", "z.2"]
     one_by_one = [hk.ablate(site, to=made[site].mean) for site in ("z.0", "z.2")]

@@ -76,7 +76,7 @@ def tensors_kept(lm, folder):
 
 
 def statistics_kept(lm, folder):
-    hk.activation_statistics(lm, [[5, 6, 7]], "resid_post.1", progress=False).save(
+    hk.stats.activation_statistics(lm, [[5, 6, 7]], "resid_post.1", progress=False).save(
         folder / "s.safetensors"
     )
 

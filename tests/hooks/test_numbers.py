@@ -310,7 +310,7 @@ def test_nan_logits_are_nan_in_every_table_and_leave_other_rows_alone(broken):
     tables = {
         "ranks": hk.ranks(run, top=3, watch=[7]),
         "shift": hk.rank_shift(before, run, top=3),
-        "summary": hk.shift_summary(before, run),
+        "summary": hk.stats.shift_summary(before, run),
         "uncertainty": hk.uncertainty(run, pos=-1),
         "surprisal": hk.surprisal(run, top=2),
         "lens": hk.logit_lens(broken, ROWS, top=2),
@@ -427,7 +427,7 @@ def test_infinite_logits_keep_their_ranks_and_banned_ones_their_closed_forms():
     banned = hk.forward(lm, IDS, hk.ban(5, 6))
     probs = plain.logits[0, -1].double().softmax(-1)
     left = torch.cat([probs[:5], probs[7:]]) / (1 - probs[5] - probs[6])
-    summary = hk.shift_summary(plain, banned)
+    summary = hk.stats.shift_summary(plain, banned)
     assert summary["kl"].item() == math.inf
     assert summary["kl_reverse"].item() == pytest.approx(
         -math.log(1 - float(probs[5] + probs[6])), abs=1e-6

@@ -144,7 +144,7 @@ ASKED = {
         lm, ["I like tea"], "like", METRIC, samples=2, **QUIET
     ),
     "statistics": lambda lm: (
-        hk.activation_statistics(lm, PROMPTS, "resid_post", covariance=True, **QUIET)[
+        hk.stats.activation_statistics(lm, PROMPTS, "resid_post", covariance=True, **QUIET)[
             last(lm)
         ].covariance
     ),

@@ -52,7 +52,7 @@ def test_columns_are_as_documented(runs):
     before, after = runs
     assert list(hk.ranks(before).columns) == RANKS
     assert list(hk.rank_shift(before, after).columns) == SHIFT
-    assert list(hk.shift_summary(before, after).columns) == SUMMARY
+    assert list(hk.stats.shift_summary(before, after).columns) == SUMMARY
     assert list(hk.uncertainty(before).columns) == SURE
 
 
@@ -176,7 +176,7 @@ def test_a_banned_token_stands_last_with_an_infinite_delta(llama):
 
 def test_divergences_are_their_closed_forms(runs):
     before, after = runs
-    table = hk.shift_summary(before, after)
+    table = hk.stats.shift_summary(before, after)
     for row, length in enumerate(before.lengths):
         p, q = (run.logits[row, length - 1].double().softmax(-1) for run in runs)
         middle = (p + q) / 2
@@ -202,7 +202,7 @@ def test_divergences_are_their_closed_forms(runs):
 
 def test_a_summary_of_a_ban_is_infinite_one_way_and_finite_the_other(llama):
     before, after = hk.forward(llama, "Tea"), hk.forward(llama, "Tea", hk.ban(5))
-    row = hk.shift_summary(before, after).iloc[0]
+    row = hk.stats.shift_summary(before, after).iloc[0]
     p = before.logits[0, -1].softmax(-1)[5]
     assert row["kl"] == math.inf
     assert row["kl_reverse"] == pytest.approx(float(-torch.log1p(-p)), rel=1e-3)
@@ -211,7 +211,7 @@ def test_a_summary_of_a_ban_is_infinite_one_way_and_finite_the_other(llama):
 
 
 def test_a_run_beside_itself_has_moved_nowhere(runs):
-    row = hk.shift_summary(runs[0], runs[0]).iloc[0]
+    row = hk.stats.shift_summary(runs[0], runs[0]).iloc[0]
     assert row[
         ["kl", "kl_reverse", "js", "tv", "entropy_delta", "margin_delta"]
     ].tolist() == pytest.approx([0] * 6, abs=1e-15)
@@ -260,7 +260,7 @@ def test_tables_of_a_generate_go_by_step_and_position(lm):
         assert table["token_id"][row] == int(run.tokens[row, start + 2])
     assert hk.uncertainty(run).groupby("row").size().tolist() == [3, 3]
     assert hk.ranks(run, top=1)["pos"].tolist() == [length - 1 for length in run.prompt_lengths]
-    steps = hk.shift_summary(run, run, step=slice(0, None))
+    steps = hk.stats.shift_summary(run, run, step=slice(0, None))
     assert steps["step"].tolist() == [0, 1, 2, 0, 1, 2]
 
 

@@ -400,7 +400,7 @@ class Harvest:
         top: int = 0,
     ) -> Statistics:
         """Returns the statistics of these sites (all by default) over the rows, as
-        `hk.activation_statistics`.
+        `hk.stats.activation_statistics`.
 
         `pos` selects the rows at some positions. The values are those on the disk, rounded to their
         dtype.

@@ -267,7 +267,8 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
 
     Raises `DamagedHarvest` for another file.
 
-    >>> found = hk.activation_statistics(lm, ["Tea with milk"], "resid_post.6", progress=False)
+    >>> texts = ["Tea with milk"]
+    >>> found = hk.stats.activation_statistics(lm, texts, "resid_post.6", progress=False)
     >>> load_statistics(found.save("means.safetensors"))["resid_post.6"].mean.shape
     torch.Size([576])
     """
