@@ -73,7 +73,7 @@ def summed(name: str, pairs: hk.types.Pairs, check: pd.DataFrame) -> dict[str, o
     clean, corrupted = check["logit_diff_clean"], check["logit_diff_corrupted"]
     numbers = {
         "accuracy": check["right"].mean(),
-        "top1": check["top1"].mean(),
+        "top1": check["is_top1"].mean(),
         "diff": clean.mean(),
         "diff_p5": clean.quantile(0.05),
         "diff_corrupted": corrupted.mean(),
@@ -96,7 +96,7 @@ def examples(lm: hk.LM, made: dict[str, hk.types.Pairs]) -> pd.DataFrame:
             for text in (pairs.clean[0], pairs.corrupted[0])
         ]
         labels = ", ".join(f"{label} {places[0]}" for label, places in pairs.labels.items())
-        rows.append((name, *texts, repr(pairs.answers[0]), repr(pairs.wrong[0]), labels))
+        rows.append((name, *texts, pairs.answers[0], pairs.wrong[0], labels))
     return pd.DataFrame(
         rows, columns=["dataset", "clean", "corrupted", "answer", "wrong", "labels"]
     )

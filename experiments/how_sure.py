@@ -113,7 +113,7 @@ def answered(lm: hk.LM, name: str, n: int) -> pd.DataFrame:
     }
     run = hk.forward(lm, list(once), logits="last")
     table: Any = hk.uncertainty(run).assign(
-        dataset=name, answer=[repr(lm.string(token)) for token in once.values()]
+        dataset=name, answer=list(map(lm.string, once.values()))
     )
     table["right"] = hk.ranks(run, top=1)["token_id"].to_numpy() == list(once.values())
     table["log_nucleus_90"] = np.log(table["nucleus_90"])

@@ -65,7 +65,7 @@ def one_prompt(lm: hk.LM, results: hk.types.Record) -> None:
         "says."
     )
     results.figure("lens_map", hk.figures.lens_map(leading, labels=tokens), caption=words)
-    found = hk.stats.lens_summary(last).set_index("token").loc[repr(CITY)]
+    found = hk.stats.lens_summary(last).set_index("token").loc[CITY]
     results.answer(
         f"{CITY!r} first leads at {found['first']}, and to the end from {found['since']} on."
     )
@@ -78,7 +78,7 @@ def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLen
         lens = hk.logit_lens(
             lm, list(pairs.clean), top=0, watch=set(pairs.answers), lens=translator
         )
-        own = [repr(lm.string(lm.token(pairs.answers[row]))) for row in lens["row"]]
+        own = [lm.string(lm.token(pairs.answers[row])) for row in lens["row"]]
         parts.append(lens[lens["token"] == own].assign(lens=name))
     table: Any = pd.concat(parts, ignore_index=True)
     table["log10 rank"] = table["rank"].map(math.log10)

@@ -84,7 +84,7 @@ def trained(lm: hk.LM, text: str) -> pd.DataFrame:
         rows.append(
             {"step": number, "loss": loss, "perplexity": math.exp(loss), "gradient": squared**0.5}
         )
-        rows[-1] |= dict(zip(said["token"], said["prob"], strict=True))
+        rows[-1] |= dict(zip(map(repr, said["token"]), said["prob"], strict=True))
     return pd.DataFrame(rows)
 
 

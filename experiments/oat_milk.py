@@ -51,11 +51,10 @@ def main(folder: str = "results/oat_milk") -> None:
 def look_at_a_sentence(lm: hk.LM, results: hk.types.Record) -> None:
     run = results.run("sentence", hk.forward(lm, SENTENCE))
     ids = run.tokens[0].tolist()
-    read = [repr(lm.string(i)) for i in ids]
+    read = list(map(lm.string, ids))
     results.text("# A sentence is tokens, and every token gets a prediction")
-    results.text(
-        f"“{SENTENCE}” has {len(SENTENCE)} characters and {len(ids)} tokens: {' '.join(read)}"
-    )
+    quoted = " ".join(map(repr, read))
+    results.text(f"“{SENTENCE}” has {len(SENTENCE)} characters and {len(ids)} tokens: {quoted}")
     rows = []
     for pos, came in enumerate(ids[1:]):
         ranks = hk.ranks(run, pos=pos, top=1, watch=came)

@@ -44,7 +44,7 @@ def read(lm: hk.LM, results: hk.types.Record) -> None:
     ids = lm.tokenizer.encode(PROMPT)
     results.text("# 1. Read")
     results.text(f"The model reads {len(ids)} numbers, and nothing else:")
-    tokens = {"pos": range(len(ids)), "token_id": ids, "token": [repr(lm.string(i)) for i in ids]}
+    tokens = {"pos": range(len(ids)), "token_id": ids, "token": list(map(lm.string, ids))}
     results.table("tokens", pd.DataFrame(tokens), caption="The prompt as tokens.")
 
 

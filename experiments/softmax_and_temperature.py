@@ -107,7 +107,7 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
     for axes, (name, table) in zip((left, middle), tables.items(), strict=True):
         hot = table[table["setting"].str.startswith("temperature")]
         for number, (token, part) in enumerate(hot.groupby("token", sort=False)):
-            name_of = drawable(str(token))
+            name_of = drawable(repr(token))
             axes.plot(
                 TEMPERATURES, part["prob"], label=name_of, marker="os^Dv"[number], ms=4, lw=1.4
             )

@@ -47,7 +47,7 @@ the likely tokens until the last blocks: `since` is the block from which on it l
 # %%
 TOWER = "The Eiffel Tower is located in the city of"
 lens = hk.logit_lens(lm, TOWER, watch=" Paris")
-said = hk.stats.lens_summary(lens).query("token == \"' Paris'\"")[["first", "since", "last_prob"]]
+said = hk.stats.lens_summary(lens).query("token == ' Paris'")[["first", "since", "last_prob"]]
 print(said.round(2).to_string(index=False))
 
 # %% [markdown]

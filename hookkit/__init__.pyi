@@ -84,6 +84,7 @@ from .tables.rank_tables import rank_shift as rank_shift
 from .tables.rank_tables import ranks as ranks
 from .tables.rank_tables import sampling_distributions as sampling_distributions
 from .tables.rank_tables import uncertainty as uncertainty
+from .tables.show import show as show
 from .tables.surprisal import surprisal as surprisal
 from .tables.surprisal import surprisal_shift as surprisal_shift
 from .tables.surprisal import token_losses as token_losses

@@ -7,6 +7,7 @@ those of the notebook, so that the HTML can be read on a light and on a dark the
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import starmap
 from typing import Any
 
 MAX_ROWS = 12  # rows of a table
@@ -14,6 +15,18 @@ MAX_CHARACTERS = 160  # characters of a cell
 LINE = "border-bottom:1px solid rgba(128,128,128,.35);padding:.15em .6em"
 CELL = f"{LINE};text-align:left;vertical-align:top;white-space:pre-wrap;unicode-bidi:isolate"
 FAINT = "opacity:.7"
+# The columns that are coloured by their sign: with 1 positive numbers are green, with -1 negative.
+SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "rank_delta": -1}
+CELL_COLOURS = {1: "#1f9e89", -1: "#e0522d", 0: ""}  # legible on light and on dark
+# The columns of tables whose texts are tokens, and those whose texts a model wrote. Where they are
+# shown, the texts stand in quotes, so that a leading space or a line end can be seen.
+TOKEN_COLUMNS = frozenset(
+    ("token", "read", "came", "answer", "wrong", "top1", "top2", "top1_before", "top1_after",
+     "top1_model", "token_predicted", "token_that_came")
+)  # fmt: skip
+WRITTEN_COLUMNS = frozenset(
+    ("both", "then_before", "then_after", "baseline", "edited", "generated", "written")
+)
 
 
 def render_html(
@@ -48,8 +61,7 @@ def _table(rows: Sequence[Mapping[str, object]], most: int) -> list[str]:
     heads = [f'<th style="{style}">{escape(str(name))}</th>' for name in rows[0]]
     lines: list[str] = []
     for row in rows[:most]:
-        cells = [f'<td style="{CELL}">{escape(format_value(value))}</td>' for value in row.values()]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+        lines.append(f"<tr>{''.join(starmap(_cell, row.items()))}</tr>")
     style = "border-collapse:collapse;margin:.4em 0;background:none;color:inherit"
     head = f"<thead><tr>{''.join(heads)}</tr></thead>"
     body = f"<tbody>{''.join(lines)}</tbody>"
@@ -58,6 +70,27 @@ def _table(rows: Sequence[Mapping[str, object]], most: int) -> list[str]:
     if hidden <= 0:
         return [table]
     return [table, f'<div style="{FAINT}">and {hidden} more</div>']
+
+
+def _cell(column: str, value: object) -> str:
+    """Returns the HTML of a cell. Numbers are aligned right, and deltas coloured by direction."""
+    style = CELL
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        style = f"{LINE};text-align:right"
+        colour = CELL_COLOURS[direction_of(column, value)]
+        style += f";color:{colour}" * bool(colour)
+    return f'<td style="{style}">{escape(format_cell(column, value))}</td>'
+
+
+def direction_of(column: object, value: Any) -> int:
+    """Returns 1 for a delta of a token that became more likely, -1 for less likely, else 0.
+
+    A `rank_delta` below 0 is that of a token that rose.
+    """
+    if column not in SIGNED or value is None or value != value:
+        return 0
+    change = SIGNED[str(column)] * value
+    return int(change > 0) - int(change < 0)
 
 
 def progress_bar(progress: bool | None, **settings: Any) -> Any:
@@ -73,6 +106,25 @@ def format_value(value: Any) -> str:
     if value is None or text in ("nan", "<NA>", "NaT"):
         return ""
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+
+
+def quote_token(token: object) -> str:
+    """Returns a token in quotes, with escapes for what cannot be printed; "" for a missing one.
+
+    >>> quote_token(" coffee"), quote_token("\\n")
+    ("' coffee'", "'\\\\n'")
+    """
+    return repr(str(token)) if isinstance(token, str) else ""
+
+
+def is_quoted(column: object, value: object) -> bool:
+    """True for a text in a column of tokens, or of texts that a model wrote."""
+    return isinstance(value, str) and column in TOKEN_COLUMNS | WRITTEN_COLUMNS
+
+
+def format_cell(column: object, value: Any) -> str:
+    """Returns a short text of a table's cell: see `format_value`. Tokens are in quotes."""
+    return format_value(repr(str(value)) if is_quoted(column, value) else value)
 
 
 def count_of(number: int, noun: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def module_of(
@@ -187,3 +188,14 @@ def generated(
         return model.generate(**given | {"use_cache": False})[:, width:].tolist()
     finally:
         handle.remove()
+
+
+def token_text(tokenizer, token_id):
+    """The text of a token of a byte-level tokenizer; a byte that is no text is <0xE2>."""
+    text = tokenizer.decode([token_id])
+    if "\ufffd" not in text:
+        return text
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    data = bytes(letters[letter] for letter in tokenizer.convert_ids_to_tokens(token_id))
+    text = data.decode("utf-8", "surrogateescape")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in text)

@@ -27,7 +27,7 @@ from hookkit.reports.parts import Part
 # tqdm's own lock is shared with children: one killed while it holds the lock would stop this process
 tqdm.set_lock(threading.RLock())
 
-TABLE = pd.DataFrame({"x": range(2000), "token": ["' tea'"] * 2000})
+TABLE = pd.DataFrame({"x": range(2000), "token": [" tea"] * 2000})
 TENSORS = {"x": torch.arange(200_000, dtype=torch.float32)}
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
 PRECIOUS = "mine.txt"

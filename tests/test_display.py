@@ -162,7 +162,7 @@ def cells() -> list[tuple[bool, str]]:
 def checked(session: dict, said: str) -> None:
     assert "62 parts, together 6.12" in said
     assert (
-        session["shift"].iloc[0]["token"] == "' coffee'"
+        session["shift"].iloc[0]["token"] == " coffee"
         and session["shift"].iloc[0]["rank_before"] == 8827
     )
     assert session["said"]["last_prob"].iloc[0] > 0.5

@@ -61,7 +61,7 @@ def token_attribution(
     changes along most of the path from zeros, and changes at once near its start.
 
     >>> token_attribution(lm, "The capital of France is", logit(" Paris"))["token"].tolist()
-    ["'The'", "' capital'", "' of'", "' France'", "' is'"]
+    ['The', ' capital', ' of', ' France', ' is']
     """
     if method != "integrated" and steps is not None:
         raise BadHook(
@@ -119,7 +119,7 @@ def _table(prompt_metric: PromptMetric, attributions: Float[Tensor, "row pos"]) 
     records: list[dict[str, Any]] = []
     for row, ids in enumerate(prompt_metric.inputs.rows):
         for position, token_id in enumerate(ids):
-            token = repr(prompt_metric.lm.string(token_id))
+            token = prompt_metric.lm.string(token_id)
             record = {"row": row, "pos": position, "token": token, "token_id": token_id}
             records.append(record | {"attribution": float(attributions[row, position])})
     return pd.DataFrame(records)

@@ -58,7 +58,7 @@ def main() -> None:
         results.figure("bump", hk.figures.rank_bump(shift), caption="Ranks before and after.")
         token = shift[shift["token_id"] == lm.token(TOKEN)].iloc[0]
         results.answer(
-            f"Without block {{layer}}'s MLP, {{token['token']}} goes from rank "
+            f"Without block {{layer}}'s MLP, {{token['token']!r}} goes from rank "
             f"{{token['rank_before']}} to {{token['rank_after']}}; "
             f"its logit moves by {{token['logit_delta']:+.2f}}."
         )

@@ -17,7 +17,7 @@ from typer import Option
 
 import hookkit as hk
 
-from ..display import printable
+from ..display import printable, quote_token
 from ..errors import BadFile, BadHook
 from .app import command, exit_cleanly
 from .options import (
@@ -35,7 +35,6 @@ from .options import (
 from .output import OutputOptions, TableView, is_terminal, print_line, print_text, rows_as_dicts
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Group
 
     from ..tables.decoding import StreamStep
@@ -104,14 +103,11 @@ def compare(
             "shifts": TableView(comparison.shifts, caption="every token's shift"),
         }
     else:
-        table = _quote_columns(comparison.texts, "baseline", "edited")
-        parts = {"texts": TableView(table, caption=" + ".join(map(str, edits))), "summary": summary}
+        parts = {
+            "texts": TableView(comparison.texts, caption=" + ".join(map(str, edits))),
+            "summary": summary,
+        }
     output.write("Comparison", parts, main="shifts")
-
-
-def _quote_columns(table: "pd.DataFrame", *names: str) -> "pd.DataFrame":
-    """Returns the table with texts as literals, so that a space at an end is visible."""
-    return table.assign(**{name: table[name].map(repr) for name in names})
 
 
 @dataclass(frozen=True)
@@ -204,8 +200,6 @@ def steer(
         columns = {"row": range(len(texts)), "dose": amount, "generated": run.generated}
         tables.append(pd.DataFrame(columns))
     table = pd.concat(tables).sort_values(["row", "dose"], ignore_index=True, kind="stable")
-    if not output.format:
-        table = _quote_columns(table, "generated")
     output.write("Steering", {"steering": TableView(table)})
 
 
@@ -266,12 +260,12 @@ def _step_as_json(step: "StreamStep") -> str:
 
 def _decision_line(step: "StreamStep") -> str:
     (decision,) = rows_as_dicts(step.decisions)
-    return f"{decision['step']:>4}  {decision['token']:<16} {decision['why']}"
+    return f"{decision['step']:>4}  {decision['token']!r:<16} {decision['why']}"
 
 
 def _step_as_line(step: "StreamStep") -> str:
     candidates = _candidates(step, "processed")
-    texts = [f"{candidate['token']} {candidate['prob']:.3f}" for candidate in candidates]
+    texts = [f"{candidate['token']!r} {candidate['prob']:.3f}" for candidate in candidates]
     return f"{_decision_line(step)}  [{', '.join(texts)}]"
 
 
@@ -293,7 +287,7 @@ def _step_as_panel(step: "StreamStep") -> "Group":
         prob = candidate["prob"]
         bar = Text("█" * round(BAR_WIDTH * prob), style=bar_style)
         model_prob = probs.get(candidate["token_id"], "")
-        token = Text(candidate["token"])
+        token = Text(quote_token(candidate["token"]))
         table.add_row(marker, token, model_prob, f"{prob:.4f}", bar, style=row_style)
     text = "\n".join(map(printable, step.text[0].split("\n")))
     return Group(Panel(Text(text), title="text", title_align="left"), table)

@@ -318,7 +318,7 @@ def _attention(scan: PromptScan) -> TableView:
         head_names += [f"{layer}.{head}" for head in range(len(attention_rows))]
     heads = torch.cat(rows_of_layers)
     largest = heads.max(dim=0)
-    tokens = [repr(scan.lm.string(token_id)) for token_id in run.tokens[0].tolist()]
+    tokens = list(map(scan.lm.string, run.tokens[0].tolist()))
     columns = {
         "pos": range(len(tokens)),
         "token": tokens,

@@ -19,7 +19,9 @@ from typer import Argument, Option
 
 import hookkit as hk
 
+from ..display import quote_token
 from ..errors import BadFile, BadHook, Interrupted
+from ..files.atomic import format_csv
 from .app import INTERRUPTED, app, command, create_program
 from .options import (
     Against,
@@ -40,7 +42,6 @@ from .options import (
 from .output import (
     OutputOptions,
     TableView,
-    as_csv,
     largest_rows,
     print_message,
     print_text,
@@ -300,7 +301,7 @@ class PatchingOutput:
         labels = tokens if "pos" in table and "head" not in table else []
 
         def draw() -> "Figure":
-            return hk.figures.heat_map(table, labels=labels or None)
+            return hk.figures.heat_map(table, labels=list(map(quote_token, labels)) or None)
 
         if self.figure is not None:
             settings = {"dpi": 150, "format": self.figure.suffix.removeprefix(".")}
@@ -343,7 +344,7 @@ def patch(
     output.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
     tokens = []
     if lm.tokenizer is not None:
-        tokens = [repr(lm.string(token_id)) for token_id in lm.tokenizer.encode(pair.corrupted)]
+        tokens = list(map(lm.string, lm.tokenizer.encode(pair.corrupted)))
     metric = hk.metrics.logit_diff(right, wrong)
     sweep = partial(hk.patching, lm, [pair.clean], [pair.corrupted], site, metric, **arguments)
     _run_sweep(sweep, partial(shown.write, output, tokens), grid.save)
@@ -354,7 +355,7 @@ def _write_sweep(output: OutputOptions, table: "pd.DataFrame") -> None:
     if output.format:
         output.write("Sweep", {"sweep": TableView(table)})
     else:
-        print_text(as_csv(table))
+        print_text(format_csv(table))
 
 
 def _run_sweep(

@@ -1,8 +1,8 @@
 """How a command prints its results: tables for a reader, or CSV, JSON and pages for programs.
 
-Results go to standard output, and messages to standard error. Tokens are printed as Python
-literals, and characters that cannot be printed as escapes: no text of a model can break a table or
-control the terminal.
+Results go to standard output, and messages to standard error. Tokens are printed in quotes (CSV and
+JSON have their plain text), and characters that cannot be printed as escapes: no text of a model
+can break a table or control the terminal.
 """
 
 import json
@@ -19,18 +19,16 @@ import hookkit as hk
 
 from ..display import printable, printable_lines
 from ..errors import BadHook
-from ..files.atomic import atomic_file, disk_errors_as_bad_file
+from ..files.atomic import atomic_file, disk_errors_as_bad_file, format_csv
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from rich.console import JustifyMethod
 
     from ..reports.parts import Content
 
 FORMATS = ("csv", "json", "html", "md", "tex")
 INDEX_COLUMNS = ("row", "pos", "step")
-JUSTIFY: "Mapping[bool, JustifyMethod]" = {True: "right", False: "left"}  # numbers, other cells
 
 
 def is_terminal(stream: Any) -> bool:
@@ -190,14 +188,9 @@ def _format_tables(output_format: str, parts: Parts, main: str | None) -> str:
         return "{\n" + ",\n".join(entries) + "\n}\n"
     table = tables[main or next(iter(tables))]
     if output_format == "csv":
-        return as_csv(table)
+        return format_csv(table)
     formatters = {"json": as_json, "md": as_markdown, "tex": as_latex}
     return formatters[output_format](table).rstrip("\n") + "\n"
-
-
-def as_csv(table: "pd.DataFrame") -> str:
-    """Returns a table as CSV without the index."""
-    return table.to_csv(index=False, lineterminator="\n")
 
 
 def _build_page(title: str, parts: Parts) -> "hk.types.Report":
@@ -236,51 +229,15 @@ def _print_parts(parts: Parts) -> None:
 
 def print_table(table: "pd.DataFrame") -> None:
     """Prints a table: drawn by rich on a terminal, else in aligned lines of any length."""
-    from ..reports.typesetting import column_kind
+    from ..tables.show import draw_table, format_cells, is_number_column
 
-    names = [printable(str(name)) for name in table.columns]
-    is_number = [column_kind(str(name), kind) == "number" for name, kind in table.dtypes.items()]
-    columns = [column for _, column in table.items()]
-    rows = list(zip(*map(_format_cells, columns, is_number), strict=True))
     if is_terminal(sys.stdout):
-        _draw_table(names, rows, is_number)
-    else:
-        typer.echo(align_columns([names, *rows], is_number))
-
-
-def _format_cells(column: Any, is_number: bool) -> list[str]:
-    """Returns the cells of a column as texts; floats have the same number of decimals."""
-    from ..reports.typesetting import format_value
-
-    if not is_number or column.dtype.kind != "f":
-        return [printable(format_value(value)) for value in column]
-    decimals = 4 if (column.dropna().abs() <= 1).all() else 2
-    return [_format_float(value, decimals) for value in column]
-
-
-def _format_float(value: float, decimals: int) -> str:
-    from ..reports.typesetting import format_value
-
-    if 0 < abs(value) < 0.5 * 10**-decimals:
-        return f"{value:.1e}"
-    if abs(value) < 1e9:
-        return f"{value:.{decimals}f}"
-    return format_value(value)
-
-
-def _draw_table(
-    names: Sequence[str], rows: Sequence[Sequence[str]], is_number: Sequence[bool]
-) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name, numeric in zip(names, is_number, strict=True):
-        table.add_column(Text(name), justify=JUSTIFY[numeric], no_wrap=numeric, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # a token may be "[red]" or ":smile:"
-    Console(highlight=False).print(table)
+        draw_table(table)
+        return
+    columns = [column for _, column in table.items()]
+    names = [printable(str(name)) for name in table.columns]
+    rows = list(zip(*map(format_cells, names, columns), strict=True))
+    typer.echo(align_columns([names, *rows], list(map(is_number_column, columns))))
 
 
 def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:

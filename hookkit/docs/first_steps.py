@@ -17,10 +17,10 @@ that was captured. A result of a run is either a tensor or a DataFrame.
 >>> run = hk.forward(lm, "I like oat milk in my", hk.capture("resid_post.6"))
 >>> run["resid_post.6"].shape
 torch.Size([1, 6, 576])
->>> hk.ranks(run, top=2)[["token", "rank"]]
-        token  rank
-0   ' coffee'     1
-1  ' morning'     2
+>>> hk.show(hk.ranks(run, top=2), columns=["token", "rank"])
+token       rank
+' coffee'      1
+' morning'     2
 
 # Change them
 
@@ -28,12 +28,13 @@ A hook says what to do at which site. Run the model with the hook and without it
 between the two runs is a table.
 
 >>> without = hk.forward(lm, "I like oat milk in my", hk.ban(" coffee"))
->>> hk.rank_shift(run, without, top=1)[["token", "rank_before", "rank_after"]]
-          token  rank_before  rank_after
-0    ' morning'            2           1
-1  ' breakfast'            3           2
-2     ' recipe'            4           3
-3     ' coffee'            1       49152
+>>> shift = hk.rank_shift(run, without, top=1)
+>>> hk.show(shift, columns=["token", "rank_before", "rank_after", "rank_delta"])
+token         rank_before  rank_after  rank_delta
+' morning'              2           1          -1
+' breakfast'            3           2          -1
+' recipe'               4           3          -1
+' coffee'               1       49152      +49151
 
 # While the model generates
 

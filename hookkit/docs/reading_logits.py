@@ -20,7 +20,7 @@ The logit lens applies the model's final norm and unembedding to the residual st
 
 >>> prompt = "The Eiffel Tower is located in the city of"
 >>> lens = hk.logit_lens(lm, prompt, top=1, watch=" Paris")
->>> hk.stats.lens_summary(lens).set_index("token")["first"].loc["' Paris'"]
+>>> hk.stats.lens_summary(lens).set_index("token")["first"].loc[" Paris"]
 'resid_post.27'
 
 # How certain the model is
@@ -33,7 +33,8 @@ The logit lens applies the model's final norm and unembedding to the residual st
 Surprisal is the loss of a single token. Its mean over a text is the loss of the text, and the
 exponential of the mean is the perplexity.
 
->>> hk.surprisal(hk.forward(lm, "I like oat milk in my coffee"))[["token", "rank"]].tail(1)
-        token  rank
-5  ' coffee'     1
+>>> losses = hk.surprisal(hk.forward(lm, "I like oat milk in my coffee"))
+>>> hk.show(losses.tail(1), columns=["token", "rank"])
+token      rank
+' coffee'     1
 """

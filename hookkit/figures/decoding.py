@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ..arguments import check_arguments, check_choice
+from ..display import quote_token
 from ..errors import BadHook, NotCaptured
 from ..models.tokens import check_tokens
 from . import style
@@ -59,10 +60,9 @@ def select_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
 
 
 def token_name(token: Any) -> str:
-    """A token's text, with its id where it is a part of a character: such parts look all alike."""
-    if "\ufffd" in token["token"]:
-        return f"{token['token']} {token['token_id']}"
-    return token["token"]
+    """A token in quotes, with its id where it is a part of a character: such parts look alike."""
+    name = quote_token(token["token"])
+    return f"{name} {token['token_id']}" if "\ufffd" in name else name
 
 
 def has_reason(why: str, reason: str) -> bool:
@@ -151,7 +151,7 @@ def prob_against(
         _label_steps(axes, edited, "step, and the token chosen in the edited run")
         axes.axvline(parted_steps.iloc[0] + 0.5, color=MUTED, lw=1.2, ls=":")
         _label_baseline_steps(axes, baseline)
-    name = style.escape_missing_glyphs(baseline_part["token"].iloc[0])
+    name = style.escape_missing_glyphs(quote_token(baseline_part["token"].iloc[0]))
     return apply_style(figure, title or f"Probability of {name} at each step, {STAGES[stage]}")
 
 
@@ -269,7 +269,7 @@ def _label_steps(
     stride = ceil(len(drawn) * label_width / (_figure_width(len(drawn)) - 2.5))
     labelled = drawn.iloc[::stride]
     names = []
-    for token, step in zip(labelled["token"], labelled["step"], strict=True):
+    for token, step in zip(labelled["token"].map(quote_token), labelled["step"], strict=True):
         names.append(f"{short_label(token, 1.2)}  {step}")
     steps = labelled["step"].tolist()
     axes.set_xticks(steps, names, rotation=60, ha=align, rotation_mode="anchor")
@@ -303,7 +303,7 @@ def _select_watched(
 
 def _select_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
     """The rows of one token, one for every step. Raises `NotCaptured` if a step lacks the token."""
-    ids = sorted(set(table.loc[table["token"] == repr(token), "token_id"].tolist()))
+    ids = sorted(set(table.loc[table["token"] == token, "token_id"].tolist()))
     if len(ids) > 1:
         raise BadHook(
             f"{token!r} is the text of several tokens here: give the id of one, "
@@ -319,6 +319,6 @@ def _select_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
         raise NotCaptured(
             f"the token {token!r} was recorded at {len(part)} of {n_steps} steps, and a line needs "
             f"all: generate with trace(watch=[{token!r}]). At every step there is "
-            f"{', '.join(complete) or 'no token'}."
+            f"{', '.join(map(quote_token, complete)) or 'no token'}."
         )
     return part

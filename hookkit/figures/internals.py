@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from ..arguments import check_arguments
 from ..errors import EmptySelection, MissingExtra, NotCaptured, OutOfRange
 from . import style
-from .style import apply_style, check_columns, drawable, new_figure
+from .style import apply_style, check_columns, drawable, new_figure, token_label
 
 if TYPE_CHECKING:
     from ..runs.run import Run
@@ -90,7 +90,7 @@ def _select_row(table: pd.DataFrame, row: int | None) -> Any:
 def _write_tokens(axes: Axes, tokens: pd.DataFrame) -> None:
     """Write a token into each cell, the smaller the longer it is."""
     for (y, x), token in np.ndenumerate(tokens.to_numpy()):
-        word = drawable(str(token))
+        word = token_label(token)
         size = np.clip(WORD_SIZES[1] * WORD_LETTERS / len(word), *WORD_SIZES)
         style.write_centred(axes, (x + 0.5, y + 0.45), word, float(size))
 

@@ -21,7 +21,7 @@ from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection
 from ..models.tokens import check_tokens
 from . import style
-from .style import INK, MARK, MUTED, PAPER, POINT, apply_style, drawable, label_point, new_figure
+from .style import INK, MARK, MUTED, PAPER, POINT, apply_style, label_point, new_figure, token_label
 
 POINT_STYLES = {False: (INK, 3.5), True: (MARK, 6)}  # colour and size, by whether it is watched
 LABELLED = 6  # the most likely tokens that get their names
@@ -91,7 +91,7 @@ def rank_bump(
     style.rank_axis(axes, max(lowest, float(max(*left, *right)) * 1.1))
     tokens = shift.to_dict("records")
     for token, left_height, right_height in zip(tokens, left, right, strict=True):
-        name, is_edited = drawable(token["token"]), "edited" in token["why"]
+        name, is_edited = token_label(token["token"]), "edited" in token["why"]
         before, after = token["rank_before"], token["rank_after"]
         text_style: dict[str, Any] = {"shrink": (2, 3), "bold": is_edited, "color": INK}
         position = (-0.12, left_height)
@@ -126,7 +126,7 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
         largest = style.largest_finite(np.abs(deltas), 1e-3)
     limit = 1.15 * largest
     lengths = np.clip(deltas, -limit, limit)
-    names = list(map(drawable, map(str, ordered["token"])))
+    names = list(map(token_label, ordered["token"]))
     texts = [style.format_finite(delta, "+.2f", "") for delta in deltas]
     figure, axes = new_figure(7, max(2.4, 0.27 * len(ordered) + 1))
     style.draw_bars(axes, names, lengths, list(map(style.sign_colour, deltas)), texts)
@@ -162,7 +162,7 @@ def _draw_scatter(
         colour, size = POINT_STYLES[is_watched]
         point = (token["token_id"], token[column])
         axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
-        text = f"{drawable(token['token'])}  {token['rank']:,}"
+        text = f"{token_label(token['token'])}  {token['rank']:,}"
         position = (width * 1.04, label_height)
         label_point(axes, text, point, position, shrink=(2, 4), bold=is_watched, color=colour)
     axes.set_xlim(-0.02 * width, width * 1.42)
@@ -186,7 +186,7 @@ def _check_one_position(table: pd.DataFrame, column: str) -> None:
 def _select_watched(table: pd.DataFrame, watch: Iterable[str | int] | str | int) -> pd.DataFrame:
     parts = [table.head(0)]
     for token in check_tokens(watch, "watch"):
-        column, name = ("token_id", token) if isinstance(token, int) else ("token", repr(token))
+        column, name = ("token_id", token) if isinstance(token, int) else ("token", token)
         rows = table[table[column].to_numpy() == name]
         if rows.empty:
             raise EmptySelection(

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from ..display import quote_token
 from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
 from .style import GRID, INK, MARK, MUTED, POINT, apply_style, label_point, rank_axis, short_label
@@ -113,7 +114,7 @@ def _name_tokens(axes: Axes, table: pd.DataFrame, lowest: float) -> None:
         point = (float(token["rank_before"]), float(token["rank_after"]))
         colour = style.change_colour(-token["rank_delta"])
         axes.plot(*point, "o", ms=5.5, color=colour, mec=GRID, mew=0.6, zorder=3)
-        name = short_label(token["token"], 0.9)
+        name = short_label(quote_token(token["token"]), 0.9)
         text = f"{name}  {token['rank_before']:,} → {token['rank_after']:,}"
         is_requested = "watched" in token["why"] or "edited" in token["why"]
         text_style: dict[str, Any] = {"fontsize": 8, "color": INK, "bold": is_requested}
@@ -159,7 +160,7 @@ def _name_line_ends(
     ranks = np.array([rank for rank, _, _ in line_ends])
     heights = _spread_ranks(ranks, 0.065 * np.log10(lowest / 0.85), lowest)
     for (rank, token, colour), height in zip(line_ends, heights, strict=True):
-        text = f"{short_label(token, 1.0)}  {rank:,.0f}"
+        text = f"{short_label(quote_token(token), 1.0)}  {rank:,.0f}"
         position = (last_layer * 1.03 + 0.4, height)
         label_point(axes, text, (last_layer, rank), position, shrink=(1, 1), color=colour)
 
@@ -276,7 +277,7 @@ def token_bars(tokens: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 def _token_labels(table: pd.DataFrame) -> list[str]:
-    return list(map("{}  {}".format, map(style.drawable, table["read"]), table["pos"]))
+    return list(map("{}  {}".format, map(style.token_label, table["read"]), table["pos"]))
 
 
 def stream_map(stream: pd.DataFrame, *, title: str = "") -> Figure | None:

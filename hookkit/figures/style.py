@@ -22,6 +22,7 @@ from matplotlib.legend import Legend
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ..display import quote_token
 from ..errors import BadHook, OutOfRange
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
@@ -233,6 +234,11 @@ def spread_apart(heights: np.ndarray, gap: float) -> np.ndarray:
 def drawable(token: str) -> str:
     """A token as matplotlib can draw it."""
     return escape_dollars(escape_missing_glyphs(token))
+
+
+def token_label(token: str) -> str:
+    """A token in quotes, so that its leading space is seen, as matplotlib can draw it."""
+    return drawable(quote_token(token))
 
 
 def short_label(text: str, room: float, size: float = 8.5) -> str:

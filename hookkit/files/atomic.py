@@ -9,6 +9,7 @@ write tensors to safetensors files, among them `save_tensors`.
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
@@ -26,6 +27,7 @@ from ..errors import BadArgument, BadFile, BadHook, HookkitError, Unsupported
 from .untrusted import check_folder, check_path, open_tensors
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 SUFFIX = ".making"  # of temporary names
@@ -84,6 +86,19 @@ def write_text(path: Path, text: str, *, ready: Ready | None = None) -> None:
     """Writes a text in UTF-8 atomically, with its own line ends."""
     data = text.encode("utf-8", errors="backslashreplace")  # lone surrogates are not UTF-8
     write_bytes(path, data, ready=ready)
+
+
+def format_csv(table: pd.DataFrame, *, float_format: str | None = None) -> str:
+    """Returns a table as CSV without its index. `read_table` reads the same texts from it."""
+    settings: dict[str, Any] = {
+        "index": False,
+        "lineterminator": "\n",
+        "float_format": float_format,
+    }
+    text = table.to_csv(**settings)
+    if "\r" in text:  # the reader would take it for the end of a line where no quotes surround it
+        text = table.to_csv(quoting=csv.QUOTE_NONNUMERIC, **settings)
+    return text
 
 
 def write_new(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..arguments import check_arguments, describe
+from ..display import TOKEN_COLUMNS
 from ..errors import BadArgument, BadFile, BadHook, HookkitError
 
 if TYPE_CHECKING:
@@ -303,18 +304,29 @@ def open_tensors(path: str | os.PathLike[str], *, error: Error = BadFile) -> Ite
 def read_table(
     source: str | os.PathLike[str] | IO[bytes], name: str = "", *, error: Error = BadFile
 ) -> pd.DataFrame:
-    """Returns the table of a CSV file. `source` is a path or an open file."""
+    """Returns the table of a CSV file. `source` is a path or an open file.
+
+    A token is read as the text that it is: "NA", "nan" and "1" are tokens, and a space counts.
+    """
     import pandas as pd
 
     if isinstance(source, str | os.PathLike):
         name = name or repr(os.fspath(source))
-        source = io.BytesIO(read_bytes(source, error=error, most=LARGEST_TABLE))
+        data = read_bytes(source, error=error, most=LARGEST_TABLE)
+    else:
+        data = source.read()
     try:
-        return pd.read_csv(source)
+        table = pd.read_csv(io.BytesIO(data))
+        texts = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, na_values=[""])
     except (ValueError, OverflowError, csv.Error) as raised:  # pandas raises ValueErrors
         raise error(
             f"{name} is no table in CSV that can be read: {error_message(raised)}"
         ) from raised
+    for column in texts.columns:
+        kind = pd.api.types.infer_dtype(table[column])
+        if column in TOKEN_COLUMNS or kind in ("string", "mixed"):
+            table[column] = texts[column]
+    return table
 
 
 # ---- paths, names and numbers in files

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import check_arguments, check_integer
+from ..display import quote_token
 from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.capture import Capture, capture
 from ..models.devices import device_of
@@ -142,7 +143,7 @@ def _logits_at(run: Run, cells: Cells) -> Float[Tensor, "cell vocab"]:
 
 
 def _names(lm: LM, ids: Int[Tensor, " cell"]) -> str:
-    return ", ".join(token_texts(lm, dict.fromkeys(ids.tolist())))
+    return ", ".join(map(quote_token, token_texts(lm, dict.fromkeys(ids.tolist()))))
 
 
 def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:

@@ -78,10 +78,10 @@ def logit_lens(
 
     >>> lens = logit_lens(lm, "The Eiffel Tower is located in the city of", top=1)
     >>> lens[["layer", "token", "rank"]].tail(3)
-        layer     token  rank
-    27     27  ' Paris'     1
-    28     28  ' Paris'     1
-    29     29  ' Paris'     1
+        layer   token  rank
+    27     27   Paris     1
+    28     28   Paris     1
+    29     29   Paris     1
     """
     check_choice(choose, "choose", ["layer", "anywhere"])
     watched = watched_ids(lm, watch)
@@ -256,10 +256,10 @@ def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 
     if len(run.lengths) != 1:
         raise BadPrompt(f"{len(run.lengths)} prompts were given: a path is that of one")
     lens = logit_lens(lm, prompt, *hooks, pos=pos, top=1)
-    readings = map("the lens reads {} ({:.1%})".format, lens["token"], lens["prob"])
+    readings = map("the lens reads {!r} ({:.1%})".format, lens["token"], lens["prob"])
     lens_contents = dict(zip(lens["site"], readings, strict=True))
     ids, leading = run.tokens[0].tolist(), ranks(run, pos=pos, top=top)
-    tokens = _join(token_texts(lm, ids), ids, "{}={}")
+    tokens = _join(token_texts(lm, ids), ids, "{!r}={}")
     rows: list[dict[str, Any]] = [
         {"stage": "text", "content": repr(run.text[0])},
         {"stage": "tokens", "axes": "batch pos", "shape": str([1, len(ids)]), "content": tokens},
@@ -278,13 +278,13 @@ def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 
                 "content": lens_contents.get(str(site), f"{numbers}, …"),
             }
         )
-    logits = _join(leading["token"], leading["logit"], "{} {:.2f}")
-    probs = _join(leading["token"], leading["prob"], "{} {:.1%}")
+    logits = _join(leading["token"], leading["logit"], "{!r} {:.2f}")
+    probs = _join(leading["token"], leading["prob"], "{!r} {:.1%}")
     shape = {"axes": "batch pos vocab", "shape": str(list(run.logits.shape))}
     rows += [
         {"stage": "logits", "site": "logits", **shape, "content": logits},
         {"stage": "probabilities", **shape, "content": probs},
-        {"stage": "next token", "content": leading["token"].tolist()[0]},
+        {"stage": "next token", "content": repr(leading["token"].tolist()[0])},
     ]
     return pd.DataFrame(rows, columns=["stage", "site", "axes", "shape", "norm", "content"])
 

@@ -1,15 +1,17 @@
 """The tokens of a model: from text to ids and back, with or without a tokenizer."""
 
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 from ..arguments import as_integer, as_items, as_number, describe
 from ..errors import NotOneToken
 
 Token: TypeAlias = str | int
+HALF_CHARACTER = "�"  # how a part of a character is decoded
 SPACE = "▁"  # sentencepiece writes a space as this character
 # Texts that are put before another one, to tokenize it as a continuation.
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
@@ -133,18 +135,20 @@ class Vocabulary(ABC):
     def string(self, token_id: int) -> str:
         """Returns the text of one token, its leading space included.
 
-        Without a tokenizer, this is the id in angle brackets.
+        The bytes of a token that is a part of a character are written as in sentencepiece:
+        `<0xE2><0x80>`. Without a tokenizer, this is the id in angle brackets.
         """
         if self.tokenizer is None:
             return f"<{token_id}>"
         if token_id >= self.n_tokens:
             return f"<unused {token_id}>"
         text = self.text([token_id])
-        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        piece = str(self.tokenizer.convert_ids_to_tokens(token_id))
         # Sentencepiece tokenizers drop a leading space when they decode.
-        if str(piece).startswith(SPACE):
+        if piece.startswith(SPACE):
             return f" {text.removeprefix(' ')}"
-        return text
+        data = _bytes_of(piece) if HALF_CHARACTER in text else None
+        return _text_of_bytes(data) if data else text or f"<empty {token_id}>"
 
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Returns the text that tokens add after others.
@@ -157,7 +161,7 @@ class Vocabulary(ABC):
             return self.text(ids)
         start, whole = self.text(before), self.text([*before, *ids])
         if not whole.startswith(start):
-            start = start.rstrip("�")  # half a character decodes to "�"
+            start = start.rstrip(HALF_CHARACTER)
         return whole[len(start) :] if whole.startswith(start) else self.text(ids)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -167,6 +171,41 @@ class Vocabulary(ABC):
         return self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+
+def _bytes_of(piece: str) -> bytes | None:
+    """Returns the bytes of a piece of a byte-level vocabulary, or of sentencepiece's <0xF0>."""
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    try:
+        return bytes(map(_byte_letters().__getitem__, piece))
+    except KeyError:
+        return None
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """Returns the byte of each letter of GPT-2's vocabulary.
+
+    A printable byte is its own letter. The other bytes are the letters from 256 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    unprintable = sorted(set(range(256)) - printable)
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + number): byte for number, byte in enumerate(unprintable)}
+
+
+def _text_of_bytes(data: bytes) -> str:
+    """Returns the characters of the bytes, with the bytes that are no character as <0xF0>."""
+    text = ""
+    while data:
+        try:
+            return text + data.decode()
+        except UnicodeDecodeError as error:
+            wrong_bytes = map("<0x{:02X}>".format, data[error.start : error.end])
+            text += data[: error.start].decode() + "".join(wrong_bytes)
+            data = data[error.end :]
+    return text
 
 
 def check_token(value: object, name: str = "token") -> str | int:

@@ -32,7 +32,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
-from ..display import render_html
+from ..display import direction_of, render_html
 from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
@@ -52,15 +52,14 @@ from .parts import (
     render_readme,
     table_files,
 )
-from .typesetting import column_kind, format_value
+from .typesetting import column_kind, format_cell
 
 MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
 FIRST_ROWS = 24  # of a longer table; its CSV has all rows
 SORTABLE_ROWS = 3  # the fewest rows of a table that the reader can sort
 PROSE_LETTERS = 40  # a longer text in a cell may break into lines
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
-# The columns that are coloured by their sign: with 1 positive numbers are green, with -1 negative.
-SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "rank_delta": -1}
+DIRECTION_STYLES = {1: "number up", -1: "number down", 0: "number"}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 INDEX_COLUMNS = ("row", "pos", "step")
 HEADINGS = {"#": "heading", "##": "smaller"}
@@ -331,7 +330,7 @@ def _constant_columns(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
-    text = format_value(value)
+    text = format_cell(name, value)
     if style == "number":
         return _render_number(value, text, name)
     if not style and len(text) > PROSE_LETTERS:
@@ -343,12 +342,7 @@ def _render_number(value: Any, text: str, name: str) -> dict[str, Any]:
     """A cell with a number, by which the page's script sorts, and with the colour of its sign."""
     if not text:
         return {"text": text, "style": "number", "value": ""}
-    style = "number"
-    direction = SIGNED.get(name, 0) * value
-    if direction > 0:
-        style = "number up"
-    elif direction < 0:
-        style = "number down"
+    style = DIRECTION_STYLES[direction_of(name, value)]
     return {"text": text, "style": style, "value": f"{value:.12g}"}
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..errors import BadHook
+from ..files.atomic import format_csv
 from .typesetting import as_json, as_latex, as_markdown, escape_markdown
 
 MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
@@ -68,7 +69,7 @@ def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, byt
     if isinstance(part.content, Figure):
         return {f"{part.name}.png": _draw_png(part.content)}
     table = part.content
-    csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    csv = format_csv(table, float_format="%.6g")
     data = {f"{part.name}.csv": encode_text(csv)}
     for kind in _table_formats(table, formats):
         if kind != "csv":

@@ -20,7 +20,8 @@ import pandas as pd
 
 from ..arguments import check_arguments
 from ..errors import BadHook
-from ..files.untrusted import path_inside, read_table
+from ..files import untrusted
+from ..files.untrusted import check_file, path_inside
 
 LAST = ".last"  # in a result's folder: the files of the run before
 TOLERANCE = 1e-4
@@ -55,6 +56,16 @@ def compare_results(before: Tables, after: Tables, *, tolerance: float = TOLERAN
         changes = _compare(old_tables.get(name), new_tables.get(name), tolerance)
         records.append({"table": name, **changes})
     return pd.DataFrame(records, columns=COLUMNS)
+
+
+@check_arguments
+def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Returns the table of a CSV file that hookkit wrote, with every token as it was.
+
+    A column of tokens has texts, also where a token is "NA", "nan" or "1". Raises `BadFile` for a
+    file that does not exist or is no CSV.
+    """
+    return untrusted.read_table(check_file(path))
 
 
 def describe_changes(table: pd.DataFrame) -> str:
@@ -92,7 +103,9 @@ def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
     for path in sorted(filter(Path.is_file, Path(source).rglob("*.csv"))):
         relative = path.relative_to(source)
         if LAST not in relative.parts:
-            tables[_table_name(relative)] = read_table(path_inside(path.parent, path.name))
+            tables[_table_name(relative)] = untrusted.read_table(
+                path_inside(path.parent, path.name)
+            )
     return tables
 
 
@@ -105,7 +118,7 @@ def _read_committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
             if member.name.endswith(".csv") and member.isreg():
                 data: Any = files.extractfile(member)  # never None for a regular file
                 content = io.BytesIO(data.read())
-                tables[_table_name(Path(member.name))] = read_table(content, member.name)
+                tables[_table_name(Path(member.name))] = untrusted.read_table(content, member.name)
     return tables
 
 

@@ -1,8 +1,8 @@
 """Tables for other programs: Markdown, LaTeX and JSON. No torch.
 
-A token is written as a Python literal, `' coffee'`. Characters with a meaning in Markdown or LaTeX
-are escaped, so that a token may be "|", "$" or "<script>". Numbers have four digits in Markdown and
-LaTeX, and all digits in JSON.
+A token is in quotes in Markdown and LaTeX, `' coffee'`, and plain text in JSON. Characters with a
+meaning in Markdown or LaTeX are escaped, so that a token may be "|", "$" or "<script>". Numbers
+have four digits in Markdown and LaTeX, and all digits in JSON.
 """
 
 import json
@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
+
+from ..display import TOKEN_COLUMNS, WRITTEN_COLUMNS, is_quoted
 
 Kind: TypeAlias = Literal["number", "token", ""]
 INFINITY = {np.inf: "∞", -np.inf: "−∞"}
@@ -31,7 +33,7 @@ def column_kind(name: str, dtype: Any) -> Kind:
     """The kind of a column: numbers are aligned right, tokens are in a monospaced font."""
     if pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype):
         return "number"
-    return "token" if name.startswith(("token", "top1", "read")) else ""
+    return "token" if name in TOKEN_COLUMNS | WRITTEN_COLUMNS else ""
 
 
 def format_value(value: Any) -> str:
@@ -45,13 +47,18 @@ def format_value(value: Any) -> str:
     return INFINITY.get(float(value), f"{value:.4g}")
 
 
+def format_cell(column: str, value: Any) -> str:
+    """A value as a page shows it in this column: a token is in quotes."""
+    return repr(str(value)) if is_quoted(column, value) else format_value(value)
+
+
 def as_json(table: pd.DataFrame) -> str:
     """A list of records, one for each row.
 
     An infinite number is the text "Infinity" or "-Infinity", a missing one null.
 
-    >>> as_json(pd.DataFrame({"token": ["' a'"], "logit": [-float("inf")]}))
-    '[\\n{"token": "\\' a\\'", "logit": "-Infinity"}\\n]\\n'
+    >>> as_json(pd.DataFrame({"token": [" a"], "logit": [-float("inf")]}))
+    '[\\n{"token": " a", "logit": "-Infinity"}\\n]\\n'
     """
     names = list(map(str, table.columns))
     lines = []
@@ -74,7 +81,7 @@ def _json_value(value: Any) -> Any:
 def as_markdown(table: pd.DataFrame) -> str:
     """A table in GitHub's Markdown; tokens are code.
 
-    >>> print(as_markdown(pd.DataFrame({"token": ["' a|b'"], "rank": [3]})))
+    >>> print(as_markdown(pd.DataFrame({"token": [" a|b"], "rank": [3]})))
     | token | rank |
     | :--- | ---: |
     | `' a\\|b'` | 3 |
@@ -104,7 +111,7 @@ def _markdown_code(text: str) -> str:
 def as_latex(table: pd.DataFrame) -> str:
     """A tabular in ASCII that needs no package; a space in a token is written as ␣.
 
-    >>> print(as_latex(pd.DataFrame({"token": ["' $5'"], "rank": [3]})))
+    >>> print(as_latex(pd.DataFrame({"token": [" $5"], "rank": [3]})))
     \\begin{tabular}{lr}
     \\hline
     token & rank \\\\
@@ -148,8 +155,9 @@ def _cells(
     """The cells of each row as escaped texts."""
     by_kind = {"token": escape_token}
     escapes = [by_kind.get(kind, escape) for kind in _column_kinds(table).values()]
+    names = list(map(str, table.columns))
     for row in table.itertuples(index=False, name=None):
-        texts = map(format_value, row)
+        texts = map(format_cell, names, row)
         yield [function(text) for function, text in zip(escapes, texts, strict=True)]
 
 

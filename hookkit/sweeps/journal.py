@@ -20,6 +20,7 @@ import pandas as pd
 from ..errors import BadFile, BadHook
 from ..files.atomic import (
     add_line,
+    format_csv,
     lock_folder,
     open_to_append,
     read_complete_lines,
@@ -73,7 +74,7 @@ class Journal:
         if self.folder is None:
             return
         path = self.folder / TABLE
-        data = table.to_csv(index=False, lineterminator="\n").encode()
+        data = format_csv(table).encode()
         digest = hashlib.sha256(data).hexdigest()
         stored = _table_hash(path)
         if stored is not None and stored not in {digest, *self.tables}:

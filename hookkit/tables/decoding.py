@@ -94,7 +94,7 @@ def _candidates(
                 "step": decision.step,
                 "pos": decision.pos,
                 "stage": name,
-                "token": repr(record.lm.string(token)),
+                "token": record.lm.string(token),
                 "token_id": token,
                 **_numbers(decision, name, token),
                 "drawn": token == decision.token,
@@ -159,7 +159,7 @@ def _decision_row(record: GenerationRecord, decision: Decision) -> dict[str, obj
         "row": decision.row,
         "step": decision.step,
         "pos": decision.pos,
-        "token": repr(lm.string(decision.token)),
+        "token": lm.string(decision.token),
         "token_id": decision.token,
         "why": _reason(record, decision),
     }
@@ -174,7 +174,7 @@ def _decision_row(record: GenerationRecord, decision: Decision) -> dict[str, obj
     columns["candidates"] = int(stages["processed"].candidates[row])
     columns["top1_model"] = None
     if not math.isnan(numbers["model"]["entropy"]):
-        columns["top1_model"] = repr(lm.string(int(stages["model"].top[row, 0])))
+        columns["top1_model"] = lm.string(int(stages["model"].top[row, 0]))
     return columns
 
 

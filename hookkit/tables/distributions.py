@@ -34,8 +34,8 @@ LogitVector: TypeAlias = Float[Tensor, " vocab"]
 
 
 def token_texts(lm: LM, ids: Iterable[int]) -> list[str]:
-    """Returns tokens as tables show them: Python strings in quotes."""
-    return [repr(lm.string(token)) for token in ids]
+    """Returns the texts of tokens, as tables have them."""
+    return list(map(lm.string, ids))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,11 @@
 `sampling_distributions` shows the effect of temperature, top-k and top-p on a distribution.
 
 Every table has `row` (the prompt in the batch) and `pos` (the position of the logits: the token
-there is the last one read, and the logits predict the next one). Tokens are shown as Python strings
-in quotes, so that a leading space is seen; filter by `token_id`. Probabilities are 0 to 1,
-entropies in nats, logits raw. Rank 1 is the most likely token, and equal logits share a rank. A
-delta is after minus before; `rank_delta` is negative for a token that rose.
+there is the last one read, and the logits predict the next one). `token` is the plain text of a
+token, with its leading space, and `token_id` tells tokens of the same text apart; `hk.show` prints
+tokens in quotes. Probabilities are 0 to 1, entropies in nats, logits raw. Rank 1 is the most likely
+token, and equal logits share a rank. A delta is after minus before; `rank_delta` is negative for a
+token that rose.
 
 If a model gives NaN for a logit, everything that depends on it is NaN: probabilities, entropies,
 divergences and the token's rank (a column of ranks then has floating-point numbers). No token is
@@ -54,10 +55,10 @@ def ranks(
     vocabulary, `top=0` only the watched tokens.
 
     >>> ranks(run, top=2, watch=" tea")[["token", "rank"]]
-            token  rank
-    0   ' coffee'     1
-    1  ' morning'     2
-    2      ' tea'     5
+          token  rank
+    0    coffee     1
+    1   morning     2
+    2       tea     5
     """
     pos = _default_pos(pos, step)
     watched = watched_ids(run.lm, watch)

@@ -27,7 +27,7 @@ def test_a_trace_is_a_line_for_each_step_when_piped(hookkit, llama):
     for step, line in enumerate(lines):
         rows = decoded[(decoded["step"] == step) & (decoded["stage"] == "processed")]
         shown = [
-            f"{token} {prob:.3f}" for token, prob in zip(rows["token"], rows["prob"], strict=True)
+            f"{token!r} {prob:.3f}" for token, prob in zip(rows["token"], rows["prob"], strict=True)
         ]
         assert line.endswith(f"[{', '.join(shown)}]"), "the candidates stand behind each token"
 

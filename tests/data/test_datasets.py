@@ -32,7 +32,7 @@ TEXTS = {
 ALL = {**TEXTS, "induction": D.induction}
 COLUMNS = [
     "row", "answer", "wrong", "logit_answer_clean", "logit_wrong_clean", "logit_diff_clean", "rank_clean",
-    "logit_answer_corrupted", "logit_wrong_corrupted", "logit_diff_corrupted", "rank_corrupted", "right", "top1",
+    "logit_answer_corrupted", "logit_wrong_corrupted", "logit_diff_corrupted", "rank_corrupted", "right", "is_top1",
 ]  # fmt: skip
 
 
@@ -299,8 +299,8 @@ def test_a_check_says_what_plain_transformers_says_of_each_prompt_alone(wordy, n
                 for column in ("logit_answer", "logit_wrong", "logit_diff", "rank")
             ]
             assert found == pytest.approx(expected, abs=1e-4), (name, number, side)
-        assert row["row"] == number and row["answer"] == repr(pairs.answers[number])
-        assert row["right"] == (row["logit_diff_clean"] > 0) and row["top1"] == (
+        assert row["row"] == number and row["answer"] == pairs.answers[number]
+        assert row["right"] == (row["logit_diff_clean"] > 0) and row["is_top1"] == (
             row["rank_clean"] == 1
         )
 
@@ -315,7 +315,7 @@ def test_the_default_model_gives_the_drink_to_the_other_one(smol):
         [" John"],
     )
     (row,) = pairs.check(smol).to_dict("records")
-    assert row["logit_diff_clean"] == pytest.approx(6.12, abs=0.05) and row["top1"]
+    assert row["logit_diff_clean"] == pytest.approx(6.12, abs=0.05) and row["is_top1"]
     assert row["logit_diff_corrupted"] == pytest.approx(-5.49, abs=0.05) and row["right"]
 
 
@@ -390,7 +390,7 @@ def test_a_frame_has_a_row_for_each_pair_and_a_column_for_each_label(smol):
         "end",
     ]
     assert list(table["clean"]) == pairs.clean and tuple(table["S2"]) == pairs.labels["S2"]
-    assert table["answer"][0] == repr(pairs.answers[0])
+    assert table["answer"][0] == pairs.answers[0]
 
 
 def test_pairs_go_into_a_forward_and_a_patch(wordy):

@@ -129,7 +129,7 @@ def test_steps_go_from_left_to_right_and_on_in_the_next_line(table):
 def test_no_text_leaves_its_cell_whatever_the_tokens(table):
     odd = table[table.row == 0].copy()
     names = dict(zip(dict.fromkeys(odd.token_id), ODD * 99, strict=False))
-    odd["token"] = [repr(names[token]) for token in odd.token_id]
+    odd["token"] = [names[token] for token in odd.token_id]
     figure = hk.figures.decision_strip(odd)
     (axes, _), renderer = figure.axes, FigureCanvasAgg(figure).get_renderer()
     drawn(figure)

@@ -11,6 +11,7 @@ import torch
 
 import hookkit as hk
 from hookkit.errors import BadFile, BadHook, DamagedHarvest, HookkitError
+from hookkit.files.atomic import format_csv
 from hookkit.files.untrusted import (
     is_bare_name,
     parse_json,
@@ -365,3 +366,30 @@ def test_messages_show_escapes_of_files_and_do_not_send_them(tmp_path):
         }
         assert str(error).endswith("b\nc\td") and letter[0] not in str(error)
     assert os.fspath(tmp_path)
+
+
+# tokens that a reader of CSV takes for something else
+TOKENS = [" coffee", "NA", "null", "nan", "None", "\n", "\r", "\r\n", '"', '""', "'", ",", "\t", " ", "\x00",
+          "a\x00b", "\x1b[2J", "\ufffd", "<0xE2><0x80>", "1", " 2", "007", "1e5", "inf", "True", "\u202e",
+          "\u2028", "\x85", "\ufeff", "#", "=1+1", "-"]  # fmt: skip
+
+
+def test_a_table_of_tokens_is_read_back_as_it_was_written(tmp_path):
+    count = len(TOKENS)
+    table = pd.DataFrame(
+        {
+            "token": TOKENS,
+            "top1_before": [None, *TOKENS[1:]],
+            "note": [text if text.strip() else "x" for text in TOKENS],
+            "rank": range(count),
+            "prob": [0.1 + 0.2, *[float("nan")] * (count - 1)],
+            "logit": [-float("inf")] * count,
+            "top1_changed": [None, True, *[False] * (count - 2)],
+        }
+    )
+    path = tmp_path / "t.csv"
+    path.write_text(format_csv(table), encoding="utf-8", newline="")
+    pd.testing.assert_frame_equal(read_table(path), table, check_exact=True)
+    for tokens in (["1", "2"], ["NA", "NA"], ["True", "False"]):
+        path.write_text(format_csv(pd.DataFrame({"token": tokens})), encoding="utf-8")
+        assert read_table(path)["token"].tolist() == tokens

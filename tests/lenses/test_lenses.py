@@ -202,7 +202,7 @@ def test_the_summary_says_where_a_token_first_leads_and_since_when(llama):
                 "row": 0,
                 "pos": 4,
                 "site": site,
-                "token": "' x'",
+                "token": " x",
                 "token_id": 5,
                 "rank": rank,
                 "prob": prob,
@@ -509,7 +509,7 @@ def test_a_patchscope_into_another_layer_says_what_a_hook_by_hand_makes_of_it(ll
             said = llama.model(torch.tensor([target])).logits[0, -1].softmax(-1)
         handle.remove()
         assert found["token_id"][row] == int(said.argmax())
-        assert found["token"][row] == repr(llama.string(int(said.argmax())))
+        assert found["token"][row] == llama.string(int(said.argmax()))
         assert found["prob"][row] == pytest.approx(float(said.max()), rel=1e-4)
         assert found["layer"][row] == layer
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.reports.comparison_page import token_literal
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 EDIT = hk.ablate("attn_out.1")
@@ -73,7 +72,7 @@ def test_a_report_says_which_token_was_first(wide):
     ranks = [1 + int((now > now[token]).sum()) for now, token in zip(after, leading, strict=True)]
     assert first["rank_after"].tolist() == ranks
     for name, logits in (("top1_before", before), ("top1_after", after)):
-        words = [token_literal(wide, int(said.argmax())) for said in logits]
+        words = [by_hand.token_text(wide.tokenizer, int(said.argmax())) for said in logits]
         assert tables["distances"][name].tolist() == words
     changed = [
         int(was.argmax()) != int(now.argmax()) for was, now in zip(before, after, strict=True)
@@ -93,10 +92,10 @@ def test_a_difference_of_models_is_one_of_their_tokens(wide):
         )
         mine = found.tokens[found.tokens["row"] == row]
         assert mine["top1_before"].tolist() == [
-            token_literal(wide, token) for token in before.argmax(-1).tolist()
+            by_hand.token_text(wide.tokenizer, token) for token in before.argmax(-1).tolist()
         ]
         assert mine["top1_after"].tolist() == [
-            token_literal(wide, token) for token in after.argmax(-1).tolist()
+            by_hand.token_text(wide.tokenizer, token) for token in after.argmax(-1).tolist()
         ]
         assert mine["top1_changed"].tolist() == (before.argmax(-1) != after.argmax(-1)).tolist()
     rows = [by_hand.logits(wide.model, ids)[0, :, :count] for ids in IDS]
@@ -144,3 +143,13 @@ def test_what_was_decided_is_listed_among_the_tokens(wide):
     assert first["token_id"].tolist() == logits.topk(3).indices.tolist()
     assert first["rank"].tolist() == [1, 2, 3]
     assert top["token_id"].max() < count
+
+
+def test_a_part_of_a_character_is_its_bytes_in_angle_brackets(llama, smol):
+    for lm, character in ((llama, "é"), (smol, "🜁")):
+        parts = [lm.string(token) for token in lm.encode(character)]
+        data = bytes.fromhex("".join(parts).replace("<0x", "").replace(">", ""))
+        assert len(parts) > 1 and data.decode() == character
+    texts = [smol.string(token) for token in range(smol.n_tokens)]
+    assert texts == [by_hand.token_text(smol.tokenizer, token) for token in range(len(texts))]
+    assert len(set(texts)) == len(texts)

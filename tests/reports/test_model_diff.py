@@ -225,7 +225,7 @@ def test_an_edit_of_one_token_parts_at_that_token_and_in_no_other_prompt():
         2,
         pd.NA,
     ]
-    assert found.parting["read"].tolist() == [repr(lm.string(oat)), ""]
+    assert found.parting["read"].tolist() == [lm.string(oat), ""]
     assert (found.tokens[found.tokens["row"] == 1]["kl"] == 0).all()
 
 
@@ -425,14 +425,14 @@ def test_models_without_tokenizers_and_modules_by_path_are_compared(two):
     found = hk.model_diff(
         *bare, [[3, 4, 5], [6]], sites=[hk.module("model.layers.1.mlp.gate_proj"), "embed"]
     )
-    assert found.tokens["read"].tolist() == ["'<3>'", "'<4>'", "'<5>'", "'<6>'"]
+    assert found.tokens["read"].tolist() == ["<3>", "<4>", "<5>", "<6>"]
     assert found.sites["site"].tolist()[:2] == ["embed", "model.layers.1.mlp.gate_proj:output"]
     assert (
         "is a module"
         in found.left_out.set_index("what").loc["the site where they part first", "why"]
     )
     one_reads = hk.model_diff(hk.LM(two[0].model), two[1], PROMPTS[0])
-    assert one_reads.tokens["read"].iloc[1] == "' like'" or one_reads.tokens["read"].iloc[
+    assert one_reads.tokens["read"].iloc[1] == " like" or one_reads.tokens["read"].iloc[
         1
     ].startswith("'")
 

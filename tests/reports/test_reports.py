@@ -24,7 +24,7 @@ def figure(words: str = "title") -> Figure:
 
 def table(count: int = 2) -> pd.DataFrame:
     return pd.DataFrame(
-        {"token": [repr(NASTY)] * count, "prob": [0.123456789] * count, "logit": [-np.inf] * count}
+        {"token": [NASTY] * count, "prob": [0.123456789] * count, "logit": [-np.inf] * count}
     )
 
 
@@ -66,7 +66,7 @@ def test_a_report_is_one_page_with_its_tables_and_pictures_beside_it(tmp_path):
     assert "A caption. " in parsed.words
     outside = [link for link in parsed.links if re.match(r"(https?:)?//", link)]
     assert not outside, "the page needs a network"
-    assert pd.read_csv(page.parent / "table_1.csv")["token"].tolist() == [repr(NASTY)] * 2
+    assert pd.read_csv(page.parent / "table_1.csv")["token"].tolist() == [NASTY] * 2
 
 
 def test_what_a_model_or_user_says_is_shown_and_never_run(tmp_path):

@@ -30,7 +30,7 @@ def rendered(path) -> str:
 
 
 def test_a_readme_has_the_title_texts_tables_and_figures_of_the_page(tmp_path):
-    table = pd.DataFrame({"token": [repr(NASTY)] * 40, "prob": np.linspace(0, 1, 40)})
+    table = pd.DataFrame({"token": [NASTY] * 40, "prob": np.linspace(0, 1, 40)})
     table["empty"] = np.nan
     parts = [
         NASTY,

@@ -552,7 +552,7 @@ def test_the_teaching_model_runs_through_forward_and_gives_tables():
     run_ = hk.forward(lm, [[1, 2, 3]], hk.force(7, site=hk.module("head")))
     table = hk.ranks(run_, top=3)
     assert table["token_id"].iloc[0] == 7
-    assert table["token"].iloc[0] == "'<7>'"
+    assert table["token"].iloc[0] == "<7>"
     with pytest.raises(MissingSite, match="the model has no unembedding head"):
         hk.forward(lm, [[1, 2, 3]], hk.force(7))
 

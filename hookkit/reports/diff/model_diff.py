@@ -193,14 +193,15 @@ def _write_answer(difference: Difference) -> str:
     if not unknown.empty:
         return (
             f"The two cannot be compared after {len(unknown):,} of {len(tokens):,} tokens of "
-            f"{prompts}, first after {unknown.iloc[0]['read']} in prompt {unknown.iloc[0]['row']}: "
+            f"{prompts}, first after {unknown.iloc[0]['read']!r} in prompt "
+            f"{unknown.iloc[0]['row']}: "
             "the logits of one of them are NaN there."
         )
     furthest = tokens.loc[tokens["kl"].idxmax()]
     text = (
         f"After {len(tokens):,} tokens of {prompts} the two are "
         f"{tokens['kl'].mean():.3g} nats apart (KL, mean), at most {furthest['kl']:.3g}, after "
-        f"{furthest['read']} in prompt {furthest['row']}. Another token comes first after "
+        f"{furthest['read']!r} in prompt {furthest['row']}. Another token comes first after "
         f"{sum(tokens['top1_changed'])} of them ({tokens['top1_changed'].mean():.1%})."
     )
     losses = tokens[["loss_before", "loss_after"]].mean()

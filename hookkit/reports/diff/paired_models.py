@@ -5,7 +5,7 @@ groups whose values (of one batch) and sums fit into the allowed memory; the pro
 more for each further group. Only sums are kept of a site's values.
 
 The tokens that are compared are DataFrames. Columns: batch_row, row (its prompt), pos, token_id,
-read (the token as a Python literal), following (the id of the next token of the prompt, -1 for the
+read (the token), following (the id of the next token of the prompt, -1 for the
 last).
 """
 
@@ -40,8 +40,8 @@ from ...models.sites import AXES, LOGIT_SITES, AnySite, Site, Sites, SitesLike, 
 from ...runs.forward import forward
 from ...runs.run import Run
 from ...tables.counterfactuals import first_difference
-from ...tables.distributions import Distribution
-from ..comparison_page import literal_shifts, token_literals
+from ...tables.distributions import Distribution, token_texts
+from ...tables.rank_tables import shift_table
 from . import similarity
 
 Around: TypeAlias = Callable[[], AbstractContextManager[Any]]
@@ -354,7 +354,7 @@ class PairedRuns:
             for pos in positions_of_row(ids, where, find):
                 records.append((batch_row, row, pos, ids[pos], followings[pos]))
         tokens = pd.DataFrame(records, columns=TOKEN_COLUMNS)
-        return tokens.assign(read=token_literals(self.reader, tokens["token_id"]))
+        return tokens.assign(read=token_texts(self.reader, tokens["token_id"]))
 
     def _read_batch(
         self, batch: Sequence[int], tokens: pd.DataFrame, sites: Sites, *, logits: bool
@@ -396,7 +396,7 @@ class PairedRuns:
             sides.append(map(partial(Distribution, self.reader), locations, logits))
         pairs = list(zip(*sides, strict=True))
         watched, named = list(self.request.watched), list(self.request.named)
-        table = literal_shifts(pairs, self.request.top, MOVERS, watched, named)
+        table = shift_table(pairs, self.request.top, MOVERS, watched, named)
         self.shift_tables.append(table)
 
     def _note_partings(

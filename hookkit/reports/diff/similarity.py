@@ -24,7 +24,6 @@ from ...models import next_token
 from ...models.lm import LM
 from ...models.sites import AnySite, Site
 from ...tables.rank_tables import add_deltas
-from ..comparison_page import token_literal
 
 Vectors = Float[Tensor, "token d"]
 Logits = Float[Tensor, "token vocab"]
@@ -167,10 +166,10 @@ def _compare_logits(
         columns[f"loss_{when}"] = losses.masked_fill(following < 0, float("nan")).tolist()
     apart = next_token.divergences(logprobs["before"], logprobs["after"])
     columns |= {name: apart[name].tolist() for name in ("kl", "kl_reverse", "js")}
-    literal = partial(_literal_or_none, lm)
+    text = partial(_text_or_none, lm)
     table = add_deltas(pd.DataFrame(columns), ["entropy"]).assign(
-        top1_before=list(map(literal, top1["before"])),
-        top1_after=list(map(literal, top1["after"])),
+        top1_before=list(map(text, top1["before"])),
+        top1_after=list(map(text, top1["after"])),
         top1_changed=list(map(operator.ne, top1["before"], top1["after"])),
     )
     return add_deltas(table, ["loss"])
@@ -181,8 +180,8 @@ def _top_tokens(logits: Logits) -> list[int]:
     return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1).tolist()
 
 
-def _literal_or_none(lm: LM, token_id: int) -> str | None:
-    return None if token_id < 0 else token_literal(lm, token_id)
+def _text_or_none(lm: LM, token_id: int) -> str | None:
+    return None if token_id < 0 else lm.string(token_id)
 
 
 @dataclass(eq=False)

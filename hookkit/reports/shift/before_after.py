@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...display import quote_token
 from ...errors import HookkitError
 from ...hooks.base import Hook
 from ...hooks.capture import Captures, capture
@@ -35,8 +36,7 @@ from ...runs.run import Run
 from ...sweeps.shortcuts import shortcuts
 from ...tables import rank_tables
 from ...tables.counterfactuals import first_difference
-from ...tables.distributions import Distribution
-from ..comparison_page import token_literal, token_literals
+from ...tables.distributions import Distribution, token_texts
 from .named_edits import Edit
 
 # With fewer tokens in all forwards of the edits, a trial of the shortcut costs more than it saves.
@@ -171,7 +171,7 @@ class NextTokenLogits:
     @property
     def top_names(self) -> list[str | None]:
         """The most likely tokens by name; None where logits are NaN, so that there is none."""
-        names = pd.Series(token_literals(self.lm, self.top_tokens), dtype=object)
+        names = pd.Series(token_texts(self.lm, self.top_tokens), dtype=object)
         return names.mask(self.logits.isnan().any(-1).numpy(), None).tolist()
 
     def numbers(self, tokens: list[int], when: str) -> dict[str, object]:
@@ -253,12 +253,12 @@ def watched_of(
     """
     tokens_by_name = {}
     for token in watch:
-        tokens_by_name[token_literal(after.lm, token)] = [token] * len(after.logits)
+        tokens_by_name[quote_token(after.lm.string(token))] = [token] * len(after.logits)
     tokens_by_name[TOP_BEFORE] = before.top_tokens
     parts = []
     for name, tokens in tokens_by_name.items():
         table = _rows_of(after).assign(
-            watched=name, token=token_literals(after.lm, tokens), token_id=tokens
+            watched=name, token=token_texts(after.lm, tokens), token_id=tokens
         )
         numbers = before.numbers(tokens, "before") | after.numbers(tokens, "after")
         parts.append(table.assign(**numbers))

@@ -18,8 +18,8 @@ from ...lenses.logit_lens import LensStates, lens_table, stream_sites
 from ...models.lm import LM
 from ...models.prompts import Row
 from ...models.sites import Site
+from ...tables.distributions import token_texts
 from ...tables.rank_tables import add_deltas
-from ..comparison_page import token_literals
 from .before_after import NextTokenLogits
 
 NUMBERS = ("logit", "prob", "rank")
@@ -115,7 +115,7 @@ def _join_lenses(
     table = add_deltas(table[is_shown], NUMBERS)
     table.insert(1, "edit", edit.name)
     table.insert(4, "edited", table["layer"].isin(edit.layers))
-    table.insert(5, "token", token_literals(after.lm, table["token_id"]))
+    table.insert(5, "token", token_texts(after.lm, table["token_id"]))
     return table.sort_values(["row", "token_id", "layer"], kind="stable", ignore_index=True)
 
 
@@ -153,7 +153,7 @@ def why_of(
     table = join_decompositions(decompositions[tuple(tokens)], after_parts)
     ids = [tokens[row] for row in table["row"]]
     table.insert(1, "edit", after.edit.name)
-    table.insert(2, "token", token_literals(after.lm, ids))
+    table.insert(2, "token", token_texts(after.lm, ids))
     table.insert(3, "token_id", ids)
     return table
 

@@ -25,14 +25,13 @@ from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
 from ...sweeps.summary import mean_over_prompts
 from ...tables.intervals import MIN_FOR_INTERVAL
-from ...tables.rank_tables import Pair, watched_ids
+from ...tables.rank_tables import Pair, shift_table, watched_ids
 from ..comparison_page import (
     SHIFT_COLUMNS,
     compose_page,
     describe_model,
     hook_as_json,
     indented_json,
-    literal_shifts,
     write_settings,
 )
 from ..page import Report
@@ -135,14 +134,14 @@ def _write_sentence(measured: ShiftTables, edit: Edit) -> str:
             f"goes from rank {rank_before} (probability {prob_before:.3g}) "
             f"to rank {rank_after} ({prob_after:.3g})"
         )
-    sentence = f"{edit.name}: after “{measured.prompt(0)}” the token {watched['token']} {change}"
+    sentence = f"{edit.name}: after “{measured.prompt(0)}” the token {watched['token']!r} {change}"
     top_before, top_after = distances["top1_before"], distances["top1_after"]
     if top_after is None or top_before is None:
         return f"{sentence}; the model's logits are NaN there."
     if top_after != top_before:
-        return f"{sentence}; first is {top_after}, and was {top_before}."
+        return f"{sentence}; first is {top_after!r}, and was {top_before!r}."
     if watched["rank_after"] != 1:
-        return f"{sentence}; first is still {top_after}."
+        return f"{sentence}; first is still {top_after!r}."
     return f"{sentence}."
 
 
@@ -270,7 +269,8 @@ def _write_components(measured: ShiftTables, row: int, *, with_figures: bool) ->
         before, after = table["logit_before"].sum(), table["logit_after"].sum()
         residuals: Any = table[table["kind"] == "residual"][["logit_before", "logit_after"]]
         caption = (
-            f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, "
+            f"{edit.name}: the logit of {table['token'].iloc[0]!r} is the sum of "
+            f"{len(table)} parts, "
             f"{before:.4f} before and {after:.4f} after: {table['logit_delta'].sum():+.4f}. "
             f"Rounding left {residuals.abs().to_numpy().max():.1e}. {NORM_NOTE}"
         )
@@ -287,12 +287,11 @@ def _write_texts(measured: ShiftTables, row: int) -> Iterable[Content]:
         return
     yield "## The text"
     table: Any = texts[["edit", "first_difference", "both", "then_before", "then_after"]]
-    literals = {name: table[name].map(repr) for name in ("both", "then_before", "then_after")}
     caption = (
         "Greedy text, the same in both up to where it parts (a token, counted from 0), and how "
         "each goes on."
     )
-    yield Part(table.assign(**literals), f"texts_{row}", caption, file="texts")
+    yield Part(table, f"texts_{row}", caption, file="texts")
 
 
 def _write_settings(measured: ShiftTables, about: dict[str, Any]) -> Iterable[Content]:
@@ -457,7 +456,7 @@ def _measure_ranks(
 def _build_shifts(pairs: list[Pair], edit: Edit, measured: ShiftTables) -> pd.DataFrame:
     """The table of `rank_shift` with the edit's name and with log10_rank_ratio."""
     named = named_tokens(measured.lm, edit.hooks)
-    table = literal_shifts(pairs, measured.top, MOVERS, measured.watch, named)
+    table = shift_table(pairs, measured.top, MOVERS, measured.watch, named)
     table.insert(2, "edit", edit.name)
     reasons = table.pop("why")
     return table.assign(log10_rank_ratio=before_after.log10_rank_ratio(table), why=reasons)
