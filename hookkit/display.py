@@ -127,6 +127,11 @@ def format_cell(column: object, value: Any) -> str:
     return format_value(repr(str(value)) if is_quoted(column, value) else value)
 
 
+def describe_outcome(text: str, *calls: str) -> str:
+    """Returns the text of an outcome's `repr`: what it holds, and what to call next."""
+    return f"{text}\n  next: {', '.join(calls)}"
+
+
 def count_of(number: int, noun: str) -> str:
     """Returns a number with its noun: "1 text", "2 texts"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -254,3 +254,59 @@ def test_with_circuitsvis_the_view_needs_no_network(llama):
     html = hk.figures.attention_view(run, 1).html
     assert "unpkg" not in html and '"1.0"' in html and len(html) > 10**6
     assert "unpkg.com/circuitsvis" in hk.figures.attention_view(run, 1, cdn=True).html
+
+
+MANY = 300
+
+
+def outcomes(lm, folder):
+    """An object of every class of hk.types, most of them large, by the name of its class."""
+    prompts = [[5 + n % 200, 6, 7] for n in range(MANY)]
+    metric, long_text = hk.metrics.logit_diff(5, 6), "word " * 2000
+    run = hk.forward(lm, prompts, hk.capture(["z", "embed"]), hk.steer("embed", torch.ones(32)))
+    yield "Run", run
+    yield "Captured", run.captured("z.1")
+    yield "Sites", lm.sites()
+    yield "ModuleSite", hk.module("model.layers.1.mlp.gate_proj", side="output")
+    yield "ModuleLocation", lm.family.locations[hk.Site("z").name]
+    yield "Hook", hk.steer("resid_post.1", torch.ones(MANY, 3, 32))
+    yield "Condition", hk.when.entropy_above(2.0)
+    yield "Metric", hk.metrics.prob(list(range(MANY)))
+    yield "Trace", hk.trace(watch=range(MANY))
+    yield "MetricInput", hk.types.MetricInput(run.logits[:, -1], range(MANY), run.logits[:, -1])
+    yield "Gradients", hk.gradients(lm, prompts, metric, ["embed", "resid_post.1"])
+    yield "Pairs", hk.types.Pairs(long_text, *[[[5] * MANY] * MANY] * 2, [5] * MANY, [6] * MANY)
+    yield "Plan", hk.sweep_plan(lm, prompts, {"layer": range(3)}, hk.skip_block, metric)
+    yield "Comparison", hk.compare_generations(lm, prompts[:50], hk.ban(7), max_new_tokens=2)
+    yield "Stream", hk.stream(lm, prompts[:2], max_new_tokens=2)
+    yield "Statistics", hk.stats.activation_statistics(lm, prompts[:4], "z", progress=False)
+    yield "Vectors", hk.mean_difference(lm, prompts[:2], prompts[2:4], "resid_post")
+    yield "Harvest", hk.harvest(lm, prompts[:4], "embed", folder / "harvest", progress=False)
+    yield "TunedLens", hk.types.TunedLens({f"resid_post.{n}": torch.eye(32) for n in range(MANY)}, {}, hk.ranks(run))
+    yield "Report", hk.report(long_text, *[hk.ranks(run)] * MANY)
+    yield "Difference", hk.model_diff(lm, lm, prompts[:20], hooks_after=hk.ban(7))
+    sites = lm.describe().assign(blocks=3, proved=True)
+    yield "Checkup", hk.types.Checkup(sites, sites, {"model": long_text}, [], [long_text] * MANY)
+    with hk.record(folder / "record", title="Tea") as record:
+        yield "Record", record
+    with hk.attach(lm, hk.capture("z")) as manager:
+        yield "HookManager", manager
+    contexts = []
+
+    def keep(values, context):
+        contexts.append(context)
+        return values
+
+    hk.forward(lm, prompts, hk.edit("z.1", keep))
+    yield "EditContext", contexts[0]
+
+
+def test_the_repr_of_an_outcome_says_what_it_holds_in_a_few_lines(llama, tmp_path):
+    seen = set()
+    for name, outcome in outcomes(llama, tmp_path):
+        text = repr(outcome)
+        assert isinstance(outcome, getattr(hk.types, name)), name
+        assert len(text) <= 1500 and len(text.splitlines()) <= 15, (name, text[:3000])
+        assert "tensor(" not in text and "DataFrame" not in text and " object at 0x" not in text, text
+        seen.add(name)
+    assert seen == set(hk.types.__all__)

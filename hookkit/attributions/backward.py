@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer
-from ..display import render_html
+from ..arguments import check_arguments, check_integer, shorten
+from ..display import describe_outcome, render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import EditHook, Hook
 from ..hooks.capture import Captured, Captures, LazyCapture, capture
@@ -342,7 +342,8 @@ class Gradients:
 
     def __repr__(self) -> str:
         metric = [round(value, 4) for value in self.metric.tolist()]
-        return f"Gradients(metric {metric}; at {self.sites})"
+        text = f"Gradients(metric {shorten(str(metric))}; at {self.sites})"
+        return describe_outcome(text, f"gradients[{str(self.sites[0])!r}]", "gradients.metric")
 
 
 @check_arguments

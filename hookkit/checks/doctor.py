@@ -14,14 +14,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..arguments import check_arguments
-from ..display import first_rows, render_html
+from ..arguments import check_arguments, shorten
+from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import HookkitError
 from ..models.devices import count_parameters
 from ..models.lm import LM
 from ..models.sites import AXES
 from .laws import UNFINISHED, check_laws
 
+MAX_PROBLEMS = 3  # that the text of a checkup shows
 EXCEPTION = "exception: "  # the start of the note of a law from which the family is excepted
 SAMPLE = "When Mary and John went to the store, 12 + 34 = 46."
 
@@ -58,25 +59,28 @@ class Checkup:
             contents[name] = json.loads(getattr(self, name).to_json(orient="records"))
         return json.dumps(contents, ensure_ascii=False)
 
+    @property
+    def _title(self) -> str:
+        return "no problem was found" if self.healthy else "something does not work"
+
     def _repr_html_(self) -> str:
-        title = "Checkup: something does not work"
-        if self.healthy:
-            title = "Checkup: nothing was found that does not work"
         facts = dict(self.facts)
         for number, problem in enumerate(self.problems, 1):
             facts[f"problem {number}"] = problem
-        return render_html(
-            title, facts, first_rows(self.sites, "site", "blocks", "editable", "proved")
-        )
+        rows = first_rows(self.sites, "site", "blocks", "editable", "proved")
+        return render_html(f"Checkup: {self._title}", facts, rows)
 
     def __repr__(self) -> str:
-        width = max(map(len, self.facts))
-        lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
-        lines += ["", self.sites.to_string(index=False, float_format="{:.1e}".format)]
-        for title, texts in (("Notes", self.notes), ("Problems", self.problems)):
-            if texts:
-                lines += ["", *(f"{title}: {text}" for text in texts)]
-        return "\n".join(lines)
+        lines = [f"Checkup({self.facts.get('model', '')}: {self._title})"]
+        counts = [count_of(len(self.sites), "site"), count_of(len(self.laws), "law")]
+        counts += [count_of(len(self.facts), "fact"), count_of(len(self.notes), "note")]
+        lines.append(f"  {', '.join(counts)}")
+        for problem in self.problems[:MAX_PROBLEMS]:
+            lines.append(f"  problem: {shorten(problem, 200)}")
+        if len(self.problems) > MAX_PROBLEMS:
+            lines.append(f"  and {len(self.problems) - MAX_PROBLEMS} more problems")
+        calls = ("hk.show(checkup.sites)", "checkup.laws", "checkup.facts", "checkup.notes")
+        return describe_outcome("\n".join(lines), *calls)
 
 
 @check_arguments

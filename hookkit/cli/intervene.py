@@ -422,7 +422,7 @@ def diff(
     comparison = hk.model_diff(
         first, second, texts, sites=site or None, watch=watched_ids, tolerance=tolerance
     )
-    output.note(repr(comparison))
+    output.note(repr(comparison).splitlines()[0])
     if output_format in ("html", "folder"):
         output.write_page(comparison.page())
         return

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from ..arguments import describe
-from ..display import render_html
+from ..display import describe_outcome, render_html
 from ..errors import BadEdit, BadHook, Unsupported
 from ..models.batch_positions import Selection, expand_mask, pad_rows
 from ..models.lm import LM
@@ -107,6 +107,10 @@ class EditContext:
     selection: Selection | None  # None at a module whose tensor has no axes batch and pos
     module_input: Tensor | None = None  # the same cells of the module's input
     condition_mask: Bool[Tensor, "row pos"] | None = None  # None for an edit without a condition
+
+    def __repr__(self) -> str:
+        calls = ("context.rows", "context.positions")
+        return describe_outcome(f"EditContext({self.site}, {self.where})", *calls)
 
     @property
     def cells(self) -> Selection:

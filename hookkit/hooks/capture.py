@@ -18,7 +18,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..arguments import as_bool, check_keywords, check_text, describe
+from ..arguments import as_bool, check_keywords, check_text, describe, shorten
 from ..display import render_html
 from ..errors import BadHook, NotCaptured
 from ..models.batch_positions import Selection, expand_mask
@@ -174,7 +174,8 @@ class Captured:
         return render_html(f"captured {self.site}", {"shape": shape, "dtype": dtype, "rows": rows})
 
     def __repr__(self) -> str:
-        return f"Captured({self.site}, {list(self.values.shape)}, rows {list(self.rows)})"
+        rows = shorten(str(list(self.rows)))
+        return f"Captured({self.site}, {list(self.values.shape)}, rows {rows})"
 
     @property
     def by_position(self) -> Shaped[Tensor, "row pos ..."]:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import as_integer, as_items, check_arguments, check_fields, check_number, describe
-from ..display import printable, render_html
+from ..display import describe_outcome, printable, render_html
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files.atomic import save_tensors
 from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
@@ -292,7 +292,9 @@ class Vectors(Sequence[Vector]):
         return render_html(f"Vectors: {self.all[0].method}", rows=rows)
 
     def __repr__(self) -> str:
-        return f"Vectors({printable(self.all[0].method)}; {self.sites})"
+        text = f"Vectors({printable(self.all[0].method)}; {self.sites})"
+        first = f"vectors[{str(self.sites[0])!r}]"
+        return describe_outcome(text, f"{first}.steer(dose=0.3)", f"{first}.save(path)")
 
 
 @check_arguments

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer, check_number, check_seed
-from ..display import progress_bar
+from ..arguments import check_arguments, check_integer, check_number, check_seed, shorten
+from ..display import count_of, describe_outcome, progress_bar
 from ..errors import BadFile, BadHook, BadPrompt
 from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..hooks.capture import capture
@@ -52,6 +52,11 @@ class TunedLens:
     offset: Mapping[str, Float[Tensor, " d_model"]]
     history: pd.DataFrame
     about: Mapping[str, object] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sites = shorten(", ".join(self.change))
+        text = f"TunedLens({count_of(len(self.change), 'site')}: {sites})"
+        return describe_outcome(text, "hk.logit_lens(lm, prompts, lens=lens)", "lens.history")
 
     def translated(
         self, site: Site, states: Float[Tensor, "state d_model"]

@@ -31,8 +31,8 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ..arguments import check_arguments
-from ..display import direction_of, render_html
+from ..arguments import check_arguments, shorten
+from ..display import count_of, describe_outcome, direction_of, render_html
 from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
@@ -167,6 +167,15 @@ class Report:
                 )
             data[name] = encode_text(text)
         return data
+
+    def __repr__(self) -> str:
+        names: dict[str, list[str]] = {"table": [], "figure": []}
+        for part in self._written_parts():
+            kind = "table" if isinstance(part.content, pd.DataFrame) else "figure"
+            names[kind].append(part.name)
+        counts = ", ".join(count_of(len(parts), kind) for kind, parts in names.items())
+        text = f"Report({shorten(self.title)!r}: {counts})\n  tables: {', '.join(self.tables)}"
+        return describe_outcome(shorten(text, 800), "report.write(folder)", "report.tables[name]")
 
     def _repr_html_(self) -> str:
         rows = []

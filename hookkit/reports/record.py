@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..arguments import check_arguments
-from ..display import printable
+from ..display import count_of, describe_outcome, printable
 from ..errors import BadFile, BadHook, OtherSettings
 from ..files.atomic import (
     MADE_BY,
@@ -72,6 +72,12 @@ class Record:
     _conditions: dict[str, Any] = field(default_factory=dict)  # the seed, the settings, the model
     _origin: dict[str, Any] = field(default_factory=dict)  # the command, the commit, the versions
     _started: float = 0.0
+
+    def __repr__(self) -> str:
+        files = count_of(len(self.files), "file")
+        text = f"Record({self.title!r} in {str(self.folder)!r}: {files})"
+        calls = ("results.text(...)", "results.table(name, table)", "results.figure(name, figure)")
+        return describe_outcome(text, *calls)
 
     def __enter__(self) -> Record:
         self._started = time.perf_counter()

@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..display import render_html
+from ..display import describe_outcome, render_html
 from ..errors import NeverFired, NotCaptured, Unsupported
 from ..files.atomic import save_tensors
 from ..hooks.base import Hook
@@ -230,7 +230,13 @@ class Run:
         logits = "no logits"
         if self.kept_logits is not None:
             logits = f"logits {list(self.kept_logits.values.shape)}"
-        return f"Run({rows} of up to {max(self.lengths)} tokens; {logits}; captured {self.sites})"
+        captured = "captured nothing"
+        calls = ["run.text"] if self.kept_logits is None else ["hk.ranks(run)", "run.text"]
+        if len(self.sites):
+            captured = f"captured {self.sites}"
+            calls.insert(0, f"run[{str(self.sites[0])!r}]")
+        text = f"Run({rows} of up to {max(self.lengths)} tokens; {logits}; {captured})"
+        return describe_outcome(text, *calls)
 
 
 class CaptureStore:

@@ -45,6 +45,9 @@ class Trace:
         object.__setattr__(self, "top", top)
         object.__setattr__(self, "watch", check_tokens(self.watch, "watch"))
 
+    def __repr__(self) -> str:
+        return f"Trace(top={self.top}, watch={shorten(str(self.watch), 400)})"
+
     def _repr_html_(self) -> str:
         return render_html("trace", {"top": self.top, "watch": ", ".join(map(repr, self.watch))})
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..display import first_rows, render_html
+from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
@@ -117,6 +117,16 @@ class Comparison:
                 distribution_at = partial(Distribution, self.run.lm, location)
                 pairs.append((distribution_at(before), distribution_at(after)))
         return pairs
+
+    def __repr__(self) -> str:
+        steps: Any = self.texts["first_difference"]
+        different = len(steps.dropna())
+        text = (
+            f"Comparison({count_of(self.count, 'prompt')}, {different} with another text; "
+            f"along the {self.along} text)"
+        )
+        calls = ("comparison.texts", "comparison.shifts", "comparison.summary")
+        return describe_outcome(text, *calls)
 
     def _repr_html_(self) -> str:
         return render_html(f"Comparison along the {self.along} text", rows=first_rows(self.texts))

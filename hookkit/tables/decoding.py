@@ -25,6 +25,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..arguments import check_arguments
+from ..display import count_of, describe_outcome
 from ..errors import NotCaptured, OutOfRange, Unsupported
 from ..hooks.base import Hook
 from ..hooks.logit_shifts import Ban, Restrict
@@ -317,6 +318,13 @@ class Stream:
         )
         self._turns: ThreadedGenerator[StreamStep] | None = None
         self._run: Run | None = None
+
+    def __repr__(self) -> str:
+        state = "not started"
+        if self._turns is not None:
+            state = "ended" if self._run is not None else "running"
+        text = f"Stream({count_of(len(self._tokens), 'prompt')}, {state})"
+        return describe_outcome(text, "for step in stream", "stream.run (after the last step)")
 
     @property
     def run(self) -> Run:

@@ -31,7 +31,7 @@ from ...arguments import (
     check_seed,
     describe,
 )
-from ...display import count_of, render_html
+from ...display import count_of, describe_outcome, render_html
 from ...errors import BadPrompt, EmptySelection, NotOneToken, OutOfRange, TooFew, Unsupported
 from ...hooks.base import set_field
 from ...models.lm import LM, Token
@@ -161,10 +161,11 @@ class Pairs:
         if not isinstance(prompt, str):
             prompt = " ".join(f"<{token_id}>" for token_id in prompt)
         example = f"{shorten(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}"
-        return (
-            f"Pairs({self.name}, {count_of(len(self), 'pair')}, seed {self.seed}: "
+        text = (
+            f"Pairs({shorten(self.name)}, {count_of(len(self), 'pair')}, seed {self.seed}: "
             f"{_join_notes(example, self.note)})"
         )
+        return describe_outcome(text, "pairs.check(lm)", "pairs.metric()", "pairs.to_frame()")
 
     def to_frame(self) -> pd.DataFrame:
         """Returns the pairs as a table, one row for each.

@@ -96,6 +96,7 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     >>> datasets.capitals(lm, 50)
     Pairs(capitals, 50 pairs, seed 0: 'On a map of Peru, the capital is the city of' → ' Lima',
     not ' Vienna')
+      next: pairs.check(lm), pairs.metric(), pairs.to_frame()
     """
     check_text_draws(lm, "capitals", n, seed)
     draw = _fact_draw(lm, CAPITALS, "capitals", OF_CAPITALS)
@@ -116,6 +117,7 @@ def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
 
     >>> datasets.landmarks(lm, 50)
     Pairs(landmarks, 50 pairs, seed 0: 'The Acropolis is in the city of' → ' Athens', not ' Berlin')
+      next: pairs.check(lm), pairs.metric(), pairs.to_frame()
     """
     check_text_draws(lm, "landmarks", n, seed)
     draw = _fact_draw(lm, LANDMARKS, "cities", OF_LANDMARKS)
@@ -368,6 +370,7 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     >>> datasets.successor(lm, 50)
     Pairs(successor, 50 pairs, seed 0: 'They come in this order: one, two, three, four,' → ' five',
     not ' seven')
+      next: pairs.check(lm), pairs.metric(), pairs.to_frame()
     """
     check_text_draws(lm, "successor", n, seed)
     all_series = {name: words.split() for name, words in {**ROUND, **STRAIGHT}.items()}

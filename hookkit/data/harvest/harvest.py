@@ -27,7 +27,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from ...arguments import check_arguments
-from ...display import count_of, render_html
+from ...display import count_of, describe_outcome, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ...files.atomic import sha256
 from ...files.untrusted import check_folder, read_tensors
@@ -53,6 +53,7 @@ def open_harvest(folder: str | os.PathLike[str]) -> Harvest:
     >>> made = hk.harvest(lm, ["Tea with milk", "Coffee"], "resid_post.6", "folder", progress=False)
     >>> open_harvest("folder")
     Harvest(6 rows of 2 texts; 1 site: resid_post.6)
+      next: harvest['resid_post.6'], harvest.batches(...), harvest.table(...)
     """
     path = check_folder(folder)
     about = read_settings(path)
@@ -305,7 +306,9 @@ class Harvest:
         texts = count_of(self.texts, "text")
         if not self.finished:
             texts += ", unfinished"
-        return f"Harvest({len(self)} rows of {texts}; {self.sites})"
+        text = f"Harvest({len(self)} rows of {texts}; {self.sites})"
+        column = f"harvest[{str(self.sites[0])!r}]"
+        return describe_outcome(text, column, "harvest.batches(...)", "harvest.table(...)")
 
     def __getitem__(self, name: str | AnySite) -> Column:
         """Returns all rows of a site, of one head of it, or of a token column."""

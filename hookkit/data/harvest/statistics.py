@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...arguments import as_items, check_arguments, check_integer
-from ...display import count_of, first_rows, render_html
+from ...display import count_of, describe_outcome, first_rows, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, Unsupported
 from ...files.atomic import save_tensors
 from ...files.untrusted import check_file, check_mapping, is_count, parse_json, read_tensors
@@ -258,7 +258,9 @@ class Statistics:
 
     def __repr__(self) -> str:
         count, texts = next(iter(self.of_site.values())).count, self.about["texts"]
-        return f"Statistics({count} tokens of {count_of(texts, 'text')}; {self.sites})"
+        text = f"Statistics({count} tokens of {count_of(texts, 'text')}; {self.sites})"
+        first = f"statistics[{str(self.sites[0])!r}].mean"
+        return describe_outcome(text, "statistics.table()", first, "statistics.save(path)")
 
 
 @check_arguments

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ...arguments import check_arguments, check_integer, check_number
-from ...display import count_of, first_rows, render_html
+from ...display import count_of, describe_outcome, first_rows, render_html
 from ...errors import BadHook, OutOfRange, Unsupported
 from ...figures.reports import diff_through_layers, stream_map, token_bars
 from ...hooks.logits import named_tokens
@@ -180,10 +180,12 @@ class Difference:
         parting = ""
         if not self.parting.empty:
             parting = f"; they part at {self.first}" if self.first else "; they never part"
-        return (
+        text = (
             f"Difference({self.names[0]} and {self.names[1]}: {len(self.tokens)} tokens, "
             f"KL {kl:.3g} nats a token, another first token after {changed:.0%}{parting})"
         )
+        calls = ("difference.write(folder)", "difference.prompts", "difference.tokens")
+        return describe_outcome(text, *calls)
 
 
 def _write_answer(difference: Difference) -> str:

@@ -25,6 +25,7 @@ from ...arguments import (
     check_keywords,
     describe,
 )
+from ...display import count_of
 from ...errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
 from ...hooks.base import set_field
 from ...models.lm import LM
@@ -50,6 +51,10 @@ class MetricInput:
     rows: Sequence[int]
     before: Float[Tensor, "row vocab"] | None = None
     after: Sequence[Float[Tensor, "pos vocab"]] | None = None
+
+    def __repr__(self) -> str:
+        n_rows, n_tokens = self.logits.shape
+        return f"MetricInput(logits of {count_of(n_rows, 'row')}, {n_tokens} tokens)"
 
 
 Measure: TypeAlias = Callable[[MetricInput], Float[Tensor, " row"]]
