@@ -282,7 +282,12 @@ def outcomes(lm, folder):
     yield "Statistics", hk.stats.activation_statistics(lm, prompts[:4], "z", progress=False)
     yield "Vectors", hk.mean_difference(lm, prompts[:2], prompts[2:4], "resid_post")
     yield "Harvest", hk.harvest(lm, prompts[:4], "embed", folder / "harvest", progress=False)
-    yield "TunedLens", hk.types.TunedLens({f"resid_post.{n}": torch.eye(32) for n in range(MANY)}, {}, hk.ranks(run))
+    yield (
+        "TunedLens",
+        hk.types.TunedLens(
+            {f"resid_post.{n}": torch.eye(32) for n in range(MANY)}, {}, hk.ranks(run)
+        ),
+    )
     yield "Report", hk.report(long_text, *[hk.ranks(run)] * MANY)
     yield "Difference", hk.model_diff(lm, lm, prompts[:20], hooks_after=hk.ban(7))
     sites = lm.describe().assign(blocks=3, proved=True)
@@ -290,6 +295,7 @@ def outcomes(lm, folder):
     with hk.record(folder / "record", title="Tea") as record:
         yield "Record", record
     with hk.attach(lm, hk.capture("z")) as manager:
+        lm.model(torch.tensor([[5, 6, 7]]))
         yield "HookManager", manager
     contexts = []
 
@@ -307,6 +313,8 @@ def test_the_repr_of_an_outcome_says_what_it_holds_in_a_few_lines(llama, tmp_pat
         text = repr(outcome)
         assert isinstance(outcome, getattr(hk.types, name)), name
         assert len(text) <= 1500 and len(text.splitlines()) <= 15, (name, text[:3000])
-        assert "tensor(" not in text and "DataFrame" not in text and " object at 0x" not in text, text
+        assert "tensor(" not in text and "DataFrame" not in text and " object at 0x" not in text, (
+            text
+        )
         seen.add(name)
     assert seen == set(hk.types.__all__)

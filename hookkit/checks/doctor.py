@@ -71,7 +71,7 @@ class Checkup:
         return render_html(f"Checkup: {self._title}", facts, rows)
 
     def __repr__(self) -> str:
-        lines = [f"Checkup({self.facts.get('model', '')}: {self._title})"]
+        lines = [f"Checkup({shorten(str(self.facts.get('model', '')))}: {self._title})"]
         counts = [count_of(len(self.sites), "site"), count_of(len(self.laws), "law")]
         counts += [count_of(len(self.facts), "fact"), count_of(len(self.notes), "note")]
         lines.append(f"  {', '.join(counts)}")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_arguments
+from ..display import count_of, describe_outcome
 from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import Captured, Captures, capture, merge_captures
@@ -305,6 +306,11 @@ class HookManager(HookBlock):
         self.strategy.tracker.expect(batch)
 
     # ---- the results
+
+    def __repr__(self) -> str:
+        hooks = count_of(len(self.captures.bound_hooks), "hook")
+        text = f"HookManager({hooks}; {count_of(len(self.texts), 'text')} so far)"
+        return describe_outcome(text, "manager.texts", "manager.captured(site)")
 
     @property
     def captures(self) -> CaptureStore:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer
+from ..arguments import check_arguments, check_integer, shorten
 from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook

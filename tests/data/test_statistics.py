@@ -211,7 +211,7 @@ def test_statistics_say_of_what_they_are(llama, tmp_path):
     assert (made.about["texts"], made.about["left_out"], made.about["pos"]) == (4, 2, "None")
     again = hk.stats.activation_statistics(llama, ["tea"], "resid_post.1", **SMALL)
     assert made.about["stream"] != again.about["stream"]
-    assert repr(again) == "Statistics(2 tokens of 1 text; 1 site: resid_post.1)"
+    assert repr(again).startswith("Statistics(2 tokens of 1 text; 1 site: resid_post.1)\n  next: ")
     assert repr(again["resid_post.1"]) == "SiteStatistics(resid_post.1, [32], 2 tokens)"
 
 

@@ -188,7 +188,7 @@ class KL(Metric):
     compares: ClassVar[bool] = True
 
     def __repr__(self) -> str:
-        return "KL()" if self.reference is None else f"KL({self.reference})"
+        return "KL()" if self.reference is None else f"KL({repr(self.reference).splitlines()[0]})"
 
     def prepare(self, lm: LM, count: int) -> Float[Tensor, "row vocab"] | None:
         if self.reference is None:
