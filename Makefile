@@ -42,9 +42,9 @@ results: $(READY)
 	.venv/bin/hookkit run $(filter-out experiments/bfloat16.py, $(wildcard experiments/*.py)) --against HEAD
 	.venv/bin/hookkit run experiments/bfloat16.py
 
-# The documentation as pages that need no network: build/docs/index.html
+# The guide and the reference as pages that need no network: build/docs/index.html. And build/docs/llms.txt.
 docs: $(READY)
-	$(IN) -m pdoc --no-show-source -o build/docs hookkit.docs hookkit
+	$(IN) docs/build.py build/docs
 
 benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.overhead

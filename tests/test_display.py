@@ -1,24 +1,29 @@
 """What a notebook shows and completes: small, escaped, by itself; and the tour, cell by cell."""
 
+import copy
 import io
 import json
 import re
+import subprocess
 import sys
 import types
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from conftest import tokenizer
+from nbclient import NotebookClient
+from pages import ROOT
 
 import hookkit as hk
 from hookkit.display import MAX_CHARACTERS, MAX_ROWS, first_rows, format_value, render_html
 from hookkit.errors import MissingExtra, NotCaptured, OutOfRange, UnknownKeyword
 
 NASTY = ["<script>alert(1)</script>", "\n\t", " שלום", '"><img src=x onerror=y>', "$x$"]
-TOUR = Path(__file__).parent.parent / "experiments" / "tour.py"
+TOUR = ROOT / "experiments" / "tour.py"
 ALLOWED = {"div", "b", "span", "table", "thead", "tbody", "tr", "th", "td", "pre"}
 
 
@@ -150,49 +155,52 @@ def test_progress_is_shown_by_what_suits_a_notebook():
     assert len(found) > 4 and {line.strip() for line in found} == {"from tqdm.auto import tqdm"}
 
 
-def cells() -> list[tuple[bool, str]]:
-    """The tour's cells: whether each is text, and what is in it."""
-    parts = re.split(r"^# %%(.*)\n", TOUR.read_text(encoding="utf-8"), flags=re.M)
-    assert parts[0] == ""
-    return [
-        ("[markdown]" in kind, body) for kind, body in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory) -> nbformat.NotebookNode:
+    """The tour as a notebook, as `make docs` writes it."""
+    path = tmp_path_factory.mktemp("tour") / "tour.ipynb"
+    words = [sys.executable, str(ROOT / "docs" / "notebook.py"), str(TOUR), str(path)]
+    subprocess.run(words, check=True)
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
 
 
-def checked(session: dict, said: str) -> None:
+def checked(said: str) -> None:
+    assert "' coffee'" in said and " 8827 " in said
     assert "62 parts, together 6.12" in said
-    assert (
-        session["shift"].iloc[0]["token"] == " coffee"
-        and session["shift"].iloc[0]["rank_before"] == 8827
-    )
-    assert session["said"]["last_prob"].iloc[0] > 0.5
-    assert (
-        session["best"]["logit_diff_effect"].min() > 0.9 and session["best"]["pos"].iloc[-1] == 13
-    )
-    assert session["texts"][0.3] != session["texts"][-0.3]
+    assert "{0.3: [' a great" in said and "-0.3: [' a complete waste" in said
 
 
-def test_the_tour_runs_cell_by_cell_and_finds_what_its_sentences_say(smol, monkeypatch):
+def test_the_tour_runs_cell_by_cell_and_finds_what_its_sentences_say(tour, smol, monkeypatch):
     monkeypatch.setattr(hk, "load", lambda **_: smol)
-    found = cells()
-    assert sum(text for text, _ in found) >= 6 and all(
-        body.strip().startswith('"""') for text, body in found if text
-    )
     session: dict = {}
     printed = io.StringIO()
     with redirect_stdout(printed):
-        for _, body in found:
-            exec(compile(body, str(TOUR), "exec"), session)
-    checked(session, printed.getvalue())
+        for cell in tour.cells:
+            if cell.cell_type == "code":
+                exec(compile(cell.source, str(TOUR), "exec"), session)
+    checked(printed.getvalue())
+    assert session["paris"]["last_prob"].iloc[0] > 0.5
+    strongest = session["strongest"]
+    assert strongest["logit_diff_effect"].min() > 0.9 and strongest["pos"].iloc[-1] == 13
 
 
-def test_the_tour_runs_in_ipython_too(smol, monkeypatch):
-    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
-    monkeypatch.setattr(hk, "load", lambda **_: smol)
-    for text, body in cells():
-        if not text:
-            shell.run_cell(body).raise_error()
-    checked(shell.user_ns, "62 parts, together 6.12")
+def test_the_tour_in_a_fresh_kernel_shows_every_figure(tour):
+    notebook = NotebookClient(copy.deepcopy(tour), timeout=300, kernel_name="python3").execute()
+    said = ""
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        pictures = []
+        for output in cell.outputs:
+            said += output.get("text", "")
+            pictures += (
+                [output["data"]["image/png"]] if "image/png" in output.get("data", {}) else []
+            )
+        assert len(pictures) == cell.source.count("hk.figures."), cell.source
+    checked(said)
+    assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 6
 
 
 def drawing(monkeypatch):

@@ -1,19 +1,28 @@
-"""Every example in a docstring runs, on the default model, and gives what stands there."""
+"""Every example in a docstring and in the guide runs, on the default model, and gives what stands there."""
 
 import doctest
+import html
 import importlib
 import re
+import shlex
 import subprocess
 import sys
-from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import typer
+from pages import GUIDE, ROOT, commands, links, new_session, run_command, run_page
 from shown import Checker
 from test_house import MODULES
+from typer.main import get_command
 
 import hookkit as hk
+from hookkit.cli import app
 from hookkit.errors import HookkitError
+from hookkit.models import loading
+
+NAVIGATION = (ROOT / "docs" / "mkdocs.yml").read_text()
 
 FINDER = doctest.DocTestFinder(exclude_empty=True)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -84,27 +93,104 @@ def test_every_error_is_a_hookkit_error_and_says_when_it_is_raised():
     assert all(issubclass(error, HookkitError) and error.__doc__ for error in errors)
 
 
-def test_the_documentation_is_pages_that_need_no_network(tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "pdoc",
-        "--no-show-source",
-        "-o",
-        str(tmp_path),
-        "hookkit.docs",
-        "hookkit",
-    ]
-    subprocess.run(words, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
-    pages = {
-        path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")
-    }
-    assert {
-        "index.html",
-        "hookkit.html",
-        "hookkit/docs/symptoms.html",
-        "hookkit/docs/coming_from.html",
-    } <= {*pages}
-    assert "the batch differs" in pages["hookkit/docs/symptoms.html"].lower()
-    for name, page in pages.items():
+PAGES = sorted(GUIDE.glob("*.md"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_of_the_guide_shows_what_its_examples_print(path, smol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load = loading.load
+    monkeypatch.setattr(
+        "hookkit.models.loading.load",
+        lambda *name, **words: load(*name, **words) if name or words else smol,
+    )
+    for output in run_page(path.read_text(), new_session(smol), run_command):
+        assert output.holds, output.printed
+
+
+@pytest.mark.parametrize(
+    ("shown", "holds"), [("1 a\n", True), ("2 a\n", False), ("...\n", True), ("1 ... b\n", False)]
+)
+def test_an_output_that_is_not_what_the_page_shows_is_noticed(shown, holds):
+    for page in (
+        f"```python\nprint('1 a')\n```\n\n```text\n{shown}```\n",
+        f"```pycon\n>>> print('1 a')\n{shown}```\n",
+        f"```console\n$ hookkit\n{shown}```\n",
+    ):
+        (output,) = run_page(page, {}, lambda line: "1 a\n")
+        assert output.holds == holds
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_of_the_guide_can_be_reached_and_its_links_lead_somewhere(path):
+    made = {"reference/index.md", "llms.txt", "tour.ipynb"}  # by `make docs`
+    for link in links(path):
+        assert link in made or (GUIDE / link).exists(), link
+    for text in (NAVIGATION, (GUIDE / "index.md").read_text()):
+        assert path.name in text
+
+
+def parsed(line: str) -> bool:
+    """Reads the words of a command, and runs nothing. Raises the command line's error if they are wrong."""
+    _, *words = shlex.split(line, comments=True)
+    command = get_command(app)
+    context = command.make_context("hookkit", list(words))
+    while hasattr(command, "resolve_command"):
+        name, command, words = command.resolve_command(context, words)
+        assert name and command
+        context = command.make_context(name, list(words), parent=context)
+    return True
+
+
+def test_commands_of_the_guide_have_the_options_that_it_shows():
+    count = 0
+    for path in PAGES:
+        for line in commands(path):
+            assert parsed(line), line
+            count += 1
+    assert count > 20
+    with pytest.raises(typer.BadParameter.__base__, match="No such option"):
+        parsed("hookkit patch one two z --right ' Mary'")
+
+
+def test_every_command_has_a_section_with_its_output():
+    page = (GUIDE / "command-line.md").read_text()
+    for name in get_command(app).commands:
+        assert re.search(rf"^## (.*, )?{name}(,|$)", page, flags=re.MULTILINE), name
+        assert f"$ hookkit {name}" in page, name
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> dict[str, str]:
+    """The files of the built documentation, by path."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    words = [sys.executable, str(ROOT / "docs" / "build.py"), str(folder)]
+    subprocess.run(words, check=True, capture_output=True, cwd=ROOT)
+    pages = {}
+    for path in folder.rglob("*"):
+        if path.suffix in (".html", ".txt", ".ipynb"):
+            pages[path.relative_to(folder).as_posix()] = path.read_text()
+    return pages
+
+
+def test_the_documentation_opens_on_topics_and_needs_no_network(site):
+    assert {f"{path.stem}.html" for path in PAGES} < {*site}
+    assert "first-steps.html" in site["index.html"] and "symptoms.html" in site["index.html"]
+    for name, page in site.items():
         assert not re.search(r'(src=|@import |<link[^>]*href=)"?https?:', page), name
+
+
+def test_code_on_the_pages_is_shown_as_it_is_written(site):
+    text = re.sub(r"<[^>]*>", "", site["first-steps.html"])
+    assert "logits = lm.model(**inputs).logits" in html.unescape(text)
+
+
+def test_the_reference_and_llms_txt_have_every_public_name(site):
+    names = [f"hk.{name}" for name in hk.__all__ if not isinstance(getattr(hk, name), ModuleType)]
+    for module in ("metrics", "figures", "when", "datasets", "stats", "results", "types", "errors"):
+        functions = dir(getattr(hk, module))
+        names += [f"hk.{module}.{name}" for name in functions if not name.startswith("_")]
+    assert len(names) > 150
+    for name in names:
+        assert f"### {name}\n" in site["llms.txt"], name
+    assert 'id="hkforward"' in site["reference/index.html"]

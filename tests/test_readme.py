@@ -1,47 +1,37 @@
 """The README's Python runs from top to bottom in one session, and prints what the README shows."""
 
-import contextlib
-import io
-import re
-import shlex
-from pathlib import Path
-
 import pytest
+from pages import ROOT, commands, links, run_command, run_page
 from shown import same
+from test_docs import parsed
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+README = ROOT / "README.md"
 
 
-def test_the_readme_shows_what_its_code_prints(smol, tmp_path, monkeypatch):
+def test_the_readme_shows_what_its_code_prints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    session: dict[str, object] = {}
-    shown = 0
-    for (language, code), (after, output) in zip(BLOCKS, [*BLOCKS[1:], ("", "")], strict=True):
-        if language != "python":
-            continue
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, "README.md", "exec"), session)
-        if after == "text":
-            assert same(output, printed.getvalue()), printed.getvalue()
-            shown += 1
-    assert shown >= 3
+    outputs = run_page(README.read_text(), {}, run_command)
+    assert len(outputs) >= 7
+    for output in outputs:
+        assert output.holds, output.printed
+    assert (tmp_path / "what_changed" / "report.html").exists()
 
 
-def test_the_readme_shows_what_its_commands_say(smol, hookkit, monkeypatch):
-    monkeypatch.setattr("hookkit.models.loading.load", lambda: smol)
-    shown = [code for language, code in BLOCKS if language == "console"]
-    assert len(shown) >= 2
-    for code in shown:
-        command, output = code.removeprefix("$ hookkit ").split("\n", 1)
-        printed = hookkit(*shlex.split(command)).stdout
-        assert same(output, printed), printed
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 230
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README) or ["README.md"])
+def test_its_commands_have_the_options_that_it_shows():
+    shown = commands(README)
+    assert len(shown) >= 15 and shown[0].startswith("hookkit scan")
+    for line in shown:
+        for part in line.split("#")[0].split("&&"):
+            assert parsed(part), part
+
+
+@pytest.mark.parametrize("path", links(README))
 def test_every_link_leads_somewhere(path):
-    assert (Path(__file__).parent.parent / path).exists()
+    assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize(
