@@ -19,20 +19,20 @@ print(lm)
 """## 1. What comes next, and how can it be changed?
 
 After "I like oat milk in my", the most likely token is " coffee". After "The capital of France is",
-the same token has rank 8,827 of 49,152. `hk.force` raises its logit above all others, and leaves the
-logits of all other tokens as they are.
+the same token has rank 8,827 of 49,152. `hk.force` raises its logit above all others, and leaves
+the logits of all other tokens as they are.
 """
 
 # %%
 MILK, PARIS = "I like oat milk in my", "The capital of France is"
 before = hk.forward(lm, [MILK, PARIS])
 ranks = hk.ranks(before, top=3, watch=" coffee")
-print(ranks[["row", "token", "prob", "rank"]].round(3).to_string(index=False))
+hk.show(ranks, columns=["row", "token", "prob", "rank"])
 
 forced = hk.forward(lm, [MILK, PARIS], hk.force(" coffee"))
 shift = hk.rank_shift(before, forced, rows=1, top=3)
 columns = ["token", "logit_before", "logit_after", "rank_before", "rank_after"]
-print(shift[columns].round(2).to_string(index=False))
+hk.show(shift, columns=columns)
 hk.figures.rank_bump(shift, title="The token is forced")
 
 # %% [markdown]
@@ -47,16 +47,16 @@ first block from which on it stays the most likely token.
 TOWER = "The Eiffel Tower is located in the city of"
 lens = hk.logit_lens(lm, TOWER, watch=" Paris")
 summary = hk.stats.lens_summary(lens)
-paris = summary[summary["token_id"] == lm.token(" Paris")]
-print(paris[["token", "first", "since", "last_prob"]].round(2).to_string(index=False))
+paris = summary.query('token == " Paris"')
+hk.show(paris, columns=["token", "first", "since", "last_prob"])
 hk.figures.lens_map(hk.logit_lens(lm, TOWER, pos=slice(None), top=1))
 
 # %% [markdown]
 """## 3. Which parts of the model contribute to it?
 
-A logit is the dot product of a row of the unembedding and the last hidden state. This state is a sum
-over all attention layers and MLPs. The difference of two logits is therefore a sum too, and each
-part of it is the contribution of one layer.
+A logit is the dot product of a row of the unembedding and the last hidden state. This state is a
+sum over all attention layers and MLPs. The difference of two logits is therefore a sum too, and
+each part of it is the contribution of one layer.
 """
 
 # %%
@@ -80,7 +80,7 @@ SWAPPED = "When Mary and John went to the store, Mary gave a drink to"
 metric = hk.metrics.logit_diff(" Mary", " John")
 table = hk.patching(lm, NAMES, SWAPPED, "resid_pre", metric, layers=[0, 10, 20, 29], progress=False)
 strongest = table.loc[table.groupby("layer")["logit_diff_effect"].idxmax()]
-print(strongest[["layer", "pos", "logit_diff_effect"]].round(2).to_string(index=False))
+hk.show(strongest, columns=["layer", "pos", "logit_diff_effect"])
 tokens = [lm.string(token) for token in run.tokens[0].tolist()]
 hk.figures.heat_map(table, labels=tokens, title="The effect of patching the residual stream")
 
@@ -107,8 +107,8 @@ print(mood, texts, sep="\n")
 """## What a notebook shows
 
 In a notebook, `lm`, `run` and `mood` alone on a line show what they are. The tab key completes
-`run["` and `lm.sites.`. `hk.figures.attention_view(run, 23)` draws the attention pattern that step 3
-captured, if circuitsvis is installed.
+`run["` and `lm.sites.`. `hk.figures.attention_view(run, 23)` draws the attention pattern that step
+3 captured, if circuitsvis is installed.
 """
 
 # %%

@@ -30,6 +30,7 @@ GUIDE = ROOT / "docs" / "pages"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
+WILD = re.compile(r"(?<!\[)\.\.\.(?!\])")  # not the [...] of a message
 CONTINUED = re.compile(r"^\.\.\. ", flags=re.MULTILINE)
 
 
@@ -72,9 +73,9 @@ def run_page(text: str, session: dict[str, Any], command: Callable[[str], str]) 
 def is_same(shown: str, printed: str) -> bool:
     """Whether an output is what a page shows; ... stands for anything."""
     shown, printed = CONTINUED.sub(">>> ", shown), CONTINUED.sub(">>> ", printed)
-    if "..." not in shown:
+    if not WILD.search(shown):
         return same(shown, printed)
-    pieces = " ".join(shown.split()).split("...")
+    pieces = WILD.split(" ".join(shown.split()))
     pattern = ".*".join(re.escape(piece.strip()) for piece in pieces)
     return bool(re.fullmatch(pattern, " ".join(printed.split())))
 
@@ -156,7 +157,7 @@ def _write_outputs(path: Path, lm: Any) -> None:
         if output.holds:
             continue
         print(output.printed)
-        if "..." in CONTINUED.sub("", output.shown):
+        if WILD.search(CONTINUED.sub("", output.shown)):
             print("    was not written: a part of the page's output stands for itself")
             continue
         text = text[: output.start] + output.printed + text[output.end :]
