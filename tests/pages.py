@@ -10,6 +10,7 @@ A picture docs/pages/images/NAME.png is what the code of a page saves as NAME.pn
 import contextlib
 import doctest
 import io
+import os
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from shown import same
 
@@ -51,6 +53,11 @@ class Output:
 
 def run_page(text: str, session: dict[str, Any], command: Callable[[str], str]) -> list[Output]:
     """Runs the examples of a page from top to bottom, and returns its outputs."""
+    with patch.dict(os.environ, COLUMNS="100"):  # the width of tables, in any terminal
+        return _run_blocks(text, session, command)
+
+
+def _run_blocks(text: str, session: dict[str, Any], command: Callable[[str], str]) -> list[Output]:
     outputs = []
     printed = None
     for match in BLOCK.finditer(text):

@@ -149,7 +149,7 @@ def _show_table(table: pd.DataFrame, columns: Sequence[str] | None, rows: int) -
     visible: Any = table[names].head(rows)
     caption = ", ".join(f"{name} {value}" for name, value in constants.items())
     if _display() is not None:
-        notes = _notes(table, {*names, *constants}, rows)
+        notes = _notes(table, {*names, *constants}, rows, chosen=columns is not None)
         title = "; ".join(filter(None, (count_of(len(table), "row"), caption)))
         _show_html(render_html(title, notes, visible.to_dict("records"), most=rows))
         return
@@ -161,7 +161,8 @@ def _show_table(table: pd.DataFrame, columns: Sequence[str] | None, rows: int) -
         _print_line(caption)
     for block in blocks:
         draw_table(visible[block], width)
-    for name, note in _notes(table, {*constants, *chain(*blocks)}, rows).items():
+    shown = {*constants, *chain(*blocks)}
+    for name, note in _notes(table, shown, rows, chosen=columns is not None).items():
         _print_line(f"{name} {note}")
 
 
@@ -169,14 +170,14 @@ def _print_line(text: str) -> None:
     sys.stdout.write(f"{printable_lines(text)}\n")
 
 
-def _notes(table: pd.DataFrame, shown: set[str], rows: int) -> dict[str, object]:
-    """Returns what says how to see the rows and columns that are not shown."""
+def _notes(table: pd.DataFrame, shown: set[str], rows: int, *, chosen: bool) -> dict[str, object]:
+    """Returns what says how to see the rows, and unless they were chosen the columns, not shown."""
     notes: dict[str, object] = {}
     if len(table) > rows:
         notes["more rows:"] = f"{len(table) - rows}, with rows={len(table)}"
     hidden = filterfalse(shown.__contains__, table.columns)
     hidden_names = ", ".join(hidden)
-    if hidden_names:
+    if hidden_names and not chosen:
         notes["more columns:"] = f"{hidden_names}; choose with columns=[...]"
     return notes
 

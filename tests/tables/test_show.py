@@ -61,6 +61,12 @@ def test_a_table_is_printed_with_tokens_in_quotes_and_the_columns_that_matter(wi
     assert SHIFT["token"][0] == " coffee"
 
 
+def test_below_chosen_columns_nothing_is_said_of_the_others(capsys):
+    hk.show(SHIFT, columns=["token", "rank_delta"])
+    shown = capsys.readouterr().out
+    assert "rank_delta" in shown and "more columns" not in shown
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 def test_no_line_is_wider_than_the_terminal_and_hidden_columns_are_named(
     width, monkeypatch, capsys
