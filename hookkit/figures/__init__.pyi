@@ -14,5 +14,6 @@ from .ranks import rank_bump as rank_bump
 from .strips import decision_strip as decision_strip
 from .strips import surprisal_strip as surprisal_strip
 from .sweeps import damage_curves as damage_curves
+from .sweeps import dose as dose
 from .sweeps import heat_map as heat_map
 from .sweeps import interval_lines as interval_lines

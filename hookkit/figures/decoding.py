@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from math import ceil, floor
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from ..display import quote_token
 from ..errors import BadHook, NotCaptured
 from ..models.tokens import check_tokens
 from . import style
-from .style import GRID, MARK, MUTED, apply_style, new_figure, short_label
+from .style import GRID, MARK, MUTED, PointLabel, apply_style, new_figure, short_label
 
 STAGES = {
     "model": "before logit edits",
@@ -35,9 +34,10 @@ STAGES = {
 }
 COLUMNS = ("row", "step", "stage", "token", "token_id",
            "logit", "logprob", "prob", "rank", "drawn", "why")  # fmt: skip
-LINE_COLOURS = ("#e0522d", "#4f78c8", "#1f9e89", "#a565c4",
-                "#b07a1e", "#c2557f", "#7f8a2a", "#3a93b5")  # fmt: skip
 MOST_LINES = 12  # that can be told apart
+HEIGHT, AXES_HEIGHT = 4.8, 2.2  # inches; of the axes at least, above long labels
+BASELINE_STYLE = {"color": MUTED, "marker": "s", "ls": "--"}
+EDITED_STYLE = {"color": MARK, "marker": "o", "ls": "-"}
 
 
 def select_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
@@ -61,8 +61,10 @@ def select_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
 
 def token_name(token: Any) -> str:
     """A token in quotes, with its id where it is a part of a character: such parts look alike."""
-    name = quote_token(token["token"])
-    return f"{name} {token['token_id']}" if "\ufffd" in name else name
+    name = style.token_label(token["token"])
+    if "\ufffd" in name:
+        return f"{name} {token['token_id']}"
+    return name
 
 
 def has_reason(why: str, reason: str) -> bool:
@@ -91,19 +93,19 @@ def rank_lines(
     """
     table = select_row(decoding_table, row, stage)
     lines = []
-    styles = product(("-", "--"), LINE_COLOURS)
-    for token, (dashes, colour) in zip(_select_watched(table, watch), styles, strict=False):
+    for number, token in enumerate(_select_watched(table, watch)):
         part = _select_token(table, token)
         last = part.iloc[-1]
         rank = "×" if np.isneginf(last["logit"]) else f"{last['rank']:,}"
         name = f"{short_label(token_name(last), 1.7)}  {rank}"
-        lines.append(_build_line(part, "rank", name, colour, dashes))
-    figure, axes = new_figure(_figure_width(len(lines[0].steps)), 4.6)
+        lines.append(_build_line(part, "rank", name, style.line_style(number)))
+    figure, axes = new_figure(_figure_width(len(lines[0].steps)), HEIGHT)
     lowest = max(10.0, *(line.values.max() for line in lines))
     style.rank_axis(axes, 1.25 * lowest)
     _draw_lines(axes, lines)
     _label_steps(axes, table, "step, and the token chosen there")
-    return apply_style(figure, title or f"Ranks at each step, {STAGES[stage]}")
+    prompt = style.describe_prompt(table)
+    return apply_style(figure, title or f"Ranks at each step, {STAGES[stage]}", prompt)
 
 
 @check_arguments
@@ -135,10 +137,10 @@ def prob_against(
     baseline = select_row(baseline_table, baseline_row, stage)
     baseline_part = _select_token(baseline, token)
     lines = [  # the edited run's line is drawn over the baseline's
-        _build_line(baseline_part, "prob", "baseline", MUTED),
-        _build_line(_select_token(edited, token), "prob", "edited", MARK),
+        _build_line(baseline_part, "prob", "baseline", BASELINE_STYLE),
+        _build_line(_select_token(edited, token), "prob", "edited", EDITED_STYLE),
     ]
-    figure, axes = new_figure(_figure_width(max(len(line.steps) for line in lines)), 4.6)
+    figure, axes = new_figure(_figure_width(max(len(line.steps) for line in lines)), HEIGHT)
     prob_axis = {"log": _log_prob_axis, "linear": _linear_prob_axis}[scale]
     lines = prob_axis(axes, lines)
     choices: Any = edited[edited["drawn"]].merge(baseline[baseline["drawn"]], on="step")
@@ -151,8 +153,9 @@ def prob_against(
         _label_steps(axes, edited, "step, and the token chosen in the edited run")
         axes.axvline(parted_steps.iloc[0] + 0.5, color=MUTED, lw=1.2, ls=":")
         _label_baseline_steps(axes, baseline)
-    name = style.escape_missing_glyphs(quote_token(baseline_part["token"].iloc[0]))
-    return apply_style(figure, title or f"Probability of {name} at each step, {STAGES[stage]}")
+    name = style.shorten(token_name(baseline_part.iloc[0]), 2.0, 11)
+    title = title or f"Probability of {name} at each step, {STAGES[stage]}"
+    return apply_style(figure, title, style.describe_prompt(edited_table))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +165,7 @@ class _Line:
     values: np.ndarray
     is_zero: np.ndarray  # where the probability is 0: a cross is drawn, and no line
     is_drawn: np.ndarray  # where the token was chosen
-    colour: str
-    dashes: str
+    look: dict[str, Any]  # colour, dashes and marker
 
     @property
     def is_marked(self) -> np.ndarray:
@@ -171,47 +173,32 @@ class _Line:
         return self.is_drawn & ~self.is_zero
 
 
-def _build_line(
-    part: pd.DataFrame, column: str, name: str, colour: str, dashes: str = "-"
-) -> _Line:
+def _build_line(part: pd.DataFrame, column: str, name: str, look: dict[str, Any]) -> _Line:
     is_zero = np.isneginf(part["logit"].to_numpy(float))
     steps, values = part["step"].to_numpy(int), part[column].to_numpy(float)
-    return _Line(name, steps, values, is_zero, part["drawn"].to_numpy(bool), colour, dashes)
+    return _Line(name, steps, values, is_zero, part["drawn"].to_numpy(bool), look)
 
 
 def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
     """Draw the lines with their names at their ends, and explain the marks above the axes."""
     for line in lines:
         values = np.where(line.is_zero, np.nan, line.values)
-        line_style: dict[str, Any] = {"color": line.colour, "clip_on": False}
-        axes.plot(line.steps, values, ls=line.dashes, lw=1.8, marker="o", ms=3, **line_style)
+        axes.plot(line.steps, values, lw=1.8, ms=4, clip_on=False, **line.look)
+        mark_style: dict[str, Any] = {"color": line.look["color"], "clip_on": False}
         for mask, mark, size in ((line.is_zero, "x", 6), (line.is_marked, "o", 8)):
             if mask.any():
-                axes.plot(line.steps[mask], line.values[mask], mark, ms=size, **line_style)
-    _name_line_ends(axes, lines)
+                axes.plot(line.steps[mask], line.values[mask], mark, ms=size, **mark_style)
+    labels = []
+    for line in lines:
+        end = (line.steps[-1], line.values[-1])
+        labels.append(PointLabel(line.name, *end, line.look["color"]))
+    style.label_column(axes, labels, AXES_HEIGHT)
     marks = []
     if any(line.is_marked.any() for line in lines):
         marks.append("● chosen here")
     if any(line.is_zero.any() for line in lines):
         marks.append("× probability 0")
     axes.set_title("     ".join([*marks, *notes]), fontsize=8, color=MUTED, loc="left")
-
-
-def _name_line_ends(axes: Axes, lines: list[_Line]) -> None:
-    pixels = axes.transData.transform([(0, line.values[-1]) for line in lines])
-    heights = _spread_labels(axes.transAxes.inverted().transform(pixels)[:, 1])
-    for line, height in zip(lines, heights, strict=True):
-        end = (line.steps[-1], line.values[-1])
-        text_style: dict[str, Any] = {"textcoords": "axes fraction", "color": line.colour}
-        style.label_point(axes, line.name, end, (1.025, height), shrink=(1, 4), **text_style)
-
-
-def _spread_labels(shares: np.ndarray) -> np.ndarray:
-    """The heights of labels, as shares of the axes' height, moved apart and kept within it."""
-    gap = 0.07
-    heights = -style.spread_apart(-shares, gap)
-    n_lower_labels = np.argsort(np.argsort(heights, kind="stable"), kind="stable")
-    return np.maximum(heights, gap * n_lower_labels)
 
 
 def _linear_prob_axis(axes: Axes, lines: list[_Line]) -> list[_Line]:
@@ -269,8 +256,8 @@ def _label_steps(
     stride = ceil(len(drawn) * label_width / (_figure_width(len(drawn)) - 2.5))
     labelled = drawn.iloc[::stride]
     names = []
-    for token, step in zip(labelled["token"].map(quote_token), labelled["step"], strict=True):
-        names.append(f"{short_label(token, 1.2)}  {step}")
+    for token in labelled.to_dict("records"):
+        names.append(f"{short_label(token_name(token), 1.2)}  {token['step']}")
     steps = labelled["step"].tolist()
     axes.set_xticks(steps, names, rotation=60, ha=align, rotation_mode="anchor")
     axes.set_xlabel(label)

@@ -19,19 +19,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
 from ..errors import EmptySelection, MissingExtra, NotCaptured, OutOfRange
 from . import style
-from .style import apply_style, check_columns, drawable, new_figure, token_label
+from .style import apply_style, check_columns, new_figure
 
 if TYPE_CHECKING:
     from ..runs.run import Run
 
-WORD_SIZES = (4.0, 7.5)  # points, smallest and largest
-WORD_LETTERS = 11  # of a token that has the largest size
+WORD_SIZES = (6.5, 7.5)  # points of a token in a cell, smallest and largest
+CELL_WIDTH, CELL_HEIGHT = 0.95, 0.24  # inches of a cell with a token
+MOST_WORDS = 40  # positions with a token in each cell; of more there are the colours alone
+NARROW_CELL = 0.12  # inches of a cell without a token
 
 
 @check_arguments
@@ -45,9 +46,9 @@ def lens_map(
 ) -> Figure:
     """The top token of every layer at every position, coloured by its `value`.
 
-    `lens` is the table of `logit_lens` for one row. `labels` are the texts of the positions, such
-    as the prompt's tokens. The larger the value, the stronger the colour. The model's own
-    prediction is the uppermost row.
+    `lens` is the table of `logit_lens` for one row. `labels` are the texts of the positions, by
+    default the prompt's tokens. The larger the value, the stronger the colour. The model's own
+    prediction is the uppermost row. Of more than 40 positions the cells have no tokens.
     """
     check_columns(lens, ("row", "pos", "site", "token", "rank", value), "logit_lens(lm, prompts)")
     table = _select_row(lens, row)
@@ -58,41 +59,55 @@ def lens_map(
         )
     sites, positions = list(dict.fromkeys(table["site"])), sorted(set(table["pos"]))
     top = table.sort_values(["rank", "token_id"]).drop_duplicates(["pos", "site"])
-    numbers = top.pivot(index="site", columns="pos", values=value).loc[sites, positions]
-    numbers = np.abs(numbers.to_numpy(float))
+    numbers: Any = top.pivot(index="site", columns="pos", values=value).loc[sites, positions]
+    numbers = numbers.to_numpy(float)
     tokens = top.pivot(index="site", columns="pos", values="token").loc[sites, positions]
-    figure, axes = new_figure(1.6 + 0.95 * len(positions), 1.3 + 0.24 * len(sites))
-    _write_tokens(axes, tokens)
-    largest = 1.0
-    if value != "prob":
-        largest = float(np.nanmax(numbers)) or 1.0
-    opacities = 0.75 * np.linspace(0, 1, style.SHADES)
-    shades = ListedColormap([(*to_rgb(style.UP), opacity) for opacity in opacities])
-    style.draw_cells(axes, numbers, shades, 0, high=largest, lw=0.4)
-    names, axis_label = positions, "position"
-    if labels is not None:
-        names, axis_label = map(labels.__getitem__, positions), "after reading"
-    rotation: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(np.arange(len(positions)) + 0.5, [drawable(str(n)) for n in names], **rotation)
+    has_words = len(positions) <= MOST_WORDS
+    cell_width = (NARROW_CELL, CELL_WIDTH)[has_words]
+    width, height = cell_width * len(positions), CELL_HEIGHT * len(sites)
+    figure, axes = new_figure(1.8 + max(3.0, width), 1.6 + max(1.0, height))
+    shades, limits = style.choose_colours(numbers)
+    if value == "prob":
+        limits = (0.0, 1.0)
+    if has_words:
+        _write_tokens(axes, tokens)
+    style.draw_cells(axes, numbers, shades, limits[0], high=limits[1], lw=0.4)
+    _label_positions(axes, positions, labels or style.tokens_of(table), width)
     axes.set_yticks(np.arange(len(sites)) + 0.5, sites)
-    axes.set_xlabel(axis_label)
-    apply_style(figure, title)
-    style.add_colour_bar(figure, shades, (0, largest), value, fraction=0.03, pad=0.01)
+    axes.set_ylabel("site that the lens reads")
+    default = f"The top token that each layer predicts, and its {style.describe_column(value)}"
+    apply_style(figure, title or default, style.describe_prompt(table))
+    label = style.describe_column(value)
+    style.add_colour_bar(figure, shades, limits, label, fraction=0.03, pad=0.01)
     return figure
 
 
 def _select_row(table: pd.DataFrame, row: int | None) -> Any:
-    if row is None:
-        return table
-    return table[table["row"] == row]
+    return table if row is None else style.select_row(table, row)
+
+
+def _label_positions(
+    axes: Axes, positions: list[int], labels: Sequence[str], width: float
+) -> None:
+    """Label the columns with the tokens and positions, as many as there is room for."""
+    names = list(map(str, positions))
+    axes.set_xlabel("position")
+    if labels:
+        axes.set_xlabel("token and position (the prediction is for the token after it)")
+        for index, position in enumerate(positions):
+            names[index] = f"{style.short_label(str(labels[position]), 1.2)}  {position}"
+    stride = style.label_stride(len(names), width, 0.19)
+    rotation: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(np.arange(len(names))[::stride] + 0.5, names[::stride], **rotation)
 
 
 def _write_tokens(axes: Axes, tokens: pd.DataFrame) -> None:
-    """Write a token into each cell, the smaller the longer it is."""
+    """Write a token into each cell, shortened where it is too long."""
     for (y, x), token in np.ndenumerate(tokens.to_numpy()):
-        word = token_label(token)
-        size = np.clip(WORD_SIZES[1] * WORD_LETTERS / len(word), *WORD_SIZES)
-        style.write_centred(axes, (x + 0.5, y + 0.45), word, float(size))
+        if not pd.isna(token):
+            name = style.token_label(token)
+            word, size = style.fit_text(name, 0.92 * CELL_WIDTH, WORD_SIZES[1])
+            style.write_centred(axes, (x + 0.5, y + 0.45), word, size)
 
 
 @check_arguments
@@ -102,7 +117,7 @@ def logit_bars(
     """The components that add most to a logit, or take most from it, as bars.
 
     `parts` is the table of `direct_logits` for one row and position. The other components are
-    summed in one bar. The bars sum to the logit, which is the last bar.
+    summed in one bar. The bars sum to the logit, which is the last bar, hollow and dashed.
     """
     check_columns(parts, ("row", "pos", "component", "logit"), "direct_logits(run, token)")
     table = _select_row(parts, row)
@@ -114,18 +129,28 @@ def logit_bars(
     order = table["logit"].abs().sort_values(ascending=False, kind="stable").index
     largest = table.loc[order[:top]].sort_values("logit", ascending=False, kind="stable")
     smaller = table.loc[order[top:]]
-    names = list(map(drawable, largest["component"]))
+    names = list(map(str, largest["component"]))
     values = largest["logit"].tolist()
     if len(smaller):
         names.append(f"the other {len(smaller)}")
         values.append(float(smaller["logit"].sum()))
-    names.append("all together")
+    names.append("sum of all")
     values.append(float(table["logit"].sum()))
-    figure, axes = new_figure(7, 0.24 * len(values) + 1.2)
-    style.draw_signed_bars(axes, names, values)
-    axes.margins(x=0.14)
-    axes.set_xlabel("what it adds to the logit")
-    return apply_style(figure, title)
+    figure, axes = new_figure(7, 0.24 * len(values) + 0.7)
+    style.draw_signed_bars(axes, names, values, width=7)
+    what = _describe_logit(table)
+    axes.set_xlabel("what the component adds (logits)")
+    return apply_style(figure, title or f"What makes {what}", style.describe_prompt(table))
+
+
+def _describe_logit(table: pd.DataFrame) -> str:
+    """The logit, or the difference of two, that the components of a table sum to."""
+    token, against = table.attrs.get("token"), table.attrs.get("against")
+    if not token:
+        return "the logit"
+    if against:
+        return f"the logit of {token} minus that of {against}"
+    return f"the logit of {token}"
 
 
 @dataclass(frozen=True, repr=False)

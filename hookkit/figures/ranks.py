@@ -4,7 +4,7 @@
     hk.figures.logit_panels(table, watch=" coffee").savefig("panels.png")
 
 Every figure is about one position of one row. Tokens are in quotes, so that a leading space can be
-seen. A character that the font lacks is written as its code.
+seen. A character that no installed font has is written as its code.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection
 from ..models.tokens import check_tokens
 from . import style
-from .style import INK, MARK, MUTED, PAPER, POINT, apply_style, label_point, new_figure, token_label
+from .style import INK, MARK, MUTED, PAPER, POINT, PointLabel, apply_style, new_figure, short_label
 
 POINT_STYLES = {False: (INK, 3.5), True: (MARK, 6)}  # colour and size, by whether it is watched
 LABELLED = 6  # the most likely tokens that get their names
 PANELS = (  # column, label of the axis, title, tokens that get their names
     ("logit", "logit (raw)", "Raw logits", 0),
     ("prob", "probability", "Softmax: they sum to 1", LABELLED),
-    ("logprob", "log-probability (nats)", "Log-softmax: logits, shifted by one number", 0),
+    ("logprob", "log-probability (nats)", "Log-softmax: logits minus a constant", 0),
 )
 
 
@@ -38,14 +38,17 @@ def logit_scatter(
 ) -> Figure:
     """Every token's logit at one position, by token id. Watched tokens are marked, the top named.
 
-    `table` is `ranks(run, top=None)`. Raises `EmptySelection` for a table of several positions, or
-    for a watched token that is not in the table.
+    `table` is `ranks(run, top=None)`. A token whose logit is -inf stands on a separate line at the
+    bottom. Raises `EmptySelection` for a table of several positions, or for a watched token that
+    is not in the table.
     """
     _check_one_position(table, "logit")
-    figure, axes = new_figure(8, 4.2)
-    _draw_scatter(axes, table, "logit", _select_watched(table, watch), labelled=LABELLED)
+    watched = _select_watched(table, watch)
+    height = max(4.2, 0.2 * (LABELLED + len(watched)) + 1)
+    figure, axes = new_figure(8, height)
+    _draw_scatter(axes, table, "logit", watched, labelled=LABELLED, height=height - 1)
     axes.set_ylabel("logit (raw)")
-    return apply_style(figure, title or "Every token's logit")
+    return apply_style(figure, title or "Every token's logit", style.describe_prompt(table))
 
 
 @check_arguments
@@ -57,13 +60,15 @@ def logit_panels(
     `table` is `ranks(run, top=None)`.
     """
     _check_one_position(table, "logit")
-    figure, panels = style.new_panels(11, 3.8, len(PANELS))
     watched = _select_watched(table, watch)
+    height = max(3.6, 0.2 * (LABELLED + len(watched)) + 1.2)
+    figure, panels = style.new_panels(13, height, len(PANELS))
     for axes, (column, unit, name, labelled) in zip(panels, PANELS, strict=True):
-        _draw_scatter(axes, table, column, watched, labelled=labelled)
+        _draw_scatter(axes, table, column, watched, labelled=labelled, height=height - 1.2)
         axes.set_ylabel(unit)
-        axes.set_title(name, fontsize=10, color=INK)
-    return apply_style(figure, title)
+        axes.set_title(name, fontsize=10, color=INK, loc="left")
+    default = "Every token's logit, probability and log-probability"
+    return apply_style(figure, title or default, style.describe_prompt(table))
 
 
 @check_arguments
@@ -72,42 +77,52 @@ def rank_bump(
 ) -> Figure:
     """Each token's rank before and after as a line, on a log axis with rank 1 at the top.
 
-    `shift` is `rank_shift(before, after)`. Lines that rise are green, lines that fall red, edited
-    tokens bold. Tokens without a rank, whose logits are NaN, are left out.
+    `shift` is `rank_shift(before, after)`. Lines that rise are green, lines that fall orange,
+    edited tokens bold. Tokens without a rank, whose logits are NaN, are left out. Of more than 60
+    tokens those whose ranks changed by the largest factor are drawn.
     """
     _check_one_position(shift, "rank_after")
-    columns = ["rank_before", "rank_after"]
+    prompt, columns = style.describe_prompt(shift), ["rank_before", "rank_after"]
     shift = shift.dropna(subset=columns)
     if shift.empty:
         raise EmptySelection(
             "no token of this table has a rank before and after: the model's logits are NaN there"
         )
-    figure_height = max(4.2, 0.26 * len(shift) + 1.2)  # inches
-    figure, axes = new_figure(7, figure_height)
+    title = title or "How the ranking moved"
+    if len(shift) > style.MOST_BARS:
+        title = f"{title}: the {style.MOST_BARS} of {len(shift):,} tokens that moved most"
+        ratios = np.log(shift["rank_after"].to_numpy(float) / shift["rank_before"].to_numpy(float))
+        shift = shift.iloc[np.sort(np.argsort(-np.abs(ratios), kind="stable")[: style.MOST_BARS])]
+    height = max(4.2, 0.22 * len(shift) + 1)  # inches
+    figure, axes = new_figure(8, height)
     lowest = max(float(shift[columns].to_numpy().max()), 10.0) * 1.25
-    # A label needs 0.2 inches of the height inside the frame.
-    gap = np.log(lowest / 0.85) * 0.2 / (figure_height - 0.9)
-    left, right = [_spread_ranks(shift[column], gap) for column in columns]
-    style.rank_axis(axes, max(lowest, float(max(*left, *right)) * 1.1))
-    tokens = shift.to_dict("records")
-    for token, left_height, right_height in zip(tokens, left, right, strict=True):
-        name, is_edited = token_label(token["token"]), "edited" in token["why"]
-        before, after = token["rank_before"], token["rank_after"]
-        text_style: dict[str, Any] = {"shrink": (2, 3), "bold": is_edited, "color": INK}
-        position = (-0.12, left_height)
-        label_point(axes, f"{before:,}  {name}", (0, before), position, align="right", **text_style)
-        position = (1.12, right_height)
-        label_point(axes, f"{name}  {after:,}", (1, after), position, **text_style)
-        colour, width = style.change_colour(-token["rank_delta"]), (1.3, 2.4)[is_edited]
-        axes.plot([0, 1], [before, after], color=colour, lw=width, marker="o", ms=4)
-    axes.set_xlim(-0.75, 1.75)
-    axes.set_xticks([0, 1], names)
-    return apply_style(figure, title or "How the ranking moved")
+    style.rank_axis(axes, lowest)
+    _draw_bumps(axes, shift, height - 0.7)
+    axes.set_xticks([0, 1], [short_label(name, 2) for name in names])
+    return apply_style(figure, title, prompt)
 
 
-def _spread_ranks(ranks: Any, gap: float) -> np.ndarray:
-    """The heights of the labels of some ranks, apart on a log axis."""
-    return np.exp(style.spread_apart(np.log(ranks.to_numpy(float)), gap))
+def _draw_bumps(axes: Axes, shift: pd.DataFrame, height: float) -> None:
+    """Draw the lines of `rank_bump`, with labels at both ends. `height` is that of the axes."""
+    left, right = [], []
+    for token in shift.to_dict("records"):
+        name = short_label(style.token_label(token["token"]), 1.7)
+        before, after, bold = token["rank_before"], token["rank_after"], "edited" in token["why"]
+        left.append(PointLabel(f"{before:,}  {name}", 0, before, bold=bold))
+        right.append(PointLabel(f"{name}  {after:,}", 1, after, bold=bold))
+        colour = style.change_colour(-token["rank_delta"])
+        axes.plot([0, 1], [before, after], color=colour, lw=(1.3, 2.4)[bold], marker="o", ms=4)
+    left_room, right_room = map(_room_of_labels, (left, right))
+    inch = 1 / max(1.5, 7.0 - left_room - right_room)  # on the x axis
+    axes.set_xlim(-left_room * inch, 1 + right_room * inch)
+    place: dict[str, Any] = {"coords": axes.get_xaxis_transform()}
+    style.label_column(axes, left, height, x=-0.2 * inch, align="right", **place)
+    style.label_column(axes, right, height, x=1 + 0.2 * inch, **place)
+
+
+def _room_of_labels(labels: list[PointLabel]) -> float:
+    """The width in inches that labels need, with the lines to their points."""
+    return max(style.text_width(label.text, 9.2) for label in labels) + 0.3
 
 
 @check_arguments
@@ -115,65 +130,78 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     """The change of each token's log-probability as bars, risen tokens first.
 
     `shift` is `rank_shift(before, after)`; the delta is after minus before. The bar of a banned
-    token runs off the axis.
+    token is hatched, ends in an arrow and is labelled −∞. Of more than 60 tokens those with the
+    largest changes are drawn.
     """
     _check_one_position(shift, "logprob_delta")
     ordered = shift.sort_values("logprob_delta", ascending=False)
+    title = title or "What became more and less likely"
+    if len(ordered) > style.MOST_BARS:
+        title = f"{title}: the {style.MOST_BARS} largest changes of {len(ordered):,} tokens"
+        sizes = ordered["logprob_delta"].abs().to_numpy(float)
+        order = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")
+        ordered = ordered.iloc[np.sort(order[: style.MOST_BARS])]
     deltas = ordered["logprob_delta"].to_numpy(float)
-    is_finite = np.isfinite(deltas)
-    largest = 1.0
-    if is_finite.any():
-        largest = style.largest_finite(np.abs(deltas), 1e-3)
-    limit = 1.15 * largest
-    lengths = np.clip(deltas, -limit, limit)
-    names = list(map(token_label, ordered["token"]))
-    texts = [style.format_finite(delta, "+.2f", "") for delta in deltas]
-    figure, axes = new_figure(7, max(2.4, 0.27 * len(ordered) + 1))
-    style.draw_bars(axes, names, lengths, list(map(style.sign_colour, deltas)), texts)
-    for position in np.flatnonzero(~is_finite):
-        text = "+∞" if deltas[position] > 0 else "−∞"
-        style.annotate_bar(axes, text, lengths[position], float(position), inside=True)
-    axes.axvline(0, color=MUTED, lw=0.8)
-    left, right = np.where([(deltas < 0).any(), (deltas > 0).any()], 1.12, 0.05)
-    axes.set_xlim(-limit * left, limit * right)
-    axes.set_xlabel("Δ log-probability (nats, after minus before)")
-    return apply_style(figure, title or "What became more and less likely")
+    names = list(map(style.token_label, ordered["token"]))
+    figure, axes = new_figure(7, max(1.6, 0.24 * len(ordered) + 0.7))
+    style.draw_bars(axes, names, deltas, list(map(style.sign_colour, deltas)), "+.2f", width=7)
+    axes.set_xlabel("Δ log-probability (nats), after minus before")
+    return apply_style(figure, title, style.describe_prompt(shift))
 
 
 def _draw_scatter(
-    axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame, *, labelled: int
+    axes: Axes,
+    table: pd.DataFrame,
+    column: str,
+    watched: pd.DataFrame,
+    *,
+    labelled: int,
+    height: float,
 ) -> None:
     """Points by token id, with the watched ones and the top `labelled` ones named at the right."""
-    points = _select_finite(table, column)
-    point_style = {"s": 3, "color": POINT, "alpha": 0.35, "linewidths": 0, "rasterized": True}
-    axes.scatter(points["token_id"], points[column], **point_style)
-    top_tokens = table.sort_values("rank").head(labelled)
-    candidates = pd.concat([top_tokens, watched]).drop_duplicates("token_id")
-    named = _select_finite(candidates, column).sort_values(column, ascending=False)
-    values = points[column].to_numpy(float)
-    highest, lowest = values.max(), values.min()
+    values = table[column].to_numpy(float)
+    finite = values[np.isfinite(values)]
+    highest, lowest = finite.max(initial=-np.inf), finite.min(initial=np.inf)
+    if not len(finite):
+        highest, lowest = 1.0, 0.0
     extent = (highest - lowest) or 1.0
-    axes.set_ylim(lowest - 0.06 * extent, highest + 0.08 * extent)
-    heights = -style.spread_apart(-named[column].to_numpy(float), 0.062 * extent)
-    width = table["token_id"].to_numpy(float).max() or 1.0
+    floor = lowest - 0.1 * extent  # where tokens stand that have no finite value
+    bottom = lowest - 0.05 * extent
+    if np.isneginf(values).any():
+        bottom = floor - 0.06 * extent
+        axes.axhline(floor, color=MUTED, lw=0.9, ls="--")
+        n_banned = int(np.isneginf(values).sum())
+        note = f"−∞: {n_banned:,} of {len(values):,} tokens"
+        axes.annotate(
+            note, (0.01, floor), xycoords=axes.get_yaxis_transform(), xytext=(0, 3),
+            textcoords="offset points", fontsize=8, color=MUTED,
+        )  # fmt: skip
+    axes.set_ylim(bottom, highest + 0.06 * extent)
+    heights = np.where(np.isneginf(values), floor, values)
+    points = table.assign(_height=heights)
+    point_style = {"s": 3, "color": POINT, "alpha": 0.35, "linewidths": 0, "rasterized": True}
+    axes.scatter(points["token_id"], heights, **point_style)
+    top_ids = table.sort_values("rank")["token_id"].head(labelled).tolist()
     watched_ids = set(watched["token_id"])
-    for token, label_height in zip(named.to_dict("records"), heights, strict=True):
+    named = points[points["token_id"].isin([*top_ids, *watched_ids])].dropna(subset=["_height"])
+    width = table["token_id"].to_numpy(float).max() or 1.0
+    axes.set_xlim(-0.02 * width, 1.02 * width)
+    labels = []
+    for token in named.sort_values("rank").to_dict("records"):
         is_watched = token["token_id"] in watched_ids
         colour, size = POINT_STYLES[is_watched]
-        point = (token["token_id"], token[column])
+        point = (token["token_id"], token["_height"])
         axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
-        text = f"{token_label(token['token'])}  {token['rank']:,}"
-        position = (width * 1.04, label_height)
-        label_point(axes, text, point, position, shrink=(2, 4), bold=is_watched, color=colour)
-    axes.set_xlim(-0.02 * width, width * 1.42)
-    ticks = axes.get_xticks()
-    axes.set_xticks(ticks[(ticks >= 0) & (ticks <= width * 1.03)])
+        text = short_label(style.token_label(token["token"]), 1.5)
+        labels.append(PointLabel(f"{text}  {token['rank']:,}", *point, colour, is_watched))
+    if labels:
+        style.label_column(axes, labels, height)
     axes.set_xlabel("token id")
 
 
 def _check_one_position(table: pd.DataFrame, column: str) -> None:
     if column not in table:
-        columns = ", ".join(map(str, table.columns))
+        columns = ", ".join(map(str, table.columns)) or "no columns"
         raise BadHook(f"this figure needs the column {column!r}, and the table has {columns}")
     positions = table[["row", "pos"]].drop_duplicates()
     if len(positions) != 1:
@@ -195,7 +223,3 @@ def _select_watched(table: pd.DataFrame, watch: Iterable[str | int] | str | int)
             )
         parts.append(pd.DataFrame(rows))
     return pd.concat(parts)
-
-
-def _select_finite(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    return pd.DataFrame(table[np.isfinite(table[column].to_numpy(float))])

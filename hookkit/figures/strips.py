@@ -38,7 +38,7 @@ CELL_WIDTHS = (0.84, 1.4)  # inches, smallest and largest
 CELL_HEIGHT = 0.42  # inches
 LINE_WIDTH = 10.8  # inches of the cells of one line
 LEAST_WIDTH = 6.5  # inches, which the title and the caption need
-TOP = 0.42  # inches above the first line
+TOP = 0.1  # inches above the first line
 STRONGEST = 0.62  # the greatest opacity of a cell
 SURPRISAL_COLUMNS = ("row", "pos", "token", "token_id", "loss", "rank")
 MOST_TOKENS = 600  # tokens of a text that can be read in one figure
@@ -92,7 +92,7 @@ def decision_strip(
     span = max(per_line * width + 0.2, LEAST_WIDTH)
     caption_lines = wrap(caption, int(span / 0.062))
     bottom = TOP + n_lines * pitch
-    figure, axes = _new_sheet(span, bottom + 0.6 + 0.15 * len(caption_lines))
+    figure, axes = style.new_sheet(span, bottom + 0.6 + 0.15 * len(caption_lines))
     # The largest value is at least 1, so that a text of sure tokens stays pale.
     largest = style.largest_finite(np.array([cell.value for cell in cells]), 1.0)
     for number, cell in enumerate(cells):
@@ -101,9 +101,9 @@ def decision_strip(
         share = min(cell.value / largest, 1.0)
         _draw_cell(axes, cell, corner, width - 0.05, share, COLOURS[colour][0])
     _draw_caption(axes, "\n".join(caption_lines))
-    style.apply_style(figure, title or f"What each token was chosen from, {STAGES[stage]}")
     _draw_opacity_bar(figure, bottom, largest, *COLOURS[colour])
-    return figure
+    title = title or f"What each token was chosen from, {STAGES[stage]}"
+    return style.apply_style(figure, title, style.describe_prompt(decoding_table))
 
 
 def _build_cell(step: Any, table: pd.DataFrame, colour: str) -> _Cell:
@@ -151,7 +151,7 @@ def _draw_cell(
     _draw_box(axes, corner, width, colour, share)
     small = {"fontsize": 6.5, "color": INK, "va": "center"}
     axes.text(x + 0.04, y + 0.085, f"{cell.step}", **small)
-    value = style.format_finite(cell.value, ".2f", "∞")
+    value = style.format_number(cell.value, ".2f").removeprefix("+")
     axes.text(x + width - 0.04, y + 0.085, value, ha="right", **small)
     name, size = style.fit_text(cell.token, width - 0.1, 9.5)
     style.write_centred(axes, (x + width / 2, y + 0.27), name, size)
@@ -198,21 +198,20 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     largest = style.largest_finite(part["loss"].to_numpy(float), 1e-3)
     span = max(LEAST_WIDTH, max(x + width for x, _, width in boxes) + 0.1)
     bottom = TOP + n_lines * PITCH
-    figure, axes = _new_sheet(span, bottom + 0.8)
+    figure, axes = style.new_sheet(span, bottom + 0.8)
     small: dict[str, Any] = {"fontsize": 6.5, "va": "center"}
     for cell, (x, line, width) in zip(cells, boxes, strict=True):
         y = TOP + line * PITCH
         _draw_box(axes, (x, y), width, MARK, min(1.0, cell["loss"] / largest))
         name, size = style.fit_text(cell["token"], width - 0.08, 9)
         style.write_centred(axes, (x + width / 2, y + 0.14), name, size)
-        loss = style.format_finite(cell["loss"], ".1f", "∞")
+        loss = style.format_number(cell["loss"], ".1f").removeprefix("+")
         axes.text(x + 0.04, y + 0.32, loss, color=INK, **small)
         rank = f"{cell['rank']:,}"
         axes.text(x + width - 0.04, y + 0.32, rank, color=MUTED, ha="right", **small)
     _draw_caption(axes, SURPRISAL_CAPTION)
-    style.apply_style(figure, title or "What each token cost the model")
     _draw_opacity_bar(figure, bottom, largest, MARK, "loss of the token (nats)")
-    return figure
+    return style.apply_style(figure, title or "What each token cost the model")
 
 
 def _place_cells(cells: list[dict]) -> tuple[list[tuple[float, int, float]], int]:
@@ -227,16 +226,6 @@ def _place_cells(cells: list[dict]) -> tuple[list[tuple[float, int, float]], int
         boxes.append((x, line, width))
         x += width
     return boxes, line + 1
-
-
-def _new_sheet(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure whose axes are inches from its top left corner, without a frame."""
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    axes.set_axis_off()
-    return figure, axes
 
 
 def _draw_box(

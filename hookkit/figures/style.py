@@ -1,53 +1,124 @@
-"""The style that all figures share: colours, fonts, labels, and text that fits into a given width.
+"""The style that all figures share: colours, fonts, headings, and text that fits into its room.
 
 The colours of ink and paper are constants, so that a report can replace them by those of the
 reader's light or dark theme. No torch, no display, no global state of pyplot.
 """
 
-import textwrap
+import io
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from math import ceil
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.legend import Legend
+from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from ..display import quote_token
-from ..errors import BadHook, OutOfRange
+from ..errors import BadHook, EmptySelection, OutOfRange
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
-POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
-LINES = (UP, MARK, POINT, "#b8862b", "#8a5bb5", MUTED)  # colours of lines, in turn
+# The palette. Its colours differ for readers with any of the three kinds of colour blindness, and
+# have a contrast of 3 or more with light and with dark paper.
+BLUE, VERMILLION, GREEN, VIOLET, BROWN = "#0a78bf", "#d55e00", "#159a80", "#8a4fe0", "#995533"
+POINT, MARK, UP, DOWN = BLUE, VERMILLION, GREEN, VERMILLION
+LINES = (BLUE, VERMILLION, GREEN, VIOLET, BROWN)  # colours of lines, in turn
+MARKERS = ("o", "s", "^", "D", "v")  # of the points of lines, in turn
 # Dash patterns tell lines apart without colour, and where one line hides another.
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-TITLE_LETTERS = 12.5  # letters of a title in one inch
+MOST_LINES = len(LINES) * len(DASHES)  # that can be told apart
+MOST_BARS = 60  # bars or lines of tokens that one figure shows
+DPI = 150
+LABEL_HEIGHT = 0.175  # inches from label to label in a column
 SHADES = 256  # colours of a colour map
+# Fonts with characters that matplotlib's own font lacks. Those that are installed are used.
+FALLBACK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR",
+    "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+    "Yu Gothic", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Devanagari", "Noto Sans Thai",
+    "Noto Sans Bengali", "Noto Sans Tamil", "Nirmala UI", "Noto Emoji", "Segoe UI Symbol",
+)  # fmt: skip
+# What columns hold, with units.
+WORDS = {
+    "pos": "position",
+    "unit": "neuron",
+    "dose": "dose (length of the vector / length of the stream)",
+    "logit": "logit",
+    "logit_diff": "logit difference",
+    "prob": "probability",
+    "prob_diff": "difference of probabilities",
+    "logprob": "log-probability (nats)",
+    "kl": "KL divergence (nats)",
+    "js": "JS divergence (nats)",
+    "entropy": "entropy (nats)",
+    "loss": "loss (nats per token)",
+    "rank": "rank (1 is the most likely)",
+    "log10_rank": "log10 of the rank (0 is the most likely)",
+    "difference": "‖after − before‖ / ‖before‖",
+}
+SUFFIXES = {
+    "_effect": "{} effect (0: no change, 1: as in the target)",
+    "_delta": "Δ {}, after minus before",
+    "_before": "{} before",
+    "_after": "{} after",
+}
+
+
+class NotebookFigure(Figure):
+    """A matplotlib Figure that a notebook shows where it is the value of a cell.
+
+    It needs no `%matplotlib inline`, and is not among pyplot's figures, so that it is shown once
+    and its memory is freed with it.
+    """
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        width, height = (96 * self.get_size_inches()).round().astype(int).tolist()
+        return picture.getvalue(), {"width": width, "height": height}
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of one plot. Its size is in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = NotebookFigure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, figure.subplots()
 
 
-def new_panels(width: float, height: float, count: int, **layout: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of plots side by side. Its size is in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False, **layout)[0])
+def new_panels(
+    width: float, height: float, count: int, *, rows: int = 1, **layout: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of plots side by side, in this many rows. Its size is in inches."""
+    figure = NotebookFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+    panels = list(figure.subplots(rows, ceil(count / rows), squeeze=False, **layout).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
 
 
-def apply_style(figure: Figure, title: str) -> Figure:
-    """Returns the figure with hookkit's colours and font sizes, and with its title."""
+def new_sheet(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure whose axes are inches from its top left corner, without a frame."""
+    figure = NotebookFigure(figsize=(width, height), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_axis_off()
+    return figure, axes
+
+
+def apply_style(figure: Figure, title: str, prompt: str = "") -> Figure:
+    """Returns the figure with hookkit's colours and font sizes, a title, and the prompt below it.
+
+    The figure grows by the height of its title.
+    """
     figure.set_facecolor(PAPER)
     for axes in figure.axes:
         axes.set_facecolor(PAPER)
@@ -57,23 +128,95 @@ def apply_style(figure: Figure, title: str) -> Figure:
         for side, spine in axes.spines.items():
             spine.set_color(GRID)
             spine.set_visible(side in ("left", "bottom"))
-        for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set_color(INK)
-            label.set_fontsize(9)
-    if title:
-        lines = textwrap.fill(escape_dollars(title), int(TITLE_LETTERS * figure.get_figwidth()))
-        figure.suptitle(lines, fontsize=11, color=INK, x=0.01, ha="left")
+        _fit_axis_labels(figure, axes)
+    _write_heading(figure, title, prompt)
+    _use_fallback_fonts(figure)
     return figure
 
 
+def _fit_axis_labels(figure: Figure, axes: Axes) -> None:
+    """Set the look of the labels of both axes, and wrap those that are longer than the axes."""
+    width, height = figure.get_size_inches()
+    place = axes.get_subplotspec()
+    n_rows, n_columns = (1, 1) if place is None else place.get_gridspec().get_geometry()
+    rooms = (max(1.8, width / n_columns - 2.4), max(1.2, height / n_rows - 1.4))
+    for label, room in zip((axes.xaxis.label, axes.yaxis.label), rooms, strict=True):
+        lines = wrap_text(label.get_text(), room, 9)
+        label.set(text=escape_dollars("\n".join(lines)), color=INK, fontsize=9)
+
+
+def _write_heading(figure: Figure, title: str, prompt: str) -> None:
+    """Write the title, and the prompt below it, above what the figure has."""
+    width, height = figure.get_size_inches()
+    lines = wrap_text(title, width - 0.2, 11) if title else []
+    title_height = 0.2 * len(lines)
+    full_height = height + title_height + 0.12 + (0.2 if prompt else 0.0)
+    figure.set_size_inches(width, full_height)
+    share = height / full_height
+    if figure.get_layout_engine() is None:
+        for axes in figure.axes:
+            left, bottom, axes_width, axes_height = axes.get_position().bounds
+            axes.set_position((left, bottom * share, axes_width, axes_height * share))
+    else:
+        figure.get_layout_engine().set(rect=(0, 0, 1, share))  # pyright: ignore
+    place: dict[str, Any] = {"x": 0.1 / width, "ha": "left", "va": "top"}
+    if lines:
+        text = escape_dollars("\n".join(lines))
+        heading = figure.suptitle(text, y=1 - 0.08 / full_height, fontsize=11, color=INK, **place)
+        heading.set_in_layout(False)
+    if prompt:
+        text = short_label(prompt, width - 0.2, 8.5)
+        y = 1 - (0.1 + title_height) / full_height
+        figure.text(y=y, s=text, fontsize=8.5, color=MUTED, in_layout=False, **place)
+
+
+def describe_prompt(table: pd.DataFrame) -> str:
+    """The prompt that a table is about, in quotes; "" if the table does not have it.
+
+    Of several prompts it is their number and the first.
+    """
+    prompts = table.attrs.get("prompts", [])
+    rows = []
+    if "row" in table.columns:
+        rows = sorted(set(table["row"].dropna().tolist()))
+    if not rows or not set(rows) <= set(range(len(prompts))):
+        return ""
+    first = " ".join(str(prompts[int(rows[0])]).split())
+    if len(rows) == 1:
+        return f"“{first}”"
+    return f"{len(rows)} prompts, the first: “{first}”"
+
+
+def tokens_of(table: pd.DataFrame) -> list[str]:
+    """The tokens of the prompt that a table is about, [] if it is about several or lacks them."""
+    texts = table.attrs.get("tokens", [])
+    rows = sorted(set(table["row"].dropna().tolist())) if "row" in table.columns else []
+    if len(rows) != 1 or not 0 <= int(rows[0]) < len(texts):
+        return []
+    return list(map(token_label, texts[int(rows[0])]))
+
+
+def describe_column(name: str) -> str:
+    """What a column holds, with its unit, in words."""
+    for suffix, words in SUFFIXES.items():
+        if name.endswith(suffix):
+            return words.format(describe_column(name.removesuffix(suffix)))
+    return WORDS.get(name, name.replace("_", " "))
+
+
 def check_columns(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
-    """Raises `BadHook` if the table has not all columns of the table that `source` returns."""
+    """Raises `BadHook` if the table has not all columns of the table that `source` returns.
+
+    Raises `EmptySelection` if it has no rows.
+    """
     missing = [repr(column) for column in columns if column not in table]
     if missing:
         raise BadHook(
             f"this figure is drawn from {source}, and this table has no column "
             f"{', '.join(missing)}: it has {', '.join(map(str, table.columns))}"
         )
+    if table.empty:
+        raise EmptySelection(f"the table has no row to draw: this figure is drawn from {source}")
 
 
 def first_column(names: Iterable[str], columns: pd.Index) -> str | None:
@@ -86,9 +229,13 @@ def largest_finite(values: np.ndarray, least: float = 0.0) -> float:
     return float(values[np.isfinite(values)].max(initial=least))
 
 
-def format_finite(value: float, form: str, otherwise: str) -> str:
-    """A number in this format, or another text if it is infinite or NaN."""
-    return format(value, form) if np.isfinite(value) else otherwise
+def format_number(value: float, form: str) -> str:
+    """A number in this format; −∞, +∞ and NaN in words that can be told apart."""
+    if np.isnan(value):
+        return "NaN"
+    if np.isinf(value):
+        return "+∞" if value > 0 else "−∞"
+    return format(value, form)
 
 
 def select_row(table: pd.DataFrame, row: int) -> Any:
@@ -98,6 +245,13 @@ def select_row(table: pd.DataFrame, row: int) -> Any:
         numbers = ", ".join(map(str, rows)) or "none"
         raise OutOfRange(f"row {row} is not in the table, which has rows {numbers}")
     return table[table["row"] == row]
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """The colour, dashes and marker of a line, by its number. Those of 25 lines differ."""
+    index = number % len(LINES)
+    dashes = DASHES[number // len(LINES) % len(DASHES)]
+    return {"color": LINES[index], "marker": MARKERS[index], "ls": dashes, "mew": 0}
 
 
 def rank_axis(axes: Axes, lowest: float) -> None:
@@ -111,16 +265,64 @@ def rank_axis(axes: Axes, lowest: float) -> None:
     axes.set_ylabel("rank (log axis; 1 is the most likely)")
 
 
-def add_legend(axes: Axes, **settings: Any) -> Legend:
-    """Add the legend of the lines that have labels."""
-    return axes.legend(**{"frameon": False, "fontsize": 8.5, "labelcolor": INK, **settings})
+def integer_axis(axes: Axes, values: Any) -> None:
+    """Put the ticks of the x axis at whole numbers where all values are whole, such as layers."""
+    if pd.api.types.is_integer_dtype(values) or "layer" in str(getattr(values, "name", "")):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+
+
+def add_legend(axes: Axes, **settings: Any) -> Legend | None:
+    """Add the legend of the lines that have labels, at the right of the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return None
+    names = [short_label(label, 2.4) for label in labels]
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+    look: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": INK}
+    return axes.legend(handles, names, **place, **look, borderaxespad=0, **settings)
+
+
+def one_colour_map(colour: str) -> ListedColormap:
+    """From nothing to a colour, by opacity, so that it can stand on paper of any colour."""
+    opacities = np.linspace(0, 1, SHADES) ** 0.8
+    return ListedColormap([(*to_rgb(colour), opacity) for opacity in opacities.tolist()])
+
+
+def two_colour_map() -> ListedColormap:
+    """From the colour of falls over nothing to the colour of rises, by opacity."""
+    colours = []
+    for share in np.linspace(-1, 1, SHADES):
+        colours.append((*to_rgb(sign_colour(share)), abs(share) ** 0.8))
+    return ListedColormap(colours)
+
+
+def choose_colours(
+    numbers: np.ndarray, limit: float | None = None
+) -> tuple[ListedColormap, tuple[float, float]]:
+    """The colour map for these numbers, with the numbers at its ends.
+
+    Numbers of which none is negative have one colour, from 0 on; others two colours around 0.
+    Negative numbers below a thousandth of the largest count as rounding.
+    """
+    if limit is None:
+        limit = largest_finite(np.abs(numbers)) or 1.0
+    lowest = -largest_finite(-numbers)
+    if np.isneginf(numbers).any() or lowest < -limit / 1000:
+        return two_colour_map(), (-limit, limit)
+    return one_colour_map(UP), (0.0, limit)
 
 
 def draw_cells(
     axes: Axes, numbers: np.ndarray, shades: ListedColormap, low: float, *, high: float, lw: float
 ) -> None:
-    """Draw a grid of numbers as coloured cells with frames of this width."""
-    axes.pcolormesh(numbers, cmap=shades, vmin=low, vmax=high, edgecolors=GRID, linewidth=lw)
+    """Draw a grid of numbers as coloured cells with frames; cells without a number are hatched."""
+    cells = np.ma.masked_invalid(np.clip(numbers, low, high))
+    axes.pcolormesh(cells, cmap=shades, vmin=low, vmax=high, edgecolors=GRID, linewidth=lw)
+    missing = np.ma.masked_where(~np.isnan(numbers), np.zeros_like(numbers))
+    if missing.count():
+        no_fill = ListedColormap([(0, 0, 0, 0)])
+        axes.pcolor(missing, cmap=no_fill, edgecolors=MUTED, linewidth=0, hatch="//////")
 
 
 def add_colour_bar(
@@ -131,9 +333,11 @@ def add_colour_bar(
     for axes in panels:
         axes.grid(visible=False)
     bar = figure.colorbar(ScalarMappable(Normalize(*limits), shades), ax=panels, **size)
-    bar.set_label(label, fontsize=9, color=INK)
+    lines = wrap_text(label, max(1.2, 0.7 * figure.get_figheight() - 0.7), 9)
+    bar.set_label(escape_dollars("\n".join(lines)), fontsize=9, color=INK)
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
     bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    _use_fallback_fonts(figure)
 
 
 def change_colour(change: float) -> str:
@@ -148,29 +352,63 @@ def sign_colour(value: float) -> str:
     return UP if value > 0 else DOWN
 
 
-def label_point(
-    axes: Axes,
-    text: str,
-    point: tuple[float, float],
-    label_position: tuple[float, float],
-    *,
-    shrink: tuple[float, float],
-    align: Literal["left", "right"] = "left",
-    bold: bool = False,
-    **style: Any,
-) -> None:
-    """Write a label beside a point, with a thin line from one to the other.
+# ---- labels
 
-    `shrink` is the gap between the line and the label, and between the line and the point, in
-    points. `style` is passed to `Axes.annotate`.
+
+@dataclass(frozen=True)
+class PointLabel:
+    """A text about a point of a plot."""
+
+    text: str
+    x: float
+    y: float
+    colour: str = INK
+    bold: bool = False
+
+
+def label_column(
+    axes: Axes,
+    labels: Sequence[PointLabel],
+    height: float,
+    *,
+    x: float = 1.04,
+    coords: Any = "axes fraction",
+    align: Literal["left", "right"] = "left",
+) -> None:
+    """Write labels in a column, by default at the right of the axes, with lines to their points.
+
+    `height` is the least height of the axes, in inches; the labels are moved apart for it. The
+    axes need their limits before. The column is at `x`, in the coordinates `coords`, in which y is
+    a share of the axes' height.
     """
-    line: dict[str, Any] = {"arrowstyle": "-", "color": GRID, "lw": 0.9}
-    line |= {"shrinkA": shrink[0], "shrinkB": shrink[1]}
-    line["relpos"] = (0 if align == "left" else 1, 0.5)
-    style = {"fontsize": 8.5, "fontweight": "bold" if bold else "normal", **style}
-    axes.annotate(
-        text, point, xytext=label_position, ha=align, va="center", arrowprops=line, **style
-    )
+    axes.get_ylim()  # which brings the limits up to date
+    pixels = axes.transData.transform([(label.x, label.y) for label in labels])
+    shares = axes.transAxes.inverted().transform(pixels)[:, 1]
+    heights = spread_apart(shares, LABEL_HEIGHT / height)
+    line: dict[str, Any] = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "alpha": 0.75}
+    line |= {"shrinkA": 1, "shrinkB": 3, "relpos": (float(align == "right"), 0.5)}
+    look: dict[str, Any] = {"fontsize": 8.5, "va": "center", "ha": align, "arrowprops": line}
+    for label, y in zip(labels, heights.tolist(), strict=True):
+        look |= {"color": label.colour, "fontweight": ("normal", "bold")[label.bold]}
+        point = (label.x, label.y)
+        axes.annotate(label.text, point, (x, y), textcoords=coords, annotation_clip=False, **look)
+
+
+def spread_apart(heights: np.ndarray, gap: float) -> np.ndarray:
+    """The heights of labels in the same order, moved as little as possible to be `gap` apart.
+
+    They stay between 0 and 1 if there is room for all.
+    """
+    from scipy.optimize import isotonic_regression
+
+    order = np.argsort(heights, kind="stable")
+    offsets = gap * np.arange(len(heights))
+    # Labels are `gap` apart where what remains without the offsets does not fall.
+    rest = isotonic_regression(heights[order] - offsets).x
+    highest = max(gap / 2, 1 - gap / 2 - offsets[-1])
+    spread_heights = np.empty(len(heights))
+    spread_heights[order] = np.clip(rest, gap / 2, highest) + offsets
+    return spread_heights
 
 
 def write_centred(axes: Axes, point: tuple[float, float], text: str, size: float) -> None:
@@ -178,61 +416,83 @@ def write_centred(axes: Axes, point: tuple[float, float], text: str, size: float
     axes.text(*point, text, fontsize=size, color=INK, ha="center", va="center")
 
 
+def label_stride(count: int, room: float, width: float) -> int:
+    """Every how many ticks there is room for a label, of `width` inches, on an axis of `room`."""
+    return max(1, ceil(count * width / max(room, width)))
+
+
+# ---- bars
+
+
 def draw_bars(
     axes: Axes,
     names: Sequence[str],
     lengths: Sequence[float] | np.ndarray,
     colours: Sequence[str],
-    texts: Sequence[str],
+    form: str,
     *,
-    height: float = 0.7,
+    width: float,
 ) -> None:
-    """Draw horizontal bars from the top down, each with its name and with a text beyond its end."""
-    positions = np.arange(len(lengths))
-    axes.barh(positions, lengths, color=colours, height=height)
-    for position, (text, length) in enumerate(zip(texts, lengths, strict=True)):
-        if text:
-            annotate_bar(axes, text, length, position)
-    axes.set_yticks(positions, names, fontsize=8.5)
-    axes.invert_yaxis()
+    """Draw horizontal bars from the top down, each with its name and with its number at its end.
 
-
-def draw_signed_bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
-    """Draw horizontal bars with their values, from the top down. The last bar is the sum."""
-    texts = [f"{value:+.2f}" for value in values]
-    draw_bars(axes, names, values, [*map(sign_colour, values[:-1]), INK], texts)
+    `width` is that of the figure in inches. An infinite bar is hatched, reaches beyond all others
+    and ends in an arrow. NaN has no bar.
+    """
+    values = np.asarray(lengths, dtype=float)
+    limit = 1.25 * (largest_finite(np.abs(values)) or 1.0)
+    drawn = np.nan_to_num(np.clip(values, -limit, limit))
+    positions = np.arange(len(values))
+    bars = axes.barh(positions, drawn, color=colours, height=0.7)
+    texts = [format_number(value, form) for value in values.tolist()]
+    for position, bar in enumerate(bars):
+        if np.isinf(values[position]):
+            bar.set(facecolor="none", edgecolor=colours[position], hatch="////")
+            marker = ">" if values[position] > 0 else "<"
+            axes.plot(drawn[position], position, marker, color=colours[position], ms=7)
+        _write_end(axes, texts[position], drawn[position], position)
+    labels = [shorten(name, 2.4) for name in names]
+    axes.set_yticks(positions, list(map(escape_dollars, labels)), fontsize=8.5)
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.axvline(0, color=MUTED, lw=0.8)
+    name_room = max(text_width(label, 8.5) for label in labels)
+    text_room = max(text_width(text, 8) for text in texts) + 0.15
+    _make_room(axes, drawn, text_room / max(1.0, width - name_room - 0.5))
 
 
-def annotate_bar(
-    axes: Axes, text: str, value: float, position: float, *, inside: bool = False
+def _make_room(axes: Axes, lengths: np.ndarray, share: float) -> None:
+    """Set the limits of the x axis so that each end has this share of the width for its texts."""
+    low, high = min(0.0, float(lengths.min())), max(0.0, float(lengths.max()))
+    ends = (low < 0) + (high > 0) or 1
+    room = (high - low or 1.0) * share / max(0.2, 1 - share * ends)
+    axes.set_xlim(low - room * (low < 0), high + room * (high > 0 or low == 0))
+
+
+def _write_end(axes: Axes, text: str, value: float, position: float) -> None:
+    """Write a text beyond the end of a horizontal bar."""
+    side, shift = ("left", 5) if value >= 0 else ("right", -5)
+    place: dict[str, Any] = {"xytext": (shift, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (value, position), ha=side, fontsize=8, color=INK, **place)
+
+
+def draw_signed_bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], *, width: float
 ) -> None:
-    """Write a text beyond the end of a horizontal bar, or `inside` it."""
-    side, shift = "right", -4
-    if (value >= 0) != inside:
-        side, shift = "left", 4
-    axes.annotate(
-        text,
-        (value, position),
-        xytext=(shift, 0),
-        textcoords="offset points",
-        ha=side,
-        va="center",
-        fontsize=8,
-        color=PAPER if inside else INK,
-    )
+    """Draw horizontal bars with their values, from the top down. The last, hollow, is the sum."""
+    draw_bars(axes, names, values, [*map(sign_colour, values[:-1]), INK], "+.2f", width=width)
+    total = axes.patches[len(values) - 1]
+    total.set(facecolor="none", edgecolor=INK, linestyle="--", linewidth=1.2)
 
 
-def spread_apart(heights: np.ndarray, gap: float) -> np.ndarray:
-    """The heights of labels in the same order, moved up until neighbours are `gap` apart."""
-    spread_heights = heights.astype(float)
-    for lower, upper in pairwise(np.argsort(heights, kind="stable")):
-        spread_heights[upper] = max(spread_heights[upper], spread_heights[lower] + gap)
-    return spread_heights
+# ---- text
+
+
+def token_label(token: str) -> str:
+    """A token in quotes, so that its leading space is seen."""
+    return str(token)
 
 
 def drawable(token: str) -> str:
-    """A token as matplotlib can draw it."""
+    """A text as matplotlib can draw it."""
     return escape_dollars(escape_missing_glyphs(token))
 
 
@@ -243,12 +503,37 @@ def token_label(token: str) -> str:
 
 def short_label(text: str, room: float, size: float = 8.5) -> str:
     """A text as matplotlib can draw it, without its middle if it needs more than `room` inches."""
+    return escape_dollars(shorten(text, room, size))
+
+
+def shorten(text: str, room: float, size: float = 8.5) -> str:
+    """A text without its middle if it needs more than `room` inches."""
     word = short = escape_missing_glyphs(text)
     length = len(word) - 1
+    if len(word) > 40:  # so that a long text is not measured once for each of its letters
+        length = min(length, ceil(1.5 * len(word) * room / text_width(word, size)))
     while text_width(short, size) > room * 1.001 and length > 3:
         short = f"{word[: ceil(length / 2)]}…{word[-(length // 2) :]}"
         length -= 1
-    return escape_dollars(short)
+    return short
+
+
+def wrap_text(text: str, room: float, size: float, most: int = 3) -> list[str]:
+    """The lines of a text that may be `room` inches wide: at most three, the last one shortened."""
+    lines = []
+    for paragraph in text.split("\n"):
+        words = escape_missing_glyphs(paragraph).split(" ")
+        line = words[0]
+        for word in words[1:]:
+            if text_width(f"{line} {word}", size) > room:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}"
+        lines.append(line)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [shorten(line, room, size) for line in lines]
 
 
 def fit_text(token: str, room: float, size: float) -> tuple[str, float]:
@@ -259,7 +544,7 @@ def fit_text(token: str, room: float, size: float) -> tuple[str, float]:
 
 
 def escape_missing_glyphs(token: str) -> str:
-    """A token in which the characters that the font lacks are written as their codes."""
+    """A token in which the characters that no font here has are written as their codes."""
     characters = _font_characters()
     letters = []
     for letter in token:
@@ -270,8 +555,33 @@ def escape_missing_glyphs(token: str) -> str:
 
 
 @cache
+def fallback_fonts() -> tuple[str, ...]:
+    """The fonts for characters that matplotlib's own font lacks, as far as they are installed."""
+    installed = set(fontManager.get_font_names())
+    return tuple(filter(installed.__contains__, FALLBACK_FONTS))
+
+
+@cache
 def _font_characters() -> frozenset[int]:
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+    characters = set(get_font(findfont(FontProperties())).get_charmap())
+    for name in fallback_fonts():
+        characters |= set(get_font(findfont(FontProperties(family=name))).get_charmap())
+    return frozenset(characters)
+
+
+def _font_families() -> list[str]:
+    return [*rcParams["font.family"], *fallback_fonts()]
+
+
+def _use_fallback_fonts(figure: Figure) -> None:
+    """Let every text take the characters that its font lacks from the other installed fonts."""
+    if not fallback_fonts():
+        return
+    families = _font_families()
+    for axes in figure.axes:
+        axes.tick_params(labelfontfamily=families)  # pyright: ignore[reportArgumentType]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def escape_dollars(text: str) -> str:
@@ -281,7 +591,6 @@ def escape_dollars(text: str) -> str:
 
 def text_width(text: str, size: float) -> float:
     """The width of a text in inches, at a font size in points."""
-    width, _, _ = text_to_path.get_text_width_height_descent(
-        escape_dollars(text), FontProperties(size=size), False
-    )
+    font = FontProperties(family=_font_families(), size=size)
+    width, _, _ = text_to_path.get_text_width_height_descent(escape_dollars(text), font, False)
     return width * 1.04 / 72

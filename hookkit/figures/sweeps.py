@@ -1,11 +1,14 @@
 """Figures of a sweep: where an edit matters, and how certain that is. No torch, no display.
 
     table = hk.patching(lm, clean, corrupted, "resid_pre", hk.metrics.logit_diff(" Mary", " John"))
-    hk.figures.heat_map(table, labels=tokens)           # layer x position, the mean over prompts
+    hk.figures.heat_map(table)                          # layer x position, the mean over prompts
     hk.figures.interval_lines(table, x="layer")         # means with intervals, or each prompt
-    hk.figures.damage_curves(hk.dose_response(lm, prompts, vectors, metric, neutral=texts))
+    doses = hk.dose_response(lm, prompts, vectors, metric, neutral=texts)
+    hk.figures.dose(doses)                              # the metric against the dose
+    hk.figures.damage_curves(doses)                     # the metric against the damage
 
-Cells are green where the value is positive and red where it is negative, the stronger the larger.
+Cells are green where the value is positive and orange where it is negative, the stronger the
+larger. Where no value is negative, the scale of colours begins at 0.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
@@ -24,10 +26,8 @@ from ..errors import BadHook, EmptySelection, did_you_mean
 from ..steering.controls import DAMAGE, mean_over_doses
 from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
-from .style import INK, LINES, MUTED, apply_style, drawable
+from .style import INK, MUTED, apply_style, describe_column, short_label
 
-WORDS = {"pos": "position", "unit": "neuron"}  # of columns whose names are no words
-LABELLED_WORDS = {**WORDS, "pos": ""}  # where each position has a label of its own
 GRID_COLUMNS = ("pos", "head", "unit", "scale")  # for x, the first that a table has
 SERIES = ("site", "control", "pos", "head")  # for lines, the first that has several values
 UNITS = {
@@ -35,7 +35,11 @@ UNITS = {
     "damage_loss": "damage: rise of the loss of neutral text (nats per token)",
     "perplexity": "perplexity of neutral text",
 }
-VECTOR_COLOURS = LINES[:-1]  # the last colour is that of the random vectors
+DOSE_COLUMNS = ("vector", "site", "dose", "control", "sample", "row")
+CELL_WIDTH, CELL_HEIGHT = 0.4, 0.17  # inches of a cell, where the figure does not become too large
+LEAST_SIDE, MOST_WIDTH, MOST_HEIGHT = 2.8, 12.0, 16.0  # inches of a panel, and of all panels
+NAMED_SHARE = 0.1  # of the largest value: smaller ones are not written in their cells
+NAME_SIZE = 6.5  # points of a number in a cell
 
 
 @check_arguments
@@ -55,28 +59,47 @@ def heat_map(
     `table` is the result of `sweep`, `patching` … or `mean_over_prompts`. Several prompts are
     averaged, an effect as in `mean_over_prompts`: the ratio of the means. Each site has a panel.
     `value` is the column to draw (by default the first effect, else the first delta); `x` and `y`
-    are the columns of the axes. `labels` are texts for x, such as the prompt's tokens. Colours
-    reach from -`limit` to `limit` (by default the largest value). The `named` largest values of
-    each panel are written in their cells.
+    are the columns of the axes. `labels` are texts for x, by default the tokens of the prompt where
+    x is the position and the table is about one prompt. Colours reach from -`limit` to `limit` (by
+    default the largest value), or from 0 where no value is negative. The `named` largest values of
+    each panel are written in their cells where there is room. Cells without a value are hatched.
     """
     value = _value_column(table, value)
     x = x or style.first_column(GRID_COLUMNS, table.columns)
     x = _check_column(table, x, "Say x= and y=.")
     y = _check_column(table, y, "Say x= and y=.")
+    if labels is None and x == "pos":
+        labels = style.tokens_of(table) or None
     parts = _split_by(table, style.first_column(["site"], table.columns))
     grids = [_build_grid(part, value, x, y).sort_index() for part in parts.values()]
-    if limit is None:
-        limit = max(float(np.nanmax(np.abs(grid.to_numpy()))) for grid in grids) or 1.0
-    width = min(14.0, 1.6 + sum(max(2.4, 0.34 * grid.shape[1]) for grid in grids))
-    figure, panels = style.new_panels(width, max(3.0, 0.17 * len(grids[0]) + 1.6), len(grids))
-    for axes, grid, site in zip(panels, grids, parts, strict=True):
-        _draw_cells(axes, grid, limit, named)
-        _label_grid(axes, grid, x, y, labels)
-        axes.set_title(str(site or ""), fontsize=10, color=INK)
-    apply_style(figure, title)
-    label = f"{value.replace('_', ' ')}{_describe_mean(next(iter(parts.values())))}"
-    style.add_colour_bar(figure, _colour_map(), (-limit, limit), label, fraction=0.05, pad=0.02)
+    numbers = np.concatenate([grid.to_numpy(float).ravel() for grid in grids])
+    shades, limits = style.choose_colours(numbers, limit)
+    sizes = _panel_sizes(grids)
+    width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
+    ratios: dict[str, Any] = {"gridspec_kw": {"width_ratios": [size[0] for size in sizes]}}
+    figure, panels = style.new_panels(width + 1.6, height + 1.3, len(grids), **ratios)
+    for axes, grid, site, size in zip(panels, grids, parts, sizes, strict=True):
+        style.draw_cells(axes, grid.to_numpy(float), shades, limits[0], high=limits[1], lw=0.25)
+        _name_cells(axes, grid, limits[1], named, size[0] / grid.shape[1])
+        _label_grid(axes, grid, (x, y), labels, size)
+        axes.set_title(short_label(str(site or ""), size[0], 10), fontsize=10, color=INK)
+    label = f"{describe_column(value)}{_describe_mean(table, parts)}"
+    default = f"{describe_column(value)}, by {describe_column(y)} and {describe_column(x)}"
+    apply_style(figure, title or default, style.describe_prompt(table))
+    if limits[0] < 0:
+        label = f"{label}; 0 is the centre"
+    style.add_colour_bar(figure, shades, limits, label, fraction=0.05, pad=0.02)
     return figure
+
+
+def _panel_sizes(grids: Sequence[pd.DataFrame]) -> list[tuple[float, float]]:
+    """The width and height of each panel, in inches."""
+    sizes = []
+    for grid in grids:
+        n_rows, n_columns = grid.shape
+        width = min(MOST_WIDTH / len(grids), max(LEAST_SIDE, CELL_WIDTH * n_columns))
+        sizes.append((width, min(MOST_HEIGHT, max(1.2, CELL_HEIGHT * n_rows))))
+    return sizes
 
 
 def _check_column(table: pd.DataFrame, name: str | None, advice: str = "") -> str:
@@ -113,7 +136,7 @@ def _build_grid(table: Any, value: str, x: str, y: str) -> pd.DataFrame:
     delta, before, target = f"{metric}_delta", f"{metric}_before", f"{metric}_target"
     has_sides = {"row", delta, before, target} <= set(table.columns)
     if not has_sides or not value.endswith("_effect"):
-        return table.pivot_table(values=value, **pivot)
+        return table.pivot_table(values=value, dropna=False, **pivot)
     sides = table.astype({delta: float, before: float, target: float})
     sides["_full_change"] = sides[target] - sides[before]
     sides = sides.dropna(subset=[delta, "_full_change"])
@@ -122,8 +145,9 @@ def _build_grid(table: Any, value: str, x: str, y: str) -> pd.DataFrame:
     return numerator / denominator.where(denominator != 0)
 
 
-def _describe_mean(table: pd.DataFrame) -> str:
+def _describe_mean(table: pd.DataFrame, parts: Mapping[Any, pd.DataFrame]) -> str:
     """What the table's values are averaged over, in words; "" for one prompt."""
+    table = next(iter(parts.values()), table)
     counts = {"prompts": 1}
     if "n" in table.columns:
         counts["prompts"] = int(table["n"].to_numpy().max())
@@ -135,44 +159,58 @@ def _describe_mean(table: pd.DataFrame) -> str:
     return f", mean of {' x '.join(words)}" if words else ""
 
 
-def _colour_map() -> ListedColormap:
-    """From red over nothing to green, by opacity, so that it can stand on paper of any colour."""
-    colours = []
-    for share in np.linspace(-1, 1, style.SHADES):
-        colours.append((*to_rgb(style.sign_colour(share)), abs(share) ** 0.8))
-    return ListedColormap(colours)
-
-
-def _draw_cells(axes: Axes, grid: pd.DataFrame, limit: float, named: int) -> None:
+def _name_cells(
+    axes: Axes, grid: pd.DataFrame, largest: float, named: int, cell_width: float
+) -> None:
+    """Write the largest values in their cells, and the infinite ones, where there is room."""
     numbers = grid.to_numpy(float)
-    cells = np.ma.masked_invalid(numbers)
-    style.draw_cells(axes, cells, _colour_map(), -limit, high=limit, lw=0.25)
-    sizes = np.abs(np.nan_to_num(numbers)).ravel()
-    for index in np.argsort(-sizes, kind="stable")[:named]:
-        if sizes[index] > 0:
-            row, column = divmod(int(index), numbers.shape[1])
-            text = f"{numbers[row, column]:.2g}"
-            style.write_centred(axes, (column + 0.5, row + 0.5), text, 6.5)
+    sizes = np.abs(np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).ravel()
+    infinite = np.flatnonzero(np.isinf(sizes)).tolist()
+    finite = np.where(np.isinf(sizes), 0.0, sizes)
+    for index in dict.fromkeys([*infinite, *np.argsort(-finite, kind="stable")[:named].tolist()]):
+        row, column = divmod(index, numbers.shape[1])
+        text = style.format_number(float(numbers[row, column]), ".2g")
+        has_room = style.text_width(text, NAME_SIZE) <= 0.9 * cell_width
+        if has_room and sizes[index] > NAMED_SHARE * largest:
+            style.write_centred(axes, (column + 0.5, row + 0.5), text, NAME_SIZE)
 
 
-def _label_grid(axes: Axes, grid: pd.DataFrame, x: str, y: str, labels: Any) -> None:
+def _label_grid(
+    axes: Axes,
+    grid: pd.DataFrame,
+    names: tuple[str, str],
+    labels: Any,
+    size: tuple[float, float],
+) -> None:
+    """Label rows and columns, all of them where there is room. `names` are those of x and y."""
     columns, rows = list(grid.columns), list(grid.index)
-    rotation: dict[str, Any] = {}
-    axes.set_xlabel(WORDS.get(x, x))
+    axes.set_xlabel(describe_column(names[0]))
+    texts, rotation = list(map(str, columns)), {}
+    room = max(style.text_width(text, 8.5) for text in texts) + 0.08
     if labels is not None:
+        texts = _column_labels(columns, labels)
+        axes.set_xlabel(f"token and {describe_column(names[0])}" if names[0] == "pos" else "")
+    is_wide = room > size[0] / len(columns) and not _are_numbers(columns)
+    if labels is not None or is_wide:
         rotation = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-        axes.set_xlabel(LABELLED_WORDS.get(x, x))
-    axes.set_xticks(np.arange(len(columns)) + 0.5, _column_labels(columns, labels), **rotation)
-    stride = max(1, len(rows) // 10)
-    axes.set_yticks(np.arange(0, len(rows), stride) + 0.5, list(map(str, rows[::stride])))
-    axes.set_ylabel(WORDS.get(y, y))
+        room = 0.17
+    texts = [short_label(text, 1.5) for text in texts]
+    stride = style.label_stride(len(columns), size[0], room)
+    axes.set_xticks(np.arange(0, len(columns), stride) + 0.5, texts[::stride], **rotation)
+    stride = style.label_stride(len(rows), size[1], 0.15)
+    names_of_rows = [short_label(str(row), 1.5, 7.5) for row in rows[::stride]]
+    axes.set_yticks(np.arange(0, len(rows), stride) + 0.5, names_of_rows)
+    axes.set_ylabel(describe_column(names[1]))
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float | np.number) for value in values)
 
 
 def _column_labels(columns: Sequence[Any], labels: Any) -> list[str]:
     """The texts of the x axis. A sequence is indexed by position where the columns are numbers."""
-    if labels is None or isinstance(labels, Mapping):
-        texts = labels or {}
-        return [drawable(str(texts.get(column, column))) for column in columns]
+    if isinstance(labels, Mapping):
+        return [style.shorten(str(labels.get(column, column)), 1.2) for column in columns]
     if len(labels) < len(columns):
         raise BadHook(
             f"{len(labels)} labels were given, and the grid has {len(columns)} columns: "
@@ -181,8 +219,10 @@ def _column_labels(columns: Sequence[Any], labels: Any) -> list[str]:
     indices: Sequence[Any] = range(len(columns))
     if all(isinstance(column, int | np.integer) for column in columns):
         indices = columns
-    names = map(drawable, map(labels.__getitem__, indices))
-    return list(map("{}  {}".format, names, columns))
+    texts = []
+    for index, column in zip(indices, columns, strict=True):
+        texts.append(f"{style.shorten(str(labels[index]), 1.2)}  {column}")
+    return texts
 
 
 @check_arguments
@@ -199,29 +239,80 @@ def interval_lines(
     `summary` is `over_prompts(table)`, or the table of a sweep itself. `series` is the column that
     has a line for each of its values (by default site, control, pos or head, the first that has
     several). An interval of fewer than 10 prompts is not drawn: from the sweep's table each prompt
-    is drawn as a point, and from `mean_over_prompts` the means stand alone.
+    is drawn as a point, and from `mean_over_prompts` the means stand alone. Of more than 25 lines
+    those that reach farthest from 0 have colours and names.
     """
     value = _value_column(summary, value)
     _check_column(summary, x)
     series = series or _default_series(summary, x)
+    prompt = style.describe_prompt(summary)
     means = summary
     points_of: dict[Any, pd.DataFrame] = {}
     if "row" in summary.columns and "n" not in summary.columns:
         means = _mean_over_prompts(summary, x, series, value)
         points_of = _split_by(summary, series)
-    figure, axes = style.new_figure(8, 4.0)
-    for number, (name, line) in enumerate(_split_by(means, series).items()):
+    figure, axes = style.new_figure(8.6, 3.8)
+    lines = _split_by(means, series)
+    coloured = _reach_farthest(lines, value)
+    for name, line in lines.items():
         line = line.sort_values(x)
-        colour = LINES[number % len(LINES)]
-        line_style = {"lw": 1.8, "marker": "o", "ms": 3.5, "label": _series_label(series, name)}
-        axes.plot(line[x], line[value], color=colour, **line_style)
-        _draw_spread(axes, line, points_of.get(name), x, value, colour)
+        look: dict[str, Any] = {"color": MUTED, "lw": 0.6, "alpha": 0.5}
+        if name in coloured:
+            look = {"lw": 1.8, "ms": 4, **style.line_style(coloured.index(name))}
+            look["label"] = _series_label(series, name)
+            _draw_spread(axes, line, points_of.get(name), x, value, look["color"])
+        axes.plot(line[x], line[value].replace([np.inf, -np.inf], np.nan), **look)
+        _mark_infinite(axes, line[x], line[value], look["color"])
+    if len(coloured) < len(lines):
+        axes.plot([], [], color=MUTED, lw=0.6, label=f"the other {len(lines) - len(coloured)}")
     axes.axhline(0, color=MUTED, lw=0.8)
-    axes.set_xlabel(WORDS.get(x, x))
-    axes.set_ylabel(f"{value.replace('_', ' ')}{_describe_mean(means)}")
-    if series is not None:
-        style.add_legend(axes)
-    return apply_style(figure, title)
+    _label_x(axes, means[x], style.tokens_of(summary))
+    axes.set_ylabel(describe_column(value))
+    style.add_legend(axes)
+    words = f"{describe_column(value)}{_describe_mean(means, {})}, by {describe_column(x)}"
+    return apply_style(figure, title or words, prompt)
+
+
+def _reach_farthest(lines: Mapping[Any, pd.DataFrame], value: str) -> list[Any]:
+    """The names of the lines that have colours: all, or those that reach farthest from 0."""
+    if len(lines) <= style.MOST_LINES:
+        return list(lines)
+    reaches = {}
+    for name, line in lines.items():
+        reaches[name] = style.largest_finite(np.abs(line[value].to_numpy(float)))
+    return sorted(reaches, key=lambda name: -reaches[name])[: style.MOST_LINES]
+
+
+def _mark_infinite(axes: Axes, places: Any, values: Any, colour: str) -> None:
+    """Draw an arrow at the edge of the axes for each infinite value, and explain it."""
+    numbers = values.to_numpy(float)
+    for sign, height, marker, text in ((-1, 0.02, "v", "−∞"), (1, 0.98, "^", "+∞")):
+        is_infinite = numbers == sign * np.inf
+        if is_infinite.any():
+            look: dict[str, Any] = {"color": colour, "marker": marker, "ls": "", "ms": 8}
+            transform = axes.get_xaxis_transform()
+            xs = places[is_infinite]
+            axes.plot(xs, np.full(len(xs), height), transform=transform, label=text, **look)
+
+
+def _label_x(axes: Axes, values: pd.Series, tokens: Sequence[str]) -> None:
+    """Label the x axis: whole numbers where all values are whole; positions by their tokens."""
+    axes.set_xlabel(describe_column(str(values.name)))
+    if values.name == "pos" and tokens and pd.api.types.is_integer_dtype(values):
+        positions = sorted(set(values))
+        positions = positions[:: style.label_stride(len(positions), 5.0, 0.17)]
+        texts = []
+        for pos in positions:
+            texts.append(f"{short_label(tokens[pos], 1.2)}  {pos}")
+        axes.set_xticks(positions, texts, rotation=60, ha="right", rotation_mode="anchor")
+    elif not pd.api.types.is_numeric_dtype(values):
+        names = list(dict.fromkeys(values))
+        stride = style.label_stride(len(names), 5.0, 0.17)
+        texts = [short_label(str(name), 1.2) for name in names[::stride]]
+        rotation: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(0, len(names), stride), texts, **rotation)
+    else:
+        style.integer_axis(axes, values)
 
 
 def _mean_over_prompts(table: pd.DataFrame, x: str, series: str | None, value: str) -> pd.DataFrame:
@@ -251,7 +342,8 @@ def _draw_spread(
     if count is not None and bool((line[count] < MIN_FOR_INTERVAL).all()):
         if prompts is not None:
             points_style = {"ls": "", "marker": ".", "ms": 4, "alpha": 0.5}
-            axes.plot(prompts[x], prompts[value], color=colour, **points_style)
+            finite = prompts[np.isfinite(prompts[value].to_numpy(float))]
+            axes.plot(finite[x], finite[value], color=colour, **points_style)
     elif f"{value}_low" in line.columns:
         low, high = line[f"{value}_low"], line[f"{value}_high"]
         axes.fill_between(line[x], low, high, color=colour, alpha=0.2, lw=0)
@@ -262,7 +354,85 @@ def _series_label(series: str | None, name: Any) -> str:
         return ""
     if series == "control":
         return ("edit", "control")[bool(name)]
-    return drawable(str(name))
+    if isinstance(name, float) and name.is_integer():
+        return str(int(name))
+    return str(name)
+
+
+@check_arguments
+def dose(
+    table: pd.DataFrame,
+    *,
+    value: str | None = None,
+    labels: dict[str, str] | None = None,
+    title: str = "",
+) -> Figure:
+    """A metric against the dose of each vector, with the random vectors of equal length in grey.
+
+    `table` is the table of `dose_response`. `value` is the column to draw (by default the first
+    delta), `labels` are texts for the vectors. Lines are means over the prompts, bands their
+    intervals; below 10 prompts each prompt is a point instead. The grey band is the control: the
+    interval over prompts and random vectors. Each site has a panel.
+
+    >>> table = hk.dose_response(lm, prompts, vector, metric, doses=[0.1, 0.3])  # doctest: +SKIP
+    >>> dose(table).savefig("dose.png")  # doctest: +SKIP
+    """
+    style.check_columns(table, DOSE_COLUMNS, "dose_response(lm, prompts, vectors, metrics)")
+    value = _value_column(table, value)
+    prompt = style.describe_prompt(table)
+    table = table.reset_index(drop=True)  # the index of concatenated tables may have duplicates
+    figure, panels, parts = _site_panels(table)
+    for axes, part in zip(panels, parts.values(), strict=True):
+        means: Any = mean_over_doses(part)
+        _draw_control_band(axes, means[means["control"]], part[part["control"]], value)
+        vectors: Any = means[~means["control"]].groupby("vector", sort=False)
+        for number, (name, line) in enumerate(vectors):
+            line = line.sort_values("dose")
+            look = style.line_style(number)
+            own = part[(part["vector"] == name) & ~part["control"]]
+            _draw_spread(axes, line, own, "dose", value, look["color"])
+            label = (labels or {}).get(str(name), str(name))
+            heights = line[value].replace([np.inf, -np.inf], np.nan)
+            axes.plot(line["dose"], heights, lw=1.8, ms=4, label=label, **look)
+            _mark_infinite(axes, line["dose"], line[value], look["color"])
+        axes.axhline(0, color=MUTED, lw=0.8)
+        axes.axvline(0, color=MUTED, lw=0.8)
+        axes.set_xlabel(describe_column("dose"))
+    _label_sites(panels, parts, value, table)
+    default = f"{describe_column(value)}, against the dose"
+    return apply_style(figure, title or default, prompt)
+
+
+def _draw_control_band(axes: Axes, means: Any, controls: Any, value: str) -> None:
+    """Draw the mean and the interval of the random vectors of each vector, in grey."""
+    label: str | None = "random vectors of equal length"
+    for name, line in means.groupby("vector", sort=False):
+        line = line.sort_values("dose")
+        own = controls[controls["vector"] == name]
+        _draw_spread(axes, line, own, "dose", value, MUTED)
+        axes.plot(line["dose"], line[value], color=MUTED, lw=1.2, ls="--", label=label)
+        label = None
+
+
+def _site_panels(table: pd.DataFrame) -> tuple[Figure, list[Axes], dict[Any, pd.DataFrame]]:
+    """A figure with a panel for each site of a `dose_response`, and the part of each."""
+    parts = _split_by(table, "site")
+    width = min(16.0, 4.0 + 4.6 * len(parts))
+    figure, panels = style.new_panels(width, 4.2, len(parts), sharey=True)
+    return figure, panels, parts
+
+
+def _label_sites(
+    panels: Sequence[Axes], parts: Mapping[Any, pd.DataFrame], value: str, table: pd.DataFrame
+) -> None:
+    """Name the panels by their sites, and label the first y axis; add a legend."""
+    for axes, site in zip(panels, parts, strict=True):
+        if len(parts) > 1:
+            axes.set_title(short_label(str(site), 3, 10), fontsize=10, color=INK)
+    panels[0].set_ylabel(
+        f"{describe_column(value)}, mean of {table['row'].nunique()} prompts"
+    )
+    style.add_legend(panels[-1])
 
 
 @check_arguments
@@ -280,37 +450,42 @@ def damage_curves(
     `table` is the table of `dose_response` with neutral texts. `value` is the column to draw (by
     default the first delta), `by` the damage. Points are doses; doses of the same sign are joined.
     Each random vector is a thin grey line, the mean over the prompts. Bands are intervals over the
-    prompts; below 10 prompts each prompt is a point instead. `log` draws the damage on a log axis.
-    Each site has a panel.
+    prompts; below 10 prompts each prompt is a point instead. `log` draws the damage on a log axis,
+    with a linear part around 0 if there is damage of 0 or less. Each site has a panel.
     """
     if by not in DAMAGE or by not in table.columns:
         raise BadHook(
             f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=."
         )
     value = _value_column(table, value)
+    prompt = style.describe_prompt(table)
     table = table.reset_index(drop=True)  # the index of concatenated tables may have duplicates
-    parts = _split_by(table, "site")
-    width = min(14.0, 3.0 + 5.0 * len(parts))
-    figure, panels = style.new_panels(width, 4.4, len(parts), sharey=True)
-    for axes, (site, part) in zip(panels, parts.items(), strict=True):
+    figure, panels, parts = _site_panels(table)
+    for axes, part in zip(panels, parts.values(), strict=True):
         _draw_random(axes, part, value, by)
         _draw_vectors(axes, part, value, by, labels or {})
         axes.axhline(0, color=MUTED, lw=0.8)
         if log:
-            axes.set_xscale("log")
+            _log_damage_axis(axes, part[by].to_numpy(float))
         axes.set_xlabel(UNITS[by])
-        if len(parts) > 1:
-            axes.set_title(str(site), fontsize=10, color=INK)
-    panels[0].set_ylabel(f"{value.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
-    style.add_legend(panels[0])
-    return apply_style(figure, title)
+    _label_sites(panels, parts, value, table)
+    default = f"{describe_column(value)}, against the damage that it costs"
+    return apply_style(figure, title or default, prompt)
+
+
+def _log_damage_axis(axes: Axes, damages: np.ndarray) -> None:
+    if (damages > 0).all():
+        axes.set_xscale("log")
+    else:
+        positive = damages[damages > 0]
+        axes.set_xscale("symlog", linthresh=float(positive.min(initial=1.0)))
 
 
 def _draw_random(axes: Axes, table: pd.DataFrame, value: str, by: str) -> None:
     """Draw each random vector once, even where it is the control of several vectors."""
     controls = table[table["control"]]
     controls = controls.assign(sign=controls["dose"] > 0)
-    label: str | None = "random, of equal length"
+    label: str | None = "random vectors of equal length"
     line_style: dict[str, Any] = {"color": MUTED, "lw": 0.8, "alpha": 0.6, "marker": ".", "ms": 3}
     for _, line in controls.groupby(["vector", "sample", "sign"], sort=False):
         means: Any = line.groupby("dose")[[value, by]].mean()
@@ -326,15 +501,13 @@ def _draw_vectors(
     means: Any = mean_over_doses(table)
     vectors: Any = means[~means["control"]].groupby("vector", sort=False)
     for number, (name, doses) in enumerate(vectors):
-        colour = VECTOR_COLOURS[number % len(VECTOR_COLOURS)]
-        dashes = style.DASHES[number % len(style.DASHES)]
-        label = {"label": drawable(labels.get(str(name), str(name)))}
+        look = style.line_style(number)
+        label = {"label": labels.get(str(name), str(name))}
         for is_positive in (True, False):
             line = doses[(doses["dose"] > 0) == is_positive].sort_values("dose", key=abs)
             if line.empty:
                 continue
-            line_style: dict[str, Any] = {"color": colour, "ls": dashes, **label}
-            axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, **line_style)
+            axes.plot(line[by], line[value], lw=1.8, ms=4, **look, **label)
             label = {}
             is_line = (prompts["vector"] == name) & ((prompts["dose"] > 0) == is_positive)
-            _draw_spread(axes, line, prompts[is_line], by, value, colour)
+            _draw_spread(axes, line, prompts[is_line], by, value, look["color"])

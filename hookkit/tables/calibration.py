@@ -68,7 +68,7 @@ def roc(score: Iterable[float], right: Iterable[Any]) -> pd.DataFrame:
     (no answer is trusted), the last one the smallest score (all are); equal scores are one point.
     `table.attrs["auc"]` is the area under the curve: the probability that a right answer has a
     larger score than a wrong one, equal scores counting half (Hanley & McNeil 1982); 0.5 is no
-    better than chance.
+    better than chance. `attrs["right"]` and `attrs["wrong"]` are the numbers of answers.
 
     >>> roc([0.9, 0.8, 0.3], [True, False, False]).attrs["auc"]
     1.0
@@ -88,6 +88,7 @@ def roc(score: Iterable[float], right: Iterable[Any]) -> pd.DataFrame:
     table = pd.DataFrame({"threshold": np.concatenate([[np.inf], -thresholds])})
     table = table.assign(false_positive_rate=rates[0], true_positive_rate=rates[1])
     table.attrs["auc"] = float(np.trapezoid(rates[1], rates[0]))
+    table.attrs["right"], table.attrs["wrong"] = int(answers.sum()), int((~answers).sum())
     return table
 
 
