@@ -618,6 +618,8 @@ CALLS = {
     "hk.stats.effect_at_damage(5, 0.1)": "table",
     "hk.stats.mean_over_doses(5)": "table",
     "hk.figures.damage_curves(5)": "table",
+    "hk.figures.dose(5)": "table",
+    "hk.figures.dose(frame)": "column",
     # datasets
     "hk.datasets.indirect_object(lm, 0)": "n=",
     "hk.datasets.successor(lm, 0)": "n=",

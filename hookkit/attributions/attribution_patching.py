@@ -33,6 +33,7 @@ from ..models.lm import LM
 from ..models.positions import Where, read_indices
 from ..models.prompts import Prompts
 from ..models.sites import SITES_WITH_HEADS, AnySite, Site
+from ..models.tokens import describe_prompts
 from ..sweeps.grids import (
     AT_ONCE,
     GridPositions,
@@ -128,6 +129,7 @@ def attribution(
     effects = {"gradient": first_order, "integrated": first_order, "qk_fix": qk_fix}[method]
     parts = list(map(effects, target.batches(BATCH), source.batches(BATCH)))
     table = _table(target.metric.name, grid, parts, by_neuron)
+    table.attrs |= describe_prompts(lm, target.inputs.rows, tokens=True)
     table.attrs["method"] = method
     table.attrs["direction"] = direction
     if path:

@@ -71,7 +71,8 @@ def lens_map(
         limits = (0.0, 1.0)
     if has_words:
         _write_tokens(axes, tokens)
-    style.draw_cells(axes, numbers, shades, limits[0], high=limits[1], lw=0.4)
+    frame = {"lw": 0.4} if has_words else {"lw": 0.0}
+    style.draw_cells(axes, numbers, shades, limits[0], high=limits[1], **frame)
     _label_positions(axes, positions, labels or style.tokens_of(table), width)
     axes.set_yticks(np.arange(len(sites)) + 0.5, sites)
     axes.set_ylabel("site that the lens reads")
@@ -86,9 +87,7 @@ def _select_row(table: pd.DataFrame, row: int | None) -> Any:
     return table if row is None else style.select_row(table, row)
 
 
-def _label_positions(
-    axes: Axes, positions: list[int], labels: Sequence[str], width: float
-) -> None:
+def _label_positions(axes: Axes, positions: list[int], labels: Sequence[str], width: float) -> None:
     """Label the columns with the tokens and positions, as many as there is room for."""
     names = list(map(str, positions))
     axes.set_xlabel("position")

@@ -228,13 +228,12 @@ def diff_through_layers(sites: pd.DataFrame, tolerance: float, *, title: str = "
 def _draw_site_lines(axes: Axes, table: pd.DataFrame) -> None:
     lines: Any = dict(iter(table.groupby("name", sort=False)))
     names = list(filter(lines.__contains__, DIFF_SITES)) or list(lines)
+    axes.set_yscale("log")
+    axes.set_ylim(table["value"].min() / 1.5, table["value"].max() * 1.5)
     for number, name in enumerate(names[: style.MOST_LINES]):
         line = lines[name].sort_values("layer")
         layers = line["layer"].astype(int)
         axes.plot(layers, line["value"], label=name, lw=1.6, ms=3.5, **style.line_style(number))
-    axes.set_yscale("log")
-    values = table["value"]
-    axes.set_ylim(values.min() / 1.5, values.max() * 1.5)
     axes.set_xlabel("layer")
     style.integer_axis(axes, table["layer"].astype(int))
 

@@ -219,7 +219,8 @@ def _place_cells(cells: list[dict]) -> tuple[list[tuple[float, int, float]], int
     boxes, x, line = [], 0.1, 0
     for cell in cells:
         n_digits = len(f"{cell['loss']:.1f}") + len(f"{cell['rank']:,}")
-        width = max(style.text_width(cell["token"], 9) + 0.12, 0.055 * n_digits + 0.16)
+        name = style.escape_missing_glyphs(cell["token"])
+        width = max(style.text_width(name, 9) + 0.12, 0.055 * n_digits + 0.16)
         width = min(TOKEN_WIDTHS[1], max(TOKEN_WIDTHS[0], width))
         if x + width > LINE_WIDTH and x > 0.1:
             x, line = 0.1, line + 1

@@ -38,6 +38,7 @@ UNITS = {
 DOSE_COLUMNS = ("vector", "site", "dose", "control", "sample", "row")
 CELL_WIDTH, CELL_HEIGHT = 0.4, 0.17  # inches of a cell, where the figure does not become too large
 LEAST_SIDE, MOST_WIDTH, MOST_HEIGHT = 2.8, 12.0, 16.0  # inches of a panel, and of all panels
+LEAST_FRAMED = 0.12  # inches of a cell that has a frame
 NAMED_SHARE = 0.1  # of the largest value: smaller ones are not written in their cells
 NAME_SIZE = 6.5  # points of a number in a cell
 
@@ -79,8 +80,10 @@ def heat_map(
     ratios: dict[str, Any] = {"gridspec_kw": {"width_ratios": [size[0] for size in sizes]}}
     figure, panels = style.new_panels(width + 1.6, height + 1.3, len(grids), **ratios)
     for axes, grid, site, size in zip(panels, grids, parts, sizes, strict=True):
-        style.draw_cells(axes, grid.to_numpy(float), shades, limits[0], high=limits[1], lw=0.25)
-        _name_cells(axes, grid, limits[1], named, size[0] / grid.shape[1])
+        cell_width = size[0] / grid.shape[1]
+        frame = {"lw": 0.25} if cell_width > LEAST_FRAMED else {"lw": 0.0}
+        style.draw_cells(axes, grid.to_numpy(float), shades, limits[0], high=limits[1], **frame)
+        _name_cells(axes, grid, limits[1], named, cell_width)
         _label_grid(axes, grid, (x, y), labels, size)
         axes.set_title(short_label(str(site or ""), size[0], 10), fontsize=10, color=INK)
     label = f"{describe_column(value)}{_describe_mean(table, parts)}"
@@ -251,9 +254,9 @@ def interval_lines(
     if "row" in summary.columns and "n" not in summary.columns:
         means = _mean_over_prompts(summary, x, series, value)
         points_of = _split_by(summary, series)
-    figure, axes = style.new_figure(8.6, 3.8)
     lines = _split_by(means, series)
     coloured = _reach_farthest(lines, value)
+    figure, axes = style.new_figure(8.6, _height_for(len(coloured) + 3))
     for name, line in lines.items():
         line = line.sort_values(x)
         look: dict[str, Any] = {"color": MUTED, "lw": 0.6, "alpha": 0.5}
@@ -271,6 +274,11 @@ def interval_lines(
     style.add_legend(axes)
     words = f"{describe_column(value)}{_describe_mean(means, {})}, by {describe_column(x)}"
     return apply_style(figure, title or words, prompt)
+
+
+def _height_for(entries: int) -> float:
+    """The height in inches of a figure whose legend has so many entries."""
+    return max(3.8, 0.18 * entries + 1.2)
 
 
 def _reach_farthest(lines: Mapping[Any, pd.DataFrame], value: str) -> list[Any]:
@@ -418,7 +426,8 @@ def _site_panels(table: pd.DataFrame) -> tuple[Figure, list[Axes], dict[Any, pd.
     """A figure with a panel for each site of a `dose_response`, and the part of each."""
     parts = _split_by(table, "site")
     width = min(16.0, 4.0 + 4.6 * len(parts))
-    figure, panels = style.new_panels(width, 4.2, len(parts), sharey=True)
+    height = _height_for(table["vector"].nunique() + 3)
+    figure, panels = style.new_panels(width, height, len(parts), sharey=True)
     return figure, panels, parts
 
 
@@ -429,9 +438,7 @@ def _label_sites(
     for axes, site in zip(panels, parts, strict=True):
         if len(parts) > 1:
             axes.set_title(short_label(str(site), 3, 10), fontsize=10, color=INK)
-    panels[0].set_ylabel(
-        f"{describe_column(value)}, mean of {table['row'].nunique()} prompts"
-    )
+    panels[0].set_ylabel(f"{describe_column(value)}, mean of {table['row'].nunique()} prompts")
     style.add_legend(panels[-1])
 
 

@@ -25,7 +25,7 @@ from ..models.positions import PosLike
 from ..models.sites import Site
 from ..runs.forward import forward
 from ..runs.run import Run
-from ..tables.distributions import token_texts
+from ..tables.distributions import prompts_of_run, token_texts
 from .components import (
     FrozenNorm,
     Part,
@@ -92,6 +92,7 @@ def decompose_logits(run: Run, token: Tokens, against: Tokens | None = None) -> 
     other_ids = None if against is None else _ids_of_cells(run, against, cells)
     table = _table(_parts(run, cells, LogitDifference(ids, other_ids)), cells)
     residual = table.loc[table["kind"] == "residual", "logit"]
+    table.attrs |= prompts_of_run(run)
     table.attrs["token"] = _names(lm, ids)
     table.attrs["against"] = None if other_ids is None else _names(lm, other_ids)
     table.attrs["residual"] = float(residual.abs().max())

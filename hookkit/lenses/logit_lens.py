@@ -28,6 +28,7 @@ from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site, SitesLike
+from ..models.tokens import describe_prompts
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.run import Run
@@ -96,6 +97,7 @@ def logit_lens(
     table = lens_table(states, hooks, prompt_rows, top, watched, anywhere=choose == "anywhere")
     if end not in selected:
         table = pd.DataFrame(table[table["site"] != str(end)]).reset_index(drop=True)
+    table.attrs |= describe_prompts(lm, prompt_rows, tokens=True)
     return table
 
 

@@ -13,6 +13,7 @@ from ..errors import NotOneToken
 Token: TypeAlias = str | int
 HALF_CHARACTER = "�"  # how a part of a character is decoded
 SPACE = "▁"  # sentencepiece writes a space as this character
+MOST_PROMPTS, MOST_TOKENS = 200, 1000  # that a table keeps as texts
 # Texts that are put before another one, to tokenize it as a continuation.
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
 
@@ -247,3 +248,19 @@ def check_tokens(
     for item in items:
         tokens.append(item if isinstance(item, also) else check_token(item, name))
     return tuple(tokens)
+
+
+def describe_prompts(
+    lm: Vocabulary, rows: Sequence[Sequence[int]], *, tokens: bool = False
+) -> dict[str, list[Any]]:
+    """Returns the prompts of a table for its `attrs`, which figures and pages show.
+
+    `prompts` are their texts, and with `tokens`, `tokens` the texts of their tokens. Of many
+    prompts, or of long ones, nothing is kept.
+    """
+    if len(rows) > MOST_PROMPTS:
+        return {}
+    attrs: dict[str, list[Any]] = {"prompts": list(map(lm.text, rows))}
+    if tokens and sum(map(len, rows)) <= MOST_TOKENS:
+        attrs["tokens"] = [list(map(lm.string, row)) for row in rows]
+    return attrs

@@ -31,6 +31,7 @@ from ..models.lm import LM
 from ..models.model_setup import user_stacklevel, warn_of_dropout
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import ModuleSite
+from ..models.tokens import describe_prompts
 from ..runs.engines.ray import EngineLike, Ray, read_engine
 from ..runs.hook_points import BoundHook, HookPoint
 from ..runs.manager import find_user_hooks
@@ -300,6 +301,7 @@ def sweep(
         if verify:
             verify_cells(plan, journal.values, verify)
         table = _table(plan, journal.values, targets, _draw_column(control))
+        table.attrs |= describe_prompts(lm, plan.inputs.rows, tokens=True)
         table.attrs["complete"] = complete
         table.attrs["plan"] = repr(plan)
         table.attrs["sources_not_the_models_own"] = foreign_sources

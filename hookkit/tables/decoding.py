@@ -40,7 +40,7 @@ from ..runs.run import Run
 from ..runs.trace import STAGES, Decision, GenerationRecord, Trace, Tracer
 from ..runs.trace import trace as every_step
 from ..runs.worker_thread import ThreadedGenerator
-from .distributions import selected_rows
+from .distributions import prompts_of_run, selected_rows
 from .rank_tables import reasons_of
 
 
@@ -64,7 +64,9 @@ def candidates(run: Run, *, top: int | None = None, rows: IndicesLike = None) ->
         raise OutOfRange(
             f"top={top!r}: {recorded} tokens of each stage are on record, so give 1 to {recorded}"
         )
-    return candidates_table(record, count)
+    table = candidates_table(record, count)
+    table.attrs |= prompts_of_run(run)
+    return table
 
 
 def candidates_table(record: GenerationRecord, count: int) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ from ..models.positions import (
     resolve_rows,
 )
 from ..models.prompts import positions_of_text
+from ..models.tokens import describe_prompts
 from ..runs.run import Run
 
 LogitVector: TypeAlias = Float[Tensor, " vocab"]
@@ -193,3 +194,9 @@ def scenario(first: float, second: float) -> str:
     if first >= 0.5:
         return "one clear winner"
     return "uncertain"
+
+
+def prompts_of_run(run: Run) -> dict[str, list[Any]]:
+    """Returns the texts of a run's prompts, for the `attrs` of its tables."""
+    rows = zip(run.tokens.tolist(), run.prompt_lengths, strict=True)
+    return describe_prompts(run.lm, [row[:length] for row, length in rows])

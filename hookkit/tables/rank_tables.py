@@ -32,7 +32,7 @@ from ..models.next_token import NO_RANK, divergences
 from ..models.positions import IndicesLike, PosLike
 from ..models.tokens import check_tokens
 from ..runs.run import Run
-from .distributions import Distribution, distributions, scenario, token_texts
+from .distributions import Distribution, distributions, prompts_of_run, scenario, token_texts
 
 Pair: TypeAlias = tuple[Distribution, Distribution]
 
@@ -68,6 +68,7 @@ def ranks(
         ids = torch.tensor(list(dict.fromkeys([*distribution.top(top), *watched])))
         parts.append(pd.DataFrame(distribution.names(ids) | distribution.numbers(ids)))
     table = pd.concat(parts, ignore_index=True)
+    table.attrs |= prompts_of_run(run)
     return table.sort_values(["row", "pos", "rank", "token_id"], ignore_index=True)
 
 
@@ -103,7 +104,9 @@ def rank_shift(
     pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
     edited = [*named_tokens(before.lm, before.hooks), *named_tokens(after.lm, after.hooks)]
     watched = watched_ids(after.lm, watch)
-    return shift_table(pairs, top, movers, watched, list(dict.fromkeys(edited)))
+    table = shift_table(pairs, top, movers, watched, list(dict.fromkeys(edited)))
+    table.attrs |= prompts_of_run(after)
+    return table
 
 
 def shift_table(

@@ -972,7 +972,7 @@ def test_the_figure_has_a_line_for_each_vector_and_one_for_each_random_one(tmp_p
     figure.savefig(tmp_path / "damage.png")
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "random, of equal length",
+        "random vectors of equal length",
         "v",
         "w",
     ]

@@ -469,13 +469,15 @@ def covers(lm: hk.LM, ids: list[int], place: int, text: str) -> bool:
 def test_a_map_says_over_what_it_is_a_mean(lm):
     table = traced(lm, pos=[-2, -1], layers=[0, 1])
     for shown, words in (
-        (table, "logit diff effect, mean of 2 prompts x 3 draws of noise"),
-        (hk.stats.mean_over_prompts(table), "logit diff effect, mean of 2 prompts"),
-        (table[table["prompt"] == 0], "logit diff effect, mean of 3 draws of noise"),
-        (table.drop(columns="sample"), "logit diff effect, mean of 6 prompts"),
-        (table[table["row"] == 0], "logit diff effect"),
+        (table, ", mean of 2 prompts x 3 draws of noise"),
+        (hk.stats.mean_over_prompts(table), ", mean of 2 prompts"),
+        (table[table["prompt"] == 0], ", mean of 3 draws of noise"),
+        (table.drop(columns="sample"), ", mean of 6 prompts"),
+        (table[table["row"] == 0], ""),
     ):
-        assert hk.figures.heat_map(shown).axes[-1].get_ylabel() == words
+        label = hk.figures.heat_map(shown).axes[-1].get_ylabel().replace("\n", " ")
+        effect = "logit difference effect (0: no change, 1: as in the target)"
+        assert label.removesuffix("; 0 is the centre") == f"{effect}{words}"
 
 
 def test_noise_is_the_same_alone_and_among_others_and_another_in_each_sample(lm):

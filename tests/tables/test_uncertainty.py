@@ -270,17 +270,20 @@ def test_the_figures_say_what_the_tables_say(llama):
     calibrated = hk.stats.calibration(sure, right)
     reliability = hk.figures.reliability_diagram(calibrated)
     above, below = reliability.axes
-    assert (
-        f"{calibrated.attrs['ece']:.3f}" in reliability.get_suptitle()
-        and "4 answers" in reliability.get_suptitle()
-    )
+    (below_title,) = (text.get_text() for text in reliability.texts)
+    assert f"error {calibrated.attrs['ece']:.3f}" in below_title and "4 answers" in below_title
     assert [bar.get_height() for bar in above.patches[:3]] == pytest.approx([0, 0.5, 1])
     assert sum(bar.get_height() for bar in below.patches) == 4
     curves = hk.figures.roc_curves(
         {"router": hk.stats.roc(sure, right), "other": hk.stats.roc([1, 1, 1, 1], right)}
     )
     labels = [line.get_label() for line in curves.axes[0].lines]
-    assert labels == ["chance  0.500", "router  0.750", "other  0.500"]
+    # The intervals by Hanley & McNeil's formula, for two right and two wrong answers.
+    assert labels == [
+        "chance: 0.500",
+        "router: 0.750 (0.23 to 1.00)",
+        "other: 0.500 (0.00 to 1.00)",
+    ]
     run = hk.forward(llama, TEXTS)
     table = hk.surprisal(run)
     strip = hk.figures.surprisal_strip(table, row=1)
