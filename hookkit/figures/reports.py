@@ -229,7 +229,8 @@ def _draw_site_lines(axes: Axes, table: pd.DataFrame) -> None:
     lines: Any = dict(iter(table.groupby("name", sort=False)))
     names = list(filter(lines.__contains__, DIFF_SITES)) or list(lines)
     axes.set_yscale("log")
-    axes.set_ylim(table["value"].min() / 1.5, table["value"].max() * 1.5)
+    values = table["value"].to_numpy(float)
+    axes.set_ylim(float(values.min()) / 1.5, float(values.max()) * 1.5)
     for number, name in enumerate(names[: style.MOST_LINES]):
         line = lines[name].sort_values("layer")
         layers = line["layer"].astype(int)

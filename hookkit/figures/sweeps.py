@@ -303,7 +303,7 @@ def _mark_infinite(axes: Axes, places: Any, values: Any, colour: str) -> None:
             axes.plot(xs, np.full(len(xs), height), transform=transform, label=text, **look)
 
 
-def _label_x(axes: Axes, values: pd.Series, tokens: Sequence[str]) -> None:
+def _label_x(axes: Axes, values: Any, tokens: list[str]) -> None:
     """Label the x axis: whole numbers where all values are whole; positions by their tokens."""
     axes.set_xlabel(describe_column(str(values.name)))
     if values.name == "pos" and tokens and pd.api.types.is_integer_dtype(values):
@@ -426,7 +426,7 @@ def _site_panels(table: pd.DataFrame) -> tuple[Figure, list[Axes], dict[Any, pd.
     """A figure with a panel for each site of a `dose_response`, and the part of each."""
     parts = _split_by(table, "site")
     width = min(16.0, 4.0 + 4.6 * len(parts))
-    height = _height_for(table["vector"].nunique() + 3)
+    height = _height_for(len(set(table["vector"])) + 3)
     figure, panels = style.new_panels(width, height, len(parts), sharey=True)
     return figure, panels, parts
 
@@ -509,7 +509,7 @@ def _draw_vectors(
     vectors: Any = means[~means["control"]].groupby("vector", sort=False)
     for number, (name, doses) in enumerate(vectors):
         look = style.line_style(number)
-        label = {"label": labels.get(str(name), str(name))}
+        label: dict[str, Any] = {"label": labels.get(str(name), str(name))}
         for is_positive in (True, False):
             line = doses[(doses["dose"] > 0) == is_positive].sort_values("dose", key=abs)
             if line.empty:

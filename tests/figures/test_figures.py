@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import subprocess
 import sys
 import weakref
