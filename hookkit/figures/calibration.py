@@ -93,8 +93,7 @@ def roc_curves(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure
         false_rates = table["false_positive_rate"].to_numpy(float)
         true_rates = table["true_positive_rate"].to_numpy(float)
         area = float(np.trapezoid(true_rates, false_rates))
-        look = style.line_style(number) | {"marker": ""}
-        look["ls"] = style.DASHES[number % len(style.DASHES)]
+        look: dict[str, Any] = style.line_style(number) | {"marker": ""}
         label = f"{style.shorten(name, 1.6)}: {area:.3f}{_area_interval(area, table)}"
         axes.plot(false_rates, true_rates, lw=1.8, label=label, **look)
     axes.set_xlabel("false positive rate (share of the wrong answers that are trusted)")

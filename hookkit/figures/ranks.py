@@ -115,9 +115,9 @@ def _draw_bumps(axes: Axes, shift: pd.DataFrame, height: float) -> None:
     left_room, right_room = map(_room_of_labels, (left, right))
     inch = 1 / max(1.5, 7.0 - left_room - right_room)  # on the x axis
     axes.set_xlim(-left_room * inch, 1 + right_room * inch)
-    place: dict[str, Any] = {"coords": axes.get_xaxis_transform()}
-    style.label_column(axes, left, height, x=-0.2 * inch, align="right", **place)
-    style.label_column(axes, right, height, x=1 + 0.2 * inch, **place)
+    location: dict[str, Any] = {"coords": axes.get_xaxis_transform()}
+    style.label_column(axes, left, height, x=-0.2 * inch, align="right", **location)
+    style.label_column(axes, right, height, x=1 + 0.2 * inch, **location)
 
 
 def _room_of_labels(labels: list[PointLabel]) -> float:
@@ -177,13 +177,14 @@ def _draw_scatter(
             textcoords="offset points", fontsize=8, color=MUTED,
         )  # fmt: skip
     axes.set_ylim(bottom, highest + 0.06 * extent)
-    heights = np.where(np.isneginf(values), floor, values)
+    heights = np.clip(values, floor, highest + 0.04 * extent)  # NaN stays NaN
     points = table.assign(_height=heights)
     point_style = {"s": 3, "color": POINT, "alpha": 0.35, "linewidths": 0, "rasterized": True}
     axes.scatter(points["token_id"], heights, **point_style)
     top_ids = table.sort_values("rank")["token_id"].head(labelled).tolist()
     watched_ids = set(watched["token_id"])
-    named = points[points["token_id"].isin([*top_ids, *watched_ids])].dropna(subset=["_height"])
+    named: Any = points[points["token_id"].isin([*top_ids, *watched_ids])]
+    named = named.dropna(subset=["_height"])
     width = table["token_id"].to_numpy(float).max() or 1.0
     axes.set_xlim(-0.02 * width, 1.02 * width)
     labels = []
@@ -192,8 +193,10 @@ def _draw_scatter(
         colour, size = POINT_STYLES[is_watched]
         point = (token["token_id"], token["_height"])
         axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
-        text = short_label(style.token_label(token["token"]), 1.5)
-        labels.append(PointLabel(f"{text}  {token['rank']:,}", *point, colour, is_watched))
+        text = f"{short_label(style.token_label(token['token']), 1.5)}  {token['rank']:,}"
+        if np.isinf(token[column]):
+            text = f"{text} ({style.format_number(token[column], '')})"
+        labels.append(PointLabel(text, *point, colour, is_watched))
     if labels:
         style.label_column(axes, labels, height)
     axes.set_xlabel("token id")

@@ -192,9 +192,11 @@ def _draw_endless_mean(axes: Axes, mean: float, position: int, colour: str) -> N
         side, marker, align, shift = (0.98, ">", "right", -7)
     edge = axes.get_yaxis_transform()
     axes.plot(side, position, marker, ms=8, color=colour, transform=edge)
-    place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "ha": align}
+    location: dict[str, Any] = {"textcoords": "offset points", "va": "center", "ha": align}
     text = style.format_number(mean, "")
-    axes.annotate(text, (side, position), xycoords=edge, xytext=(shift, 0), fontsize=8.5, **place)
+    axes.annotate(
+        text, (side, position), xycoords=edge, xytext=(shift, 0), fontsize=8.5, **location
+    )
 
 
 # ---- two models

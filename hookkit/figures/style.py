@@ -137,8 +137,8 @@ def apply_style(figure: Figure, title: str, prompt: str = "") -> Figure:
 def _fit_axis_labels(figure: Figure, axes: Axes) -> None:
     """Set the look of the labels of both axes, and wrap those that are longer than the axes."""
     width, height = figure.get_size_inches()
-    place = axes.get_subplotspec()
-    n_rows, n_columns = (1, 1) if place is None else place.get_gridspec().get_geometry()
+    spec = axes.get_subplotspec()
+    n_rows, n_columns = (1, 1) if spec is None else spec.get_gridspec().get_geometry()
     rooms = (max(1.8, width / n_columns - 2.4), max(1.2, height / n_rows - 1.4))
     for label, room in zip((axes.xaxis.label, axes.yaxis.label), rooms, strict=True):
         lines = wrap_text(label.get_text(), room, 9)
@@ -159,15 +159,17 @@ def _write_heading(figure: Figure, title: str, prompt: str) -> None:
             axes.set_position((left, bottom * share, axes_width, axes_height * share))
     else:
         figure.get_layout_engine().set(rect=(0, 0, 1, share))  # pyright: ignore
-    place: dict[str, Any] = {"x": 0.1 / width, "ha": "left", "va": "top"}
+    location: dict[str, Any] = {"x": 0.1 / width, "ha": "left", "va": "top"}
     if lines:
         text = escape_dollars("\n".join(lines))
-        heading = figure.suptitle(text, y=1 - 0.08 / full_height, fontsize=11, color=INK, **place)
+        heading = figure.suptitle(
+            text, y=1 - 0.08 / full_height, fontsize=11, color=INK, **location
+        )
         heading.set_in_layout(False)
     if prompt:
         text = short_label(prompt, width - 0.2, 8.5)
         y = 1 - (0.1 + title_height) / full_height
-        figure.text(y=y, s=text, fontsize=8.5, color=MUTED, in_layout=False, **place)
+        figure.text(y=y, s=text, fontsize=8.5, color=MUTED, in_layout=False, **location)
 
 
 def describe_prompt(table: pd.DataFrame) -> str:
@@ -202,6 +204,12 @@ def describe_column(name: str) -> str:
         if name.endswith(suffix):
             return words.format(describe_column(name.removesuffix(suffix)))
     return WORDS.get(name, name.replace("_", " "))
+
+
+def column_title(name: str) -> str:
+    """What a column holds as the beginning of a title, without its unit."""
+    words = describe_column(name).split(" (")[0].split(", ")[0]
+    return f"{words[0].upper()}{words[1:]}"
 
 
 def check_columns(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
@@ -248,9 +256,12 @@ def select_row(table: pd.DataFrame, row: int) -> Any:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """The colour, dashes and marker of a line, by its number. Those of 25 lines differ."""
+    """The colour, dashes and marker of a line, by its number. Those of 25 lines differ.
+
+    Neighbours differ in their dashes too, so that both are seen where one hides the other.
+    """
     index = number % len(LINES)
-    dashes = DASHES[number // len(LINES) % len(DASHES)]
+    dashes = DASHES[(number + number // len(LINES)) % len(DASHES)]
     return {"color": LINES[index], "marker": MARKERS[index], "ls": dashes, "mew": 0}
 
 
@@ -278,9 +289,9 @@ def add_legend(axes: Axes, **settings: Any) -> Legend | None:
     if not handles:
         return None
     names = [short_label(label, 2.4) for label in labels]
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+    location: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
     look: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": INK}
-    return axes.legend(handles, names, **place, **look, borderaxespad=0, **settings)
+    return axes.legend(handles, names, **location, **look, borderaxespad=0, **settings)
 
 
 def one_colour_map(colour: str) -> ListedColormap:
@@ -404,10 +415,10 @@ def spread_apart(heights: np.ndarray, gap: float) -> np.ndarray:
     order = np.argsort(heights, kind="stable")
     offsets = gap * np.arange(len(heights))
     # Labels are `gap` apart where what remains without the offsets does not fall.
-    rest = isotonic_regression(heights[order] - offsets).x
+    shifted = isotonic_regression(heights[order] - offsets).x
     highest = max(gap / 2, 1 - gap / 2 - offsets[-1])
     spread_heights = np.empty(len(heights))
-    spread_heights[order] = np.clip(rest, gap / 2, highest) + offsets
+    spread_heights[order] = np.clip(shifted, gap / 2, highest) + offsets
     return spread_heights
 
 
@@ -470,8 +481,8 @@ def _make_room(axes: Axes, lengths: np.ndarray, share: float) -> None:
 def _write_end(axes: Axes, text: str, value: float, position: float) -> None:
     """Write a text beyond the end of a horizontal bar."""
     side, shift = ("left", 5) if value >= 0 else ("right", -5)
-    place: dict[str, Any] = {"xytext": (shift, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (value, position), ha=side, fontsize=8, color=INK, **place)
+    location: dict[str, Any] = {"xytext": (shift, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (value, position), ha=side, fontsize=8, color=INK, **location)
 
 
 def draw_signed_bars(

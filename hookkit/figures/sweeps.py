@@ -35,7 +35,7 @@ UNITS = {
     "damage_loss": "damage: rise of the loss of neutral text (nats per token)",
     "perplexity": "perplexity of neutral text",
 }
-DOSE_COLUMNS = ("vector", "site", "dose", "control", "sample", "row")
+DOSE_COLUMNS = ("vector", "site", "dose", "control")
 CELL_WIDTH, CELL_HEIGHT = 0.4, 0.17  # inches of a cell, where the figure does not become too large
 LEAST_SIDE, MOST_WIDTH, MOST_HEIGHT = 2.8, 12.0, 16.0  # inches of a panel, and of all panels
 LEAST_FRAMED = 0.12  # inches of a cell that has a frame
@@ -87,7 +87,7 @@ def heat_map(
         _label_grid(axes, grid, (x, y), labels, size)
         axes.set_title(short_label(str(site or ""), size[0], 10), fontsize=10, color=INK)
     label = f"{describe_column(value)}{_describe_mean(table, parts)}"
-    default = f"{describe_column(value)}, by {describe_column(y)} and {describe_column(x)}"
+    default = f"{style.column_title(value)} by {describe_column(y)} and {describe_column(x)}"
     apply_style(figure, title or default, style.describe_prompt(table))
     if limits[0] < 0:
         label = f"{label}; 0 is the centre"
@@ -272,7 +272,7 @@ def interval_lines(
     _label_x(axes, means[x], style.tokens_of(summary))
     axes.set_ylabel(describe_column(value))
     style.add_legend(axes)
-    words = f"{describe_column(value)}{_describe_mean(means, {})}, by {describe_column(x)}"
+    words = f"{style.column_title(value)} by {describe_column(x)}{_describe_mean(means, {})}"
     return apply_style(figure, title or words, prompt)
 
 
@@ -377,10 +377,10 @@ def dose(
 ) -> Figure:
     """A metric against the dose of each vector, with the random vectors of equal length in grey.
 
-    `table` is the table of `dose_response`. `value` is the column to draw (by default the first
-    delta), `labels` are texts for the vectors. Lines are means over the prompts, bands their
-    intervals; below 10 prompts each prompt is a point instead. The grey band is the control: the
-    interval over prompts and random vectors. Each site has a panel.
+    `table` is the table of `dose_response`, or its `mean_over_doses`. `value` is the column to draw
+    (by default the first delta), `labels` are texts for the vectors. Lines are means over the prompts, bands their
+    intervals; below 10 prompts each prompt is a point instead, if the table has them. The grey band
+    is the control: the interval over prompts and random vectors. Each site has a panel.
 
     >>> table = hk.dose_response(lm, prompts, vector, metric, doses=[0.1, 0.3])  # doctest: +SKIP
     >>> dose(table).savefig("dose.png")  # doctest: +SKIP
@@ -391,14 +391,17 @@ def dose(
     table = table.reset_index(drop=True)  # the index of concatenated tables may have duplicates
     figure, panels, parts = _site_panels(table)
     for axes, part in zip(panels, parts.values(), strict=True):
-        means: Any = mean_over_doses(part)
-        _draw_control_band(axes, means[means["control"]], part[part["control"]], value)
+        means: Any = part
+        prompts_of: dict[tuple[Any, bool], Any] = {}
+        if "row" in part.columns:
+            means = mean_over_doses(part)
+            prompts_of = dict(iter(part.groupby(["vector", "control"])))
+        _draw_control_band(axes, means[means["control"]], prompts_of, value)
         vectors: Any = means[~means["control"]].groupby("vector", sort=False)
         for number, (name, line) in enumerate(vectors):
             line = line.sort_values("dose")
             look = style.line_style(number)
-            own = part[(part["vector"] == name) & ~part["control"]]
-            _draw_spread(axes, line, own, "dose", value, look["color"])
+            _draw_spread(axes, line, prompts_of.get((name, False)), "dose", value, look["color"])
             label = (labels or {}).get(str(name), str(name))
             heights = line[value].replace([np.inf, -np.inf], np.nan)
             axes.plot(line["dose"], heights, lw=1.8, ms=4, label=label, **look)
@@ -407,17 +410,16 @@ def dose(
         axes.axvline(0, color=MUTED, lw=0.8)
         axes.set_xlabel(describe_column("dose"))
     _label_sites(panels, parts, value, table)
-    default = f"{describe_column(value)}, against the dose"
+    default = f"{style.column_title(value)} against the dose"
     return apply_style(figure, title or default, prompt)
 
 
-def _draw_control_band(axes: Axes, means: Any, controls: Any, value: str) -> None:
+def _draw_control_band(axes: Axes, means: Any, prompts_of: Mapping[Any, Any], value: str) -> None:
     """Draw the mean and the interval of the random vectors of each vector, in grey."""
     label: str | None = "random vectors of equal length"
     for name, line in means.groupby("vector", sort=False):
         line = line.sort_values("dose")
-        own = controls[controls["vector"] == name]
-        _draw_spread(axes, line, own, "dose", value, MUTED)
+        _draw_spread(axes, line, prompts_of.get((name, True)), "dose", value, MUTED)
         axes.plot(line["dose"], line[value], color=MUTED, lw=1.2, ls="--", label=label)
         label = None
 
@@ -438,7 +440,8 @@ def _label_sites(
     for axes, site in zip(panels, parts, strict=True):
         if len(parts) > 1:
             axes.set_title(short_label(str(site), 3, 10), fontsize=10, color=INK)
-    panels[0].set_ylabel(f"{describe_column(value)}, mean of {table['row'].nunique()} prompts")
+    counts: Any = table["n"].max() if "n" in table.columns else table["row"].nunique()
+    panels[0].set_ylabel(f"{describe_column(value)}, mean of {counts} prompts")
     style.add_legend(panels[-1])
 
 
@@ -476,7 +479,7 @@ def damage_curves(
             _log_damage_axis(axes, part[by].to_numpy(float))
         axes.set_xlabel(UNITS[by])
     _label_sites(panels, parts, value, table)
-    default = f"{describe_column(value)}, against the damage that it costs"
+    default = f"{style.column_title(value)} against the damage that it costs"
     return apply_style(figure, title or default, prompt)
 
 
