@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from ..display import quote_token
 from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
 from .style import GRID, INK, MARK, MUTED, POINT, PointLabel, apply_style, rank_axis, short_label

@@ -24,6 +24,7 @@ from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from ..display import quote_token
 from ..errors import BadHook, EmptySelection, OutOfRange
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
@@ -499,17 +500,12 @@ def draw_signed_bars(
 
 def token_label(token: str) -> str:
     """A token in quotes, so that its leading space is seen."""
-    return str(token)
+    return quote_token(str(token))
 
 
 def drawable(token: str) -> str:
     """A text as matplotlib can draw it."""
     return escape_dollars(escape_missing_glyphs(token))
-
-
-def token_label(token: str) -> str:
-    """A token in quotes, so that its leading space is seen, as matplotlib can draw it."""
-    return drawable(quote_token(token))
 
 
 def short_label(text: str, room: float, size: float = 8.5) -> str:

@@ -378,9 +378,10 @@ def dose(
     """A metric against the dose of each vector, with the random vectors of equal length in grey.
 
     `table` is the table of `dose_response`, or its `mean_over_doses`. `value` is the column to draw
-    (by default the first delta), `labels` are texts for the vectors. Lines are means over the prompts, bands their
-    intervals; below 10 prompts each prompt is a point instead, if the table has them. The grey band
-    is the control: the interval over prompts and random vectors. Each site has a panel.
+    (by default the first delta), `labels` are texts for the vectors. Lines are means over the
+    prompts, bands their intervals; below 10 prompts each prompt is a point instead, if the table
+    has them. The grey band is the control: the interval over prompts and random vectors. Each site
+    has a panel.
 
     >>> table = hk.dose_response(lm, prompts, vector, metric, doses=[0.1, 0.3])  # doctest: +SKIP
     >>> dose(table).savefig("dose.png")  # doctest: +SKIP
@@ -392,7 +393,7 @@ def dose(
     figure, panels, parts = _site_panels(table)
     for axes, part in zip(panels, parts.values(), strict=True):
         means: Any = part
-        prompts_of: dict[tuple[Any, bool], Any] = {}
+        prompts_of: dict[Any, Any] = {}
         if "row" in part.columns:
             means = mean_over_doses(part)
             prompts_of = dict(iter(part.groupby(["vector", "control"])))
