@@ -107,7 +107,7 @@ def _show_object(value: Any) -> None:
     display = _display()
     if display is not None:
         display(value)
-    elif type(value).__module__.startswith("matplotlib."):
+    elif hasattr(value, "savefig"):
         raise BadArgument(
             "a figure cannot be shown in a terminal: save it, figure.savefig('figure.png')"
         )
