@@ -345,7 +345,7 @@ def add_colour_bar(
     for axes in panels:
         axes.grid(visible=False)
     bar = figure.colorbar(ScalarMappable(Normalize(*limits), shades), ax=panels, **size)
-    lines = wrap_text(label, max(1.2, 0.7 * figure.get_figheight() - 0.7), 9)
+    lines = wrap_text(label, max(1.4, 0.7 * figure.get_figheight() - 0.7), 9, most=6)
     bar.set_label(escape_dollars("\n".join(lines)), fontsize=9, color=INK)
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
     bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

@@ -101,7 +101,7 @@ def _panel_sizes(grids: Sequence[pd.DataFrame]) -> list[tuple[float, float]]:
     for grid in grids:
         n_rows, n_columns = grid.shape
         width = min(MOST_WIDTH / len(grids), max(LEAST_SIDE, CELL_WIDTH * n_columns))
-        sizes.append((width, min(MOST_HEIGHT, max(1.2, CELL_HEIGHT * n_rows))))
+        sizes.append((width, min(MOST_HEIGHT, max(2.0, CELL_HEIGHT * n_rows))))
     return sizes
 
 
@@ -263,8 +263,9 @@ def interval_lines(
         if name in coloured:
             look = {"lw": 1.8, "ms": 4, **style.line_style(coloured.index(name))}
             look["label"] = _series_label(series, name)
-            _draw_spread(axes, line, points_of.get(name), x, value, look["color"])
         axes.plot(line[x], line[value].replace([np.inf, -np.inf], np.nan), **look)
+        if name in coloured:
+            _draw_spread(axes, line, points_of.get(name), x, value, look["color"])
         _mark_infinite(axes, line[x], line[value], look["color"])
     if len(coloured) < len(lines):
         axes.plot([], [], color=MUTED, lw=0.6, label=f"the other {len(lines) - len(coloured)}")

@@ -15,11 +15,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..errors import BadHook
+from ..figures.style import DPI
 from ..files.atomic import format_csv
 from .typesetting import as_json, as_latex, as_markdown, escape_markdown
 
 MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
-DPI = 120  # 1,300 pixels for a figure as wide as a page
 FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
     "json": as_json,
     "md": as_markdown,

@@ -116,7 +116,7 @@ def test_a_report_without_its_page_is_written_again_and_a_changed_file_is_not(tm
 def test_a_figure_is_a_png_of_256_colours_that_nobody_tells_from_the_drawing():
     figure = drawn()
     full = io.BytesIO()
-    figure.savefig(full, format="png", dpi=120)
+    figure.savefig(full, format="png", dpi=150)
     data = part_files(Part(figure, "map"))["map.png"]
     image = Image.open(io.BytesIO(data))
     assert image.mode == "P" and len(data) < 0.7 * len(full.getvalue())
