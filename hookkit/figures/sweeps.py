@@ -254,7 +254,7 @@ def interval_lines(
     if "row" in summary.columns and "n" not in summary.columns:
         means = _mean_over_prompts(summary, x, series, value)
         points_of = _split_by(summary, series)
-    lines = _split_by(means, series)
+    lines, tokens = _split_by(means, series), style.tokens_of(summary)
     coloured = _reach_farthest(lines, value)
     figure, axes = style.new_figure(8.6, _height_for(len(coloured) + 3))
     for name, line in lines.items():
@@ -262,7 +262,7 @@ def interval_lines(
         look: dict[str, Any] = {"color": MUTED, "lw": 0.6, "alpha": 0.5}
         if name in coloured:
             look = {"lw": 1.8, "ms": 4, **style.line_style(coloured.index(name))}
-            look["label"] = _series_label(series, name)
+            look["label"] = _series_label(series, name, tokens)
         axes.plot(line[x], line[value].replace([np.inf, -np.inf], np.nan), **look)
         if name in coloured:
             _draw_spread(axes, line, points_of.get(name), x, value, look["color"])
@@ -270,9 +270,13 @@ def interval_lines(
     if len(coloured) < len(lines):
         axes.plot([], [], color=MUTED, lw=0.6, label=f"the other {len(lines) - len(coloured)}")
     axes.axhline(0, color=MUTED, lw=0.8)
-    _label_x(axes, means[x], style.tokens_of(summary))
+    _label_x(axes, means[x], tokens)
     axes.set_ylabel(describe_column(value))
-    style.add_legend(axes)
+    legend = style.add_legend(axes)
+    if legend is not None and series not in (None, "control"):
+        legend.set_title(short_label(describe_column(str(series)), 2.0))
+        legend.get_title().set(fontsize=8.5, color=INK)
+        legend.set_alignment("left")
     words = f"{style.column_title(value)} by {describe_column(x)}{_describe_mean(means, {})}"
     return apply_style(figure, title or words, prompt)
 
@@ -358,13 +362,15 @@ def _draw_spread(
         axes.fill_between(line[x], low, high, color=colour, alpha=0.2, lw=0)
 
 
-def _series_label(series: str | None, name: Any) -> str:
+def _series_label(series: str | None, name: Any, tokens: Sequence[str]) -> str:
     if series is None:
         return ""
     if series == "control":
         return ("edit", "control")[bool(name)]
     if isinstance(name, float) and name.is_integer():
-        return str(int(name))
+        name = int(name)
+    if series == "pos" and isinstance(name, int | np.integer) and name < len(tokens):
+        return f"{style.shorten(tokens[int(name)], 1.8)}  {name}"
     return str(name)
 
 
