@@ -111,8 +111,8 @@ def make(lm: hk.LM, site: str, results: hk.types.Record) -> dict[str, hk.Vector]
     vectors = {
         "mean difference": hk.mean_difference(lm, HAPPY, UNHAPPY, site)[0],
         "principal": hk.principal_direction(lm, HAPPY, UNHAPPY, site)[0],
-        "learnt from words": hk.fit_vector(lm, site, OPENINGS, hk.metrics.logit_diff(*SEEN), **fit),
-        "learnt from texts": hk.fit_vector(lm, site, OPENINGS, ENDINGS * 6, **fit),
+        "learnt from words": hk.fit_vector(lm, OPENINGS, hk.metrics.logit_diff(*SEEN), site, **fit),
+        "learnt from texts": hk.fit_vector(lm, OPENINGS, ENDINGS * 6, site, **fit),
     }
     for name, curve in [
         (name, v.about["curve"]) for name, v in vectors.items() if v.method == "learnt"

@@ -31,7 +31,6 @@ from .hooks.logit_shifts import restrict as restrict
 from .hooks.logit_shifts import set_rank as set_rank
 from .hooks.logit_shifts import swap as swap
 from .hooks.logits import force as force
-from .hooks.logits import phrase as phrase
 from .hooks.text import format_hook as format_hook
 from .hooks.text import load_hooks as load_hooks
 from .hooks.text import parse_hook as parse_hook
@@ -55,6 +54,7 @@ from .models.positions import PROMPT as PROMPT
 from .models.positions import at as at
 from .models.sites import Site as Site
 from .models.sites import module as module
+from .models.words import word as word
 from .reports.diff.model_diff import model_diff as model_diff
 from .reports.page import report as report
 from .reports.record import record as record

@@ -301,7 +301,7 @@ HOW_TO_GET = {
     "Condition": "a condition, such as hk.when.entropy_above(2.0)",
     "At": "hk.at('text')",
     "Span": "a slice",
-    "Phrase": "hk.phrase('text')",
+    "Word": "hk.word('coffee')",
 }
 MODEL_FIRST = "; the model comes first, then the prompts"
 MISTAKES = (  # a kind, a type or an attribute of values that are passed by mistake, and what to do
@@ -327,7 +327,13 @@ def kinds_of(annotation: Any) -> list[Kind] | None:
         return [Kind("a function", callable)]
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return [Kind("a mapping, such as a dict", lambda value: isinstance(value, Mapping))]
+    if isinstance(annotation, str):
+        return [Kind(HOW_TO_GET[annotation], functools.partial(_has_type_name, annotation))]
     return _kinds_of_class(origin or annotation)
+
+
+def _has_type_name(name: str, value: object) -> bool:
+    return name in [kind.__name__ for kind in type(value).__mro__]
 
 
 def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
@@ -517,15 +523,16 @@ def _read_keywords(signature: inspect.Signature, settings: Any) -> tuple[list[st
 
 
 def _evaluate(annotation: Any, names: dict[str, Any]) -> Any:
-    """Returns the type that an annotation names. It is `Any` if its module is not imported.
+    """Returns the type that an annotation names.
 
-    The value of an alias may be a text too.
+    The value of an alias may be a text too. If the module of the type is not imported, it is the
+    name of the type where `HOW_TO_GET` has it, and else `Any`.
     """
     while isinstance(annotation, str):
         try:
             annotation = eval(annotation, names)
         except (NameError, AttributeError, TypeError):
-            return Any
+            return annotation if annotation in HOW_TO_GET else Any
     return annotation
 
 

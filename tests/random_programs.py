@@ -144,7 +144,7 @@ def _knockout(act: Act, where: str) -> str:
 def _of_tokens(act: Act) -> str:
     """What a verb that names tokens is given."""
     values, where = act.values, _where(act)
-    tokens, phrase = values["tokens"], f"hk.phrase({values['tokens']})"
+    tokens, phrase = values["tokens"], f"hk.word({values['tokens']})"
     if act.verb == "force" and len(tokens) > 1:
         rows = "" if act.rows is None else f", rows={act.rows}"
         where = f", step={values['start']}{rows}"

@@ -1,5 +1,6 @@
 """One reader for each kind of argument: hooks are checked however they are made, and an error's offers are accepted."""
 
+import inspect
 import itertools
 import json
 import random
@@ -36,12 +37,12 @@ SPOILED = [
     (hk.force(7), {"sites": {"$sites": ["logits", "logits"]}}),
     (hk.force(7), {"sites": None}),
     (hk.force(7), {"when": 5}),
-    (hk.force(hk.phrase([7, 8])), {"where": {**WHERE, "step": None, "pos": 1}}),
+    (hk.force(hk.word([7, 8])), {"where": {**WHERE, "step": None, "pos": 1}}),
     (hk.ban(5), {"tokens": []}),
     (hk.ban(5), {"tokens": [5.5]}),
     (hk.ban(5), {"tokens": 5.5}),
-    (hk.restrict(5), {"tokens": [{"$value": "Phrase", "words": "tea"}]}),
-    (hk.restrict(5), {"tokens": [{"$value": "Phrase", "words": ""}]}),
+    (hk.restrict(5), {"tokens": [{"$value": "Word", "text": "tea", "exact": "no"}]}),
+    (hk.restrict(5), {"tokens": [{"$value": "Word", "text": ""}]}),
     (hk.boost(5, by=1.0), {"by": NAN}),
     (hk.boost(5, by=1.0), {"by": [1.0, 2.0]}),
     (hk.cap(5, prob=0.5), {"prob": 1.5}),
@@ -146,7 +147,7 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
     hooks = [
         hk.capture("z.1", dtype="float16"), hk.steer("resid_post.1", ONES), hk.scale("z.1", 2.0),
         hk.project_out("resid_post.1", ONES), hk.skip_block(1), hk.ablate("z.1", to="mean", over=["tea"]),
-        hk.patch("z.1", run), hk.knockout(1, key=hk.at("tea")), hk.force(hk.phrase([7, 8])), hk.ban(" tea", 5),
+        hk.patch("z.1", run), hk.knockout(1, key=hk.at("tea")), hk.force(hk.word([7, 8])), hk.ban(" tea", 5),
         hk.restrict(5), hk.boost(by={5: 1.0, 6: 2.0}), hk.cap(5, prob=0.5), hk.swap(5, 6), hk.set_rank(5, 3),
     ]  # fmt: skip
     grid = {"layer": [1]}
@@ -234,3 +235,138 @@ def test_a_list_has_a_token_for_each_prompt_and_a_tuple_as_long_as_the_batch_is_
         assert torch.allclose(several(run), means, atol=1e-5)
     with pytest.raises(hk.errors.HookkitError, match=r"list\(answers\)"):
         hk.metrics.logit_diff(tuple(pairs.answers), tuple(pairs.wrong))(run)
+
+
+def test_a_continuation_as_long_as_the_batch_is_refused(llama):
+    run_of = hk.metrics.loss((5, 6))
+    with pytest.raises(hk.errors.BadHook, match=r"one token after each prompt, or all of them"):
+        run_of.prepare(llama, 2)
+    assert run_of.prepare(llama, 3) == [(5, 6)] * 3
+    assert hk.metrics.loss([(5, 6), (7, 8)]).prepare(llama, 2) == [(5, 6), (7, 8)]
+
+
+# ---- the subject of a function: a model, a run or a table
+
+
+MODULES = (hk, hk.metrics, hk.figures, hk.stats, hk.results, hk.datasets, hk.when)
+NEEDS = {
+    # the annotation of the first parameter, and what the message says is needed
+    "LM": "a model as an LM",
+    "LM | nn.Module": "a model as an LM",
+    "Run": "a run: hk.forward",
+    "pd.DataFrame": "a pandas table",
+    "Run | pd.DataFrame": "a run: hk.forward",
+}
+
+
+def functions_by_subject() -> dict[str, list]:
+    """Every public function that has a model, a run or a table as its first argument."""
+    found: dict[str, list] = {}
+    for module in MODULES:
+        for name in dir(module):
+            function = getattr(module, name)
+            if not inspect.isfunction(function):
+                continue
+            parameters = list(inspect.signature(function).parameters.values())
+            kind = parameters[0].annotation if parameters else None
+            kind = getattr(kind, "__name__", kind)
+            if kind in NEEDS:
+                found.setdefault(kind, []).append(function)
+    return found
+
+
+FUNCTIONS = [
+    pytest.param(kind, function, id=f"{function.__module__}.{function.__name__}")
+    for kind, functions in functions_by_subject().items()
+    for function in functions
+]
+
+
+@pytest.fixture(scope="module")
+def subjects(small_tokenizer):
+    lm = hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": len(small_tokenizer)})
+    run = hk.forward(lm, "I like oat milk")
+    return {
+        "lm": lm,
+        "run": run,
+        "table": hk.ranks(run),
+        "model": lm.model,
+        "tokenizer": lm.tokenizer,
+        "hook": hk.ban(5),
+        "text": "I like oat milk",
+        "texts": ["I like oat milk"],
+        "none": None,
+        "tensor": torch.ones(3),
+    }
+
+
+FITTING = {  # the subjects that are right
+    "LM": {"lm"},
+    "LM | nn.Module": {"lm", "model"},
+    "Run": {"run"},
+    "pd.DataFrame": {"table"},
+    "Run | pd.DataFrame": {"run", "table"},
+}
+
+
+def called_with(function, value, second=None):
+    """Calls a function with this first argument, and None or `second` for the others."""
+    parameters = list(inspect.signature(function).parameters.values())
+    required = [one for one in parameters[1:] if one.default is one.empty]
+    positional = [one for one in required if one.kind is one.POSITIONAL_OR_KEYWORD]
+    named = {one.name: None for one in required if one.kind is one.KEYWORD_ONLY}
+    others = [None] * len(positional)
+    if others:
+        others[0] = second
+    return function(value, *others, **named)
+
+
+@pytest.mark.parametrize(("kind", "function"), FUNCTIONS)
+def test_a_function_with_another_subject_says_which_it_needs(subjects, kind, function):
+    for name, value in subjects.items():
+        if name in FITTING[kind]:
+            continue
+        with pytest.raises(hk.errors.HookkitError) as caught:
+            called_with(function, value)
+        message = str(caught.value)
+        assert NEEDS[kind] in message, (name, message)
+        assert len(message) < 300, (name, message)
+        if kind == "LM" and name in ("text", "texts", "run"):
+            assert "the model comes first" in message, (name, message)
+        if kind == "Run" and name == "table":
+            assert "not a table" in message, message
+        if kind == "pd.DataFrame" and name == "run":
+            assert "not a run" in message, message
+
+
+@pytest.mark.parametrize(("kind", "function"), FUNCTIONS)
+def test_a_model_and_prompts_that_change_places_are_recognised(subjects, kind, function):
+    if kind != "LM":
+        pytest.skip("a function of models")
+    with pytest.raises(hk.errors.HookkitError, match="the model comes first"):
+        called_with(function, "I like oat milk", second=subjects["lm"])
+
+
+def test_functions_of_a_model_take_it_first_and_then_the_prompts():
+    """A run, a table or a model is the first argument wherever a function takes one."""
+    misplaced = []
+    for module in MODULES:
+        for name in dir(module):
+            function = getattr(module, name)
+            if not inspect.isfunction(function):
+                continue
+            parameters = inspect.signature(function).parameters.values()
+            kinds = [getattr(one.annotation, "__name__", one.annotation) for one in parameters]
+            positions = {kind: kinds.index(kind) for kind in NEEDS if kind in kinds}
+            prompts = [number for number, kind in enumerate(kinds) if kind == "Prompts"]
+            if positions.get("LM", 0) > 0 or positions.get("Run", 0) > 0:
+                misplaced.append(name)
+            if positions.get("pd.DataFrame", 0) > 0:
+                misplaced.append(name)
+            if prompts and ("LM" not in positions or prompts[0] > 2):
+                misplaced.append(name)
+    allowed = {"parse_hook", "load_hooks"}  # the model is an optional keyword there
+    assert set(misplaced) <= allowed
+    subjects = functions_by_subject()
+    assert len(subjects["LM"]) > 30 and len(subjects["Run"]) > 8
+    assert len(subjects["pd.DataFrame"]) > 15

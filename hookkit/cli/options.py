@@ -21,6 +21,7 @@ from ..files.untrusted import decode_text, error_message, read_hook_list, read_t
 from .output import OutputOptions, show_status
 
 if TYPE_CHECKING:
+    from ..models.words import WordLike
     from ..runs.engines.ray import EngineLike
 
 MODEL_HELP = "A Hugging Face id, a folder or a .gguf file."
@@ -195,11 +196,15 @@ class HookedModelOptions(ModelOptions):
     force: Annotated[
         Texts,
         Option(
-            metavar="TOKEN", help="TOKEN at every step, or TOKEN@STEP; a phrase from that step on."
+            metavar="TOKEN", help="TOKEN at every step, or TOKEN@STEP; several from that step on."
         ),
     ] = None
     ban: Annotated[
-        Texts, Option(metavar="TOKEN", help="A token, or a phrase, that is never generated.")
+        Texts,
+        Option(
+            metavar="TOKEN",
+            help="A token, a text, or word:coffee in all spellings, never generated.",
+        ),
     ] = None
     boost: Annotated[
         Texts, Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable.")
@@ -233,7 +238,7 @@ class HookedModelOptions(ModelOptions):
         hooks = [] if self.hooks is None else hk.load_hooks(self.hooks, lm=lm)
         hooks += [hk.parse_hook(text, lm=lm) for text in self._texts()]
         for hook in hooks:
-            _note_phrases(lm, hook, output.note)
+            _note_texts(lm, hook, output.note)
         return lm, hooks, watched_ids
 
 
@@ -245,17 +250,17 @@ def _check_hooks(texts: list[str]) -> None:
         check_hook(text)
 
 
-def _note_phrases(lm: "hk.LM", hook: "hk.types.Hook", note: Callable[[str], None]) -> None:
-    """Notes a phrase that is one token with a space before it, which is what users often mean."""
-    for phrase in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
-        words = getattr(phrase, "words", None)  # None for a token
-        if not isinstance(words, str) or words.startswith(" "):
+def _note_texts(lm: "hk.LM", hook: "hk.types.Hook", note: Callable[[str], None]) -> None:
+    """Notes a text that is one token with a space before it, which is what users often mean."""
+    for token in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
+        text = token.text if getattr(token, "exact", False) else " "
+        if text.startswith(" "):
             continue
-        spaced = f" {words}"
+        spaced = f" {text}"
         with suppress(NotOneToken):
             lm.token(spaced)
             note(
-                f"{words!r} is {len(phrase.ids(lm))} tokens here, and taken as a phrase; "
+                f"{text!r} is {len(token.ids(lm))} tokens here, taken one after the other; "
                 f"{spaced!r} is one token"
             )
 
@@ -304,12 +309,11 @@ def parse_positions(text: str) -> Any:
     return slice(None) if positions is None else positions
 
 
-def parse_token(text: str) -> str | int:
-    """Returns the token of an option: a plain text, a text in quotes, or an id such as id(28)."""
+def parse_token(text: str) -> "WordLike":
+    """Returns the token of an option: a plain text, a text in quotes, id(28) or word:coffee."""
     from ..hooks.text_grammar import parse_bare_token
 
-    token: Any = parse_bare_token(text)
-    return token if isinstance(token, str | int) else text
+    return parse_bare_token(text)
 
 
 def optional_token_id(lm: "hk.LM", text: str | None) -> int | None:
@@ -318,8 +322,10 @@ def optional_token_id(lm: "hk.LM", text: str | None) -> int | None:
 
 
 def token_ids(lm: "hk.LM", tokens: list[str] | None) -> list[int]:
-    """Returns the ids of the tokens of an option, before anything runs."""
-    return [lm.token(parse_token(text)) for text in tokens or []]
+    """Returns the ids of the tokens and words of an option, before anything runs."""
+    from ..models import words
+
+    return words.token_ids(lm, map(parse_token, tokens or []))
 
 
 @dataclass(frozen=True)

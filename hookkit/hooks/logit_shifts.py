@@ -18,44 +18,55 @@ from torch import Tensor
 from ..arguments import as_integer, check_keywords, check_number, describe
 from ..errors import BadEdit, BadFile, BadHook, OutOfRange
 from ..files.untrusted import error_message, read_text
+from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike
 from ..models.sites import AnySite, as_sites
-from ..models.tokens import Token, check_tokens
+from ..models.tokens import Token
+from ..models.words import Word, WordEnds, WordLike, check_words
 from .base import Binding, Change, EditContext, as_where, set_field
-from .logits import LogitEdit, Phrase, fitted_number, next_above
+from .logits import LogitEdit, fitted_number, next_above
 from .when import Logits, When
 
 
 @dataclass(frozen=True)
-class TokensEdit(LogitEdit, bare=("tokens",)):
+class TokensEdit(LogitEdit, bare=("tokens",), takes_words=True):
     """A hook that changes the logits of any number of tokens."""
 
-    tokens: tuple[Token | Phrase, ...]
+    tokens: tuple[WordLike, ...]
 
 
 def flatten_tokens(
-    arguments: Iterable[Token | Phrase | Iterable[Token | Phrase]], verb: str
-) -> tuple[Token | Phrase, ...]:
+    arguments: Iterable[WordLike | Iterable[WordLike]], verb: str
+) -> tuple[WordLike, ...]:
     """Returns the tokens of a call, which were given one by one or in lists."""
-    tokens = (check_tokens(argument, verb, also=(Phrase,)) for argument in arguments)
+    tokens = (check_words(argument, verb) for argument in arguments)
     return tuple(itertools.chain.from_iterable(tokens))
 
 
 @dataclass(frozen=True)
-class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
+class Ban(TokensEdit, verb="ban", takes_several=True, gives_infinity=True):
     """Makes tokens impossible. `ban` returns it."""
 
+    def ids_of_word(self, target: Word, lm: LM) -> list[int]:
+        return target.edited_ids(lm)
+
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
-        ids_of_tokens = [self.ids(token, binding.lm) for token in self.tokens]
-        banned = [ids[0] for ids in ids_of_tokens if len(ids) == 1]
-        phrases = [ids for ids in ids_of_tokens if len(ids) != 1]
+        lm = binding.lm
+        words = [token for token in self.tokens if isinstance(token, Word)]
+        rows_of_ids = [target.ids(lm) for target in words if not isinstance(target.text, str)]
+        word_ends = [WordEnds(lm, target) for target in words if isinstance(target.text, str)]
+        banned = [lm.token(token) for token in self.tokens if not isinstance(token, Word)]
+        banned += [ids[0] for ids in rows_of_ids if len(ids) == 1]
 
         def apply(logits: Logits, here: EditContext) -> Logits:
             new = logits.clone()
             new[..., banned] = -math.inf
-            for ids in phrases:
-                for row, column in _cells_before_last(ids, here):
-                    new[row, column, ids[-1]] = -math.inf
+            for ids in rows_of_ids:
+                if len(ids) > 1:
+                    for row, column in _cells_before_last(ids, here):
+                        new[row, column, ids[-1]] = -math.inf
+            for ends in word_ends:
+                _ban_completing_tokens(new, here, ends)
             if _leaves_no_token(new, here):
                 raise BadEdit(f"{self} leaves no token to choose at {here.site}")
             return new
@@ -63,13 +74,21 @@ class Ban(TokensEdit, verb="ban", takes_phrases=True, gives_infinity=True):
         return apply
 
 
+def _ban_completing_tokens(logits: Logits, here: EditContext, ends: WordEnds) -> None:
+    """Sets the logits of the tokens that complete a word to -inf, in place."""
+    for row, positions in enumerate(here.cells.row_positions):
+        for column, position in enumerate(positions):
+            tokens = ends.after(here.read(row, position, ends.n_read))
+            logits[row, column, tokens] = -math.inf
+
+
 def _leaves_no_token(logits: Logits, here: EditContext) -> bool:
     return bool(here.real_cells(logits.amax(dim=-1) == -math.inf).any())
 
 
-def _cells_before_last(phrase_ids: list[int], here: EditContext) -> list[tuple[int, int]]:
-    """Returns the cells whose next token would complete the phrase."""
-    start = phrase_ids[:-1]
+def _cells_before_last(ids: list[int], here: EditContext) -> list[tuple[int, int]]:
+    """Returns the cells whose next token would be the last of these, after the others."""
+    start = ids[:-1]
     cells = []
     for row, positions in enumerate(here.cells.row_positions):
         for column, position in enumerate(positions):
@@ -80,7 +99,7 @@ def _cells_before_last(phrase_ids: list[int], here: EditContext) -> list[tuple[i
 
 @check_keywords
 def ban(
-    *tokens: Token | Phrase | Iterable[Token | Phrase],
+    *tokens: WordLike | Iterable[WordLike],
     step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
@@ -89,11 +108,11 @@ def ban(
 ) -> Ban:
     """Sets the logits of these tokens to -inf: their probability is exactly 0.
 
-    The last token of a phrase is banned where the tokens before it, in the prompt or generated, are
-    the phrase's other tokens.
+    Of a word each token is banned that would complete it, in any spelling and with any tokens,
+    after the text so far, which begins with the prompt: see `hk.word`.
 
-    >>> print(ban(" coffee", " tea"))
-    ban(' coffee', ' tea')
+    >>> print(ban(" coffee", word("tea")))
+    ban(' coffee', word('tea'))
     """
     return Ban(as_sites(site), as_where(pos, rows, step), flatten_tokens(tokens, "ban"), when=when)
 
@@ -118,7 +137,7 @@ class Restrict(TokensEdit, verb="restrict", gives_infinity=True):
 
 @check_keywords
 def restrict(
-    *tokens: Token | Iterable[Token],
+    *tokens: WordLike | Iterable[WordLike],
     step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
@@ -152,6 +171,14 @@ class Boost(TokensEdit, verb="boost"):
         names = [f"by[{token!r}]" for token in self.tokens]
         set_field(self, "by", tuple(map(check_number, self.by, names)))
 
+    def _amounts(self, lm: LM) -> list[float]:
+        """Returns the amount for each token id; all spellings of a word have one amount."""
+        given = self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)
+        amounts: list[float] = []
+        for token, amount in zip(self.tokens, given, strict=True):
+            amounts += [amount] * len(self.ids(token, lm))
+        return amounts
+
     def __str__(self) -> str:
         if not isinstance(self.by, tuple):
             return super().__str__()
@@ -162,7 +189,7 @@ class Boost(TokensEdit, verb="boost"):
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
         _check_once(tokens, self)
-        amounts = self.by if isinstance(self.by, tuple) else (self.by,) * len(tokens)
+        amounts = self._amounts(binding.lm)
 
         def apply(logits: Logits, here: EditContext) -> Logits:
             fitted = [fitted_number(amount, logits.dtype, "by") for amount in amounts]
@@ -185,8 +212,8 @@ class Boost(TokensEdit, verb="boost"):
 
 @check_keywords
 def boost(
-    *tokens: Token | Iterable[Token],
-    by: float | Mapping[Token, float] | str | PathLike[str],
+    *tokens: WordLike | Iterable[WordLike],
+    by: float | Mapping[WordLike, float] | str | PathLike[str],
     step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
@@ -212,7 +239,7 @@ def boost(
     return Boost(as_sites(site), as_where(pos, rows, step), selected, amounts, when=when)
 
 
-def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
+def _read_amounts(path: str | PathLike[str]) -> dict[WordLike, float]:
     """Reads the amount for each token from a CSV file. Leading spaces of tokens are kept."""
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
@@ -231,7 +258,7 @@ def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
     try:
         amounts = [float(row["by"]) for row in rows]
         if "token_id" in columns:
-            tokens: list[Token] = [int(row["token_id"]) for row in rows]
+            tokens: list[WordLike] = [int(row["token_id"]) for row in rows]
         else:
             tokens = [row["token"] for row in rows]
     except (TypeError, ValueError) as error:
@@ -240,7 +267,7 @@ def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
     return dict(zip(tokens, amounts, strict=True))
 
 
-def _check_once(tokens: Sequence[Token], source: object) -> None:
+def _check_once(tokens: Sequence[WordLike], source: object) -> None:
     """Raises `BadHook` for a token that is named twice, since its amount would be unclear."""
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
@@ -298,7 +325,7 @@ class Cap(TokensEdit, verb="cap"):
 
 @check_keywords
 def cap(
-    *tokens: Token | Iterable[Token],
+    *tokens: WordLike | Iterable[WordLike],
     logit: float | None = None,
     prob: float | None = None,
     step: IndicesLike = None,

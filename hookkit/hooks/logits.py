@@ -1,4 +1,4 @@
-"""The base of all hooks on logits, phrases, and `force`, whose token `generate` takes.
+"""The base of all hooks on logits, and `force`, whose token `generate` takes.
 
 Logit edits act on the logits that the model returns, after any soft-cap or scaling, and before the
 decoding rules of `generate`. By default they act at the prompt's last position and at every
@@ -27,10 +27,11 @@ from ..models.batch_positions import DecidedToken, SequenceBatch
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where
 from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, as_sites
-from ..models.tokens import Token, check_token, check_tokens
+from ..models.tokens import check_token
+from ..models.words import Word, WordLike, check_words
 from .base import EVERY_STEP, Binding, Change, EditContext, EditHook, as_tuple, as_where, set_field
 from .values import overflow_message
-from .when import Condition, Logits, When, bind_condition, phrase_offsets
+from .when import Condition, Logits, When, bind_condition, offsets_of_tokens
 
 Scores: TypeAlias = Float[Tensor, "row vocab"]
 
@@ -39,53 +40,13 @@ ALLOWED_TOKENS = "prefix_allowed_tokens_fn"  # the argument of `generate` with a
 
 
 @dataclass(frozen=True)
-class Phrase:
-    """Tokens in a row, as a text or as ids. `phrase` returns it."""
-
-    words: str | tuple[Token, ...]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.words, str):
-            set_field(self, "words", str(self.words))
-        else:
-            set_field(self, "words", check_tokens(self.words, "phrase"))
-        if not self.words:
-            raise BadHook("phrase() has no token: give a text, or tokens")
-
-    def __repr__(self) -> str:
-        words = self.words if isinstance(self.words, str) else list(self.words)
-        return f"phrase({words!r})"
-
-    def ids(self, lm: LM) -> list[int]:
-        """Returns the ids of its tokens in this model's vocabulary."""
-        if not isinstance(self.words, str):
-            return [lm.token(token) for token in self.words]
-        if lm.tokenizer is None:
-            raise NotOneToken(
-                f"{self!r} is text, and this model came without a tokenizer: give token ids"
-            )
-        return lm.continuation(self.words)
-
-
-@check_keywords
-def phrase(words: str | Sequence[Token]) -> Phrase:
-    """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens.
-
-    A text in the middle of a line usually begins with a space.
-
-    >>> phrase(" a cup of tea")
-    phrase(' a cup of tea')
-    """
-    return Phrase(words)  # pyright: ignore[reportArgumentType]
-
-
-@dataclass(frozen=True)
 class LogitEdit(EditHook):
     """A hook that changes logits, everywhere or where a condition holds."""
 
     when: When | None = field(default=None, kw_only=True)
 
-    takes_phrases: ClassVar[bool] = False
+    takes_words: ClassVar[bool] = False
+    takes_several: ClassVar[bool] = False  # tokens in a row
     takes_step: ClassVar[bool] = True
 
     @property
@@ -115,17 +76,28 @@ class LogitEdit(EditHook):
 
     def _read_tokens(self, value: object) -> object:
         """Returns the token or the tuple of tokens of a field, normalized."""
-        tokens = check_tokens(value, self.verb, also=(Phrase,))
+        tokens = check_words(value, self.verb)
         if not tokens:
             raise BadHook(f"{self.verb}() names no token: give at least one, as text or id")
-        phrases = [token for token in tokens if isinstance(token, Phrase)]
-        if phrases and not self.takes_phrases:
-            raise BadHook(
-                f"{phrases[0]!r} is several tokens, and one is meant: phrases are for force and ban"
-            )
+        for token in tokens:
+            if isinstance(token, Word):
+                self._check_word(token)
         if isinstance(value, tuple):
             return tokens
-        return value if isinstance(value, Phrase) else check_token(value, self.verb)
+        return value if isinstance(value, Word) else check_token(value, self.verb)
+
+    def _check_word(self, target: Word) -> None:
+        is_row = not isinstance(target.text, str) and len(target.text) > 1
+        if is_row and not self.takes_several:
+            raise BadHook(
+                f"{target!r} is several tokens in a row, and {self.verb} means single ones: only "
+                "force and ban take several in a row"
+            )
+        if not self.takes_words:
+            raise BadHook(
+                f"{target!r} has several spellings, and {self.verb} means one token: give the "
+                "token itself, such as ' coffee'"
+            )
 
     @property
     def mixes_positions(self) -> bool:
@@ -139,17 +111,21 @@ class LogitEdit(EditHook):
                 ids += self.ids(token, lm)
         return ids
 
-    def ids(self, token: Token | Phrase, lm: LM) -> list[int]:
-        """Returns the id of a token, or the ids of a phrase."""
-        if isinstance(token, Phrase):
-            return token.ids(lm)
+    def ids(self, token: WordLike, lm: LM) -> list[int]:
+        """Returns the id of a token, or the ids by which the hook means a word."""
+        if isinstance(token, Word):
+            return self.ids_of_word(token, lm)
         try:
             return [lm.token(token)]
         except NotOneToken as error:
-            if not self.takes_phrases:
+            if not self.takes_several:
                 raise
-            advice = "For several tokens in a row, say hk.phrase(text)."
+            advice = "For several tokens in a row, say hk.word(text, exact=True)."
             raise NotOneToken(f"{error} {advice}") from None
+
+    def ids_of_word(self, target: Word, lm: LM) -> list[int]:
+        """Returns the ids of the spellings that are one token."""
+        return target.token_ids(lm)
 
     def change(self, binding: Binding) -> Change:
         tokens = self.named(binding.lm)
@@ -181,10 +157,10 @@ def check_inside(logits: Logits, here: EditContext, tokens: Sequence[int]) -> No
 
 
 @dataclass(frozen=True)
-class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
-    """Makes a token win, or the tokens of a phrase one after the other. `force` returns it."""
+class Force(LogitEdit, verb="force", bare=("token",), takes_words=True, takes_several=True):
+    """Makes a token win, or the tokens of a word one after the other. `force` returns it."""
 
-    token: Token | Phrase
+    token: WordLike
     margin: float | None = None
 
     def check(self) -> None:
@@ -197,7 +173,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
             set_field(self, "margin", float(self.margin))
         step = self.where.step
         is_span = isinstance(step, Span) and step != EVERY_STEP
-        if isinstance(self.token, Phrase) and (self.where.pos is not None or is_span):
+        if isinstance(self.token, Word) and (self.where.pos is not None or is_span):
             raise BadHook(
                 f"{self.token!r} is written from a step on: say step=3, or the steps at which it "
                 "begins, step=[3, 20]"
@@ -213,9 +189,9 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
         return self.margin is None
 
     def placed(self, lm: LM) -> Where:
-        """A phrase that begins at step 3 acts at steps 3, 4 … until its last token."""
+        """A word that begins at step 3 acts at steps 3, 4 … until its last token."""
         waits_for_condition = self.when is not None and self.where.step == EVERY_STEP
-        if not isinstance(self.token, Phrase) or waits_for_condition:
+        if not isinstance(self.token, Word) or waits_for_condition:
             return self.where
         starts, length = self._starts(), len(self.token.ids(lm))
         steps: set[int] = set()
@@ -227,6 +203,9 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
             )
         return replace(self.where, step=tuple(sorted(steps)))
 
+    def ids_of_word(self, target: Word, lm: LM) -> list[int]:
+        return target.ids(lm)
+
     def _starts(self) -> list[int]:
         """Returns the steps at which the phrase begins."""
         step = self.where.step
@@ -235,19 +214,19 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
         return list(as_tuple(step))
 
     def change(self, binding: Binding) -> Change:
-        if self.when is None or not isinstance(self.token, Phrase):
+        if self.when is None or not isinstance(self.token, Word):
             return super().change(binding)
-        # where the condition holds, the phrase begins; it continues where it no longer holds
+        # where the condition holds, the word begins; it continues where it no longer holds
         ids = self.token.ids(binding.lm)
         steps = None if self.where.step == EVERY_STEP else self._starts()
-        offsets = phrase_offsets(len(ids), bind_condition(self.when, binding.lm), steps)
+        offsets = offsets_of_tokens(len(ids), bind_condition(self.when, binding.lm), steps)
         return lambda logits, here: self._write(logits, here, ids, offsets(logits, here))
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
         starts = torch.tensor(self._starts())
 
         def apply(logits: Logits, here: EditContext) -> Logits:
-            if isinstance(self.token, Phrase):
+            if isinstance(self.token, Word):
                 since = here.steps[..., None] - starts
                 offsets = torch.where((since >= 0) & (since < len(tokens)), since, -1).amax(dim=-1)
             else:
@@ -259,7 +238,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
     def _write(
         self, logits: Logits, here: EditContext, ids: list[int], offsets: Int[Tensor, "row pos"]
     ) -> Logits:
-        """Puts the phrase's token at each offset first; leaves the logits where it is negative."""
+        """Puts the token at each offset first; leaves the logits where it is negative."""
         check_inside(logits, here, ids)
         offsets = offsets.to(logits.device)
         tokens = torch.tensor(ids, device=logits.device)[offsets.clamp(min=0)]
@@ -317,7 +296,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_phrases=True):
 
 @check_keywords
 def force(
-    token: Token | Phrase,
+    token: WordLike,
     *,
     margin: float | None = None,
     step: IndicesLike = None,
@@ -339,14 +318,15 @@ def force(
     `margin=math.inf` sets all other logits to -inf. The token is always strictly first: where the
     dtype rounds the margin away, its logit is the next larger number.
 
-    A phrase is written one token a step, beginning at `step` (0 by default; at each of several
-    steps it begins again). With `when` it begins at each step (of `step`, if given) where the
+    A word is written one token a step, beginning at `step` (0 by default; at each of several
+    steps it begins again): hk.word(" a cup of tea", exact=True), or hk.word("tea"), which writes
+    " tea". With `when` it begins at each step (of `step`, if given) where the
     condition holds and it is not being written already.
 
     >>> print(force(" coffee"))
     force(' coffee')
-    >>> print(force(phrase(" a cup of tea"), when=entropy_above(3.0)))
-    force(phrase(' a cup of tea'), when=entropy_above(3.0))
+    >>> print(force(word(" a cup", exact=True), when=entropy_above(3.0)))
+    force(word(' a cup', exact=True), when=entropy_above(3.0))
     """
     return Force(as_sites(site), as_where(pos, rows, step), token, margin, when=when)
 

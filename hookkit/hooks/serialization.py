@@ -55,7 +55,7 @@ VALUE_TYPES: dict[str, str] = {
     "FromPrompt": "hookkit.hooks.values:FromPrompt",
     "Reference": "hookkit.hooks.values:Reference",
     "Condition": "hookkit.hooks.when:Condition",
-    "Phrase": "hookkit.hooks.logits:Phrase",
+    "Word": "hookkit.models.words:Word",
 }
 
 

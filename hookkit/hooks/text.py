@@ -18,12 +18,13 @@ from ..arguments import check_arguments, shorten
 from ..errors import BadFile, BadHook, HookkitError, NotOneToken, did_you_mean
 from ..files.untrusted import MAX_MESSAGE, read_hook_list
 from ..models.lm import LM
+from ..models.words import Word
 from .ablation import Ablate, Patch, ablate, patch
 from .base import Hook, as_tuple
 from .capture import Capture, capture
 from .edits import Knockout, Scale, SkipBlock, knockout, project_out, scale, skip_block, steer
 from .logit_shifts import Boost, SetRank, ban, boost, cap, restrict, set_rank, swap
-from .logits import LogitEdit, Phrase, force, phrase
+from .logits import LogitEdit, force
 from .text_grammar import Spelling, parse_amount, parse_parts, parse_sites, parse_token, split
 from .values import FromPrompt, Reference
 from .vector import Vector, load_vector
@@ -230,13 +231,13 @@ def _parse_patch(spelling: Spelling, lm: LM | None) -> Hook:
     return patch(sites, prompt, **spelling.settings)
 
 
-def _as_phrase(token: Any, lm: LM | None) -> Any:
-    """Returns a phrase for a text of several tokens, if there is a model to tokenize it."""
+def _as_exact_text(token: Any, lm: LM | None) -> Any:
+    """Returns a `Word` for a text of several tokens, if there is a model to tokenize it."""
     if isinstance(token, str) and lm is not None and lm.tokenizer is not None:
         try:
             lm.token(token)
         except NotOneToken:
-            return phrase(token)
+            return Word(token, exact=True)
     return token
 
 
@@ -244,7 +245,7 @@ def _parse_tokens(function: Callable[..., Hook], spelling: Spelling, lm: LM | No
     texts = [spelling.what] if spelling.verb == "force" else split(spelling.what)
     tokens = [parse_token(text, spelling) for text in texts]
     if spelling.verb in ("force", "ban"):
-        tokens = [_as_phrase(token, lm) for token in tokens]
+        tokens = [_as_exact_text(token, lm) for token in tokens]
     if spelling.verb == "swap" and len(tokens) != 2:
         raise BadHook(
             f"{spelling.text!r} names {len(tokens)} tokens, and two change places: write "
@@ -369,8 +370,8 @@ def _format_settings(settings: dict[str, Any]) -> str:
 
 
 def format_token(token: Any) -> str:
-    """Returns a token in the grammar: bare, in quotes, by its id, or as a phrase."""
-    if isinstance(token, Phrase):
+    """Returns a token in the grammar: bare, in quotes, by its id, or as a word."""
+    if isinstance(token, Word):
         return repr(token)
     if isinstance(token, int):
         return f"id({token})"

@@ -2,7 +2,7 @@
 
 `parse_parts` splits a text into a `Spelling`; WHAT holds sites or tokens, WHERE a position or step
 and settings. Values are numbers, texts, lists, slices, and calls such as at('store'). Conditions
-and phrases are imported where a text has one, so that positions are read without torch.
+are imported where a text has one, so that positions are read without torch.
 """
 
 import ast
@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import shorten
 from ..errors import BadHook
-from ..models import positions
+from ..models import positions, words
 
 if TYPE_CHECKING:
-    from ..models.tokens import Token
-    from .logits import Phrase
+    from ..models.words import WordLike
 
 CONDITIONS = (
     "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of", "prob_of",
@@ -146,15 +145,15 @@ def _evaluate(node: ast.expr) -> Any:
             return list(map(_evaluate, node.elts))
         case ast.Name(id=name) if name in NAMES:
             return NAMES[name]
-        case ast.Call(func=ast.Name(id=name)) if name in ("at", "phrase", *CONDITIONS):
+        case ast.Call(func=ast.Name(id=name)) if name in ("at", "word", *CONDITIONS):
             return _call(name, node)
     raise _NoValueError
 
 
 def _call(name: str, node: ast.Call) -> Any:
     module: Any = positions
-    if name == "phrase":
-        from . import logits as module
+    if name == "word":
+        module = words
     elif name in CONDITIONS:
         from . import when as module
     keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
@@ -202,7 +201,7 @@ def parse_sites(spelling: Spelling) -> tuple[list[str], str]:
     return list(map(str.strip, sites.split(","))), after
 
 
-def parse_token(text: str, spelling: Spelling) -> "Token | Phrase":
+def parse_token(text: str, spelling: Spelling) -> "WordLike":
     """Returns a token of WHAT. Raises `BadHook` for an empty text."""
     if not text:
         raise BadHook(
@@ -212,12 +211,18 @@ def parse_token(text: str, spelling: Spelling) -> "Token | Phrase":
     return parse_bare_token(text)
 
 
-def parse_bare_token(text: str) -> "Token | Phrase":
-    """Returns a token: the text itself with its leading space, '…', id(28) or phrase('…')."""
+def parse_bare_token(text: str) -> "WordLike":
+    """Returns a token or a word.
+
+    A token is the text itself with its leading space, '…' or id(28). A word is word:coffee, or
+    word('coffee', plural=True).
+    """
     bare = text.strip()
     if match := re.fullmatch(r"id\((\d{1,18})\)", bare):
         return int(match[1])
-    if bare.startswith(("'", '"', "phrase(")):
+    if bare.startswith("word:"):
+        return words.word(bare.removeprefix("word:").strip())
+    if bare.startswith(("'", '"', "word(")):
         with suppress(_NoValueError):
             value = _parse_value(bare)
             if value and not isinstance(value, list):

@@ -216,12 +216,12 @@ def _of(quantity: str, token: Token, at_most: float | None, at_least: float | No
     raise BadHook(f"{quantity}_of({token!r}) needs one limit: at_most= or at_least=")
 
 
-def phrase_offsets(
+def offsets_of_tokens(
     length: int, condition: BoundCondition, steps: Sequence[int] | None
 ) -> Callable[[Logits, EditContext], Int[Tensor, "row pos"]]:
-    """Returns the function that says which token of a phrase is due at each cell; -1 for none.
+    """Returns the function that says which of several tokens is due at each cell; -1 for none.
 
-    The phrase begins where the condition holds, at any step or at one of `steps`. The function owns
+    They begin where the condition holds, at any step or at one of `steps`. The function owns
     the offsets for each text, by model row and step. The steps of a row are requested in order; a
     repeated request (without a cache) has the same answer.
     """
@@ -237,7 +237,7 @@ def phrase_offsets(
     def offsets(logits: Logits, here: EditContext) -> Int[Tensor, "row pos"]:
         if here.cells.text.beams > 1:
             raise Unsupported(
-                "a phrase that begins when a condition holds has no place in beam search, which "
+                "a word that begins when a condition holds has no place in beam search, which "
                 "goes back on itself"
             )
         known_offsets = offsets_of_text.setdefault(here.cells.text, {})

@@ -23,12 +23,13 @@ from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.ablation import ablate
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..models.lm import LM, Token
+from ..models.lm import LM
 from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site, SitesLike
 from ..models.tokens import describe_prompts
+from ..models.words import WordLike
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.run import Run
@@ -58,7 +59,7 @@ def logit_lens(
     pos: PosLike = -1,
     rows: IndicesLike = None,
     top: int = 5,
-    watch: Iterable[Token] | Token = (),
+    watch: Iterable[WordLike] | WordLike = (),
     choose: str = "layer",
     lens: Translator | None = None,
 ) -> pd.DataFrame:

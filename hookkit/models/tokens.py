@@ -14,6 +14,7 @@ Token: TypeAlias = str | int
 HALF_CHARACTER = "�"  # how a part of a character is decoded
 SPACE = "▁"  # sentencepiece writes a space as this character
 MOST_PROMPTS, MOST_TOKENS = 200, 1000  # that a table keeps as texts
+BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # sentencepiece's name of a single byte
 # Texts that are put before another one, to tokenize it as a continuation.
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
 
@@ -151,6 +152,38 @@ class Vocabulary(ABC):
         data = _bytes_of(piece) if HALF_CHARACTER in text else None
         return _text_of_bytes(data) if data else text or f"<empty {token_id}>"
 
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes that each token adds to a text, its leading space included.
+
+        A special token, which is no part of the text, is one zero byte.
+        """
+        anchor = self.encode("a")[-1:]
+        pairs = [[*anchor, token_id] for token_id in range(self.n_tokens)]
+        texts = self.tokenizer.batch_decode(
+            pairs, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        start, special_ids = self.text(anchor), self._special_ids
+        pieces = self.tokenizer.convert_ids_to_tokens(list(range(self.n_tokens)))
+        result: list[bytes] = []
+        for token_id, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
+            data = text.removeprefix(start).encode()
+            is_byte = BYTE_PIECE.fullmatch(str(piece)) is not None
+            if token_id in special_ids and not is_byte:
+                data = b"\0"
+            elif is_byte or HALF_CHARACTER in text:
+                data = _bytes_of(str(piece)) or data
+            result.append(data)
+        return result
+
+    @property
+    def _special_ids(self) -> set[int]:
+        special_ids = set(self.tokenizer.all_special_ids)
+        for token_id, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special:
+                special_ids.add(token_id)
+        return special_ids
+
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Returns the text that tokens add after others.
 
@@ -176,7 +209,7 @@ class Vocabulary(ABC):
 
 def _bytes_of(piece: str) -> bytes | None:
     """Returns the bytes of a piece of a byte-level vocabulary, or of sentencepiece's <0xF0>."""
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+    if BYTE_PIECE.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     try:
         return bytes(map(_byte_letters().__getitem__, piece))
@@ -232,15 +265,20 @@ def _token_hint(value: object) -> str:
         return "; bytes are no text: decode them first, value.decode()"
     if as_number(value) is not None:
         return "; an id is a whole number, int(value)"
+    if hasattr(value, "spellings"):
+        return "; a word has several spellings, and one token is meant here"
     if as_items(value) is not None:
-        return "; several are given where one token is meant"
+        return (
+            "; several are given where one token is meant: for a token of each prompt, give a "
+            "hook for each, with rows=0, rows=1 …"
+        )
     return ""
 
 
 def check_tokens(
     values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
 ) -> tuple[Any, ...]:
-    """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
+    """Returns one token or several, in order. Values of the types `also`, such as words, pass."""
     items = as_items(values)
     if items is None:
         items = [values]

@@ -26,7 +26,7 @@ from ..hooks.base import Hook
 from ..hooks.logits import named_tokens
 from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, ranks_among, token_logits, varentropy_of
-from ..models.tokens import Token, check_tokens
+from ..models.words import WordLike, check_words, token_ids
 from .generation import Generation
 
 STAGES = ("model", "edited", "processed")
@@ -37,13 +37,13 @@ class Trace:
     """What to record of every step of a generation. Made by `trace`."""
 
     top: int = 5
-    watch: tuple[Token, ...] = ()
+    watch: tuple[WordLike, ...] = ()
 
     def __post_init__(self) -> None:
         meaning = "how many tokens of each stage to keep,"
         top = check_integer(self.top, "top", least=1, meaning=meaning, error=BadHook)
         object.__setattr__(self, "top", top)
-        object.__setattr__(self, "watch", check_tokens(self.watch, "watch"))
+        object.__setattr__(self, "watch", check_words(self.watch, "watch"))
 
     def __repr__(self) -> str:
         return f"Trace(top={self.top}, watch={shorten(str(self.watch), 400)})"
@@ -53,15 +53,16 @@ class Trace:
 
 
 @check_arguments
-def trace(*, top: int = 5, watch: Iterable[Token] | Token = ()) -> Trace:
+def trace(*, top: int = 5, watch: Iterable[WordLike] | WordLike = ()) -> Trace:
     """Returns what `generate(..., trace=trace())` records of every step.
 
-    `top` is the number of tokens of each stage; the tokens in `watch` are recorded too.
+    `top` is the number of tokens of each stage; the tokens in `watch` are recorded too, and of a
+    word its spellings of one token.
 
     >>> trace(watch=" coffee")
     Trace(top=5, watch=(' coffee',))
     """
-    return Trace(top, check_tokens(watch, "watch"))
+    return Trace(top, check_words(watch, "watch"))
 
 
 # ---- the record
@@ -180,7 +181,7 @@ class Tracer:
     generation: Generation = field(init=False)  # the current call of `generate`
 
     def __post_init__(self) -> None:
-        self._watched = tuple(self.lm.token(token) for token in self.settings.watch)
+        self._watched = tuple(token_ids(self.lm, self.settings.watch))
         self._named = tuple(named_tokens(self.lm, self.hooks))
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
         self.recorded: GenerationRecord | None = None

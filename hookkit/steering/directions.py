@@ -3,7 +3,7 @@
     vectors = hk.mean_difference(lm, ["I love this."], ["I hate this."], "resid_post.12")
     vectors["resid_post.12"].steer(dose=0.3)
     sentiment = hk.metrics.logit_diff(" good", " bad")
-    vector = hk.fit_vector(lm, "resid_post.12", prompts, sentiment, dose=0.3)
+    vector = hk.fit_vector(lm, prompts, sentiment, "resid_post.12", dose=0.3)
     vector.about["curve"]           # the target before each step, and after the last one
 
 Prompts run a few at a time. Of each site, only each prompt's mean and the lengths of its values are
@@ -343,9 +343,9 @@ def _positions_of(inputs: SweepInputs, pos: PosLike) -> tuple[tuple[int, ...], .
 @check_arguments
 def fit_vector(
     lm: LM,
-    site: str | AnySite,
     prompts: Prompts,
     target: MetricLike | str | list[str],
+    site: str | AnySite,
     *,
     pos: PosLike = None,
     steps: int = 50,
@@ -376,7 +376,7 @@ def fit_vector(
     and after the last, in its own units. Raises `BadHook` if the target has no gradient.
 
     >>> prompts, target = ["I take my tea with"], logprob(" sugar")
-    >>> fitted = fit_vector(lm, "resid_post.20", prompts, target, steps=2, progress=False)
+    >>> fitted = fit_vector(lm, prompts, target, "resid_post.20", steps=2, progress=False)
     >>> fitted.about["curve"][-1] > fitted.about["curve"][0]
     True
     """

@@ -25,12 +25,13 @@ from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
-from ..hooks.logits import Force, Phrase, named_tokens
+from ..hooks.logits import Force, named_tokens
 from ..models.lm import LM
 from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import Site, Sites
-from ..models.tokens import Token, check_tokens
+from ..models.tokens import Token
+from ..models.words import Word, WordLike, check_words
 from ..runs.generate import Draws, generate, generate_with_tracer
 from ..runs.run import Run
 from ..runs.trace import Trace, Tracer
@@ -143,7 +144,7 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
 def _force_tokens(tokens: list[int], row: int) -> Force:
     """Returns a hook that makes a row generate these tokens from step 0 on."""
     where = Where(rows=(row,), step=EVERY_STEP)
-    return Force(LOGITS, where, Phrase(tuple(tokens)), math.inf)
+    return Force(LOGITS, where, Word(tuple(tokens)), math.inf)
 
 
 class Paired(Tracer):
@@ -169,7 +170,7 @@ def compare_generations(
     *hooks: Hook,
     along: Literal["edited", "baseline"] = "baseline",
     top: int = 5,
-    watch: Iterable[Token] | Token = (),
+    watch: Iterable[WordLike] | WordLike = (),
     seed: int | None = None,
     **arguments: Any,
 ) -> Comparison:
@@ -197,7 +198,7 @@ def compare_generations(
     rows = as_batch(lm, prompts, side="left").rows
     arguments = _for_both_halves(lm, arguments, len(rows))
     edits = tuple([_for_first_rows(hook, len(rows)) for hook in hooks])
-    trace = Trace(top, check_tokens(watch, "watch"))
+    trace = Trace(top, check_words(watch, "watch"))
     tracer = Paired(lm, trace, edits)
     run = generate_with_tracer(lm, [*rows, *rows], edits, False, Draws(lm, seed), tracer, arguments)
     return Comparison(run, along, trace, edits)

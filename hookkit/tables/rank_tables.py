@@ -27,10 +27,10 @@ import torch
 from ..arguments import as_items, check_arguments, check_integer, check_number
 from ..errors import BadHook, OutOfRange
 from ..hooks.logits import named_tokens
-from ..models.lm import LM, Token
+from ..models.lm import LM
 from ..models.next_token import NO_RANK, divergences
 from ..models.positions import IndicesLike, PosLike
-from ..models.tokens import check_tokens
+from ..models.words import WordLike, check_words, token_ids
 from ..runs.run import Run
 from .distributions import Distribution, distributions, prompts_of_run, scenario, token_texts
 
@@ -45,7 +45,7 @@ def ranks(
     step: IndicesLike = None,
     rows: IndicesLike = None,
     top: int | None = 10,
-    watch: Iterable[Token] | Token = (),
+    watch: Iterable[WordLike] | WordLike = (),
 ) -> pd.DataFrame:
     """The most likely next tokens at a position, and the watched tokens whatever their rank.
 
@@ -87,7 +87,7 @@ def rank_shift(
     rows: IndicesLike = None,
     top: int = 10,
     movers: int = 3,
-    watch: Iterable[Token] | Token = (),
+    watch: Iterable[WordLike] | WordLike = (),
 ) -> pd.DataFrame:
     """How the ranks of tokens changed from one run to another, and why each token is in the table.
 
@@ -366,9 +366,9 @@ def _items(values: Any) -> list[Any]:
     return [values] if items is None else items
 
 
-def watched_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:
-    """Returns the ids of the tokens of `watch=`."""
-    return [lm.token(token) for token in check_tokens(watch, "watch")]
+def watched_ids(lm: LM, watch: Iterable[WordLike] | WordLike) -> list[int]:
+    """Returns the ids of the tokens of `watch=`; of a word, of its spellings of one token."""
+    return token_ids(lm, check_words(watch, "watch"))
 
 
 def _check_top(top: int | None, *, least: int = 1) -> None:

@@ -171,9 +171,9 @@ def test_a_function_that_answers_something_else_is_refused(lm, answer, words):
 
 HOOKS = [
     lambda when: hk.force(7, when=when),
-    lambda when: hk.force(hk.phrase([7, 8]), when=when),
+    lambda when: hk.force(hk.word([7, 8]), when=when),
     lambda when: hk.ban(7, when=when),
-    lambda when: hk.ban(hk.phrase([7]), when=when),
+    lambda when: hk.ban(hk.word([7]), when=when),
     lambda when: hk.restrict(7, 8, when=when),
     lambda when: hk.boost(7, by=3.0, when=when),
     lambda when: hk.boost(by={7: 3.0, 8: 1.0}, when=when),

@@ -47,7 +47,7 @@ def test_a_forced_token_is_drawn_every_time(unsure, rules):
     hooks = [
         hk.force(7, step=0),
         hk.force(9, step=2, rows=0),
-        hk.force(hk.phrase([12, 13]), step=1, rows=1),
+        hk.force(hk.word([12, 13]), step=1, rows=1),
     ]
     settings = {
         "top_k": 0,

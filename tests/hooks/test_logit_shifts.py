@@ -305,9 +305,9 @@ def milk(lm):
             r"cap\(7, 7, prob=0.1\) names token 7 twice",
         ),
         (
-            lambda lm: [hk.boost(hk.phrase([7, 8]), by=1.0)],
+            lambda lm: [hk.boost(hk.word([7, 8]), by=1.0)],
             BadHook,
-            r"phrase\(\[7, 8\]\) is several tokens",
+            r"word\(\[7, 8\]\) is several tokens",
         ),
         (
             lambda lm: [hk.set_rank(7, 321)],

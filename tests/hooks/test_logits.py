@@ -132,17 +132,17 @@ HALF = range(1, 320, 2)
 EDITS = {
     "force": (hk.force(7, margin=10.0), forced(7)),
     "force, some steps": (hk.force(7, margin=INF, step=[1, 4]), forced(7, INF, (1, 4))),
-    "force a phrase": (hk.force(hk.phrase([7, 8, 9]), margin=10.0), forced_phrase([7, 8, 9], [0])),
+    "force a phrase": (hk.force(hk.word([7, 8, 9]), margin=10.0), forced_phrase([7, 8, 9], [0])),
     "force a phrase from step 2": (
-        hk.force(hk.phrase([7, 8, 9]), step=2, margin=10.0),
+        hk.force(hk.word([7, 8, 9]), step=2, margin=10.0),
         forced_phrase([7, 8, 9], [2]),
     ),
     "force a phrase at two steps": (
-        hk.force(hk.phrase([7, 8, 9]), step=[0, 3], margin=INF),
+        hk.force(hk.word([7, 8, 9]), step=[0, 3], margin=INF),
         forced_phrase([7, 8, 9], [0, 3], INF),
     ),
     "force a phrase where unsure": (
-        hk.force(hk.phrase([7, 8]), when=hk.when.margin_below(0.6), margin=10.0),
+        hk.force(hk.word([7, 8]), when=hk.when.margin_below(0.6), margin=10.0),
         forced_when([7, 8], 0.6),
     ),
     "ban": (hk.ban(HALF), banned(HALF)),
@@ -192,7 +192,7 @@ def test_a_banned_phrase_is_never_completed_across_the_prompts_end_or_behind_it(
     rows, settings = rows_of(lm), MODES[mode]
     phrases = likely_phrases(lm, rows)
     expected = by_transformers(lm, rows, [banned_phrases(phrases)] * 3, **settings)
-    found = written(lm, rows, hk.ban(*map(hk.phrase, phrases)), **settings)
+    found = written(lm, rows, hk.ban(*map(hk.word, phrases)), **settings)
     assert found == expected
     assert not [
         phrase
@@ -211,13 +211,13 @@ def test_a_banned_phrase_is_never_completed_across_the_prompts_end_or_behind_it(
 def test_a_phrase_may_be_begun_and_left_unfinished(lm):
     rows = rows_of(lm)
     new = unedited_text(lm, {})[0]
-    unfinished = hk.ban(hk.phrase([*new[:3], 5 if new[3] != 5 else 6]))
+    unfinished = hk.ban(hk.word([*new[:3], 5 if new[3] != 5 else 6]))
     assert written(lm, rows[:1], unfinished) == [new]
-    assert written(lm, rows[:1], hk.ban(hk.phrase(new[:3])))[0][:2] == new[:2]
+    assert written(lm, rows[:1], hk.ban(hk.word(new[:3])))[0][:2] == new[:2]
 
 
 @pytest.mark.parametrize(
-    "make", [lambda n: hk.ban(n), lambda n: hk.ban(hk.phrase([n]))], ids=["token", "phrase"]
+    "make", [lambda n: hk.ban(n), lambda n: hk.ban(hk.word([n]))], ids=["token", "phrase"]
 )
 @pytest.mark.parametrize("model", ["llama", "soft_capped"])
 def test_a_banned_token_never_comes_in_a_thousand_draws(request, model, make):
@@ -291,9 +291,9 @@ def test_rows_with_an_edit_each_are_runs_of_one_row(lm, mode):
     rows, settings = rows_of(lm), MODES[mode]
     phrase = likely_phrases(lm, rows)[2]
     makes = [
-        lambda n: hk.force(hk.phrase([7, 8]), when=hk.when.margin_below(1.0), rows=n),
-        lambda n: hk.force(hk.phrase([9, 10, 11]), step=[0, 3], rows=n),
-        lambda n: hk.ban(hk.phrase(phrase), rows=n),
+        lambda n: hk.force(hk.word([7, 8]), when=hk.when.margin_below(1.0), rows=n),
+        lambda n: hk.force(hk.word([9, 10, 11]), step=[0, 3], rows=n),
+        lambda n: hk.ban(hk.word(phrase), rows=n),
     ]
     by_row = [
         forced_when([7, 8], 1.0),
@@ -324,7 +324,7 @@ def test_edits_act_in_the_order_given(lm):
 def test_a_phrase_as_text_is_the_tokens_that_the_tokenizer_makes_of_it(lm):
     ids = lm.tokenizer.encode(" cup")
     assert len(ids) > 1
-    run = hk.generate(lm, PROMPTS[0], hk.force(hk.phrase(" cup"), step=1), **PLAIN)
+    run = hk.generate(lm, PROMPTS[0], hk.force(hk.word(" cup", exact=True), step=1), **PLAIN)
     start = run.prompt_lengths[0] + 1
     assert run.tokens[0, start : start + len(ids)].tolist() == ids
     assert " cup" in run.generated[0]
@@ -334,13 +334,13 @@ def test_a_condition_decides_at_which_of_the_named_steps_a_phrase_begins(lm):
     rows = rows_of(lm)[:1]
     plain = written(lm, rows)[0]
     always, never = hk.when.entropy_above(-1.0), hk.when.entropy_below(1e-9)
-    assert written(lm, rows, hk.force(hk.phrase([7, 8, 9]), step=2, when=always))[0][:5] == [
+    assert written(lm, rows, hk.force(hk.word([7, 8, 9]), step=2, when=always))[0][:5] == [
         *plain[:2],
         7,
         8,
         9,
     ]
-    assert written(lm, rows, hk.force(hk.phrase([7, 8, 9]), step=2, when=never))[0] == plain
+    assert written(lm, rows, hk.force(hk.word([7, 8, 9]), step=2, when=never))[0] == plain
 
 
 def test_where_a_condition_does_not_hold_nothing_is_asked_of_the_edit(lm):
@@ -357,10 +357,10 @@ CALLS = [
     hk.force(7),
     hk.force(" milk", margin=2.5, step=3, rows=1),
     hk.force(7, margin=10.5, when=hk.when.prob_of(7, at_most=0.5)),
-    hk.force(hk.phrase(" a cup of tea"), step=(3, 20)),
-    hk.force(hk.phrase([7, " a"]), when=hk.when.entropy_above(2.0)),
+    hk.force(hk.word(" a cup of tea", exact=True), step=(3, 20)),
+    hk.force(hk.word([7, " a"]), when=hk.when.entropy_above(2.0)),
     hk.ban(" milk", 7),
-    hk.ban(hk.phrase(" a cup"), hk.phrase([7, 8]), 3, rows=(0, 2)),
+    hk.ban(hk.word(" a cup", exact=True), hk.word([7, 8]), 3, rows=(0, 2)),
     hk.restrict(" milk", 7, when=hk.when.rank_of(" milk", at_least=2)),
 ]
 
@@ -393,14 +393,14 @@ def test_json_keeps_an_unlimited_margin():
             r"when=3 is no condition: give hk.when.entropy_above\(2.0\), hk.when.rank_of",
         ),
         (
-            lambda: hk.force(hk.phrase([7, 8]), step=slice(2, None)),
+            lambda: hk.force(hk.word([7, 8]), step=slice(2, None)),
             BadHook,
-            r"phrase\(\[7, 8\]\) is written from a step on: say step=3, or the steps at which it begins",
+            r"word\(\[7, 8\]\) is written from a step on: say step=3, or the steps at which it begins",
         ),
-        (lambda: hk.force(hk.phrase([7, 8]), pos=2), BadHook, "is written from a step on"),
+        (lambda: hk.force(hk.word([7, 8]), pos=2), BadHook, "is written from a step on"),
         (lambda: hk.ban([]), BadHook, r"ban\(\) names no token: give at least one"),
         (lambda: hk.restrict(), BadHook, r"restrict\(\) names no token"),
-        (lambda: hk.restrict(hk.phrase([7, 8])), BadHook, r"phrase\(\[7, 8\]\) is several tokens"),
+        (lambda: hk.restrict(hk.word([7, 8])), BadHook, r"word\(\[7, 8\]\) is several tokens"),
         (lambda: hk.swap(3, 3), BadHook, "names one token twice"),
         (
             lambda: hk.restrict(7, step=1, pos=1),
@@ -423,21 +423,21 @@ def test_what_means_nothing_is_refused_when_it_is_made(make, error, words):
     ("hooks", "error", "words"),
     [
         (
-            [hk.force(hk.phrase([7, 8, 9]), step=[0, 2])],
+            [hk.force(hk.word([7, 8, 9]), step=[0, 2])],
             BadHook,
-            r"force\(phrase\(\[7, 8, 9\]\), step=\(0, 2\)\) would begin again before it is written: 3 tokens are needed",
+            r"force\(word\(\[7, 8, 9\]\), step=\(0, 2\)\) would begin again before it is written: 3 tokens are needed",
         ),
         (
-            [hk.force(hk.phrase([7, 8, 9]), step=STEPS - 2)],
+            [hk.force(hk.word([7, 8, 9]), step=STEPS - 2)],
             OutOfRange,
             f"means step {STEPS} of row 0, and at most {STEPS} tokens are generated",
         ),
         (
             [hk.force("coffee cup")],
             NotOneToken,
-            "and one is meant.* For several tokens in a row, say hk.phrase",
+            "and one is meant.* For several tokens in a row, say hk.word",
         ),
-        ([hk.ban("coffee cup")], NotOneToken, "For several tokens in a row, say hk.phrase"),
+        ([hk.ban("coffee cup")], NotOneToken, "For several tokens in a row, say hk.word"),
         ([hk.ban(range(320))], BadEdit, "leaves no token to choose at logits"),
         (
             [hk.ban(7, 8), hk.restrict(7, 8)],

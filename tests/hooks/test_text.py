@@ -47,7 +47,9 @@ SHORT = {
     "force: coffee@0": hk.force(" coffee", step=0),
     "force: coffee@step=[0,2],margin=inf": hk.force(" coffee", step=[0, 2], margin=float("inf")),
     "force: coffee@when=entropy_above(2.0)": hk.force(" coffee", when=hk.when.entropy_above(2.0)),
-    "force:phrase(' a cup, of tea')@3": hk.force(hk.phrase(" a cup, of tea"), step=3),
+    "force:word(' a cup, of tea', exact=True)@3": hk.force(
+        hk.word(" a cup, of tea", exact=True), step=3
+    ),
     "force: me@home": hk.force(" me@home"),
     "force:' @0'@1": hk.force(" @0", step=1),
     "force: don't@0": hk.force(" don't", step=0),
@@ -161,10 +163,10 @@ def test_a_text_that_is_no_hook_says_what_to_write(text, error, message, tmp_pat
 
 def test_several_tokens_are_a_phrase_where_a_model_says_so_and_refused_where_one_is_meant(llama):
     assert hk.parse_hook("force: green tea@0", lm=llama) == hk.force(
-        hk.phrase(" green tea"), step=0
+        hk.word(" green tea", exact=True), step=0
     )
     assert hk.parse_hook("ban: coffee, green tea", lm=llama) == hk.ban(
-        " coffee", hk.phrase(" green tea")
+        " coffee", hk.word(" green tea", exact=True)
     )
     with pytest.raises(NotOneToken, match="one is meant"):
         hk.forward(llama, "I like", hk.parse_hook("boost: green tea=2", lm=llama))

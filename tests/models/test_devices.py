@@ -131,7 +131,7 @@ ASKED = {
         hk.principal_direction(lm, PROMPTS, PROMPTS[::-1], "resid_post.1")[0].tensor
     ),
     "fit_vector": lambda lm: (
-        hk.fit_vector(lm, "resid_post.0", PROMPTS, METRIC, steps=2, **QUIET).tensor
+        hk.fit_vector(lm, PROMPTS, METRIC, "resid_post.0", steps=2, **QUIET).tensor
     ),
     "sweep": lambda lm: hk.sweep(
         lm, PROMPTS, {"layer": range(3)}, lambda layer: hk.ablate(f"z.{layer}"), METRIC, **QUIET
@@ -254,7 +254,7 @@ def test_a_learning_model_learns_again_after_gradients_and_one_that_did_not_does
     before = {name for name, weight in llama.model.named_parameters() if weight.requires_grad}
     assert before and not any(name.startswith("model.layers.1.") for name in before)
     hk.gradients(llama, PROMPTS, METRIC, "resid_post")
-    hk.fit_vector(llama, "resid_post.0", PROMPTS, METRIC, steps=1, progress=False)
+    hk.fit_vector(llama, PROMPTS, METRIC, "resid_post.0", steps=1, progress=False)
     assert {
         name for name, weight in llama.model.named_parameters() if weight.requires_grad
     } == before

@@ -174,7 +174,11 @@ def test_a_text_in_a_prompt_is_at_the_tokens_that_have_it(lm, prompt):
 def test_a_phrase_is_written_with_its_own_space(lm):
     for words in (" milk in my", " tea"):
         run = hk.generate(
-            lm, "I like oat", hk.force(hk.phrase(words)), max_new_tokens=8, do_sample=False
+            lm,
+            "I like oat",
+            hk.force(hk.word(words, exact=True)),
+            max_new_tokens=8,
+            do_sample=False,
         )
         assert run.generated[0].startswith(words)
 
@@ -265,7 +269,7 @@ def test_a_layer_that_gives_no_gradient_is_named():
             lm, ids, [[5, 9, 13, 18]], "resid_post", hk.metrics.logit_diff(7, 8)
         ),
         "fit_vector": lambda: hk.fit_vector(
-            lm, "resid_post.1", ids, hk.metrics.logprob(7), steps=1
+            lm, ids, hk.metrics.logprob(7), "resid_post.1", steps=1
         ),
     }
     for name, ask in asks.items():

@@ -387,7 +387,7 @@ def test_a_learnt_vector_is_that_of_a_loop_in_plain_torch(small, pos, batch):
     )
     with untouched(small):
         found = hk.fit_vector(
-            small, SITE, MORE, METRIC, pos=pos, steps=4, lr=0.05, batch=batch, progress=False
+            small, MORE, METRIC, SITE, pos=pos, steps=4, lr=0.05, batch=batch, progress=False
         )
     assert torch.allclose(found.tensor, wanted, atol=1e-3 * float(wanted.norm()))
     assert found.about["curve"] == pytest.approx(curve, abs=1e-4) and curve[-1] > curve[0]
@@ -410,9 +410,9 @@ def test_the_loss_of_a_continuation_falls_as_in_plain_torch(small, pos):
     with untouched(small):
         found = hk.fit_vector(
             small,
-            SITE,
             MORE,
             hk.metrics.loss(behind),
+            SITE,
             pos=pos,
             steps=4,
             lr=0.05,
@@ -430,31 +430,31 @@ def test_the_loss_of_a_continuation_falls_as_in_plain_torch(small, pos):
 def test_texts_are_continuations(lm):
     given = ["I like oat milk in my", "Tea"]
     settings = {"steps": 2, "progress": False}
-    one = hk.fit_vector(lm, SITE, given, [" coffee", " and milk"], **settings)
+    one = hk.fit_vector(lm, given, [" coffee", " and milk"], SITE, **settings)
     assert torch.equal(
         one.tensor,
         hk.fit_vector(
-            lm, SITE, given, hk.metrics.loss([" coffee", " and milk"]), **settings
+            lm, given, hk.metrics.loss([" coffee", " and milk"]), SITE, **settings
         ).tensor,
     )
     assert one.about["target"] == "Loss(continuation=[' coffee', ' and milk'])"
-    same = hk.fit_vector(lm, SITE, given, " sugar", **settings)
+    same = hk.fit_vector(lm, given, " sugar", SITE, **settings)
     assert same.about["curve"][-1] < same.about["curve"][0]
 
 
 def test_a_fit_is_the_same_twice_and_a_seed_changes_its_start(llama_ids):
     settings = {"steps": 3, "progress": False}
-    one, two = (hk.fit_vector(llama_ids, SITE, MORE, METRIC, **settings) for _ in range(2))
+    one, two = (hk.fit_vector(llama_ids, MORE, METRIC, SITE, **settings) for _ in range(2))
     assert torch.equal(one.tensor, two.tensor) and one.about == two.about
     seeded = [
-        hk.fit_vector(llama_ids, SITE, MORE, METRIC, seed=seed, **settings) for seed in (0, 0, 1)
+        hk.fit_vector(llama_ids, MORE, METRIC, SITE, seed=seed, **settings) for seed in (0, 0, 1)
     ]
     assert torch.equal(seeded[0].tensor, seeded[1].tensor)
     assert seeded[0].about["curve"][0] != one.about["curve"][0] != seeded[2].about["curve"][0]
     start = one.random(seed=1).unit().tensor * (0.02 * one.norm)
     before = hk.forward(llama_ids, MORE, hk.steer(SITE, start))
     assert seeded[2].about["curve"][0] == pytest.approx(float(METRIC(before).mean()), abs=1e-4)
-    named = hk.fit_vector(llama_ids, SITE, MORE, METRIC, pos=-2, lr=0.1, dose=0.5, **settings).about
+    named = hk.fit_vector(llama_ids, MORE, METRIC, SITE, pos=-2, lr=0.1, dose=0.5, **settings).about
     words = {
         name: named[name] for name in ("method", "pos", "steps", "lr", "dose", "seed", "prompts")
     }
@@ -472,7 +472,7 @@ def test_a_fit_is_the_same_twice_and_a_seed_changes_its_start(llama_ids):
 
 def test_a_metric_that_compares_is_told_what_was_there_before(llama_ids):
     found = hk.fit_vector(
-        llama_ids, SITE, MORE, hk.metrics.kl(), steps=3, seed=0, batch=2, progress=False
+        llama_ids, MORE, hk.metrics.kl(), SITE, steps=3, seed=0, batch=2, progress=False
     )
     before = hk.forward(llama_ids, MORE)
     after = hk.forward(llama_ids, MORE, found.steer())
@@ -488,11 +488,11 @@ def test_weights_that_were_frozen_stay_so_and_gradients_stay_where_they_are(llam
     weights[0].requires_grad_(False)
     weights[1].grad = torch.ones_like(weights[1])
     with untouched(lm):
-        hk.fit_vector(lm, SITE, MORE, METRIC, steps=1, progress=False)
+        hk.fit_vector(lm, MORE, METRIC, SITE, steps=1, progress=False)
         with pytest.raises(ZeroDivisionError):
-            hk.fit_vector(lm, SITE, MORE, lambda logits: logits[:, 1 // 0], steps=1, progress=False)
+            hk.fit_vector(lm, MORE, lambda logits: logits[:, 1 // 0], SITE, steps=1, progress=False)
         with torch.inference_mode():
-            hk.fit_vector(lm, SITE, MORE, METRIC, steps=1, progress=False)
+            hk.fit_vector(lm, MORE, METRIC, SITE, steps=1, progress=False)
     assert weights[1].grad.sum() == weights[1].numel()
 
 
@@ -500,7 +500,7 @@ def test_weights_that_were_frozen_stay_so_and_gradients_stay_where_they_are(llam
 def test_a_vector_can_be_learnt_in_every_family(model_type):
     lm = hk.tiny(model_type)
     with untouched(lm):
-        found = hk.fit_vector(lm, SITE, MORE, METRIC, steps=2, lr=0.005, batch=2, progress=False)
+        found = hk.fit_vector(lm, MORE, METRIC, SITE, steps=2, lr=0.005, batch=2, progress=False)
     assert found.about["curve"][-1] > found.about["curve"][0]
     after = hk.forward(lm, MORE, found.steer())
     assert found.about["curve"][-1] == pytest.approx(float(METRIC(after).mean()), abs=1e-3)
@@ -534,7 +534,7 @@ def test_a_vector_can_be_learnt_in_every_family(model_type):
 def test_a_fit_says_what_is_wrong(llama_ids, given, error, words):
     settings = {"site": SITE, "target": METRIC, "progress": False, **given}
     with untouched(llama_ids), pytest.raises(error, match=words):
-        hk.fit_vector(llama_ids, settings.pop("site"), MORE, settings.pop("target"), **settings)
+        hk.fit_vector(llama_ids, MORE, settings.pop("target"), settings.pop("site"), **settings)
 
 
 # ---- doses and damage

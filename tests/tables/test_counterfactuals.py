@@ -115,7 +115,7 @@ def test_a_fork_says_the_same_until_its_step_and_then_goes_its_own_way(lm):
     assert other.tokens[1, start : start + 3].tolist() == run.tokens[1, start : start + 3].tolist()
     assert int(other.tokens[1, start + 3]) == 9
     assert torch.equal(other.tokens[0], run.tokens[0]), "another row was changed"
-    assert hk.decisions(other, rows=1)["why"][3].startswith("forced by force(phrase(")
+    assert hk.decisions(other, rows=1)["why"][3].startswith("forced by force(word(")
     text = torch.tensor([other.tokens[1, : other.lengths[1]].tolist()])
     with torch.no_grad():
         plain = lm.model(text).logits[0, start + 3 : -1]

@@ -250,7 +250,7 @@ def penalized(scores):
     return scores
 
 
-PHRASE = hk.phrase(" a cup of tea")
+PHRASE = hk.word(" a cup of tea", exact=True)
 # hooks, arguments of generate, the step in question, the token that is chosen there, and the sentence, in which
 # {m[ Paris]} is the rank of " Paris" in the model's own logits
 CASES = {
@@ -281,14 +281,14 @@ CASES = {
         "forced by force(' tea'): rank {m[ tea]} for the model; banned ' Paris' was first for the model",
     ),
     "a phrase, first token": (
-        [hk.force(PHRASE)], {"max_new_tokens": 4}, 0, " a", "forced by force(phrase(' a cup of tea')): rank {m[ a]} for the model",
+        [hk.force(PHRASE)], {"max_new_tokens": 4}, 0, " a", "forced by force(word(' a cup of tea', exact=True)): rank {m[ a]} for the model",
     ),
     "a phrase, third token": (
-        [hk.force(PHRASE)], {"max_new_tokens": 4}, 2, " of", "forced by force(phrase(' a cup of tea')): rank {m[ of]} for the model",
+        [hk.force(PHRASE)], {"max_new_tokens": 4}, 2, " of", "forced by force(word(' a cup of tea', exact=True)): rank {m[ of]} for the model",
     ),
     "a phrase from a step on": (
         [hk.force(PHRASE, step=1)], {"max_new_tokens": 5}, 2, " cup",
-        "forced by force(phrase(' a cup of tea'), step=1): rank {m[ cup]} for the model",
+        "forced by force(word(' a cup of tea', exact=True), step=1): rank {m[ cup]} for the model",
     ),
     "another token of the phrase than the one that is due": (
         [hk.force(PHRASE), hk.boost(" tea", by=100.0, step=0)], {"max_new_tokens": 4}, 0, " tea",
@@ -309,11 +309,11 @@ CASES = {
         "greedy: first of 49149; banned ' Paris' was first for the model",
     ),
     "another token of the banned phrase": (
-        [hk.ban(hk.phrase(" is Paris")), hk.ban(" Paris")], {}, 0, " the",
+        [hk.ban(hk.word(" is Paris", exact=True)), hk.ban(" Paris")], {}, 0, " the",
         "greedy: first of 49151; banned ' Paris' was first for the model",
     ),
     "a phrase, completed": (
-        [hk.ban(hk.phrase(" is Paris"))], {}, 0, " the", "greedy: first of 49151; banned ' Paris' was first for the model",
+        [hk.ban(hk.word(" is Paris", exact=True))], {}, 0, " the", "greedy: first of 49151; banned ' Paris' was first for the model",
     ),
     "banned, and a third boosted": (
         [hk.ban(" Paris"), hk.boost(" tea", by=1.0)], {}, 0, " the",

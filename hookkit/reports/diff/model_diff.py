@@ -19,11 +19,12 @@ from ...display import count_of, describe_outcome, first_rows, render_html
 from ...errors import BadHook, OutOfRange, Unsupported
 from ...figures.reports import diff_through_layers, stream_map, token_bars
 from ...hooks.logits import named_tokens
-from ...models.lm import LM, Token
+from ...models.lm import LM
 from ...models.positions import PosLike, Where, read_position
 from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, SitesLike, parse_site
+from ...models.words import WordLike
 from ...tables.rank_tables import watched_ids
 from ..comparison_page import (
     SHIFT_COLUMNS,
@@ -331,7 +332,7 @@ def model_diff(
     pos: PosLike = None,
     rank_pos: PosLike = -1,
     top: int = 10,
-    watch: Iterable[Token] | Token = (),
+    watch: Iterable[WordLike] | WordLike = (),
     tolerance: float = 1e-4,
     details: int = 3,
     names: tuple[str, str] | None = None,

@@ -20,9 +20,10 @@ from ...arguments import check_arguments, check_integer
 from ...figures import reports as figures
 from ...hooks.base import Hook
 from ...hooks.logits import named_tokens
-from ...models.lm import LM, Token
+from ...models.lm import LM
 from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
+from ...models.words import WordLike
 from ...sweeps.summary import mean_over_prompts
 from ...tables.intervals import MIN_FOR_INTERVAL
 from ...tables.rank_tables import Pair, shift_table, watched_ids
@@ -313,7 +314,7 @@ def shift_report(
     base_hooks: Hooks = (),
     controls: Controls = None,
     draws: int | None = None,
-    watch: Iterable[Token] | Token = (),
+    watch: Iterable[WordLike] | WordLike = (),
     top: int = 10,
     heads: bool = False,
     generate: int = 0,

@@ -280,6 +280,12 @@ class Loss(Metric):
     def prepare(self, lm: LM, count: int) -> list[tuple[int, ...]]:
         """Returns the tokens of each prompt's continuation."""
         continuation = self.continuation
+        if isinstance(continuation, tuple) and len(continuation) == count > 1:
+            raise BadHook(
+                f"loss has a tuple of {count} token ids for {count} prompts, which could mean one "
+                "token after each prompt, or all of them after every prompt: write a list of "
+                f"tuples, [(token,), …], for one after each, or [ids] * {count} for all of them"
+            )
         entries = continuation if isinstance(continuation, list) else [continuation] * count
         if len(entries) != count:
             raise BadPrompt(

@@ -1,7 +1,8 @@
 """Metrics of tokens: their logits, log-probabilities, probabilities and ranks.
 
 A metric names one token, several tokens that all count (a tuple), or an entry for each prompt (a
-list). `read_answers` reads what the user passes, and `ids_of` looks the tokens up in a model.
+list). A word (`hk.word`) is its spellings of one token, which all count. `read_answers` reads
+what the user passes, and `ids_of` looks the tokens up in a model.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from ...models.batch_positions import pad_rows
 from ...models.lm import LM, Token
 from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.tokens import check_token, check_tokens
+from ...models.words import Word, WordLike
 from .metric import Metric, MetricInput
 
-Answers: TypeAlias = Token | tuple[Token, ...] | list[Token] | list[Token | tuple[Token, ...]]
+Entry: TypeAlias = WordLike | tuple[Token, ...]
+Answers: TypeAlias = Entry | list[Token] | list[Entry]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +71,10 @@ def read_answers(answers: object, name: str) -> Answers:
     return [_read_entry(item, name) for item in items]
 
 
-def _read_entry(answers: object, name: str) -> Token | tuple[Token, ...]:
-    """Returns a token, or a tuple of tokens that all count."""
+def _read_entry(answers: object, name: str) -> Entry:
+    """Returns a token, a word, or a tuple of tokens that all count."""
+    if isinstance(answers, Word):
+        return answers
     if not isinstance(answers, tuple):
         return check_token(answers, name)
     if not answers:
@@ -97,7 +102,10 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
         )
     rows = []
     for entry in entries:
-        ids = list(map(lm.token, as_tuple(entry)))
+        if isinstance(entry, Word):
+            ids = entry.token_ids(lm)
+        else:
+            ids = list(map(lm.token, as_tuple(entry)))
         if len(set(ids)) < len(ids):
             raise BadHook(
                 f"a metric names token {max(ids, key=ids.count)} twice for one prompt: "
@@ -105,6 +113,17 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
             )
         rows.append(ids)
     return Ids(pad_rows(rows, 0), pad_rows(rows, -1) >= 0)
+
+
+def _refuse_words(answers: Answers, name: str) -> None:
+    """Raises `BadHook` for a word in a metric that takes the mean of logits."""
+    for entry in answers if isinstance(answers, list) else [answers]:
+        if isinstance(entry, Word):
+            raise BadHook(
+                f"{name}={entry!r} has several spellings, and the mean of their logits has no "
+                "meaning: give the token that is meant, such as ' coffee', or measure "
+                "hk.metrics.logprob, which adds the probabilities of the spellings"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,8 @@ class LogitDiff(Metric):
     def __post_init__(self) -> None:
         set_field(self, "right", read_answers(self.right, "right"))
         set_field(self, "wrong", read_answers(self.wrong, "wrong"))
+        _refuse_words(self.right, "right")
+        _refuse_words(self.wrong, "wrong")
 
     def prepare(self, lm: LM, count: int) -> tuple[Ids, Ids]:
         return ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
@@ -159,6 +180,10 @@ class Logit(TokenMetric):
 
     name: ClassVar[str] = "logit"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_words(self.token, "token")
+
     def measure(self, lm: LM, prepared: Ids, inputs: MetricInput) -> Tensor:
         return prepared.mean(inputs)
 
@@ -180,7 +205,8 @@ class Logprob(TokenMetric):
 
 @check_keywords
 def logprob(token: Answers) -> Logprob:
-    """The log-probability of a token, in nats; of tokens in a tuple, that of any of them."""
+    """The log-probability of a token, in nats; of tokens in a tuple or the spellings of a word,
+    that of any of them."""
     return Logprob(token)
 
 
@@ -195,7 +221,11 @@ class Prob(TokenMetric):
 
 @check_keywords
 def prob(token: Answers) -> Prob:
-    """The probability of a token, 0 to 1; of several tokens in a tuple, their sum."""
+    """The probability of a token, 0 to 1; of several tokens in a tuple, their sum.
+
+    Of a word, `prob(word("coffee"))`, it is the sum over its spellings that are one token: the
+    probability that the next token is the word.
+    """
     return Prob(token)
 
 
@@ -212,5 +242,5 @@ class Rank(TokenMetric):
 
 @check_keywords
 def rank(token: Answers) -> Rank:
-    """The rank of a token, 1 for the most likely; of several tokens in a tuple, the best one's."""
+    """The rank of a token, 1 for the most likely; of a tuple or a word, the best one's."""
     return Rank(token)
