@@ -251,9 +251,11 @@ def test_an_option_that_is_not_there_ends_with_2(hookkit, words):
     assert done.exit_code == 2 and not done.stdout and "Usage: hookkit" in done.stderr
 
 
-def test_a_token_without_its_space_is_taken_as_a_phrase_and_that_is_said(hookkit):
+def test_a_token_without_its_space_is_taken_as_several_and_that_is_said(hookkit):
     done = hookkit("generate", MILK, "--ban", "coffee", "--max-new-tokens", "1")
-    words = "hookkit: 'coffee' is 2 tokens here, and taken as a phrase; ' coffee' is one token\n"
+    words = (
+        "hookkit: 'coffee' is 2 tokens here, taken one after the other; ' coffee' is one token\n"
+    )
     assert (done.exit_code, done.stderr) == (0, words)
     assert hookkit("generate", MILK, "--ban", "coffee", "--max-new-tokens", "1", "-q").stderr == ""
 

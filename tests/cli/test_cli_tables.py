@@ -34,6 +34,24 @@ def test_ranks_of_several_prompts_are_those_of_a_batch(hookkit, llama):
     same(json.loads(done.stdout), hk.ranks(hk.forward(llama, PROMPTS), top=3, watch=" milk"))
 
 
+def test_a_word_is_written_after_word_colon(hookkit, llama):
+    done = hookkit(
+        "shift", MILK, "--ban", "word:coffee", "--boost", "word:milk=2", "--watch", "word:coffee",
+        "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    hooks = [hk.ban(hk.word("coffee")), hk.boost(hk.word("milk"), by=2.0)]
+    before, after = hk.forward(llama, MILK), hk.forward(llama, MILK, *hooks)
+    wanted = hk.rank_shift(before, after, watch=hk.word("coffee"))
+    shifts = pd.DataFrame(json.loads(done.stdout)["shifts"])
+    assert shifts["token_id"].tolist() == wanted["token_id"].tolist()
+    assert shifts["why"].tolist() == wanted["why"].tolist()
+    coffee = shifts[shifts["token_id"] == llama.token(" coffee")].iloc[0]
+    assert "watched" in coffee["why"] and coffee["prob_after"] == 0
+    done = hookkit("ranks", MILK, "--watch", "word:quokka")
+    assert done.exit_code == 2 and "no spelling of one token" in done.stderr
+
+
 def test_prompts_are_arguments_lines_of_a_file_and_lines_of_standard_input(
     hookkit, llama, tmp_path
 ):

@@ -310,10 +310,10 @@ CASES = {
     ),
     "another token of the banned phrase": (
         [hk.ban(hk.word(" is Paris", exact=True)), hk.ban(" Paris")], {}, 0, " the",
-        "greedy: first of 49151; banned ' Paris' was first for the model",
+        "greedy: first of 49150; banned ' Paris' was first for the model",
     ),
     "a phrase, completed": (
-        [hk.ban(hk.word(" is Paris", exact=True))], {}, 0, " the", "greedy: first of 49151; banned ' Paris' was first for the model",
+        [hk.ban(hk.word(" is Paris", exact=True))], {}, 0, " the", "greedy: first of 49150; banned ' Paris' was first for the model",
     ),
     "banned, and a third boosted": (
         [hk.ban(" Paris"), hk.boost(" tea", by=1.0)], {}, 0, " the",
