@@ -261,7 +261,9 @@ def top1_changed() -> Top1Changed:
 class Loss(Metric):
     """The loss of a continuation. Made by `loss`."""
 
-    continuation: str | tuple[int, ...] | list[str] | list[str | tuple[int, ...]]
+    continuation: (
+        str | tuple[int, ...] | list[str] | list[tuple[int, ...]] | list[str | tuple[int, ...]]
+    )
 
     name: ClassVar[str] = "loss"
 
@@ -338,7 +340,9 @@ def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
 
 
 @check_keywords
-def loss(continuation: str | list[str] | tuple[int, ...]) -> Loss:
+def loss(
+    continuation: str | list[str] | tuple[int, ...] | list[tuple[int, ...]],
+) -> Loss:
     """The mean loss of a text that follows the prompt, in nats per token.
 
     A list has one text for each prompt. The continuation follows the prompt, and edits act at the

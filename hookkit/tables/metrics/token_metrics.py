@@ -27,7 +27,7 @@ from ...models.words import Word, WordLike
 from .metric import Metric, MetricInput
 
 Entry: TypeAlias = WordLike | tuple[Token, ...]
-Answers: TypeAlias = Entry | list[Token] | list[Entry]
+Answers: TypeAlias = Entry | list[Token] | list[tuple[Token, ...]] | list[Entry]
 
 
 @dataclass(frozen=True, eq=False)
