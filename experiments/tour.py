@@ -81,8 +81,7 @@ metric = hk.metrics.logit_diff(" Mary", " John")
 table = hk.patching(lm, NAMES, SWAPPED, "resid_pre", metric, layers=[0, 10, 20, 29], progress=False)
 strongest = table.loc[table.groupby("layer")["logit_diff_effect"].idxmax()]
 hk.show(strongest, columns=["layer", "pos", "logit_diff_effect"])
-tokens = [lm.string(token) for token in run.tokens[0].tolist()]
-hk.figures.heat_map(table, labels=tokens, title="The effect of patching the residual stream")
+hk.figures.heat_map(table, title="The effect of patching the residual stream")
 
 # %% [markdown]
 """## 5. Can the text be steered?

@@ -186,7 +186,7 @@ def test_the_tour_runs_cell_by_cell_and_finds_what_its_sentences_say(tour, smol,
     assert strongest["logit_diff_effect"].min() > 0.9 and strongest["pos"].iloc[-1] == 13
 
 
-def test_the_tour_in_a_fresh_kernel_shows_what_it_says(tour):
+def test_the_tour_in_a_fresh_kernel_shows_every_figure(tour):
     notebook = NotebookClient(copy.deepcopy(tour), timeout=300, kernel_name="python3").execute()
     said = ""
     for cell in notebook.cells:
@@ -198,6 +198,7 @@ def test_the_tour_in_a_fresh_kernel_shows_what_it_says(tour):
             pictures += (
                 [output["data"]["image/png"]] if "image/png" in output.get("data", {}) else []
             )
+        assert len(pictures) == cell.source.count("hk.figures."), cell.source
     checked(said)
     assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 6
 
