@@ -1,6 +1,7 @@
 """What a notebook shows and completes: small, escaped, by itself; and the tour, cell by cell."""
 
 import copy
+import html
 import io
 import json
 import re
@@ -192,12 +193,11 @@ def test_the_tour_in_a_fresh_kernel_shows_every_figure(tour):
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        pictures = []
-        for output in cell.outputs:
-            said += output.get("text", "")
-            pictures += (
-                [output["data"]["image/png"]] if "image/png" in output.get("data", {}) else []
-            )
+        shown = [output.get("data", {}) for output in cell.outputs]
+        pictures = [data for data in shown if "image/png" in data]
+        tables = [re.sub("<[^>]*>", " ", data.get("text/html", "")) for data in shown]
+        said += html.unescape(" ".join(tables))
+        said += "".join(output.get("text", "") for output in cell.outputs)
         assert len(pictures) == cell.source.count("hk.figures."), cell.source
     checked(said)
     assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 6
