@@ -58,6 +58,7 @@ from .models.words import word as word
 from .reports.diff.model_diff import model_diff as model_diff
 from .reports.page import report as report
 from .reports.record import record as record
+from .reports.scan import scan as scan
 from .reports.shift.shift_page import shift_report as shift_report
 from .runs.engines.ray import Ray as Ray
 from .runs.forward import forward as forward

@@ -18,6 +18,7 @@ from .models.sites import ModuleSite, Sites
 from .reports.diff.model_diff import Difference
 from .reports.page import Report
 from .reports.record import Record
+from .reports.scan import Scan
 from .runs.manager import HookManager
 from .runs.run import Run
 from .runs.trace import Trace
@@ -46,6 +47,7 @@ __all__ = [
     "Record",
     "Report",
     "Run",
+    "Scan",
     "Sites",
     "Statistics",
     "Stream",

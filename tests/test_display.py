@@ -296,6 +296,7 @@ def outcomes(lm, folder):
             {f"resid_post.{n}": torch.eye(32) for n in range(MANY)}, {}, hk.ranks(run)
         ),
     )
+    yield "Scan", hk.scan(lm, prompts)
     yield "Report", hk.report(long_text, *[hk.ranks(run)] * MANY)
     yield "Difference", hk.model_diff(lm, lm, prompts[:20], hooks_after=hk.ban(7))
     sites = lm.describe().assign(blocks=3, proved=True)

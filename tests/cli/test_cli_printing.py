@@ -5,7 +5,7 @@ import io
 import pandas as pd
 
 from hookkit.cli import output
-from hookkit.cli.inspect_prompt import leading_tokens
+from hookkit.reports.scan import leading_tokens
 
 NASTY = [
     "'[red]hot[/red]'",
