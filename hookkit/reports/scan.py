@@ -152,7 +152,7 @@ def scan(
 
     >>> look = scan(lm, "The Eiffel Tower is in the city of")
     >>> look.summary["token"].tolist(), look.summary["since"].tolist()
-    ([' Paris'], ['resid_post.26'])
+    ([' Paris'], ['resid_post.28'])
     """
     check_integer(top, "top", least=1, meaning="how many next tokens to show,")
     watched = watched_ids(lm, watch)

@@ -63,7 +63,7 @@ def test_a_line_is_the_tokens_rank_at_every_step_with_1_at_the_top(edited, row):
 
 def test_the_chosen_tokens_stand_along_the_axis(edited):
     labels = [label.get_text() for label in hk.figures.rank_lines(edited).axes[0].get_xticklabels()]
-    assert labels == [f"{token}  {step}" for step, token in enumerate(chosen_of(edited)["token"])]
+    assert labels == [f"{token!r}  {step}" for step, token in enumerate(chosen_of(edited)["token"])]
 
 
 def test_without_a_wish_the_watched_and_the_named_tokens_are_drawn(edited):
@@ -172,7 +172,7 @@ def test_the_same_tables_give_the_same_bytes(edited, baseline):
         (
             lambda e, b: hk.figures.rank_lines(e, watch=3),
             NotCaptured,
-            "At every step there is ' coffee', ' tea'",
+            r"At every step there is '\\n', ' coffee', ' tea'",
         ),
         (
             lambda e, b: hk.figures.rank_lines(

@@ -69,7 +69,7 @@ def test_every_step_has_a_cell_with_its_token_and_its_surprisal(table, row):
     figure = hk.figures.decision_strip(table, row=row)
     chosen = chosen_of(table, row)
     assert len(cells_of(figure)) == len(chosen) == 14
-    assert texts_of(figure, 9.5) == chosen["token"].tolist()
+    assert texts_of(figure, 9.5) == list(map(repr, chosen["token"]))
     numbers = [text for n, text in enumerate(texts_of(figure, 6.5)) if n % 2]
     assert numbers == [f"{-logprob:.2f}" for logprob in chosen["logprob"]]
     assert figure.axes[1].get_xlabel() == "surprisal of the chosen token (nats)"
@@ -104,7 +104,7 @@ def test_under_a_cell_stand_the_first_candidates_and_the_chosen_one_marked(table
         below = [t for t in below if 0.45 < t.get_position()[1] - cell.get_y() < 1.4]
         top = part[part.why.str.contains("top") & np.isfinite(part.logit)].head(5)["token"].tolist()
         mine = chosen_of(table)["token"].iloc[step]
-        wanted = top if mine in top else [*top, mine]
+        wanted = list(map(repr, top if mine in top else [*top, mine]))
         assert [t.get_text() for t in below if t.get_text()[0] in "'\""] == wanted
 
 

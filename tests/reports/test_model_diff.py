@@ -432,9 +432,9 @@ def test_models_without_tokenizers_and_modules_by_path_are_compared(two):
         in found.left_out.set_index("what").loc["the site where they part first", "why"]
     )
     one_reads = hk.model_diff(hk.LM(two[0].model), two[1], PROMPTS[0])
-    assert one_reads.tokens["read"].iloc[1] == " like" or one_reads.tokens["read"].iloc[
-        1
-    ].startswith("'")
+    words = two[1].tokenizer
+    tokens = [words.decode([token]) for token in words(PROMPTS[0]).input_ids]
+    assert one_reads.tokens["read"].tolist() == tokens
 
 
 def reordered():

@@ -620,11 +620,11 @@ def test_the_first_sentence_says_whether_a_token_moved_and_whether_another_is_fi
             hk.shift_report(llama, PROMPTS[0], {"edit": hook}, watch=token).files["about.json"]
         )["answer"]
 
-    assert f"the token {one} stays at rank 1 (probability " in said(nothing, first)
+    assert f"the token {one!r} stays at rank 1 (probability " in said(nothing, first)
     assert "first is" not in said(nothing, first)
-    assert said(nothing, second).endswith(f"first is still {one}.")
-    assert f"the token {two} goes from rank {rank} (" in said(forced, second)
-    assert said(forced, second).endswith(f"first is {two}, and was {one}.")
+    assert said(nothing, second).endswith(f"first is still {one!r}.")
+    assert f"the token {two!r} goes from rank {rank} (" in said(forced, second)
+    assert said(forced, second).endswith(f"first is {two!r}, and was {one!r}.")
 
 
 def test_an_edit_is_not_named_as_the_run_without_it(llama):
