@@ -11,9 +11,11 @@ from .data.harvest.statistics import load_statistics
 from .files.atomic import save_tensors
 from .files.untrusted import load_tensors
 from .reports.gallery import list_results, write_index
-from .reports.results_diff import compare_results, read_table
+from .reports.results_diff import changed_cells, changed_settings, compare_results, read_table
 
 __all__ = [
+    "changed_cells",
+    "changed_settings",
     "compare_results",
     "list_results",
     "load_statistics",

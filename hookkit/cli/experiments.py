@@ -25,7 +25,7 @@ from .options import ModelName
 from .output import OutputOptions, TableView, print_message, print_text
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 PANEL = "Experiments"
 PROMPT = "I like oat milk in my"
@@ -160,8 +160,15 @@ def run(
     against: Against = None,
     tolerance: Tolerance = 1e-4,
     folder: Annotated[Path, Option(help="The folder of the results.")] = Path("results"),
+    replace: Annotated[
+        bool, Option("--replace", help="Put the new folder of a result in the place of the old.")
+    ] = False,
 ) -> None:
     """Run experiments, each in its own process, write the index of results, and print what changed.
+
+    With --replace an experiment writes into an empty folder, so that no file of an earlier version
+    stays. The earlier folder comes back if the experiment fails or is interrupted; else it is kept
+    as .last in the new one.
 
     Ends with status 1 if an experiment failed, or if with --against a table changed.
     """
@@ -173,7 +180,10 @@ def run(
         raise BadFile(f"there is no file {', '.join(missing)}: name experiments by their files")
     rows = []
     for path in scripts:
-        row = _run_experiment(output, path)
+        if replace:
+            row = _run_replacing(output, path, folder / path.stem)
+        else:
+            row = _run_experiment(output, path)
         if against is not None and row["ended"] == FINISHED:
             row |= _compare(output, path, folder / path.stem, against, tolerance)
         rows.append(row)
@@ -194,6 +204,22 @@ def _write_index(output: OutputOptions, folder: Path) -> None:
         output.note(f"no index: {error}")
 
 
+def _run_replacing(output: OutputOptions, path: Path, folder: Path) -> dict[str, Any]:
+    """Runs an experiment whose folder of results is empty; a run that fails changes nothing."""
+    from ..reports.record import put_back, put_in_place, set_aside
+
+    set_aside(folder)
+    row: dict[str, Any] = {"ended": "interrupted"}
+    try:
+        row = _run_experiment(output, path)
+    finally:
+        if row["ended"] == FINISHED:
+            put_in_place(folder)
+        else:
+            put_back(folder)
+    return row
+
+
 def _run_experiment(output: OutputOptions, path: Path) -> dict[str, Any]:
     output.note(str(path))
     start = time.perf_counter()
@@ -210,13 +236,13 @@ def _compare(
     output: OutputOptions, path: Path, folder: Path, against: str, tolerance: float
 ) -> dict[str, Any]:
     """Compares the results of an experiment: number of tables, all the same, largest difference."""
-    from ..reports.results_diff import describe_changes
+    from ..reports.results_diff import compare_results, describe_changes
 
     if not folder.is_dir():
         output.note(f"{path} writes no {folder}")
         return {"tables": 0, "same": True, "largest": 0.0}
     try:
-        table = _compare_results(folder, against, tolerance)
+        table = compare_results(_folder_before(folder, against), folder, tolerance=tolerance)
     except BadHook as error:  # there is nothing to compare with; other experiments still run
         output.note(str(error))
         return {"tables": 0, "same": False, "largest": float("nan")}
@@ -245,15 +271,29 @@ def show(
 ) -> None:
     """Show a result: question, answer, tables; or list a folder of results; or what changed.
 
-    Ends with status 1 if with --against a table changed.
+    With --against it names the tables, the settings and the cells that changed, the largest change
+    first, and ends with status 1 if a table changed. A setting alone, such as the version of a
+    package, is no reason for that.
     """
     output.check()
     from ..reports.gallery import list_results
     from ..reports.parts import README, is_own_readme
+    from ..reports.results_diff import changed_cells, changed_settings, compare_results
 
     if against is not None:
-        table = _compare_results(folder, against, tolerance)
-        output.write("What moved", {"moved": TableView(table)})
+        before = _folder_before(folder, against)
+        table = compare_results(before, folder, tolerance=tolerance)
+        cells = changed_cells(before, folder, tolerance=tolerance)
+        settings = changed_settings(before, folder)
+        parts = {"moved": TableView(table, caption="Tables")}
+        if len(settings) or output.format:
+            parts["settings"] = TableView(settings, caption="Settings that changed")
+        if len(cells) or output.format:
+            caption = "Cells that changed, the largest change first"
+            if len(cells) > rows:
+                caption += f": {rows} of {len(cells)}; --rows shows more"
+            parts["cells"] = TableView(cells, caption=caption, reader_table=cells.head(rows))
+        output.write("What moved", parts)
         if not all(table["same"]):
             raise typer.Exit(FAILED)
     elif (folder / "report.html").is_file() or (
@@ -265,19 +305,15 @@ def show(
         output.write("Results", {"results": view})
 
 
-def _compare_results(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
-    """Returns the differences between a result and the one that --against names."""
-    from ..reports.results_diff import LAST, compare_results
+def _folder_before(folder: Path, against: str) -> str | Path:
+    """Returns the result that --against names, as `compare_results` takes it."""
+    from ..reports.results_diff import LAST
 
     if against == "last":
         if not (folder / LAST).is_dir():
             raise BadHook(f"{folder} has no run before this one: run the experiment again first")
-        before = folder / LAST
-    elif Path(against).is_dir():
-        before = against
-    else:
-        before = f"{folder}@{against}"
-    return compare_results(before, folder, tolerance=tolerance)
+        return folder / LAST
+    return against if Path(against).is_dir() else f"{folder}@{against}"
 
 
 def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, TableView | str]:

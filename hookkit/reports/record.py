@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -379,6 +380,57 @@ def _remove_run(folder: Path, about: Mapping[str, Any]) -> None:
             if os.path.lexists(folder / name) and _is_unchanged(folder / name, value):
                 (folder / name).unlink()
         (folder / ABOUT).unlink()
+
+
+# ---- a folder that is replaced as a whole
+
+
+def _aside(folder: Path) -> Path:
+    """Returns where a folder is kept while another is made in its place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def set_aside(folder: Path) -> None:
+    """Moves a result's folder away, so that another can be made in its place.
+
+    What a killed run left in that place is removed first. Raises `BadFile` for a folder that no
+    record wrote.
+    """
+    put_back(folder)
+    if os.path.lexists(folder):
+        if not folder.is_dir() or folder.is_symlink() or not _read_about(folder):
+            raise BadFile(
+                f"{str(folder)!r} has no {ABOUT} of a record, and is not replaced: move it away"
+            )
+        with disk_errors_as_bad_file(folder):
+            folder.replace(_aside(folder))
+
+
+def put_back(folder: Path) -> None:
+    """Moves a folder back that was set aside; what was made in its place is removed."""
+    if _aside(folder).is_dir():
+        with disk_errors_as_bad_file(folder):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            _aside(folder).replace(folder)
+
+
+def put_in_place(folder: Path) -> None:
+    """Keeps the new folder. The earlier one is its folder `.last`, without its own `.last`.
+
+    If the experiment made no folder, the earlier one is moved back.
+    """
+    earlier = _aside(folder)
+    if not folder.is_dir():
+        put_back(folder)
+    elif earlier.is_dir():
+        with disk_errors_as_bad_file(folder):
+            if (earlier / LAST).is_dir():
+                shutil.rmtree(earlier / LAST)
+            write_text(earlier / ".gitignore", "*\n")
+            if (folder / LAST).is_dir():
+                shutil.rmtree(folder / LAST)
+            earlier.replace(folder / LAST)
 
 
 def _command() -> str:

@@ -8,25 +8,34 @@ files on disk
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, shorten
+from ..display import format_cell
 from ..errors import BadHook
 from ..files import untrusted
 from ..files.untrusted import check_file, path_inside
 
 LAST = ".last"  # in a result's folder: the files of the run before
 TOLERANCE = 1e-4
+ABOUT = "about.json"
+# What about.json has besides settings: of the record itself, and what differs in every run.
+OTHER_FACTS = frozenset(("title", "ended", "command", "git_commit", "made_by", "runs", "files",
+                         "sha256", "seconds"))  # fmt: skip
+CELL_COLUMNS = ["table", "cell", "column", "before", "after", "change", "_size"]
 COLUMNS = ["table", "same", "cells", "moved", "largest", "column", "note"]
 
+Folder: TypeAlias = str | os.PathLike[str]
 Tables: TypeAlias = "str | os.PathLike[str] | Mapping[str, pd.DataFrame]"
 
 
@@ -87,6 +96,146 @@ def _describe_table(row: Mapping[str, Any]) -> str:
     if row["column"]:
         text += f", {row['column']} by {row['largest']:.3g}"
     return f"{row['table']}: {text}"
+
+
+@check_arguments
+def changed_cells(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
+    """The cells that differ between the tables of two results, the largest change first.
+
+    Columns: table · cell, which line of the table after it is: its number from 0, and its texts and
+    whole numbers · column · before and after, as texts, with tokens in quotes · change: after minus
+    before; infinite for a change of a text, or to or from a missing or infinite number. A line or
+    column that only one side has is one row, with "(row)" or "(column)" as its column. The order is
+    that of the change relative to the value, or to 1 for a smaller one. The arguments are those of
+    `compare_results`.
+
+    >>> changed_cells({"t": ranks(run, top=2)}, {"t": ranks(run, top=3)})["after"].tolist()
+    ["line 2: row 0, pos 5, token ' recipe', token_id 26328, rank 3"]
+    """
+    old_tables, new_tables = _read_tables(before), _read_tables(after)
+    records: list[dict[str, Any]] = []
+    for name in dict.fromkeys([*old_tables, *new_tables]):
+        old, new = old_tables.get(name), new_tables.get(name)
+        if old is not None and new is not None:
+            for record in _changed_cells(old, new, tolerance):
+                records.append({"table": name, **record})
+    table = pd.DataFrame(records, columns=CELL_COLUMNS)
+    size: Any = table.pop("_size")
+    return table.loc[size.astype(float).sort_values(ascending=False, kind="stable").index]
+
+
+def _changed_cells(
+    old: pd.DataFrame, new: pd.DataFrame, tolerance: float
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of `changed_cells` for one table, with the relative size of the change."""
+    shared = [name for name in old.columns if name in new.columns]
+    for side, other, which in ((old, new, "before"), (new, old, "after")):
+        for name in [name for name in side.columns if name not in other.columns]:
+            yield _record("(column)", which, name)
+    names = _names_of_rows(old, shared), _names_of_rows(new, shared)
+    pairs = list(zip(range(len(old)), range(len(new)), strict=False))
+    if len(old) != len(new):
+        pairs = _matching_rows(*names)
+        for number in sorted(set(range(len(old))) - {one for one, _ in pairs}):
+            yield _record("(row)", "before", f"line {number}: {names[0][number]}")
+        for number in sorted(set(range(len(new))) - {other for _, other in pairs}):
+            yield _record("(row)", "after", f"line {number}: {names[1][number]}")
+    old_rows, new_rows = [one for one, _ in pairs], [other for _, other in pairs]
+    for name in shared:
+        columns = old[name].iloc[old_rows], new[name].iloc[new_rows]
+        moved, change = _changes(*columns, tolerance)
+        for index in np.flatnonzero(moved):
+            before, after = columns[0].iloc[index], columns[1].iloc[index]
+            size = change[index] / max([1.0, *_magnitudes(before, after)])
+            yield {
+                "cell": f"line {new_rows[index]}: {names[1][new_rows[index]]}",
+                "column": str(name),
+                "before": format_cell(name, before),
+                "after": format_cell(name, after),
+                "change": _signed(before, after, change[index]),
+                "_size": size,
+            }
+
+
+def _record(column: str, which: str, text: str) -> dict[str, Any]:
+    """Returns the line of a row or column that only one side has."""
+    sides = {"before": "", "after": ""} | {which: str(text)}
+    return {"cell": "", "column": column, **sides, "change": np.inf, "_size": np.inf}
+
+
+def _signed(before: Any, after: Any, change: float) -> float:
+    return float(after) - float(before) if np.isfinite(change) else np.inf
+
+
+def _magnitudes(*values: Any) -> list[float]:
+    """Returns the absolute values of those that are finite numbers."""
+    numbers = [value for value in values if isinstance(value, int | float | np.number)]
+    return [abs(float(number)) for number in numbers if np.isfinite(number)]
+
+
+def _names_of_rows(table: pd.DataFrame, shared: list[str]) -> list[str]:
+    """Returns what tells rows apart: their texts and whole numbers, by the names of columns."""
+    parts: list[str] = []
+    columns = [name for name in shared if table[name].dtype.kind != "f"]
+    for _, row in table[columns].iterrows():
+        cells = [f"{name} {format_cell(name, value)}" for name, value in row.items()]
+        parts.append(shorten(", ".join(cells), 100))
+    return parts
+
+
+def _matching_rows(old: list[str], new: list[str]) -> list[tuple[int, int]]:
+    """Returns the numbers of the rows that are in both tables, in order."""
+    blocks = SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
+    pairs: list[tuple[int, int]] = []
+    for start, other_start, count in blocks:
+        numbers = range(start, start + count), range(other_start, other_start + count)
+        pairs += zip(*numbers, strict=True)
+    return pairs
+
+
+@check_arguments
+def changed_settings(before: Folder, after: Folder) -> pd.DataFrame:
+    """The settings that differ between two results, as their about.json have them.
+
+    Columns: setting, before, after, the values as JSON; a setting that one side lacks is empty
+    there. They are the result's own settings, the seed, the model with its hashes, its dtype and
+    device, the question, the answer, and the versions of packages. A folder may be one of a commit,
+    as in `compare_results`.
+    """
+    old, new = _flat_settings(_read_about(before)), _flat_settings(_read_about(after))
+    rows = []
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) != new.get(name):
+            rows.append({"setting": name, "before": old.get(name, ""), "after": new.get(name, "")})
+    return pd.DataFrame(rows, columns=["setting", "before", "after"])
+
+
+def _flat_settings(about: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the settings as JSON, by their names; those in a mapping as MAPPING.NAME."""
+    settings: dict[str, str] = {}
+    for name, value in about.items():
+        if name in OTHER_FACTS:
+            continue
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                settings[f"{name}.{key}"] = json.dumps(inner, ensure_ascii=False)
+        else:
+            settings[name] = json.dumps(value, ensure_ascii=False)
+    return settings
+
+
+def _read_about(source: Folder) -> Mapping[str, Any]:
+    """Returns the about.json of a folder, or of a folder in a commit; empty if it has none."""
+    folder, at, revision = os.fspath(source).rpartition("@")
+    if at and folder and not Path(source).exists():
+        archive = _git_archive(Path(folder), revision)
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            if ABOUT not in files.getnames():
+                return {}
+            data: Any = files.extractfile(ABOUT)
+            return untrusted.parse_json(data.read().decode(), ABOUT, finite=False)
+    path = Path(source) / ABOUT
+    return untrusted.read_json(path, finite=False) if path.is_file() else {}
 
 
 def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
@@ -184,18 +333,24 @@ def _describe_shape(old: pd.DataFrame | None, new: pd.DataFrame | None) -> str:
 
 def _compare_columns(old: Any, new: Any, tolerance: float) -> tuple[int, float]:
     """The number of cells of a column that changed, and the largest change of a number."""
+    moved, change = _changes(old, new, tolerance)
+    is_finite = np.isfinite(change)
+    return int(moved.sum()), float(change[is_finite].max(initial=0.0))
+
+
+def _changes(old: Any, new: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which cells of a column changed, and by how much; a text that changed did so infinitely."""
     if not (_is_numeric(old) and _is_numeric(new)):
-        differs = old.astype("string").fillna("") != new.astype("string").fillna("")
-        return int(differs.sum()), 0.0
+        texts = [column.astype("string").fillna("").to_numpy(str) for column in (old, new)]
+        differs = texts[0] != texts[1]
+        return differs, np.where(differs, np.inf, 0.0)
     a, b = old.to_numpy(float, na_value=np.nan), new.to_numpy(float, na_value=np.nan)
     is_equal = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         change = np.where(is_equal, 0.0, np.abs(a - b))
         is_near = change <= tolerance * np.maximum(1.0, np.maximum(np.abs(a), np.abs(b)))
-    is_finite = np.isfinite(change)
-    count = int((~(is_equal | (is_near & is_finite))).sum())
-    largest = float(change[is_finite].max(initial=0.0))
-    return count, largest
+    moved = ~(is_equal | (is_near & np.isfinite(change)))
+    return moved, np.where(np.isnan(change), np.inf, change)
 
 
 def _is_numeric(column: Any) -> bool:

@@ -120,8 +120,61 @@ def test_run_and_show_tell_what_moved_and_end_with_1(place):
     )
     hookkit("run", "experiments/plain.py", "--against", "last", "--tolerance", "1")
     found = json.loads(hookkit("show", "results/plain", "--against", "last", "--json").stdout)
-    assert found[0]["table"] == "t" and found[0]["same"] is True
+    assert found["moved"][0]["table"] == "t" and found["moved"][0]["same"] is True
+    assert found["settings"][0]["setting"] == "answer"
     hookkit("show", "results/plain", "--against", "results/plain")
+
+
+def test_show_names_the_cells_and_the_settings_that_changed(place):
+    hookkit("run", "experiments/plain.py")
+    (place / "value").write_text("2")
+    hookkit("run", "experiments/plain.py")
+    said = hookkit("show", "results/plain", "--against", "last", status=1).stdout.splitlines()
+    cells = said[said.index("Cells that changed, the largest change first") + 2].split()
+    assert cells[:5] == ["t", "line", "0:", "x", "1"] and cells[5] == "2"
+    settings = said[said.index("Settings that changed") + 2]
+    assert settings.split("  ")[0] == "answer" and '"1 of it."' in settings
+    table = hookkit("show", "results/plain", "--against", "last", "--csv", status=1).stdout
+    assert table.splitlines()[1].startswith("t,False,1,1,1.0,x")
+
+
+def test_run_replace_leaves_no_earlier_file_and_a_failure_changes_nothing(place):
+    folder = place / "results" / "plain"
+    hookkit("run", "experiments/plain.py")
+    (folder / "old.txt").write_text("by hand")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (place / "value").write_text("-1")  # the experiment ends with status 1
+    assert "status 1" in hookkit("run", "experiments/plain.py", "--replace", status=1).stdout
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (place / "value").write_text("2")
+    hookkit("run", "experiments/plain.py", "--replace")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".last", "README.md", "about.json", "report.html", "t.csv"
+    ]  # fmt: skip
+    assert (folder / ".last" / "old.txt").read_text() == "by hand"
+    (place / "value").write_text("3")
+    words = ("run", "experiments/plain.py", "--replace", "--against", "last")
+    assert "1 of 1 cells moved, x by 1" in hookkit(*words, status=1).stderr
+    assert sorted(path.name for path in (place / "results").iterdir() if path.is_dir()) == ["plain"]
+
+
+def test_run_replace_brings_back_what_a_killed_run_set_aside(place):
+    folder, aside = place / "results" / "plain", place / "results" / ".plain.replaced"
+    hookkit("run", "experiments/plain.py")
+    folder.rename(aside)
+    folder.mkdir()
+    (folder / "half").write_text("of the killed run")
+    hookkit("run", "experiments/plain.py", "--replace")
+    assert not aside.exists() and not (folder / "half").exists()
+    assert (folder / ".last" / "t.csv").is_file()
+
+
+def test_run_replace_refuses_a_folder_that_no_record_wrote(place):
+    folder = place / "results" / "plain"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    assert "is not replaced" in hookkit("run", "experiments/plain.py", "--replace", status=2).stderr
+    assert (folder / "mine.txt").read_text() == "mine"
 
 
 def test_show_prints_a_result_and_lists_a_folder_of_them(place):

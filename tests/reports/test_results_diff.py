@@ -101,3 +101,57 @@ def test_a_folder_is_compared_with_what_git_has_of_it_also_when_it_is_gone(tmp_p
     for wrong in ("results/oat@nothing", "results/none@HEAD"):
         with pytest.raises(BadHook, match="git has no 'results/(oat|none)' at"):
             hk.results.compare_results(wrong, tmp_path)
+
+
+def test_the_cells_that_changed_are_named_the_largest_first():
+    old = pd.DataFrame(
+        {
+            "token": [" a", "\n", " c"],
+            "rank": [1, 2, 3],
+            "prob": [0.5, 0.25, np.nan],
+            "logit": [1e6, -np.inf, 3.0],
+        }
+    )
+    new = old.assign(prob=[0.6, 0.25, 0.1], logit=[1e6 + 50, -np.inf, 4.0], rank=[1, 900, 3])
+    found = hk.results.changed_cells({"t": old, "s": old}, {"t": new, "s": old})
+    assert found[["cell", "column", "before", "after"]].values.tolist() == [
+        ["line 2: token ' c', rank 3", "prob", "", "0.1"],
+        [r"line 1: token '\n', rank 900", "rank", "2", "900"],
+        ["line 2: token ' c', rank 3", "logit", "3", "4"],
+        ["line 0: token ' a', rank 1", "prob", "0.5", "0.6"],
+    ]
+    assert found["change"].tolist() == pytest.approx([np.inf, 898, 1, 0.1])
+    every = hk.results.changed_cells({"t": old}, {"t": new}, tolerance=0)
+    assert len(every) == 5 and every["change"].iloc[-1] == 50
+
+
+def test_lines_and_columns_that_only_one_side_has_are_named():
+    new = TABLE.iloc[[1]].assign(logit=[2001.0], more=1).drop(columns="rank")
+    found = hk.results.changed_cells({"t": TABLE}, {"t": new})
+    assert found[["column", "before", "after"]].values.tolist() == [
+        ["(column)", "rank", ""],
+        ["(column)", "", "more"],
+        ["(row)", "line 0: token ' a'", ""],
+        ["logit", "2000", "2001"],
+    ]
+    assert hk.results.changed_cells({"t": TABLE}, {"t": TABLE}).empty
+
+
+def test_settings_that_changed_are_named_also_against_a_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, settings in ((0, {"layer": 3, "prompt": "a"}), (1, {"layer": 4, "prompt": "a"})):
+        with hk.record("one", seed=seed, settings=settings, replace=True) as results:
+            results.table("t", TABLE)
+        if not seed:
+            for words in (
+                ("init",),
+                ("add", "."),
+                ("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-m", "a"),
+            ):
+                subprocess.run(["git", *words], check=True, capture_output=True)
+    for before in ("one/.last", "one@HEAD"):
+        found = hk.results.changed_settings(before, "one")
+        assert found.values.tolist() == [["seed", "0", "1"], ["settings.layer", "3", "4"]]
+    assert hk.results.changed_settings("one", "one").empty
+    with pytest.raises(BadHook, match="git has no"):
+        hk.results.changed_settings("one@nothing", "one")
