@@ -32,6 +32,7 @@ ABOUT = "about.json"
 # What about.json has besides settings: of the record itself, and what differs in every run.
 OTHER_FACTS = frozenset(("title", "ended", "command", "git_commit", "made_by", "runs", "files",
                          "sha256", "seconds"))  # fmt: skip
+PLACES = ("row", "pos", "step", "layer", "head", "token_id", "draw")  # numbers that name a line
 CELL_COLUMNS = ["table", "cell", "column", "before", "after", "change", "_size"]
 COLUMNS = ["table", "same", "cells", "moved", "largest", "column", "note"]
 
@@ -102,15 +103,15 @@ def _describe_table(row: Mapping[str, Any]) -> str:
 def changed_cells(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
     """The cells that differ between the tables of two results, the largest change first.
 
-    Columns: table · cell, which line of the table after it is: its number from 0, and its texts and
-    whole numbers · column · before and after, as texts, with tokens in quotes · change: after minus
+    Columns: table · cell, which line of the table after it is: its number from 0, and its texts
+    and places · column · before and after, as texts, with tokens in quotes · change: after minus
     before; infinite for a change of a text, or to or from a missing or infinite number. A line or
     column that only one side has is one row, with "(row)" or "(column)" as its column. The order is
     that of the change relative to the value, or to 1 for a smaller one. The arguments are those of
     `compare_results`.
 
     >>> changed_cells({"t": ranks(run, top=2)}, {"t": ranks(run, top=3)})["after"].tolist()
-    ["line 2: row 0, pos 5, token ' recipe', token_id 26328, rank 3"]
+    ["line 2: row 0, pos 5, token ' breakfast', token_id 13848"]
     """
     old_tables, new_tables = _read_tables(before), _read_tables(after)
     records: list[dict[str, Any]] = []
@@ -121,7 +122,8 @@ def changed_cells(before: Tables, after: Tables, *, tolerance: float = TOLERANCE
                 records.append({"table": name, **record})
     table = pd.DataFrame(records, columns=CELL_COLUMNS)
     size: Any = table.pop("_size")
-    return table.loc[size.astype(float).sort_values(ascending=False, kind="stable").index]
+    order = size.astype(float).sort_values(ascending=False, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
 
 
 def _changed_cells(
@@ -174,9 +176,9 @@ def _magnitudes(*values: Any) -> list[float]:
 
 
 def _names_of_rows(table: pd.DataFrame, shared: list[str]) -> list[str]:
-    """Returns what tells rows apart: their texts and whole numbers, by the names of columns."""
+    """Returns what tells rows apart: their texts and places, by the names of columns."""
     parts: list[str] = []
-    columns = [name for name in shared if table[name].dtype.kind != "f"]
+    columns = [name for name in shared if name in PLACES or table[name].dtype.kind not in "biuf"]
     for _, row in table[columns].iterrows():
         cells = [f"{name} {format_cell(name, value)}" for name, value in row.items()]
         parts.append(shorten(", ".join(cells), 100))
