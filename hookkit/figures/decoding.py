@@ -23,7 +23,7 @@ from matplotlib.ticker import NullLocator
 from ..arguments import check_arguments, check_choice
 from ..display import quote_token
 from ..errors import BadHook, NotCaptured
-from ..models.tokens import check_tokens
+from ..models.words import WordLike, tokens_in_table
 from . import style
 from .style import GRID, MARK, MUTED, PointLabel, apply_style, new_figure, short_label
 
@@ -76,7 +76,7 @@ def has_reason(why: str, reason: str) -> bool:
 def rank_lines(
     decoding_table: pd.DataFrame,
     *,
-    watch: Iterable[str | int] | str | int = (),
+    watch: Iterable[WordLike] | WordLike = (),
     row: int = 0,
     stage: str = "model",
     title: str = "",
@@ -268,10 +268,10 @@ def _figure_width(steps: int) -> float:
 
 
 def _select_watched(
-    table: pd.DataFrame, watch: Iterable[str | int] | str | int
+    table: pd.DataFrame, watch: Iterable[WordLike] | WordLike
 ) -> Sequence[str | int]:
     """The watched tokens, or all that were recorded because they were watched or named."""
-    tokens = check_tokens(watch, "watch")
+    tokens = tokens_in_table(watch, "watch", table["token"])
     if not tokens:
         why: Any = table["why"]
         is_watched = why.str.contains("(?:^|, )(?:watched|named)(?:,|$)")

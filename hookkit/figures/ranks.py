@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection
-from ..models.tokens import check_tokens
+from ..models.words import WordLike, tokens_in_table
 from . import style
 from .style import INK, MARK, MUTED, PAPER, POINT, PointLabel, apply_style, new_figure, short_label
 
@@ -34,7 +34,7 @@ PANELS = (  # column, label of the axis, title, tokens that get their names
 
 @check_arguments
 def logit_scatter(
-    table: pd.DataFrame, *, watch: Iterable[str | int] | str | int = (), title: str = ""
+    table: pd.DataFrame, *, watch: Iterable[WordLike] | WordLike = (), title: str = ""
 ) -> Figure:
     """Every token's logit at one position, by token id. Watched tokens are marked, the top named.
 
@@ -53,7 +53,7 @@ def logit_scatter(
 
 @check_arguments
 def logit_panels(
-    table: pd.DataFrame, *, watch: Iterable[str | int] | str | int = (), title: str = ""
+    table: pd.DataFrame, *, watch: Iterable[WordLike] | WordLike = (), title: str = ""
 ) -> Figure:
     """The same tokens three times: raw logits, after softmax, after log-softmax.
 
@@ -214,9 +214,9 @@ def _check_one_position(table: pd.DataFrame, column: str) -> None:
         )
 
 
-def _select_watched(table: pd.DataFrame, watch: Iterable[str | int] | str | int) -> pd.DataFrame:
+def _select_watched(table: pd.DataFrame, watch: Iterable[WordLike] | WordLike) -> pd.DataFrame:
     parts = [table.head(0)]
-    for token in check_tokens(watch, "watch"):
+    for token in tokens_in_table(watch, "watch", table["token"]):
         column, name = ("token_id", token) if isinstance(token, int) else ("token", token)
         rows = table[table[column].to_numpy() == name]
         if rows.empty:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..arguments import as_bool, check_keywords, describe
-from ..errors import BadHook, NotOneToken
+from ..errors import BadHook, EmptySelection, NotOneToken
 from .tokens import Token, check_tokens
 
 if TYPE_CHECKING:
@@ -112,11 +112,12 @@ class Word:
         ['co', 'ff', 'ee']
         """
         pieces: dict[str, list[str]] = {}
-        for text in self._spaced_texts():
+        for text in self.spaced_texts():
             pieces[text] = list(map(lm.string, _ids_of_text(lm, text, self)))
         return pieces
 
-    def _spaced_texts(self) -> list[str]:
+    def spaced_texts(self) -> list[str]:
+        """Returns the texts with a space before them and without; an exact text as it is."""
         if self.exact:
             return list(self.texts)
         texts: list[str] = []
@@ -153,7 +154,7 @@ class Word:
             return ids if len(ids) == 1 else []
         _require_tokenizer(lm, self)
         token_ids: list[int] = []
-        for text in self._spaced_texts():
+        for text in self.spaced_texts():
             try:
                 token_ids.append(lm.token(text))
             except NotOneToken:
@@ -216,6 +217,24 @@ def token_ids(lm: LM, tokens: Iterable[WordLike]) -> list[int]:
 def check_words(values: object, name: str) -> tuple[WordLike, ...]:
     """Returns one token or word, or several, in order."""
     return check_tokens(values, name, also=(Word,))
+
+
+def tokens_in_table(values: object, name: str, texts: Iterable[str]) -> list[Token]:
+    """Returns the tokens, with a word as those of its spellings that are among a table's texts."""
+    known_texts = set(texts)
+    tokens: list[Token] = []
+    for token in check_words(values, name):
+        if not isinstance(token, Word):
+            tokens.append(token)
+            continue
+        spellings = [text for text in token.spaced_texts() if text in known_texts]
+        if not spellings:
+            raise EmptySelection(
+                f"no spelling of {token!r} is in the table: watch it in the call that made the "
+                "table too, or give top=None"
+            )
+        tokens += spellings
+    return tokens
 
 
 def _plural(text: str) -> str:

@@ -189,7 +189,7 @@ def test_every_edit_acts_in_the_rows_where_its_condition_holds_and_in_no_other(l
     plain = hk.forward(lm, PROMPTS)
     always = (
         hk.forward(lm, PROMPTS, make(None))
-        if "phrase" not in str(make(None)) or "ban" in str(make(None))
+        if "word" not in str(make(None)) or "ban" in str(make(None))
         else None
     )
     ends = [plain.logits[row, length - 1] for row, length in enumerate(plain.lengths)]

@@ -201,7 +201,7 @@ def hk_strings(text: str) -> list[str]:
     return [ast.literal_eval(found) for found in re.findall(r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"", text)]
 
 
-@pytest.mark.parametrize("after", [(8,), (8, 9), [(8,), (9,)], [(8,), (9, 10, 11)]], ids=str)
+@pytest.mark.parametrize("after", [(8,), (8, 9, 10), [(8,), (9,)], [(8,), (9, 10, 11)]], ids=str)
 def test_the_loss_of_a_continuation_of_any_length(after):
     lm, prompts = hk.tiny("llama"), [[5, 9, 13, 17, 21], [6, 7]]
     rows = after if isinstance(after, list) else [after, after]

@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 from conftest import tiny
+from matplotlib.text import Text
 from test_tokenizers import KINDS, lm_with
 
 import hookkit as hk
-from hookkit.errors import BadHook, NotOneToken
+from hookkit.errors import BadHook, EmptySelection, NotOneToken
 from hookkit.models.words import WordEnds
 
 WHOLE = r"(?<!\w)(?:tea|Tea|TEA)(?!\w)"
@@ -267,6 +268,19 @@ def test_watch_and_metrics_follow_the_spellings_of_one_token(smol):
     trace = hk.trace(top=1, watch=word)
     recorded = hk.generate(smol, prompts[0], trace=trace, max_new_tokens=2)
     assert set(ids) <= set(hk.candidates(recorded)["token_id"])
+
+
+def test_figures_draw_the_spellings_that_a_table_has(smol):
+    word, prompt = hk.word("coffee"), "I like oat milk in my"
+    for figure in (hk.figures.logit_scatter, hk.figures.logit_panels):
+        table = hk.ranks(hk.forward(smol, prompt), top=None)
+        drawn = " ".join(text.get_text() for text in figure(table, watch=word).findobj(Text))
+        assert "Coffee" in drawn and "coffee" in drawn
+        with pytest.raises(EmptySelection, match=r"no spelling of word\('quokka'\)"):
+            figure(table, watch=hk.word("quokka"))
+    run = hk.generate(smol, prompt, trace=hk.trace(watch=word), max_new_tokens=3)
+    figure = hk.figures.rank_lines(hk.candidates(run), watch=word)
+    assert sum("offee" in text.get_text() for text in figure.findobj(Text)) >= 2
 
 
 # ---- as a value, in JSON and in text

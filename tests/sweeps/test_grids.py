@@ -698,7 +698,7 @@ def test_path_patching_of_a_little_memory_and_without_shortcuts_is_the_same(llam
 def test_the_loss_may_be_patched_along_a_path(llama_ids):
     for receivers in (None, [hk.Site("q", 2, 1)]):
         table = hk.path_patching(
-            llama_ids, CLEAN, CORRUPTED, [hk.metrics.loss((8, 9)), METRIC], receivers=receivers
+            llama_ids, CLEAN, CORRUPTED, [hk.metrics.loss((8, 9, 10)), METRIC], receivers=receivers
         )
         lone = hk.path_patching(llama_ids, CLEAN, CORRUPTED, METRIC, receivers=receivers)
         assert table["logit_diff"].tolist() == pytest.approx(lone["logit_diff"].tolist(), abs=1e-4)
