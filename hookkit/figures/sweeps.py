@@ -398,6 +398,7 @@ def dose(
     prompt = style.describe_prompt(table)
     table = table.reset_index(drop=True)  # the index of concatenated tables may have duplicates
     figure, panels, parts = _site_panels(table)
+    means_of_panels = []
     for axes, part in zip(panels, parts.values(), strict=True):
         means: Any = part
         prompts_of: dict[Any, Any] = {}
@@ -417,6 +418,8 @@ def dose(
         axes.axhline(0, color=MUTED, lw=0.8)
         axes.axvline(0, color=MUTED, lw=0.8)
         axes.set_xlabel(describe_column("dose"))
+        means_of_panels.append(means)
+    _limit_control(panels[0], pd.concat(means_of_panels), value)
     _label_sites(panels, parts, value, table)
     default = f"{style.column_title(value)} against the dose"
     return apply_style(figure, title or default, prompt)
@@ -430,6 +433,23 @@ def _draw_control_band(axes: Axes, means: Any, prompts_of: Mapping[Any, Any], va
         _draw_spread(axes, line, prompts_of.get((name, True)), "dose", value, MUTED)
         axes.plot(line["dose"], line[value], color=MUTED, lw=1.2, ls="--", label=label)
         label = None
+
+
+def _limit_control(axes: Axes, means: Any, value: str) -> None:
+    """Let a control's wide interval, which is that of a few random vectors, leave the axes."""
+    if "n" not in means.columns or (means["n"] < MIN_FOR_INTERVAL).any():
+        return
+    vectors = means[~means["control"].astype(bool)]
+    numbers = [means[value].to_numpy(float)]
+    for name in (f"{value}_low", f"{value}_high"):
+        if name in vectors.columns:
+            numbers.append(vectors[name].to_numpy(float))
+    reach = np.concatenate([*numbers, [0.0]])
+    reach = reach[np.isfinite(reach)]
+    room = 0.5 * (reach.max() - reach.min())
+    low, high = axes.get_ylim()
+    if room > 0:
+        axes.set_ylim(max(low, reach.min() - room), min(high, reach.max() + room))
 
 
 def _site_panels(table: pd.DataFrame) -> tuple[Figure, list[Axes], dict[Any, pd.DataFrame]]:
