@@ -316,3 +316,23 @@ def test_a_character_that_another_installed_font_has_is_drawn(tmp_path, monkeypa
     monkeypatch.undo()
     plain = hk.figures.logit_bars(parts).axes[0].get_yticklabels()
     assert plain[0].get_text() == r"\u6f22"
+
+
+# ---- the prompt
+
+
+def test_a_figure_says_its_prompt_and_labels_positions_by_tokens(smol):
+    clean, corrupted = "I like oat milk in my", "I like oat milk in her"
+    lens = hk.logit_lens(smol, clean, pos=None, top=1)
+    metric = hk.metrics.prob(" tea")
+    patched = hk.patching(smol, clean, corrupted, "resid_pre", metric, layers=[3, 20])
+    figures = ((clean, hk.figures.lens_map(lens)), (corrupted, hk.figures.heat_map(patched)))
+    for prompt, figure in figures:
+        figure.canvas.draw()
+        tokens = map(smol.tokenizer.decode, smol.tokenizer(prompt)["input_ids"])
+        labels = [f"{token!r}  {pos}" for pos, token in enumerate(tokens)]
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == labels
+        assert figure.texts[-1].get_text() == f"“{prompt}”"
+    ranked = hk.ranks(hk.forward(smol, [clean, "Tea is"]), top=5)
+    part = hk.figures.logit_scatter(ranked[ranked["row"] == 1])
+    assert part.texts[-1].get_text() == "“Tea is”"
