@@ -179,25 +179,39 @@ def describe_prompt(table: pd.DataFrame) -> str:
 
     Of several prompts it is their number and the first.
     """
-    prompts = table.attrs.get("prompts", [])
-    rows = []
-    if "row" in table.columns:
-        rows = sorted(set(table["row"].dropna().tolist()))
-    if not rows or not set(rows) <= set(range(len(prompts))):
+    prompts = list(dict.fromkeys(map(str, _texts_of_rows(table, "prompts"))))
+    if not prompts:
         return ""
-    first = " ".join(str(prompts[int(rows[0])]).split())
-    if len(rows) == 1:
+    first = " ".join(prompts[0].split())
+    if len(prompts) == 1:
         return f"“{first}”"
-    return f"{len(rows)} prompts, the first: “{first}”"
+    return f"{len(prompts)} prompts, the first: “{first}”"
 
 
 def tokens_of(table: pd.DataFrame) -> list[str]:
-    """The tokens of the prompt that a table is about, [] if it is about several or lacks them."""
-    texts = table.attrs.get("tokens", [])
-    rows = sorted(set(table["row"].dropna().tolist())) if "row" in table.columns else []
-    if len(rows) != 1 or not 0 <= int(rows[0]) < len(texts):
+    """The tokens of the prompt that a table is about, [] if the table lacks them.
+
+    Of several prompts of one length it is the tokens that all have at a position, and "…" where
+    they differ.
+    """
+    texts = _texts_of_rows(table, "tokens")
+    if len(set(map(len, texts))) != 1:
         return []
-    return list(map(token_label, texts[int(rows[0])]))
+    tokens = []
+    for tokens_of_prompts in zip(*texts, strict=True):
+        is_common = len(set(tokens_of_prompts)) == 1
+        tokens.append(token_label(tokens_of_prompts[0]) if is_common else "…")
+    return tokens
+
+
+def _texts_of_rows(table: pd.DataFrame, name: str) -> list[Any]:
+    """What the table keeps in its `attrs` about each of its rows of the batch; [] if it lacks one."""
+    texts, rows = table.attrs.get(name, []), []
+    if "row" in table.columns:
+        rows = sorted(set(table["row"].dropna().tolist()))
+    if not set(rows) <= set(range(len(texts))):
+        return []
+    return [texts[int(row)] for row in rows]
 
 
 def describe_column(name: str) -> str:

@@ -336,3 +336,13 @@ def test_a_figure_says_its_prompt_and_labels_positions_by_tokens(smol):
     ranked = hk.ranks(hk.forward(smol, [clean, "Tea is"]), top=5)
     part = hk.figures.logit_scatter(ranked[ranked["row"] == 1])
     assert part.texts[-1].get_text() == "“Tea is”"
+
+
+def test_several_prompts_have_the_tokens_that_all_have_as_labels(smol):
+    prompts = ["I like oat milk in my", "I like rice milk in my"]
+    hook = {"hooks": lambda pos: hk.ablate("resid_pre.5", pos=pos), "metrics": hk.metrics.entropy()}
+    table = hk.sweep(smol, prompts, {"pos": range(6)}, **hook).assign(layer=5)
+    figure = hk.figures.heat_map(table)
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["'I'  0", "' like'  1", "…  2", "' milk'  3", "' in'  4", "' my'  5"]
+    assert figure.texts[-1].get_text() == f"2 prompts, the first: “{prompts[0]}”"
