@@ -205,7 +205,7 @@ def tokens_of(table: pd.DataFrame) -> list[str]:
 
 
 def _texts_of_rows(table: pd.DataFrame, name: str) -> list[Any]:
-    """What the table keeps in its `attrs` about each of its rows of the batch; [] if it lacks one."""
+    """What the table keeps in its `attrs` about its rows of the batch; [] if it lacks one."""
     texts, rows = table.attrs.get(name, []), []
     if "row" in table.columns:
         rows = sorted(set(table["row"].dropna().tolist()))
