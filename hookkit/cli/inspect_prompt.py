@@ -34,7 +34,7 @@ from .options import (
     parse_positions,
     read_prompt,
 )
-from .output import OutputOptions, TableView, largest_rows
+from .output import OutputOptions, TableView
 
 PANEL = "Look"
 
@@ -143,6 +143,8 @@ def direct(
     pos: Annotated[int, Option(help="The position: -1 the last token.")] = -1,
 ) -> None:
     """A token's logit as an exact sum over components. CSV and JSON have all of them."""
+    from ..tables.show import largest_rows
+
     text = read_prompt(prompt)
     lm, edits, _ = model.load_with_hooks(output)
     token_id = optional_token_id(lm, logit.token)

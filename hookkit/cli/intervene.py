@@ -42,7 +42,6 @@ from .options import (
 from .output import (
     OutputOptions,
     TableView,
-    largest_rows,
     print_message,
     print_text,
     write_file,
@@ -308,6 +307,8 @@ class PatchingOutput:
             drawing = draw()
             write_file(self.figure, lambda target: drawing.savefig(target, **settings))
             output.note(f"wrote {self.figure}")
+        from ..tables.show import largest_rows
+
         reader_table = largest_rows(table, "logit_diff_effect", self.top)
         if tokens and "pos" in reader_table:
             reader_table["token"] = [tokens[int(pos)] for pos in reader_table["pos"]]

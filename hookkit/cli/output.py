@@ -258,12 +258,6 @@ def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
     return "\n".join(aligned_lines)
 
 
-def largest_rows(table: "pd.DataFrame", name: str, count: int) -> "pd.DataFrame":
-    """Returns the rows with the largest absolute values of a column, in descending order."""
-    ordered = table.sort_values(name, key=abs, ascending=False, kind="stable", ignore_index=True)
-    return ordered.head(count)
-
-
 def rows_as_dicts(table: Any) -> list[dict[str, Any]]:
     """Returns the rows of a table as plain values; a number that is not finite is None."""
     return json.loads(table.to_json(orient="records"))

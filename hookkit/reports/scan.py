@@ -35,6 +35,7 @@ from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.metrics.token_metrics import logit_diff
 from ..tables.rank_tables import ranks, uncertainty, watched_ids
+from ..tables.show import largest_rows
 from ..tables.surprisal import surprisal
 from .page import Report, report
 from .parts import Content, Part
@@ -197,11 +198,11 @@ def _lens(request: _Request) -> pd.DataFrame:
     """Returns each layer's first token, and its two candidates and the watched tokens there."""
     ids = list(dict.fromkeys((*request.firsts, *request.seconds, *request.watched)))
     table: Any = logit_lens(request.lm, request.prompts, *request.hooks, top=1, watch=ids)
-    kept = table["rank"] == 1
-    kept |= table["token_id"].isin(request.watched)
+    is_shown = table["rank"] == 1
+    is_shown |= table["token_id"].isin(request.watched)
     for row, pair in enumerate(request.pairs):
-        kept |= (table["row"] == row) & table["token_id"].isin(pair)
-    return pd.DataFrame(table[kept]).reset_index(drop=True)
+        is_shown |= (table["row"] == row) & table["token_id"].isin(pair)
+    return pd.DataFrame(table[is_shown]).reset_index(drop=True)
 
 
 def _direct(request: _Request) -> pd.DataFrame:
@@ -285,12 +286,6 @@ def _largest(table: Any, name: str, value: str) -> pd.DataFrame:
 
 
 # ---- what a reader sees of each table
-
-
-def largest_rows(table: Any, name: str, count: int) -> pd.DataFrame:
-    """Returns the rows with the largest absolute values of a column, in descending order."""
-    ordered = table.sort_values(name, key=abs, ascending=False, kind="stable", ignore_index=True)
-    return ordered.head(count)
 
 
 def leading_tokens(lens: pd.DataFrame, token_id: int) -> pd.DataFrame:

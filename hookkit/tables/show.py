@@ -239,6 +239,12 @@ def _column_widths(table: pd.DataFrame) -> dict[str, int]:
     return widths
 
 
+def largest_rows(table: Any, name: str, count: int) -> pd.DataFrame:
+    """Returns the rows with the largest absolute values of a column, in descending order."""
+    ordered = table.sort_values(name, key=abs, ascending=False, kind="stable", ignore_index=True)
+    return ordered.head(count)
+
+
 def is_number_column(column: Any) -> bool:
     """True for a column of numbers, which is aligned right."""
     kind = column.dtype

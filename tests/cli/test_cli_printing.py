@@ -6,6 +6,7 @@ import pandas as pd
 
 from hookkit.cli import output
 from hookkit.reports.scan import leading_tokens
+from hookkit.tables.show import largest_rows
 
 NASTY = [
     "'[red]hot[/red]'",
@@ -85,11 +86,11 @@ def test_the_strongest_rows_are_the_largest_whatever_their_sign():
     table = pd.DataFrame(
         {"place": list("abcdef"), "effect": [0.5, -3.0, 1.0, -0.25, 2.0, float("nan")]}
     )
-    assert output.largest_rows(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
-    assert output.largest_rows(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], (
+    assert largest_rows(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
+    assert largest_rows(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], (
         "and keep their sign"
     )
-    assert output.largest_rows(table, "effect", 9)["place"].tolist() == [
+    assert largest_rows(table, "effect", 9)["place"].tolist() == [
         "b",
         "e",
         "c",
@@ -98,9 +99,7 @@ def test_the_strongest_rows_are_the_largest_whatever_their_sign():
         "f",
     ]
     tied = pd.DataFrame({"place": list("abc"), "effect": [-1.0, 1.0, -1.0]})
-    assert output.largest_rows(tied, "effect", 2)["place"].tolist() == ["a", "b"], (
-        "of equals the first"
-    )
+    assert largest_rows(tied, "effect", 2)["place"].tolist() == ["a", "b"], "of equals the first"
 
 
 def test_layers_in_which_one_token_leads_stand_together():
