@@ -171,6 +171,11 @@ class Boost(TokensEdit, verb="boost"):
         names = [f"by[{token!r}]" for token in self.tokens]
         set_field(self, "by", tuple(map(check_number, self.by, names)))
 
+    def expanded(self, lm: LM) -> LogitEdit:
+        tokens = [token_id for token in self.tokens for token_id in self.ids(token, lm)]
+        by = tuple(self._amounts(lm)) if isinstance(self.by, tuple) else self.by
+        return replace(self, tokens=tuple(tokens), by=by)
+
     def _amounts(self, lm: LM) -> list[float]:
         """Returns the amount for each token id; all spellings of a word have one amount."""
         given = self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)

@@ -127,6 +127,27 @@ class LogitEdit(EditHook):
         """Returns the ids of the spellings that are one token."""
         return target.token_ids(lm)
 
+    def expanded(self, lm: LM) -> LogitEdit:
+        """Returns the edit with each word as the tokens by which tables show it.
+
+        Several tokens in a row, which `force` writes, are a `Word` of ids.
+        """
+        changes: dict[str, Any] = {}
+        for name in self.names:
+            value, tokens = getattr(self, name), []
+            for token in as_tuple(value):
+                tokens += self._tokens_of(token, lm)
+            changes[name] = tuple(tokens) if isinstance(value, tuple) else tokens[0]
+        return replace(self, **changes)
+
+    def _tokens_of(self, token: WordLike, lm: LM) -> list[WordLike]:
+        if not isinstance(token, Word):
+            return [token]
+        ids = self.ids_of_word(token, lm)
+        if len(ids) > 1 and ids == token.ids(lm):
+            return [Word(tuple(ids))]
+        return [*ids]
+
     def change(self, binding: Binding) -> Change:
         tokens = self.named(binding.lm)
         edit = self.edit(binding, tokens)

@@ -247,6 +247,26 @@ def test_boost_cap_and_restrict_mean_the_spellings_of_one_token(smol):
     assert float(capped[ids].sum()) == pytest.approx(0.01, abs=1e-4)
 
 
+def test_an_edit_of_words_can_be_written_as_one_of_tokens(smol):
+    coffee, tea = [smol.token(text) for text in (" coffee", " Coffee")], smol.token(" tea")
+    word, quokka = hk.word("coffee"), hk.word("quokka")
+    row = hk.word(smol.encode(" quokka"))
+    edits = {
+        hk.ban(word, " tea"): hk.ban(*coffee, " tea"),
+        hk.ban(quokka, step=0): hk.ban(row, step=0),
+        hk.force(word, step=1): hk.force(coffee[0], step=1),
+        hk.force(quokka): hk.force(row),
+        hk.restrict(word): hk.restrict(*coffee),
+        hk.boost(word, by=2.0): hk.boost(*coffee, by=2.0),
+        hk.boost(by={word: 2.0, tea: -1.0}): hk.boost(
+            by={coffee[0]: 2.0, coffee[1]: 2.0, tea: -1.0}
+        ),
+        hk.swap(" tea", " milk"): hk.swap(" tea", " milk"),
+    }
+    for edit, wanted in edits.items():
+        assert edit.expanded(smol) == wanted
+
+
 def test_watch_and_metrics_follow_the_spellings_of_one_token(smol):
     word, prompts = hk.word("coffee"), ["I like oat milk in my", "She drinks"]
     ids = [smol.token(text) for text in (" coffee", " Coffee")]
