@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import MUTED, UP, apply_style
+from hookkit.figures.style import LINES, MUTED, add_legend, apply_style
 
 SEED, COUNT = 0, 12  # pairs
 STEPS = 5  # of the integrated gradients
@@ -26,6 +26,13 @@ STREAM = ["resid_pre", "attn_out", "mlp_out"]
 WAYS: dict[str, dict[str, Any]] = {
     "gradient": {},
     "integrated": {"method": "integrated", "steps": STEPS},
+}
+# How alike two tables have to be: correlation, part of the signs, part of the ten largest cells
+PEARSON, SIGNS, OVERLAP = 0.9, 0.9, 0.7
+METHODS: dict[Any, str] = {
+    "gradient": "The gradient",
+    "integrated": "The integrated gradient",
+    "qk_fix": "The gradient through the softmax (qk_fix)",
 }
 SOFTMAX: dict[str, dict[str, Any]] = {"qk_fix": {"method": "qk_fix"}}
 QUESTION = (
@@ -51,36 +58,37 @@ def main() -> None:
     print(table.round(3).to_string(index=False))
 
 
-def answer(tables: Mapping[str, pd.DataFrame]) -> str:
+def answer(tables: Mapping[str, Any]) -> str:
     """The answer, from the table that was written."""
     table = tables["agreement"]
-    means: Any = table[(table["cells"] == "means") & (table["site"] != "edges to logits")]
-    words = []
-    for method, rows in means.groupby("method", sort=False):
-        worst = rows.loc[rows["same_sign"].idxmin()]
-        words.append(
-            f"{method}: Pearson {_range(rows['pearson'])}, Spearman {_range(rows['spearman'])}, "
-            f"the right sign in {_range(rows['same_sign'])} of the cells (fewest: "
-            f"{worst['site']}), {_range(rows['overlap'])} of the ten largest"
+    means: Any = table[table["cells"] == "means"]
+    places: Any = means[means["site"] != "edges to logits"]
+    is_alike = (places["pearson"] >= PEARSON) & (places["same_sign"] >= SIGNS)
+    places = places.assign(alike=is_alike & (places["overlap"] >= OVERLAP))
+    sentences, alike_everywhere = [], []
+    for method, rows in places.groupby("method", sort=False):
+        alike = rows[rows["alike"]]["site"].tolist()
+        if len(alike) == len(rows):
+            alike_everywhere.append(method)
+        least_alike = rows.loc[rows["pearson"].idxmin()]
+        least_sure = rows.loc[rows["same_sign"].idxmin()]
+        sentences.append(
+            f"{METHODS[method]} agrees with patching at {len(alike) or 'none'} of {len(rows)} "
+            f"sites: its lowest correlation is {least_alike['pearson']:.2f} "
+            f"({least_alike['site']}), and at {least_sure['site']} "
+            f"{least_sure['same_sign']:.0%} of the cells have the right sign."
         )
-    edges: Any = table[table["site"] == "edges to logits"]
-    told = [f"{row['method']} {row['pearson']:.2f}" for row in edges.to_dict("records")]
-    least: Any = means.groupby("method", sort=False)[["pearson", "same_sign", "overlap"]].min()
-    good = least[
-        (least["pearson"] >= 0.9) & (least["same_sign"] >= 0.9) & (least["overlap"] >= 0.7)
-    ].index.tolist()
-    sure = least[least["same_sign"] >= 0.9].index.tolist()
+    verdict = "No, not at every site."
+    if alike_everywhere:
+        verdict = f"Yes, by {' and '.join(map(METHODS.__getitem__, alike_everywhere))}."
+    edges: Any = means[means["site"] == "edges to logits"].set_index("method")["pearson"]
     return (
-        f"{'Yes, by ' + ', '.join(good) if good else 'In part: by no method'} at every site "
-        f"(Pearson and sign 0.9, seven of the ten largest, or more). Over the means of {COUNT} "
-        f"pairs, from the site that is least alike to the most: {'; '.join(words)}. The sign of a "
-        f"cell can be relied on (0.9 at every site) with {', '.join(sure) or 'no method'}. Edges "
-        f"to the logits, Pearson: {', '.join(told)}."
+        f"{verdict} Over the means of {COUNT} pairs, two tables agree if their Pearson correlation "
+        f"is at least {PEARSON}, at least {SIGNS:.0%} of the cells have the same sign, and seven "
+        f"of the ten largest cells are the same. {' '.join(sentences)} For edges from heads to the "
+        f"logits the estimates agree with path patching: Pearson {edges['gradient']:.2f} for the "
+        f"gradient and {edges['integrated']:.2f} for the integrated gradient."
     )
-
-
-def _range(values: pd.Series) -> str:
-    return f"{values.min():.2f} to {values.max():.2f}"
 
 
 def places(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[pd.DataFrame]:
@@ -117,8 +125,8 @@ def places(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[p
             )
             results.figure(
                 f"{label}_{method}_scatter",
-                scatter(estimate, truth, method),
-                caption="Each cell, all pairs.",
+                scatter(estimate, truth, f"{METHODS[method]} against patching: {label}"),
+                caption="The mean of each cell over the pairs.",
             )
             found += alike(estimate, truth, method)
         taken = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
@@ -163,17 +171,23 @@ def edges(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[pd
     return found
 
 
-def scatter(estimate: pd.DataFrame, truth: pd.DataFrame, method: str) -> Figure:
-    one, two = (
-        hk.stats.mean_over_prompts(table)["logit_diff_delta"] for table in (estimate, truth)
-    )
-    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+def scatter(estimate: pd.DataFrame, truth: pd.DataFrame, title: str) -> Figure:
+    """Draws the mean of every cell over the pairs, in the colour of its site."""
+    by = ["site", *[name for name in ("layer", "pos", "head") if name in truth]]
+    sides = []
+    for table in (truth, estimate):
+        with_site = table if "site" in table else table.assign(site="z")
+        sides.append(hk.stats.mean_over_prompts(with_site, by=by).set_index(by)["logit_diff_delta"])
+    cells: Any = pd.concat(sides, axis=1, keys=["patched", "estimated"]).reset_index()
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.axline((0, 0), slope=1, color=MUTED, lw=0.8)
-    axes.scatter(two, one, s=10, color=UP, alpha=0.6, lw=0)
-    axes.set_xlabel("patched: change of the logit difference")
-    axes.set_ylabel(f"estimated ({method})")
-    return apply_style(figure, "Attribution against patching")
+    axes.axline((0, 0), slope=1, color=MUTED, lw=0.9, ls="--", label="equal")
+    for (site, part), colour in zip(cells.groupby("site", sort=False), LINES, strict=False):
+        axes.scatter(part["patched"], part["estimated"], s=14, color=colour, alpha=0.7, label=site)
+    axes.set_xlabel("patched: change of the logit difference (logits)")
+    axes.set_ylabel("estimated: change of the logit difference (logits)")
+    add_legend(axes, loc="upper left")
+    return apply_style(figure, title)
 
 
 if __name__ == "__main__":

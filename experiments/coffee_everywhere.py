@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, apply_style
+from hookkit.figures.style import INK, LINES, MUTED, add_legend, apply_style
 
 SEED = 0
 COFFEE = " coffee"
@@ -27,6 +27,11 @@ NEW = 12  # generated tokens, greedy
 LAYER = 20  # whose residual stream is steered
 BOOSTS = (2.0, 4.0, 6.0, 8.0, 12.0)  # in logits
 STEERS = (0.05, 0.1, 0.2, 0.4)  # in the mean length of the stream there
+WORDS = {
+    "boost": "a boost of {:g} logits",
+    "force": "forcing it to be {:g} logits ahead",
+    "steer": "steering by {:g} of the stream's length",
+}
 PROMPTS = [
     "I like oat milk in my", "Every morning I start the day with a cup of",
     "The waiter asked whether we wanted", "She added two spoons of sugar to her",
@@ -118,40 +123,52 @@ def summed(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def answer(tables: Mapping[str, pd.DataFrame]) -> str:
+def answer(tables: Mapping[str, Any]) -> str:
     """The answer, from the table that was written."""
     doses: Any = tables["doses"]
     half: Any = doses[(doses["said"] > 0.5) & (doses["toward"] == "coffee")]
-    ways = []
+    sentences = []
     for row in half.to_dict("records"):
-        ways.append(
-            f"{row['way']} {row['dose']:g} (in {_interval(row, 'said')} of the texts) costs "
-            f"{_interval(row, 'likelihood_drop')} of likelihood and "
-            f"{_interval(row, 'kl_neutral', 'g')} of KL"
+        name = _name(row)
+        sentences.append(
+            f"{name[0].upper()}{name[1:]} makes {_interval(row, 'said')} of the texts say it and "
+            f"costs {_interval(row, 'likelihood_drop')} nats a token of likelihood and "
+            f"{_interval(row, 'kl_neutral', 'g')} nats of KL on neutral text."
         )
-    cheapest = {name: half.loc[half[name].idxmin()] for name in ("likelihood_drop", "kl_neutral")}
-    first, second = cheapest["likelihood_drop"], cheapest["kl_neutral"]
-    names = [f"{row['way']} {row['dose']:g}" for row in (first, second)]
-    if names[0] == names[1]:
-        verdict = f"Least by both damages: {names[0]}"
-    else:
-        verdict = (
-            f"It depends on the damage: by likelihood {names[0]} is cheapest, by KL on neutral "
-            f"text {names[1]}"
-        )
+    others: Any = doses[(doses["toward"] == "coffee") & ~doses["way"].isin([*half["way"], "ban"])]
+    for way, rows in others.groupby("way", sort=False):
+        most = rows["said"].max()
+        sentences.append(f"With {way} no dose reaches half of the texts (at most {most:.2f}).")
+    controls = doses[doses["toward"] == "control"]["said"].max()
+    plain = doses[doses["way"] == "unedited"]["said"].iloc[0]
+    sentences.append(
+        f"Without an edit {plain:.2f} of the texts say it, and with the controls (other tokens, "
+        f"random directions) at most {controls:.2f}."
+    )
+    return f"{_cheapest(half)} {' '.join(sentences)}"
+
+
+def _cheapest(half: Any) -> str:
+    """Which of the edits that reach half of the texts costs least, by both damages."""
+    first, second = (half.loc[half[name].idxmin()] for name in ("likelihood_drop", "kl_neutral"))
+    count = int(half["n"].max())
     rivals = half[
         (half["way"] != first["way"])
         & (half["likelihood_drop_low"] <= first["likelihood_drop_high"])
     ]
-    close = ", ".join(f"{row['way']} {row['dose']:g}" for row in rivals.to_dict("records"))
-    unsure = f"; by likelihood its interval is not apart from that of {close}" if close else ""
-    controls = doses[doses["toward"] == "control"]["said"].max()
-    plain = doses[doses["way"] == "unedited"]["said"].iloc[0]
-    return (
-        f"{verdict}{unsure}. What makes it say so in more than half of {int(doses['n'].max())} "
-        f"texts, in nats a token: {'; '.join(ways)}. Without an edit {plain:.2f} of the texts say "
-        f"it, with a control at most {controls:.2f}."
-    )
+    close = " and ".join(map(_name, rivals.to_dict("records")))
+    unsure = ""
+    if close:
+        unsure = f" By likelihood the interval of {_name(first)} is not apart from that of {close}."
+    ways = f"{_name(first)} costs least by likelihood and {_name(second)} by KL on neutral text"
+    if _name(first) == _name(second):
+        ways = f"{_name(first)} costs least, by both damages"
+    return f"Of the edits that make more than half of {count} texts say it, {ways}.{unsure}"
+
+
+def _name(row: Mapping[Any, Any]) -> str:
+    """An edit and its dose in words."""
+    return WORDS[row["way"]].format(row["dose"])
 
 
 def _interval(row: Mapping[Any, Any], name: str, form: str = "f") -> str:
@@ -231,41 +248,36 @@ def measured(lm: hk.LM, make) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def damage(table: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    units = {
-        "likelihood_drop": "drop of the texts' likelihood (nats per token)",
-        "kl_neutral": "KL on neutral text (nats)",
-    }
-    for axes, (column, unit) in zip(figure.subplots(1, 2), units.items(), strict=True):
-        groups: Any = table[table["way"].isin(["boost", "steer", "force"])].groupby(
-            ["way", "toward"]
-        )
-        for name, part in groups:
-            way, toward = str(name[0]), str(name[1])
-            colour = {"boost": "#4c72b0", "steer": "#1f9e89", "force": "#e0522d"}[way]
-            style = (
-                {"linestyle": "-", "marker": "o"}
-                if toward == "coffee"
-                else {"linestyle": ":", "marker": "x"}
-            )
-            ends = [part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]]
-            bars = [end.fillna(0.0).clip(lower=0.0) for end in ends]
-            label = f"{way} to {toward}"
-            axes.errorbar(
-                part["said"],
-                part[column],
-                yerr=bars,
-                color=colour,
-                label=label,
-                elinewidth=0.8,
-                **style,
-            )
-        axes.set_xlabel(f"part of the texts that say {COFFEE!r}")
-        axes.set_ylabel(unit)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    figure.axes[1].set_yscale("symlog", linthresh=1e-3)
-    return apply_style(figure, "What it costs to be heard")
+def damage(table: Any) -> Figure:
+    """Draws both damages against the part of the texts that say it: above the edits, below their
+    controls."""
+    figure = Figure(figsize=(10, 7.2), layout="constrained")
+    units = {"likelihood_drop": "drop of the texts' likelihood\n(nats per token)",
+             "kl_neutral": "KL on neutral text (nats)"}  # fmt: skip
+    rows = {"coffee": "Toward coffee", "control": "Controls: other tokens, random directions"}
+    grid = figure.subplots(2, 2, sharex=True, sharey="col")
+    for panels, (toward, title) in zip(grid, rows.items(), strict=True):
+        for axes, (column, unit) in zip(panels, units.items(), strict=True):
+            for number, way in enumerate(("boost", "steer", "force")):
+                part = table[(table["way"] == way) & (table["toward"] == toward)]
+                ends = [part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]]
+                bars = [end.fillna(0.0).clip(lower=0.0) for end in ends]
+                style: dict[str, Any] = {
+                    "color": LINES[number],
+                    "label": way,
+                    "marker": "os^"[number],
+                }
+                axes.errorbar(part["said"], part[column], yerr=bars, elinewidth=0.9, ms=5, **style)
+            axes.axhline(0, color=MUTED, lw=0.9, ls="--")
+            axes.set_title(title, fontsize=10, color=INK)
+            axes.set_ylabel(unit)
+    for axes in grid[:, 1]:
+        axes.set_yscale("symlog", linthresh=1e-2)
+        axes.set_ylim(-1e-2, 30)
+    for axes in grid[1]:
+        axes.set_xlabel(f"part of {len(PROMPTS)} texts that say {COFFEE!r}")
+    add_legend(grid[0, 0], loc="upper left")
+    return apply_style(figure, "What it costs to make the model say coffee, with 95 % intervals")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ python -m experiments.context_shapes_predictions
     20 seconds; writes results/context_shapes_predictions/
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, apply_style, rank_axis
+from hookkit.figures.style import INK, LINES, apply_style, drawable, rank_axis
 
 SEED = 0
 TEXTS = {
@@ -50,7 +51,7 @@ def words(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
     """Every beginning of a text from one forward, since no position sees those after it."""
     parts = []
     for name, run in runs.items():
-        read = list(map(lm.string, run.tokens[0].tolist()))
+        read = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
         table = hk.ranks(run, pos=hk.PROMPT, top=0, watch=WATCH)
         parts.append(table.assign(text=name, read=[read[pos] for pos in table["pos"]]))
     table: Any = pd.concat(parts, ignore_index=True)
@@ -81,7 +82,7 @@ def words(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
 def endings(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) -> None:
     hidden = {name: run["final_norm"][0, -1] for name, run in runs.items()}
     rows = lm.model.lm_head.weight.detach()[[lm.token(token) for token in WATCH]]  # pyright: ignore
-    found = {"token": list(WATCH), "row_length": rows.norm(dim=1).tolist()}
+    found = {"token": [*map(repr, WATCH)], "row_length": rows.norm(dim=1).tolist()}
     found |= {
         f"cosine_{name}": torch.cosine_similarity(rows, h).tolist() for name, h in hidden.items()
     }
@@ -110,12 +111,13 @@ def moved(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
         lm, TEXTS["city"], hk.capture(lm.sites("resid_post")), hk.capture("final_norm")
     )
     patched = hk.forward(lm, TEXTS["river"], hk.patch("final_norm", source, pos=-1))
-    same = hk.stats.shift_summary(runs["city"], patched)
-    results.answer(
-        "With the last position's h from the city text and all weights as they are, the river "
-        f"text's distribution is that of the city text: KL = {same['kl'].max():.1e} nats. So h "
-        "carries all that the context did."
-    )
+    distances = []
+    for name, run in (("its own h", runs["river"]), ("h of the city text", patched)):
+        kl = hk.stats.shift_summary(runs["city"], run)["kl"].iloc[0]
+        distances.append({"river text with": name, "kl_to_city": kl})
+    table = pd.DataFrame(distances)
+    results.table("moved", table, caption="KL(city‖river text), in nats, at the last position.")
+    results.answer(answer({"moved": table}))
     rows = []
     for layer in range(lm.n_layers):
         run = hk.forward(
@@ -130,7 +132,7 @@ def moved(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
             {
                 "layer": layer,
                 "kl_to_city": left,
-                **{repr(token): ranks[token] for token in WATCH},
+                **{repr(token): ranks[repr(token)] for token in WATCH},
             }
         )
     results.text("# From which layer on is the last position's h already turned?")
@@ -141,23 +143,37 @@ def moved(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
     return results.table("layers", pd.DataFrame(rows), caption=caption)
 
 
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the table that was written."""
+    kl = tables["moved"].set_index("river text with")["kl_to_city"]
+    return (
+        "By the last hidden state h, which is all that the context changes. With h of the city "
+        "text put into the river text, and the weights as they are, the prediction after the river "
+        f"text is that after the city text: they are {kl['h of the city text']:.1e} nats apart "
+        f"(KL). With its own h they are {kl['its own h']:.2f} nats apart."
+    )
+
+
 def drawn(table: Any) -> Figure:
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    styles = [{"marker": "os^Dv*"[n], "ms": 4, "lw": 1.4} for n in range(len(WATCH))]
+    """Draws the rank of each watched token after each word, a panel for each text."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     low = float(table["rank"].max()) * 1.3
     for axes, name in zip(figure.subplots(1, 2, sharey=True), TEXTS, strict=True):
         mine = table[table["text"] == name]
-        for token, style in zip(WATCH, styles, strict=True):
+        for number, token in enumerate(WATCH):
             part = mine[mine["token"] == token]
-            axes.plot(part["pos"], part["rank"], label=repr(token), **style)
+            style: dict[str, Any] = {"color": LINES[number], "marker": "os^Dv*"[number], "ms": 4}
+            axes.plot(part["pos"], part["rank"], label=repr(token), lw=1.4, **style)
         rank_axis(axes, low)
         reads = mine.drop_duplicates("pos")
-        axes.set_xticks(reads["pos"], reads["read"], rotation=60, ha="right")
+        words = [drawable(repr(word)) for word in reads["read"]]
+        axes.set_xticks(reads["pos"], words, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_title(TEXTS[name], fontsize=9, color=INK)
+        axes.set_xlabel("after reading")
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, frameon=False, fontsize=9, labelcolor=INK, loc="outside right center")
     figure.axes[1].set_ylabel("")
-    return apply_style(figure, "")
+    return apply_style(figure, "The rank of six tokens as the next token, word by word")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ corrupted prompts take the difference away or turn it round.
 python -m experiments.datasets    a quarter of an hour on two busy cores; writes results/datasets/
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -63,10 +66,26 @@ def main() -> None:
         missed = pd.concat(
             [missed_of(name, pairs[name], checks[name]) for name in pairs], ignore_index=True
         )
-        results.answer(f"Yes: {len(missed)} of {N * len(pairs):,} pairs are not solved.")
-        results.table("missed", missed, caption="All of them.") if len(missed) else None
+        results.answer(answer({"table": table}))
+        if len(missed):
+            results.table("missed", missed, caption="The pairs that are not solved.")
     print(table.to_string(index=False))
     print("\nThe page: results/datasets/report.html")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the table that was written."""
+    table = tables["table"]
+    pairs = table["pairs"].sum()
+    solved = round((table["accuracy"] * table["pairs"]).sum())
+    turned = round((table["turned"] * table["pairs"]).sum())
+    least = table.loc[table["turned"].idxmin()]
+    verdict = "Yes" if (table["accuracy"] >= 0.9).all() else "Not all of them"
+    return (
+        f"{verdict}: {solved} of {pairs} pairs are solved, at least {table['accuracy'].min():.0%} "
+        f"of each dataset. After the corrupted prompts the model prefers the wrong answer in "
+        f"{turned} of {pairs} pairs; in {least['dataset']!r} in {least['turned']:.0%}."
+    )
 
 
 def summed(name: str, pairs: hk.types.Pairs, check: pd.DataFrame) -> dict[str, object]:
@@ -133,7 +152,7 @@ def distribution(checks: dict[str, pd.DataFrame]) -> Figure:
     rows[-1].set_xlabel(
         "logit of the answer minus logit of the wrong answer; right of 0 the answer is preferred"
     )
-    return apply_style(figure, "How clearly the model prefers the answer")
+    return apply_style(figure, f"How clearly the model prefers the answer, over {N} pairs each")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ gives a reason for.
 python -m experiments.families        three minutes on two cores; writes results/families/
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -45,11 +46,7 @@ def main() -> None:
             "random model of three blocks in float32. The largest difference is a part of the "
             "largest value at the site, over all laws that compare two ways to compute it."
         )
-        results.answer(
-            " · ".join(
-                f"{count:,} sites {state}" for state, count in table["state"].value_counts().items()
-            )
-        )
+        results.answer(answer({"sites": table, "families": summary}))
         results.figure("coverage", coverage(table), caption="Family by site.")
         results.table("families", summary, caption="One row for each model type.")
         reasons = table.query("state != 'proved'")[["site", "state", "reason"]].groupby(
@@ -62,6 +59,22 @@ def main() -> None:
         results.table("sites", table, caption="Every family and site.")
     print(summary.to_string(index=False))
     print(f"\n{results.answered}\nThe page: results/families/report.html")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    states, families = tables["sites"]["state"], tables["families"]
+    n_absent, n_unproved = (states == "not there").sum(), (states == "not proved").sum()
+    n_there = len(states) - n_absent
+    verdict = "Yes, all of them are proved" if n_unproved == 0 else "Not all of them are proved"
+    return (
+        f"{verdict}: {n_there - n_unproved:,} of the {n_there:,} sites that {len(families)} model "
+        f"families have. Of these, {(states == 'proved, in some blocks').sum()} are in some blocks "
+        f"only, and {(states == 'proved, with an exception').sum()} have an exception, for which "
+        f"the table gives the reason. A family has {families['sites'].min()} to "
+        f"{families['sites'].max()} sites; {n_absent} combinations of a family and a site do not "
+        "exist."
+    )
 
 
 def rows_of(model_type: str, checkup: hk.types.Checkup) -> pd.DataFrame:

@@ -10,6 +10,7 @@ python -m experiments.how_sure
     two minutes on two busy cores; writes results/how_sure/; needs .[experiments]
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -174,17 +175,28 @@ def judged(answers: pd.DataFrame, results: hk.types.Record) -> pd.DataFrame:
         weights,
         caption="What the router adds up; each number in its standard deviations.",
     )
-    area, error = (
-        dict(zip(summary["score"], summary[column], strict=True)) for column in ("auc", "ece")
-    )
-    alone, one, unseen = "top-1 probability", "router of one number", "router, unseen dataset"
-    results.answer(
-        f"As an order, what does the router gain? Its area is {area['router']}, the first "
-        f"probability's {area[alone]}. As a probability? Its calibration error is "
-        f"{error['router']}, the first probability's {error[alone]}, and of a regression on this "
-        f"one number {error[one]}. On a dataset it never saw: {area[unseen]} and {error[unseen]}."
-    )
+    results.answer(answer({"summary": summary}))
     return summary
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the table that was written."""
+    table = tables["summary"].set_index("score")
+    areas, errors = table["auc"], table["ece"]
+    first, one, unseen = "top-1 probability", "router of one number", "router, unseen dataset"
+    verdict = "Yes" if areas[first] > 0.7 else "No"
+    gain = "orders them no better"
+    if areas["router"] - areas[first] >= 0.01:
+        gain = "orders them better"
+    return (
+        f"{verdict}: the probability of the first token alone tells right from wrong answers, with "
+        f"an area under the ROC curve of {areas[first]:.3f} (chance is 0.5). A router of "
+        f"{len(NUMBERS)} numbers {gain} ({areas['router']:.3f}). As a probability of being right "
+        f"the first token's is off by {errors[first]:.3f} on average (expected calibration error), "
+        f"the router's by {errors['router']:.3f}, and a regression on the first probability alone "
+        f"by {errors[one]:.3f}. On a dataset that it never saw, the router has an area of "
+        f"{areas[unseen]:.3f} and an error of {errors[unseen]:.3f}."
+    )
 
 
 def within(answers: pd.DataFrame, score: np.ndarray) -> float:

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 import hookkit as hk
+from hookkit.figures.style import MUTED, apply_style, sign_colour
 
 SEED, COUNT = 0, 22  # pairs; of each length more than one, for the control
 SITES = ["resid_pre", "attn_out", "mlp_out"]
@@ -172,11 +174,9 @@ def readers(
         f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} "
         "reads."
     )
-    results.figure(
-        "readers_map", hk.figures.heat_map(paths, named=TOP, title=TAKES), caption=caption
-    )
     by = ["site", "layer", "head"]
-    results.table("readers", hk.stats.mean_over_prompts(paths, by=by), caption=caption)
+    means = results.table("readers", hk.stats.mean_over_prompts(paths, by=by), caption=caption)
+    results.figure("readers", largest_paths(means), caption=caption)
     best = hk.stats.strongest(paths, top=1, by=by)
     results.table(
         "path",
@@ -185,7 +185,26 @@ def readers(
     )
 
 
-def answer(tables: Mapping[str, pd.DataFrame]) -> str:
+def largest_paths(means: Any) -> Figure:
+    """Draws the largest means with their intervals, grey where the interval has 0."""
+    means = means.sort_values("logit_diff_effect", key=abs).tail(2 * TOP)
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    labels = []
+    rows: list[Any] = means.to_dict("records")
+    for place, row in enumerate(rows):
+        effect, low, high = (row[f"logit_diff_effect{end}"] for end in ("", "_low", "_high"))
+        colour = MUTED if low <= 0 <= high else sign_colour(effect)
+        axes.plot([low, high], [place, place], color=colour, lw=1.6)
+        axes.plot(effect, place, "o", color=colour, ms=5)
+        labels.append(f"head {row['layer']}.{row['head']} → {row['site']}")
+    axes.axvline(0, color=MUTED, lw=0.9, ls="--")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel(f"{TAKES}\n(means and 95 % intervals of {int(means['n'].max())} pairs)")
+    return apply_style(figure, f"The {len(labels)} largest paths into what the writer reads")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
     """The answer, from the tables that were written."""
     best: Any
     places, best, writer, path = (
@@ -196,29 +215,29 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     moved = int((by_layer["end"] > by_layer["S2"]).idxmax())
     held: Any = tables["control"].set_index(["head", "control"])
     rests: Any = tables["beyond"].set_index("head")
-    words, ratios = [], []
+    sentences, n_far = [], 0
     for name in best["head_name"]:
         own, other, rest = held.loc[(name, False)], held.loc[(name, True)], rests.loc[name]
         against = " (against the answer)" if own["logit_diff_effect"] < 0 else ""
-        words.append(
-            f"{name} {_interval(own)}{against}, from other pairs "
+        n_far += other["logit_diff_effect"] / own["logit_diff_effect"] < 0.5
+        sentences.append(
+            f"{name} brings back {_interval(own)}{against}, from other pairs "
             f"{other['logit_diff_effect']:+.2f}, beyond them {_interval(rest)}"
         )
-        ratios.append(other["logit_diff_effect"] / own["logit_diff_effect"])
-    far = sum(ratio < 0.5 for ratio in ratios)
-    verdict = "Yes" if far == len(ratios) else "In part" if far else "No"
+    verdict = {0: "No", len(best): "Yes"}.get(n_far, "In part")
     heads: Any = tables["heads"]
     many = int((heads["logit_diff_effect"].abs() > 0.1).sum())
     one, way = writer.iloc[0], path.iloc[0]
     return (
-        f"{verdict}. The effect moves from S2 to the end at block {moved}, and {many} of "
-        f"{len(heads)} heads bring back more than 0.1 of it, in size. The control brings back "
-        f"{min(ratios):.2f} to {max(ratios):.2f} of what the strongest heads do, and the effect of "
-        f"{far} of {len(ratios)} is far above it. Chosen on one half of the pairs and measured on "
-        f"the other (n = {int(best['n'].max())}): {'; '.join(words)}. Head "
-        f"{int(one['layer'])}.{int(one['head'])} writes the most by itself, {_interval(one)} of "
-        "the way; the largest path into what it reads is from head "
-        f"{int(way['layer'])}.{int(way['head'])} to {way['site']}, {_interval(way, 3)}."
+        f"{verdict}. Who is given the drink is at the second mention (S2) until block {moved - 1}, "
+        f"and at the end of the prompt from block {moved} on. Few heads carry it: {many} of "
+        f"{len(heads)} bring back more than 0.1 of the answer, in size. {n_far} of the "
+        f"{len(best)} strongest heads have an effect at least twice that of their control, the "
+        f"same patch from other pairs. Chosen on one half of the pairs and measured on the other "
+        f"(n = {int(best['n'].max())}): {'; '.join(sentences)}. Head "
+        f"{int(one['layer'])}.{int(one['head'])} writes most of the answer itself, "
+        f"{_interval(one)} of the way. The largest path into what it reads is from head "
+        f"{int(way['layer'])}.{int(way['head'])} to {way['site']} and carries {_interval(way, 3)}."
     )
 
 

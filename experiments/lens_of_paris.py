@@ -11,6 +11,7 @@ python -m experiments.lens_of_paris        three minutes on two cores; writes re
 
 import math
 import pydoc_data.topics
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,7 @@ SEED, COUNT = 0, 40  # landmarks
 PROMPT, CITY = "The Eiffel Tower is located in the city of", " Paris"
 # Of the text that the tuned lens is trained on (Python's own manual), and steps of Adam
 LETTERS, STEPS = 24_000, 20
+TABLES = ("summary", "firsts", "patchscope")  # those of which the answer is made
 QUESTION = (
     "When does the model come to say Paris, and can a state in its midst be read before that?"
 )
@@ -43,6 +45,9 @@ def main() -> None:
         )
         many_landmarks(lm, results, tuned)
         said_by_the_model(lm, results)
+        tables = {name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES}
+        results.answer(answer(tables))
+    print(f"{results.answered}\n")
     print("The page: results/lens_of_paris/report.html")
 
 
@@ -65,10 +70,8 @@ def one_prompt(lm: hk.LM, results: hk.types.Record) -> None:
         "says."
     )
     results.figure("lens_map", hk.figures.lens_map(leading, labels=tokens), caption=words)
-    found = hk.stats.lens_summary(last).set_index("token").loc[CITY]
-    results.answer(
-        f"{CITY!r} first leads at {found['first']}, and to the end from {found['since']} on."
-    )
+    found: Any = hk.stats.lens_summary(last)
+    results.table("summary", found[found["token_id"] == lm.token(CITY)], caption="Where it leads.")
 
 
 def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLens) -> None:
@@ -78,7 +81,7 @@ def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLen
         lens = hk.logit_lens(
             lm, list(pairs.clean), top=0, watch=set(pairs.answers), lens=translator
         )
-        own = [lm.string(lm.token(pairs.answers[row])) for row in lens["row"]]
+        own = [repr(lm.string(lm.token(pairs.answers[row]))) for row in lens["row"]]
         parts.append(lens[lens["token"] == own].assign(lens=name))
     table: Any = pd.concat(parts, ignore_index=True)
     table["log10 rank"] = table["rank"].map(math.log10)
@@ -94,12 +97,9 @@ def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLen
         results.figure(
             value.replace(" ", "_"), figure, caption=f"{value} of the landmark's city: {words}."
         )
-    firsts = table[table["rank"] == 1].groupby(["lens", "row"])["layer"].min().groupby("lens")
-    counts = {name: f"{int(of.median())} (of {len(of)} landmarks)" for name, of in firsts}
-    results.text(
-        "The median block at which the city first leads: "
-        + "; ".join(f"{k} {v}" for k, v in counts.items())
-    )
+    leading = table[table["rank"] == 1].groupby(["lens", "row"])["layer"].min().groupby("lens")
+    firsts = leading.agg(["count", "median", "min", "max"]).reset_index()
+    results.table("firsts", firsts, caption="The block at which a landmark's city first leads.")
 
 
 def said_by_the_model(lm: hk.LM, results: hk.types.Record) -> None:
@@ -113,8 +113,28 @@ def said_by_the_model(lm: hk.LM, results: hk.types.Record) -> None:
         scope[["layer", "token", "prob", "text"]],
         caption="What the model writes behind it.",
     )
-    says = scope[scope["text"].str.contains(CITY.strip())]["layer"].tolist()
-    results.text(f"{CITY.strip()} is in what it writes with the states of blocks {says or 'none'}.")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    one = tables["summary"].iloc[0]
+    firsts = tables["firsts"].set_index("lens")
+    logit, tuned = firsts.loc["logit lens"], firsts.loc["tuned lens"]
+    scope: Any = tables["patchscope"]
+    layers = scope[scope["text"].str.contains(CITY.strip())]["layer"]
+    written = "with no state the model writes Paris"
+    if len(layers):
+        written = (
+            f"the first state with which the model writes Paris is that of block {min(layers)}"
+        )
+    verdict = "Yes" if tuned["median"] < logit["median"] else "No"
+    return (
+        f"After “{PROMPT}” the logit lens has {CITY!r} first at {one['first']}, and from "
+        f"{one['since']} to the end. {verdict}, a state can be read before that: over "
+        f"{int(tuned['count'])} landmarks the city is first at block {tuned['median']:g} by the "
+        f"tuned lens and at block {logit['median']:g} by the logit lens (medians). Put into "
+        f"another prompt (patchscope), {written}."
+    )
 
 
 if __name__ == "__main__":

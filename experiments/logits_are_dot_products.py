@@ -11,7 +11,10 @@ python -m experiments.logits_are_dot_products
     a minute on two cores; writes results/logits_are_dot_products/
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+import pandas as pd
 
 import hookkit as hk
 
@@ -42,18 +45,29 @@ def by_number(lm: hk.LM, results: hk.types.Record) -> None:
     run = results.run(
         "two contexts", hk.forward(lm, [PROMPT, OTHER], hk.capture("final_norm", pos=-1))
     )
-    terms = results.table(
+    results.table(
         "terms",
         hk.logit_terms(run, TOKEN),
         caption="The largest products of weight and hidden state.",
     )
     weights = hk.unembedding(lm, TOKEN)
-    logits = (run["final_norm"][:, 0] @ weights).tolist()
-    said = terms["product"].tolist()[-1]
-    results.answer(
-        f"The {len(weights)} products sum to {said:.3f}, the logit of {TOKEN!r}. The weights are "
-        f"the same in every context; after {OTHER!r} the hidden state is another, and the same row "
-        f"gives {logits[1]:.3f}."
+    contexts = pd.DataFrame({"prompt": [PROMPT, OTHER], "numbers": len(weights)})
+    contexts["sum_of_products"] = (run["final_norm"][:, 0] @ weights).tolist()
+    contexts["logit"] = run.logits[:, -1, lm.token(TOKEN)].tolist()
+    results.table("contexts", contexts, caption=f"The row of {TOKEN!r} in two contexts.")
+    results.answer(answer({"contexts": contexts}))
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the table that was written."""
+    table = tables["contexts"]
+    here, other = table.iloc[0], table.iloc[1]
+    off = (table["sum_of_products"] - table["logit"]).abs().max()
+    return (
+        f"From one row of weights and one hidden state: after “{PROMPT}” their {here['numbers']} "
+        f"products sum to {here['sum_of_products']:.3f}, which is the logit of {TOKEN!r} (the two "
+        f"differ by {off:.0e} at most). After “{OTHER}” the same row of weights meets another "
+        f"hidden state and gives {other['sum_of_products']:.3f}."
     )
 
 

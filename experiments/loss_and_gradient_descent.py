@@ -10,6 +10,7 @@ python -m experiments.loss_and_gradient_descent
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -19,12 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hookkit as hk
-from hookkit.figures.style import DOWN, INK, MUTED, apply_style
+from hookkit.figures.style import DASHES, DOWN, LINES, MUTED, add_legend, apply_style
 
 SEED = 0
 SENTENCE, OTHER = "we love deep learning", "we love oat milk"
 WORDS = ("we", "love", "deep", "learning", "oat", "milk", "tea", "coffee", "and", "sleep")
 STEPS, STEP_SIZE, SMALL = 60, 0.1, 1e-3  # along a small step the loss is a straight line
+TABLES = ("curve", "small_step", "forgotten")  # those of which the answer is made
 QUESTION = (
     f"What does gradient descent do to a model, step by step, when it learns to say “{SENTENCE}”?"
 )
@@ -38,6 +40,8 @@ def main() -> None:
         curve = learn(tiny, results)
         forget(tiny, results)
         expect(lm, results)
+        tables = {name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES}
+        results.answer(answer(tables))
     print(curve.iloc[::10].to_string(index=False))
 
 
@@ -93,12 +97,8 @@ def learn(lm: hk.LM, results: hk.types.Record) -> pd.DataFrame:
     drop = loss - step(lm, SENTENCE, 0)[0]
     start = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
     before, curve, guess = hk.forward(lm, SENTENCE), trained(lm, SENTENCE), math.log(len(WORDS))
-    results.answer(
-        f"{STEPS} steps of {STEP_SIZE:g} take the loss from {loss:.3f} nats to "
-        f"{curve['loss'].iloc[-1]:.4f}; guessing costs ln {len(WORDS)} = {guess:.3f}. A step of "
-        f"{SMALL:g} should lower it by {SMALL:g} × |gradient|² = {SMALL * squared:.6f}, and "
-        f"lowered it by {drop:.6f}."
-    )
+    small = {"size": SMALL, "predicted": SMALL * squared, "drop": drop, "guess": guess}
+    results.table("small_step", pd.DataFrame([small]), caption="What a small step takes off.")
     results.figure(
         "loss",
         drawn(curve),
@@ -124,6 +124,21 @@ def learn(lm: hk.LM, results: hk.types.Record) -> pd.DataFrame:
         "weights", table, caption="How far each weight moved, as a part of its length before."
     )
     return curve
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    losses, small = tables["curve"]["loss"], tables["small_step"].iloc[0]
+    worst = tables["forgotten"].iloc[0]
+    return (
+        f"It makes the sentence likely and everything else unlikely: {len(losses) - 1} steps of "
+        f"{STEP_SIZE:g} lower the loss from {losses.iloc[0]:.3f} nats a word, which is a guess "
+        f"({small['guess']:.3f}), to {losses.iloc[-1]:.4f}. Each step follows the gradient: a "
+        f"small one should lower the loss by {small['predicted']:.6f} nats and lowers it by "
+        f"{small['drop']:.6f}. As many steps on “{OTHER}” undo it where the two contradict each "
+        f"other: the probability of {worst['token']!r} goes from {worst['prob_before']:.3f} to "
+        f"{worst['prob_after']:.3f}."
+    )
 
 
 def forget(lm: hk.LM, results: hk.types.Record) -> None:
@@ -153,13 +168,15 @@ def expect(lm: hk.LM, results: hk.types.Record) -> None:
 
 def drawn(curve: pd.DataFrame) -> Figure:
     left, right = (figure := Figure(figsize=(10, 3.8), layout="constrained")).subplots(1, 2)
-    left.plot(curve["step"], curve["loss"], color=DOWN, lw=2)
-    left.axhline(math.log(len(WORDS)), color=MUTED, ls="--", lw=0.9)
-    for name, style in zip(curve.columns[4:], ("-", "--", ":"), strict=True):
-        right.plot(curve["step"], curve[name], ls=style, lw=2, label=name)
-    left.set(xlabel="step", ylabel="loss (nats; dashed: guessing)")
-    right.set(xlabel="step", ylabel="probability of the word")
-    right.legend(frameon=False, fontsize=9, labelcolor=INK)
+    left.plot(curve["step"], curve["loss"], color=DOWN, lw=2, label="loss of the sentence")
+    left.axhline(math.log(len(WORDS)), color=MUTED, ls="--", lw=0.9, label="a guess: ln 10")
+    add_legend(left)
+    for number, name in enumerate(curve.columns[4:]):
+        style: dict[str, Any] = {"ls": DASHES[number], "color": LINES[number]}
+        right.plot(curve["step"], curve[name], lw=2, label=name, **style)
+    left.set(xlabel="steps of gradient descent", ylabel="loss (nats a word)")
+    right.set(xlabel="steps of gradient descent", ylabel="probability of the word")
+    add_legend(right)
     return apply_style(figure, f"Learning to say “{SENTENCE}”")
 
 

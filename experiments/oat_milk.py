@@ -9,6 +9,8 @@ python -m experiments.oat_milk [FOLDER]    half a minute on two cores; writes re
 """
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,10 +34,9 @@ def main(folder: str = "results/oat_milk") -> None:
         look_at_draws(lm, before, results)
         shift = change_the_logits(lm, before, results)
         change_the_inside(lm, before, results)
-        results.answer(
-            f"From the largest logits: {COFFEE!r} comes from rank {shift['rank_before'][0]} by "
-            "force alone."
-        )
+        names = ("top_ten", "forced_shift", "banned_shift", "ablated")
+        tables = {name: hk.results.read_table(results.folder / f"{name}.csv") for name in names}
+        results.answer(answer(tables))
         same = torch.equal(before.logits, hk.forward(lm, MILK).logits)
         results.text(
             f"After all of this, are the model's logits the same as before, bit for bit? {same}."
@@ -46,6 +47,26 @@ def main(folder: str = "results/oat_milk") -> None:
         )
     )
     print(f"\n{results.answered}\nThe page: {folder}/report.html")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    first = tables["top_ten"].iloc[0]
+    forced, banned = (tables[name].set_index("token") for name in ("forced_shift", "banned_shift"))
+    rank = forced["rank_before"][COFFEE]
+    gain = banned["logprob_delta"].drop(COFFEE).max()
+    edits = []
+    for edit in tables["ablated"].to_dict("records"):
+        edits.append(f"with {edit['edit']} it is {edit['top1_after']!r}")
+    return (
+        f"They are the tokens with the largest logits: {first['token']!r} is first, with a "
+        f"probability of {first['prob']:.2f}. An edit of one logit decides which token comes: "
+        f"forced after “{FRANCE}”, {COFFEE!r} goes from rank {rank:,} to rank "
+        f"{forced['rank_after'][COFFEE]}; banned after “{MILK}”, its probability is "
+        f"{banned['prob_after'][COFFEE]:g}, and every other token gains {gain:.2f} nats. Without "
+        f"one part of the model little changes: the first token was {first['token']!r}, and "
+        f"{' and '.join(edits)}."
+    )
 
 
 def look_at_a_sentence(lm: hk.LM, results: hk.types.Record) -> None:

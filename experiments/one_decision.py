@@ -8,6 +8,7 @@ transformers' own generate draws the same token.
 python -m experiments.one_decision        half a minute on two cores; writes results/one_decision/
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -32,12 +33,30 @@ def main() -> None:
         logits = computed(lm, results)
         run = drawn(lm, results, logits)
         told(results, run)
+        names = ("by_hand", "steps")
+        tables = {name: hk.results.read_table(results.folder / f"{name}.csv") for name in names}
+        results.answer(answer(tables))
     print(
         hk.decisions(run)[
             ["step", "token", "rank_model", "prob_model", "prob_processed", "why"]
         ].to_string(index=False)
     )
     print("\nThe page: results/one_decision/report.html")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    by_hand, step = tables["by_hand"].iloc[0], tables["steps"].iloc[0]
+    same = "draws the same token" if by_hand["transformers"] == step["token"] else "draws another"
+    return (
+        f"By a draw from {by_hand['kept']} of {by_hand['tokens']:,} tokens. The model gives every "
+        f"token a logit; temperature {RULES['temperature']} divides them, softmax makes them "
+        f"probabilities, and top_p = {RULES['top_p']} keeps the most likely tokens until they make "
+        f"up {RULES['top_p']:.0%}. The draw takes {step['token']!r}, which has rank "
+        f"{step['rank_model']} for the model and a probability of {by_hand['prob']:.3f} among "
+        f"those kept (hookkit's record says {step['prob_processed']:.3f}). With the same seed, "
+        f"transformers' own generate {same}."
+    )
 
 
 def read(lm: hk.LM, results: hk.types.Record) -> None:
@@ -92,19 +111,13 @@ def drawn(lm: hk.LM, results: hk.types.Record, logits: torch.Tensor) -> hk.types
     kept = order[probs.cumsum(0) - probs < RULES["top_p"]]
     chosen = int(run.tokens[0, run.prompt_lengths[0]])
     left = (logits[kept] / RULES["temperature"]).softmax(dim=-1)[kept == chosen].item()
-    results.answer(
-        f"Temperature {RULES['temperature']} divides the logits; top_p = {RULES['top_p']} keeps "
-        f"the most likely tokens until they make up {RULES['top_p']:.0%}: {len(kept)} of "
-        f"{len(logits):,}. Of these {lm.string(chosen)!r} has p = {left:.4f}. The record of the "
-        f"run says: {hk.decisions(run)['why'][0]}."
-    )
+    by_hand = {"tokens": len(logits), "kept": len(kept), "token": lm.string(chosen), "prob": left}
     torch.manual_seed(SEED)
     model: Any = lm.model
     plain = model.generate(run.tokens[:, : run.prompt_lengths[0]], **settings)
-    results.text(
-        "Is it what transformers' own generate draws with this seed? "
-        f"{torch.equal(plain, run.tokens)}."
-    )
+    by_hand["transformers"] = lm.string(int(plain[0, run.prompt_lengths[0]]))
+    caption = "The step by hand, and what transformers' own generate draws with this seed."
+    results.table("by_hand", pd.DataFrame([by_hand]), caption=caption)
     first = (
         hk.candidates(run).query("step == 0 and stage != 'edited'").drop(columns=["row", "step"])
     )

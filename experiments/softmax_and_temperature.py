@@ -11,14 +11,16 @@ python -m experiments.softmax_and_temperature
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import DOWN, INK, MUTED, UP, apply_style, drawable
+from hookkit.figures.style import INK, LINES, MUTED, add_legend, apply_style, drawable
 
 SEED = 0
 PROMPTS = {"sure": "The Eiffel Tower is in the city of", "unsure": "I like oat milk in my"}
@@ -37,6 +39,9 @@ def main() -> None:
         softmax(runs["unsure"], results)
         table = settings(runs, results)
         drawn(lm, runs["unsure"], results)
+        names = ("softmax", "settings", "summary")
+        tables = {name: hk.results.read_table(results.folder / f"{name}.csv") for name in names}
+        results.answer(answer(tables))
     print(table.to_string(index=False))
     print("\nThe page: results/softmax_and_temperature/report.html")
 
@@ -71,10 +76,6 @@ def settings(runs: dict[str, hk.types.Run], results: hk.types.Record) -> pd.Data
         .drop_duplicates()
         .round(4)
     )
-    hot = both[both["setting"].str.startswith("temperature")]
-    moved = int(
-        (hot["rank"] != hot.groupby(["position", "token"])["rank"].transform("first")).sum()
-    )
     results.text(
         f"# Temperature, top-k, top-p: sure after “{PROMPTS['sure']}”, unsure after "
         f"“{PROMPTS['unsure']}”"
@@ -88,52 +89,71 @@ def settings(runs: dict[str, hk.types.Run], results: hk.types.Record) -> pd.Data
     results.table(
         "summary", summary, caption="What each setting leaves to draw from. Entropy in nats."
     )
-    kept = {
-        name: summary[summary["position"] == name].set_index("setting")["tokens_kept"]
-        for name in PROMPTS
-    }
-    counts = [int(kept[name][setting]) for setting in ("top_k=50", "top_p=0.9") for name in PROMPTS]
-    results.answer(
-        f"{moved} of {len(hot)} ranks change with the temperature. Top-k 50 keeps {counts[0]} "
-        f"tokens where the model is sure and {counts[1]} where it is not; top-p 0.9 keeps "
-        f"{counts[2]} and {counts[3]}."
-    )
     return summary
 
 
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    ratios = tables["softmax"]
+    off = (ratios["predicted_ratio"] / ratios["ratio"] - 1).abs().max()
+    hot: Any = tables["settings"]
+    hot = hot[hot["setting"].str.startswith("temperature")]
+    moved = (hot.groupby(["position", "token"])["rank"].nunique() > 1).sum()
+    kept = tables["summary"].set_index(["setting", "position"])["tokens_kept"]
+    return (
+        "Softmax turns a difference of two logits into a ratio of probabilities, which is e to the "
+        f"difference (largest error {off:.0e}). Temperature moves the probabilities and not the "
+        f"order: {moved} of "
+        f"{hot.groupby(['position', 'token']).ngroups} tokens change their rank over "
+        f"{len(TEMPERATURES)} temperatures. Top-k 50 keeps {kept['top_k=50', 'sure']} tokens where "
+        f"the model is sure and {kept['top_k=50', 'unsure']} where it is not; top-p 0.9 keeps "
+        f"{kept['top_p=0.9', 'sure']} and {kept['top_p=0.9', 'unsure']}."
+    )
+
+
 def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for axes, (name, table) in zip((left, middle), tables.items(), strict=True):
-        hot = table[table["setting"].str.startswith("temperature")]
-        for number, (token, part) in enumerate(hot.groupby("token", sort=False)):
-            name_of = drawable(repr(token))
-            axes.plot(
-                TEMPERATURES, part["prob"], label=name_of, marker="os^Dv"[number], ms=4, lw=1.4
-            )
-        axes.axvline(1, color=MUTED, lw=0.8, ls="--")
-        axes.set_xscale("log")
-        axes.set_xticks(TEMPERATURES, [f"{t:g}" for t in TEMPERATURES])
-        axes.minorticks_off()
-        axes.set(xlabel="temperature (1: as it is)", ylabel="probability")
-        axes.set_title(f"Where the model is {name}", fontsize=10, color=INK)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        draw_temperatures(axes, table)
+        axes.set_title(f"{name}: “{PROMPTS[name]}”", fontsize=9, color=INK)
+    draw_counts(right, tables)
+    return apply_style(figure, "What temperature does to probabilities, and what the others keep")
+
+
+def draw_temperatures(axes: Axes, table: pd.DataFrame) -> None:
+    """Draws the probability of the first five tokens at each temperature, on log axes."""
+    hot = table[table["setting"].str.startswith("temperature")]
+    for number, (token, part) in enumerate(hot.groupby("token", sort=False)):
+        label = drawable(repr(token))
+        style: dict[str, Any] = {"color": LINES[number], "marker": "os^Dv"[number], "ms": 4}
+        axes.plot(TEMPERATURES, part["prob"], label=label, lw=1.4, **style)
+    axes.axvline(1, color=MUTED, lw=0.8, ls="--")
+    axes.set_xscale("log")
+    axes.set_xticks(TEMPERATURES, [f"{t:g}" for t in TEMPERATURES])
+    axes.minorticks_off()
+    axes.set_yscale("log")
+    axes.set_ylim(1e-5, 2)
+    axes.set_xlabel("temperature (log axis; dashed: 1, as it is)")
+    axes.set_ylabel("probability (log axis)")
+    add_legend(axes, loc="lower right")
+
+
+def draw_counts(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
+    """Draws how many tokens each setting keeps."""
     names = [f"top_k={k}" for k in TOP_K] + [f"top_p={p:g}" for p in TOP_P]
-    for shift, colour, (name, table) in zip((-0.2, 0.2), (UP, DOWN), tables.items(), strict=True):
+    colours = (LINES[0], LINES[2])
+    for shift, colour, (name, table) in zip((-0.2, 0.2), colours, tables.items(), strict=True):
         counts = table.drop_duplicates("setting").set_index("setting")["tokens_kept"][names]
-        bars = right.barh(
-            [place + shift for place in range(len(names))],
-            counts,
-            height=0.38,
-            color=colour,
-            label=name,
-        )
-        right.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8, padding=2, color=INK)
-    right.set_yticks(range(len(names)), names)
-    right.invert_yaxis()
-    right.set(xscale="log", xlim=(0.8, 3e4), xlabel="tokens left to draw from (log axis)")
-    right.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return apply_style(figure, "")
+        positions = [place + shift for place in range(len(names))]
+        bars = axes.barh(positions, counts, height=0.38, color=colour, label=name)
+        axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8, padding=2, color=INK)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, 3e4)
+    axes.set_xlabel("tokens left to draw from (log axis)")
+    add_legend(axes, loc="upper right")
 
 
 def drawn(lm: hk.LM, run: hk.types.Run, results: hk.types.Record) -> None:

@@ -186,25 +186,31 @@ def compare(table: pd.DataFrame, results: hk.types.Record) -> None:
     print(f"{means[columns].round(2).to_string()}\n\nThe page: results/steer_a_mood/report.html")
 
 
-def answer(tables: Mapping[str, pd.DataFrame]) -> str:
-    """The answer, from the tables that were written."""
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the table that was written."""
     table: Any = tables["equal_damage"].set_index("vector")
-    words = []
+    sentences, n_better = [], 0
     for name, row in table[~table["control"]].iterrows():
         moved, gain, low, high = (
             row[f"logit_diff_{end}"] for end in ("delta", "gain", "gain_low", "gain_high")
         )
-        verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told from"
-        words.append(
-            f"{name} {moved:+.2f} logits, {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean "
-            f"random vector, {verdict} a random one"
+        verdict = "which does not tell it from a random vector"
+        if low > 0:
+            verdict = "more than a random vector"
+            n_better += 1
+        elif high < 0:
+            verdict = "less than a random vector"
+        sentences.append(
+            f"“{name}” moves it by {moved:+.2f} logits, {gain:+.2f} [{low:+.2f}, {high:+.2f}] "
+            f"beyond the mean of the random vectors, {verdict}"
         )
     random = table[table["control"]].iloc[0]
-    better = sum("better than a random one" in word for word in words)
+    verdict = {0: "No", len(sentences): "Yes"}.get(n_better, "Yes, by some vectors")
     return (
-        f"Yes for {better} of {len(words)} vectors, at equal damage: {'; '.join(words)}. A random "
-        f"vector moves it by {random['logit_diff_delta']:+.2f}, and one more would lie within "
-        f"{random['logit_diff_gain_high']:.2f} of that."
+        f"{verdict}: {n_better} of {len(sentences)} vectors move the mood further than random "
+        f"vectors that damage neutral text equally ({LEVEL:g} nats a token). "
+        f"The vector {'; '.join(sentences)}. The {RANDOM} random vectors, the control, move it by "
+        f"{random['logit_diff_delta']:+.2f} on average."
     )
 
 

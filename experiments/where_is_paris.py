@@ -101,34 +101,33 @@ def swapped(lm: hk.LM, results: hk.types.Record) -> None:
     )
 
 
-def answer(tables: Mapping[str, pd.DataFrame]) -> str:
+def answer(tables: Mapping[str, Any]) -> str:
     """The answer, from the tables that were written."""
-    parts, verdicts = [], []
-    for site, name, place in (("mlp_out", "MLPs", "subject"), ("attn_out", "attention", "end")):
+    best: dict[str, Any] = {}
+    for site, place in (("mlp_out", "subject"), ("attn_out", "end")):
         table: Any = tables[site][tables[site]["place"] == place]
-        best = table.loc[table["prob_effect"].idxmax()]
-        verdicts.append(best["prob_effect"] > 0.5)
-        where = "the subject's last token" if place == "subject" else "the end"
-        parts.append(
-            f"{name} of {WINDOW} blocks at {where} bring back at most {best['prob_effect']:.2f} of "
-            f"the city, around block {int(best['layer'])}"
-        )
+        best[site] = table.loc[table["prob_effect"].idxmax()]
+    mlp, attention = best["mlp_out"], best["attn_out"]
     swaps = tables["swapped"]
     stream: Any = swaps[swaps["site"] == "resid_post"].set_index("pos")
     half: dict[str, list[int]] = {}
     for place in ("subject", "end"):
         table = stream.loc[place]
         half[place] = [int(layer) for layer in table[table["logit_diff_effect_low"] > 0.5]["layer"]]
-    verdicts.append(bool(half["subject"]))
-    best = stream.loc["subject"].sort_values("logit_diff_effect").iloc[-1]
-    mean, low, high = (best[f"logit_diff_effect{end}"] for end in ("", "_low", "_high"))
-    verdict = {0: "No", len(verdicts): "Yes"}.get(sum(verdicts), "In part")
+    swap = stream.loc["subject"].sort_values("logit_diff_effect").iloc[-1]
+    mean, low, high = (swap[f"logit_diff_effect{end}"] for end in ("", "_low", "_high"))
+    verdicts = [mlp["prob_effect"] > 0.5, attention["prob_effect"] > 0.5, bool(half["subject"])]
+    count = {0: "None", len(verdicts): "All"}.get(sum(verdicts), str(sum(verdicts)))
     return (
-        f"{verdict}: {sum(verdicts)} of the three came out. After noise on one prompt (no "
-        f"interval), {' and '.join(parts)}. Another landmark's state at the subject's last token "
-        f"brings its city by at most {mean:+.2f} [{low:+.2f}, {high:+.2f}] of the way, in block "
-        f"{int(best['layer'])} (n = {int(best['n'])}); the interval is above half in "
-        f"{_span(half['subject'])} there, and in {_span(half['end'])} at the end."
+        f"{count} of the three expected effects {'is' if sum(verdicts) == 1 else 'are'} there. "
+        f"Put back after noise on one prompt, attention of {WINDOW} blocks at the end of the "
+        f"prompt brings back at most {attention['prob_effect']:.0%} of the city's probability "
+        f"(around block {int(attention['layer'])}), and MLPs of {WINDOW} blocks at the subject's "
+        f"last token at most {mlp['prob_effect']:.0%} (around block {int(mlp['layer'])}). Over "
+        f"{int(swap['n'])} landmarks, another landmark's state at the subject's last token brings "
+        f"its own city by at most {mean:.0%} [{low:.0%}, {high:.0%}] of the way (block "
+        f"{int(swap['layer'])}), which is above half in {_span(half['subject'])}. The last token "
+        f"knows the city in {_span(half['end'])}, where its state brings more than half."
     )
 
 

@@ -13,7 +13,38 @@ import torch
 import hookkit as hk
 
 HERE = Path(__file__).parent.parent / "experiments"
-ANSWERED = ("indirect_object", "coffee_everywhere", "steer_a_mood", "where_is_paris", "attribution")
+# The modules of experiments, and the folders of their results
+ANSWERED = {
+    "edit_while_generating": "edit_while_generating",
+    "patch_one_grid": "patch_one_grid",
+    "attribution": "attribution",
+    "bfloat16": "bfloat16",
+    "coffee_everywhere": "coffee_everywhere",
+    "context_shapes_predictions": "context_shapes_predictions",
+    "datasets": "datasets",
+    "families": "families",
+    "how_sure": "how_sure",
+    "indirect_object": "indirect_object",
+    "lens_of_paris": "lens_of_paris",
+    "logits_are_dot_products": "logits_are_dot_products",
+    "loss_and_gradient_descent": "loss_and_gradient_descent",
+    "oat_milk": "oat_milk",
+    "one_decision": "one_decision",
+    "softmax_and_temperature": "softmax_and_temperature",
+    "steer_a_mood": "steer_a_mood",
+    "where_is_paris": "where_is_paris",
+    "benchmarks.attention": "benchmarks_attention",
+    "benchmarks.gradients": "benchmarks_gradients",
+    "benchmarks.harvest": "benchmarks_harvest",
+    "benchmarks.lenses": "benchmarks_lenses",
+    "benchmarks.long_harvest": "benchmarks_long_harvest",
+    "benchmarks.overhead": "benchmarks",
+    "benchmarks.ray_engine": "benchmarks_ray",
+    "benchmarks.report": "benchmarks_report",
+    "benchmarks.scale": "scale",
+    "benchmarks.sweeps": "benchmarks_sweeps",
+}
+TO_COPY = ("edit_while_generating", "patch_one_grid", "one_shift_report")
 SCRIPTS = sorted(path for path in HERE.glob("*.py") if path.name != "__init__.py")
 
 
@@ -61,29 +92,89 @@ def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(
     )
 
 
-def tables_of(name: str) -> dict[str, pd.DataFrame]:
+def tables_of(folder: str) -> dict[str, pd.DataFrame]:
     """The tables of a result."""
-    return {path.stem: pd.read_csv(path) for path in (HERE.parent / "results" / name).glob("*.csv")}
+    tables = {}
+    for path in (HERE.parent / "results" / folder).glob("*.csv"):
+        tables[path.stem] = hk.results.read_table(path)
+    return tables
 
 
 @pytest.mark.parametrize("name", ANSWERED)
 def test_an_answer_says_what_its_tables_say(name):
     experiment = importlib.import_module(f"experiments.{name}")
-    about = json.loads((HERE.parent / "results" / name / "about.json").read_text())
-    assert about["answer"] == experiment.answer(tables_of(name))
+    folder = ANSWERED[name]
+    about = json.loads((HERE.parent / "results" / folder / "about.json").read_text())
+    assert about["answer"] == experiment.answer(tables_of(folder))
+
+
+@pytest.mark.parametrize("path", sorted(HERE.parent.glob("results/**/about.json")), ids=str)
+def test_every_result_has_a_question_and_an_answer_in_sentences(path):
+    about = json.loads(path.read_text())
+    assert about["question"].endswith(("?", "."))
+    words = about["answer"].split()
+    assert words[0][0].isupper() or words[0][0] in "“"
+    assert about["answer"].endswith(".") and len(words) >= 8
+
+
+def test_the_experiments_to_copy_are_short_and_stand_first_in_the_index():
+    index = (HERE / "README.md").read_text()
+    rows = [line for line in index.splitlines() if line.startswith("| [")]
+    for row, name in zip(rows, TO_COPY, strict=False):
+        assert row.startswith(f"| [{name}]")
+        code = ast.parse((HERE / f"{name}.py").read_text())
+        imported = [node for node in code.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {getattr(node, "module", None) or node.names[0].name for node in imported}
+        assert modules <= {"hookkit", "pandas", "typing"}
+
+
+def test_the_word_is_not_gone_if_one_text_still_names_the_city():
+    experiment = importlib.import_module("experiments.edit_while_generating")
+    tables = tables_of("edit_while_generating")
+    texts = tables["texts"]
+    for row in texts.to_dict("records"):
+        assert row["named"] == (row["city"] in row["text"])
+    n = len(texts) // 3
+    assert experiment.answer(tables).startswith(f"Yes: with the city's token banned, 0 of {n}")
+    texts.loc[texts["edit"] == "ban", "named"] = [True] + [False] * (n - 1)
+    assert experiment.answer(tables).startswith("Not always")
+
+
+def test_the_layer_of_the_grid_is_where_the_last_token_overtakes_the_country():
+    experiment = importlib.import_module("experiments.patch_one_grid")
+    tables = tables_of("patch_one_grid")
+    means = tables["means"]
+    own = means[~means["control"]].pivot(index="layer", columns="pos", values="prob_effect")
+    ahead = own[experiment.LAST] > own[experiment.COUNTRY]
+    layer = next(number for number, is_ahead in ahead.items() if is_ahead)
+    assert f"At layer {layer}:" in experiment.answer(tables)
+    means["prob_effect"] = means["prob_effect"].where(means["layer"] != 5, 9 * means["pos"])
+    assert "At layer 5:" in experiment.answer(tables)
+
+
+def test_the_answer_of_the_shift_report_is_the_mean_over_its_openings():
+    experiment = importlib.import_module("experiments.one_shift_report")
+    tables = tables_of("one_shift_report")
+    watched = tables["watched"]
+    is_edit = watched["control"].isna() | (watched["control"] == "")
+    words = experiment.answer(tables)
+    assert words.startswith("Yes")
+    for token in (" great", " terrible"):
+        mean = watched[is_edit & (watched["token"] == token)]["logprob_delta"].mean()
+        assert f"{mean:+.2f}" in words
 
 
 def test_a_vector_within_the_spread_of_random_ones_is_not_called_better():
     experiment = importlib.import_module("experiments.steer_a_mood")
     tables = tables_of("steer_a_mood")
-    assert "Yes for 3 of 4 vectors" in experiment.answer(tables)
+    assert "3 of 4 vectors move the mood further" in experiment.answer(tables)
     equal = tables["equal_damage"]
     own = ~equal["control"]
     equal.loc[own, "logit_diff_gain_low"] = -0.1
     words = experiment.answer(tables)
-    assert words.startswith("Yes for 0 of 4") and words.count("not told from a random one") == 4
+    assert words.startswith("No: 0 of 4") and words.count("does not tell it from a random") == 4
     equal.loc[own, "logit_diff_gain_high"] = -0.05
-    assert experiment.answer(tables).count("worse than a random one") == 4
+    assert experiment.answer(tables).count("less than a random vector") == 4
 
 
 def test_a_head_is_far_above_its_control_at_twice_as_much_and_has_its_sign():
@@ -99,9 +190,9 @@ def test_a_head_is_far_above_its_control_at_twice_as_much_and_has_its_sign():
     words = experiment.answer(tables)
     for head, effect in own.items():
         part = words.split(f"{head} ")[1].split(", from other pairs")[0]
-        assert part.startswith(f"{effect:+.2f} [") and ("against the answer" in part) == (
-            effect < 0
-        )
+        assert part.startswith(f"brings back {effect:+.2f} [") and (
+            "against the answer" in part
+        ) == (effect < 0)
 
 
 def test_both_damages_are_told_where_they_disagree():
@@ -114,14 +205,14 @@ def test_both_damages_are_told_where_they_disagree():
     for name in ("said", "likelihood_drop", "kl_neutral"):
         doses[f"{name}_low"], doses[f"{name}_high"] = doses[name] - 0.01, doses[name] + 0.01
     words = experiment.answer({"doses": doses})
-    assert words.startswith(
-        "It depends on the damage: by likelihood steer 0.4 is cheapest, by KL on neutral text boost 8."
-    )
-    assert "Without an edit 0.10 of the texts say it, with a control at most 0.20" in words
+    steer, boost = "steering by 0.4 of the stream's length", "a boost of 8 logits"
+    assert f"{steer} costs least by likelihood and {boost} by KL on neutral text." in words
+    assert "Without an edit 0.10 of the texts say it, and with the controls" in words
+    assert words.endswith("at most 0.20.")
     near = doses.assign(likelihood_drop_low=doses["likelihood_drop"] - 0.5)
-    assert "its interval is not apart from that of boost 8" in experiment.answer({"doses": near})
+    assert f"is not apart from that of {boost}" in experiment.answer({"doses": near})
     doses["kl_neutral"] = doses["likelihood_drop"]
-    assert experiment.answer({"doses": doses}).startswith("Least by both damages: steer 0.4.")
+    assert f"{steer} costs least, by both damages." in experiment.answer({"doses": doses})
 
 
 def test_the_loop_of_gradient_descent_learns_the_same_sentence_twice_in_the_same_way():

@@ -11,7 +11,7 @@ python -m experiments.benchmarks.gradients
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -26,13 +26,18 @@ GOAL = 3.0  # at most, of attribution to a plain forward
 RIGHT, WRONG = " Mary", " John"
 
 Work = dict[str, Callable[[], Any]]
+QUESTION = "What does attribution cost?"
 
 
 def main() -> None:
     torch.set_num_threads(THREADS)
     lm = hk.load(device="cpu")
     with hk.record(
-        "results/benchmarks_gradients", title="What attribution costs", lm=lm, seed=0
+        "results/benchmarks_gradients",
+        title="What attribution costs",
+        question=QUESTION,
+        lm=lm,
+        seed=0,
     ) as results:
         work = workloads(lm)
         same = float(
@@ -49,7 +54,19 @@ def main() -> None:
             f"takes {ratios['attribution']:.2f} plain forwards (aimed at: {GOAL} or less), "
             f"{ratios['attribution by hand']:.2f} by hand: a forward of each prompt and a backward."
         )
+        results.answer(answer({"gradients": table}))
     print(table.round(2).to_string(index=False))
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    ratios = tables["gradients"].set_index("workload")["ratio"]
+    return (
+        f"Attribution of every layer and position costs as much as {ratios['attribution']:.2f} "
+        f"plain forwards, and {ratios['attribution by hand']:.2f} if it is written by hand. The "
+        f"gradients alone cost {ratios['gradients']:.2f}, and {ratios['gradients by hand']:.2f} by "
+        "hand."
+    )
 
 
 def workloads(lm: hk.LM) -> Work:

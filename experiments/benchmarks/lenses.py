@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .overhead import Work, compared, plainly, resident, some_ids
 
 ROUNDS, THREADS = 15, 2
 PROMPT = "When Mary and John went to the store, John gave a drink to"
+QUESTION = "What does it cost to read every layer?"
 
 
 def main() -> None:
@@ -43,7 +45,9 @@ def main() -> None:
         "direct_logits, components": lambda: hk.direct_logits(run, " Mary"),
         "direct_logits, heads": lambda: hk.direct_logits(run, " Mary", heads=True),
     }
-    with hk.record("results/benchmarks_lenses", title="What a lens costs", lm=lm) as results:
+    with hk.record(
+        "results/benchmarks_lenses", title="What a lens costs", question=QUESTION, lm=lm
+    ) as results:
         caption = (
             f"Medians of {ROUNDS} rounds, {THREADS} threads. ratio and added_ms: to plain "
             "transformers, by round."
@@ -52,7 +56,23 @@ def main() -> None:
         peaks = results.table(
             "memory", memory(), caption="Peak of 8 x 128 tokens beside the loaded model, MB."
         )
+        results.answer(answer({"lenses": table, "memory": peaks}))
     print(table.round(2).to_string(index=False), peaks.round(0).to_string(index=False), sep="\n\n")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    ratios = tables["lenses"].set_index("workload")["ratio"]
+    peaks = tables["memory"].set_index("workload")["peak_mb"]
+    lens = "logit_lens, all layers and positions, top 5"
+    return (
+        f"The logit lens of all layers and positions takes {ratios[lens]:.2f} times as long as a "
+        f"plain forward, and {ratios['by hand: all layers, top 5']:.2f} times if it is written by "
+        f"hand without probabilities and entropy. At the last position it takes "
+        f"{ratios['the same at the last position']:.2f} times as long. Its peak of memory beside "
+        f"the model is {peaks[lens]:.0f} MB, that of a plain forward "
+        f"{peaks['plain forward with logits']:.0f} MB."
+    )
 
 
 def by_hand(model: Any, ids: torch.Tensor) -> Any:

@@ -15,17 +15,17 @@ python -m experiments.benchmarks.long_harvest
 
 import random
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, apply_style
+from hookkit.figures.style import INK, LINES, MUTED, apply_style
 
 TEXTS, SOME = 16_400, 240  # of about 123 tokens each; those of the default model
 SHARD, SOME_SHARD = 20_000, 2_000  # rows: 2.5 MB of the small model, 4.6 MB of the default one
@@ -40,6 +40,7 @@ WHAT, WHERE = (
     ("in the garden", "at noon", "by the sea", "alone"),
 )
 Item = TypeVar("Item")
+QUESTION = "Does a corpus of any length fit?"
 
 
 def main() -> None:
@@ -60,17 +61,29 @@ def main() -> None:
         table = results.table(
             "memory", pd.DataFrame([way.summary() for way in ways]), caption=CAPTION
         )
-        results.table(
-            "samples",
-            pd.concat([way.table() for way in ways], ignore_index=True),
-            caption="Every sample.",
-        )
+        results.answer(answer({"memory": table}))
+        samples = pd.concat([way.table() for way in ways], ignore_index=True)
+        results.table("samples", samples, caption="Every sample.")
         results.figure(
             "memory_figure",
-            drawn(ways),
-            caption="apart: the largest less the smallest memory behind the first tenth.",
+            drawn(table, samples),
+            caption="The largest less the smallest memory after the first tenth, as a part of it.",
         )
     print(table.round(3).to_string(index=False))
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    table = tables["memory"]
+    longest = table.loc[table["tokens"].idxmax()]
+    verdict = "Yes" if table["constant"].all() else "Not in every way"
+    return (
+        f"{verdict}: over {longest['tokens'] / 1e6:.2g} million tokens the memory of the process "
+        f"stays the same to {ALIKE:.0%} in {table['constant'].sum()} of {len(table)} ways to "
+        f"write, sum up and read a harvest. While {longest['tokens'] / 1e6:.2g} million tokens are "
+        f"harvested, it is {longest['rss_mb']:.0f} MB and differs by {longest['rss_apart']:.1%} at "
+        "most."
+    )
 
 
 CAPTION = (
@@ -160,38 +173,26 @@ def resident(word: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(word)) * 1024 / 1e6
 
 
-def drawn(ways: list[Way]) -> Figure:
+def drawn(memory: Any, samples: Any) -> Figure:
     """Draws memory along the way, a panel per pass: its own part, and all with mapped files."""
-    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+    figure = Figure(figsize=(10, 5.8), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True, sharey=True).flatten()
-    for panel, way in zip(axes, ways, strict=False):
-        table, said = way.table(), way.summary()
-        panel.fill_between(
-            table["part"], table["own_mb"], color="#3b6fb6", alpha=0.35, lw=0, label="its own"
-        )
-        panel.plot(
-            table["part"], table["rss_mb"], color="#3b6fb6", lw=1.5, label="with mapped files"
-        )
-        panel.axvspan(0, BEGUN, color="#8a909c", alpha=0.18, lw=0)
-        panel.set_title(f"{way.task}: {way.tokens / 1e6:.3g} M tokens", fontsize=9)
-        panel.text(
-            0.97,
-            0.05,
-            f"apart {said['rss_apart']:.1%}",
-            transform=panel.transAxes,
-            ha="right",
-            fontsize=8,
-        )
-    for unused in axes[len(ways) :]:
-        unused.set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left")
+    for panel, way in zip(axes, memory.to_dict("records"), strict=False):
+        table = samples[samples["task"] == way["task"]]
+        own = {"color": LINES[0], "alpha": 0.35, "lw": 0, "label": "the process's own memory"}
+        panel.fill_between(table["part"], table["own_mb"], **own)
+        panel.plot(table["part"], table["rss_mb"], color=LINES[1], label="with mapped files")
+        panel.axvspan(0, BEGUN, color=MUTED, alpha=0.18, lw=0, label="does not count")
+        panel.set_title(f"{way['task']}: {way['tokens'] / 1e6:.3g} M tokens", fontsize=9, color=INK)
+        words = f"largest − smallest: {way['rss_apart']:.1%}"
+        panel.text(0.97, 0.05, words, transform=panel.transAxes, ha="right", fontsize=8, color=INK)
+    for unused in axes[len(memory) :]:
+        unused.set_axis_off()
+    handles = axes[0].get_legend_handles_labels()
+    axes[-1].legend(*handles, frameon=False, fontsize=9, labelcolor=INK, loc="center")
     axes[0].set_ylim(bottom=0)
-    figure.supxlabel(
-        "part of the texts, or batches, that were taken (the first tenth is grey and does not "
-        "count)",
-        size=9,
-    )
-    figure.supylabel("memory of the process (MB)", size=9)
+    figure.supxlabel("part of the texts, or batches, that were taken", size=9, color=INK)
+    figure.supylabel("memory of the process (MB)", size=9, color=INK)
     return apply_style(figure, "Memory does not grow with the length of a corpus")
 
 

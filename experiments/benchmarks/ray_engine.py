@@ -21,10 +21,11 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pandas as pd
 import ray
@@ -37,6 +38,7 @@ ROUNDS = 3
 BATCH = 16  # texts that run together
 SITES = ["resid_post.5", "resid_post.15", "resid_post.25"]
 LIMIT = 1.1  # times as long as in this process
+QUESTION = "Does a harvest on Ray cost more than one in this process?"
 
 
 def main() -> None:
@@ -60,7 +62,11 @@ def main() -> None:
         with (
             tempfile.TemporaryDirectory() as folder,
             hk.record(
-                "results/benchmarks_ray", title="What Ray costs, and what it brings", lm=lm, seed=0
+                "results/benchmarks_ray",
+                title="What Ray costs, and what it brings",
+                question=QUESTION,
+                lm=lm,
+                seed=0,
             ) as results,
         ):
             seconds = in_turn(workloads(lm, ids, Path(folder), actors), given.rounds)
@@ -71,9 +77,24 @@ def main() -> None:
                 f"wanted of one actor. Files the same, byte for byte? {same}."
             )
             table = results.table("ray", compared(seconds, given.texts * WIDTH), caption=caption)
+            results.answer(answer({"ray": table}))
     finally:
         ray.shutdown()
     print(table.round(3).to_string(index=False), caption, sep="\n\n")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    table = tables["ray"].set_index("workload")
+    one = table.loc["1 actor of one CPU"]
+    verdict = "No" if one["times"] <= LIMIT else "Yes"
+    sentences = [f"{verdict}: one actor takes {one['times']:.2f} times as long as this process."]
+    for count in (2, 4):
+        name = f"{count} actors of one CPU"
+        if name in table.index:
+            speed = table["speed_of_one_actor"][name]
+            sentences.append(f"{count} actors are {speed:.2f} times as fast as one.")
+    return " ".join(sentences)
 
 
 def workloads(

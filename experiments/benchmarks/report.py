@@ -10,6 +10,7 @@ python -m experiments.benchmarks.report
 """
 
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ import hookkit as hk
 from .overhead import THREADS, Work, compared
 
 ROUNDS, PROMPTS, WORDS = 3, 100, 24  # WORDS: tokens of a prompt, about
+LIMIT = 1.2  # times as long as the bare forwards
 TEXT = (
     "The museum in the old town opens at nine and closes at five, and on the day before the "
     "holiday it is full of"
 )
+QUESTION = "What does a report cost beside the forwards that it needs?"
 
 
 def main() -> None:
@@ -35,7 +38,9 @@ def main() -> None:
         "head": hk.ablate("z.23.3"), "steer": hk.steer("resid_post.16", vector, scale=2),
         "block": hk.skip_block(17),
     }  # fmt: skip
-    with hk.record("results/benchmarks_report", title="What a report costs", lm=lm) as results:
+    with hk.record(
+        "results/benchmarks_report", title="What a report costs", question=QUESTION, lm=lm
+    ) as results:
         work: Work = {
             "plain transformers, 6 forwards": lambda: bare(lm, prompts, 1 + len(edits)),
             "hk.forward, 6 forwards": lambda: [
@@ -49,7 +54,21 @@ def main() -> None:
             "round."
         )
         results.table("report", table, caption=caption)
+        results.answer(answer({"report": table}))
     print(table.to_string(index=False))
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    ratios = tables["report"].set_index("workload")["ratio"]
+    report = ratios["shift_report"]
+    verdict = "Nothing" if report <= 1 else "Little" if report <= LIMIT else "Much"
+    return (
+        f"{verdict}: a report of {PROMPTS} prompts and five edits takes {report:.2f} times as long "
+        "as six plain forwards over all prompts, because an edit's forward begins at the first "
+        f"block that it touches. The six forwards by hk.forward take "
+        f"{ratios['hk.forward, 6 forwards']:.2f} times as long as by plain transformers."
+    )
 
 
 def each(edits: dict[str, hk.types.Hook]) -> list[list[hk.types.Hook]]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,9 +80,25 @@ def main() -> None:
         table = results.table(
             "forecast", forecast(large, found), caption="Hours for the corpus; the largest decides."
         )
+        results.answer(answer({"forecast": table}))
         page = plan(measured, table, found)
         (results.folder / "plan.md").write_text(page, encoding="utf-8")
     print(page)
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    table = tables["forecast"]
+    eight = table[table["gpus"] == 8].set_index("kept")
+    stream, patterns = eight.loc["resid_post.40"], eight.loc["pattern.40"]
+    return (
+        f"On eight GPUs the forwards take {stream['forwards']:.0f} hours, and to keep one layer of "
+        f"the residual stream takes {stream['terabytes']:.0f} TB. What fails first is the one "
+        f"process that writes: it needs {stream['one writer']:.0f} hours. With a writer on every "
+        f"node the disks need {stream['disks of every node']:.0f} hours, and the forwards decide. "
+        f"Attention patterns of one layer ({patterns['terabytes']:,.0f} TB) cannot be kept at all. "
+        "This is a forecast, from speeds measured on two cores and assumed for GPUs."
+    )
 
 
 # ---- measured

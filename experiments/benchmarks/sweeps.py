@@ -18,12 +18,14 @@ python -m experiments.benchmarks.sweeps
 """
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 import hookkit as hk
 
-from .against.goals import goals
+from .against.goals import goals as goals_of
 from .against.growth import drawn, growing
 from .against.memory import memory, peak_of
 from .against.peers import PEERS, Peer
@@ -39,13 +41,16 @@ TEXT = (
     "difference of a cell from hk.sweep's. by hand, one by one: the loop of whole forwards; "
     "batched: the cells of a layer in one forward, logits at the last position only."
 )
+QUESTION = "What do sweeps cost?"
 
 
 def main() -> None:
     torch.set_num_threads(THREADS)
     lm = hk.load(device="cpu")
     peers = {name: Peer(name, THREADS) for name in PEERS}
-    with hk.record("results/benchmarks_sweeps", title="What sweeps cost", lm=lm, seed=0) as results:
+    with hk.record(
+        "results/benchmarks_sweeps", title="What sweeps cost", question=QUESTION, lm=lm, seed=0
+    ) as results:
         rows = []
         for letter, (task, cells) in workloads(lm).items():
             rows += compared(lm, letter, task, cells, peers, ROUNDS)
@@ -56,8 +61,9 @@ def main() -> None:
             "memory", memory(), caption="Peak of a process of its own, and of it beside the model."
         )
         reached = results.table(
-            "goals", goals(table, peaks), caption="What was aimed at, and what this run found."
+            "goals", goals_of(table, peaks), caption="What was aimed at, and what this run found."
         )
+        results.answer(answer({"sweeps": table, "goals": reached}))
         caption = (
             "Patching every layer and position. loop_s_computed: a whole forward's seconds for "
             "each cell."
@@ -70,6 +76,22 @@ def main() -> None:
         )
     for each in (table, peaks, reached, grown):
         print(each.round(3).to_string(index=False), end="\n\n")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    times = tables["sweeps"].set_index(["workload", "whose", "how"])["times"]
+    goals = tables["goals"]
+    one_by_one = [times[letter, "by hand", "one by one"] for letter in "abc"]
+    batched = [times[letter, "by hand", "batched"] for letter in "abc"]
+    missed = "; ".join(goals[~goals["met"]]["goal"])
+    rest = f" Missed: {missed}." if missed else ""
+    return (
+        f"A loop of forwards by hand takes {min(one_by_one):.0f} to {max(one_by_one):.0f} times as "
+        f"long as hk.sweep, and batches by hand {min(batched):.1f} to {max(batched):.1f} times, "
+        f"over three sweeps of the default model. {goals['met'].sum()} of {len(goals)} goals are "
+        f"reached.{rest}"
+    )
 
 
 if __name__ == "__main__":

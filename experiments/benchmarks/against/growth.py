@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, apply_style
+from hookkit.figures.style import INK, LINES, apply_style
 
 PAIRS, WIDTHS = (1, 10, 50), (15, 60, 240)  # prompts, and tokens of each
 NAMES = [
@@ -33,7 +33,6 @@ BEFORE = (
     "The museum opens at nine and closes at five. On Sundays it stays open until late in the "
     "evening. " * 20
 )
-COLOURS = dict(zip(WIDTHS, ("#4c72b0", "#1f9e89", "#e0522d"), strict=True))
 
 
 def growing(
@@ -107,38 +106,24 @@ def one_forward(lm: hk.LM, width: int) -> float:
 
 def drawn(table: pd.DataFrame) -> Figure:
     """Draws seconds against the tokens that pass through a block, for the sweeps and for a loop."""
-    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     axes = figure.subplots()
-    for width, part in table.groupby("tokens"):
-        colour, label = COLOURS.get(int(str(width)), "#6b7283"), f"prompts of {width} tokens"
-        axes.plot(
-            part["layer_tokens"],
-            part["clock_s"],
-            "o-",
-            color=colour,
-            ms=7,
-            label=f"hk.sweep, {label}",
-        )
-        loop = {
-            "color": colour,
-            "mfc": "none",
-            "ms": 7,
-            "lw": 1,
-            "label": f"a forward for each cell, {label}",
-        }
+    for number, (width, part) in enumerate(table.groupby("tokens")):
+        label = f"prompts of {width} tokens"
+        swept: dict[str, Any] = {"color": LINES[number], "ms": 7, "label": f"hk.sweep, {label}"}
+        axes.plot(part["layer_tokens"], part["clock_s"], "o-", **swept)
+        loop = swept | {"mfc": "none", "lw": 1, "label": f"loop, computed, {label}"}
         axes.plot(part["naive_layer_tokens"], part["loop_s_computed"], "s--", **loop)
-        for each in part.to_dict("records"):
-            words = f"{each['pairs']} pair{'s' if each['pairs'] > 1 else ''}"
-            axes.annotate(
-                words,
-                (each["layer_tokens"], each["clock_s"]),
-                (7, -11),
-                textcoords="offset points",
-                size=7.5,
-            )
+    # The numbers of prompts are written once, under the lowest line
+    for row in table[table["tokens"] == table["tokens"].min()].to_dict("records"):
+        words = f"{row['pairs']} pair{'s' if row['pairs'] > 1 else ''}"
+        point = (row["layer_tokens"], row["clock_s"])
+        axes.annotate(words, point, (7, -12), textcoords="offset points", size=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("tokens that pass through a block, counted for each block (log)")
-    axes.set_ylabel("seconds (log); those of the loop computed from one forward's")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.set_ylim(bottom=table["clock_s"].min() / 3)
+    axes.set_xlabel("tokens that pass through a block, counted for each block (log axis)")
+    axes.set_ylabel("seconds (log axis)")
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=8, labelcolor=INK, loc="outside right center")
     return apply_style(figure, "A sweep's time grows with the tokens that its plan counts")

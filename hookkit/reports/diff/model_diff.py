@@ -146,10 +146,12 @@ class Difference:
             table["first_difference"] = self.parting.set_index("row")["site"]
         return table.reset_index()
 
-    def page(self, *, title: str = "", question: str = "", figures: int = 1) -> Report:
+    def page(
+        self, *, title: str = "", question: str = "", answer: str = "", figures: int = 1
+    ) -> Report:
         """One page of the comparison; the first `figures` prompts have figures.
 
-        `write` writes its tables as CSV, JSON, Markdown and LaTeX beside it.
+        Without an `answer` the page says what the numbers are. `write` writes its tables as CSV, JSON, Markdown and LaTeX beside it.
         """
         prompts = self.prompts
         parts = [*_write_prompts(self, prompts), *_write_parting(self), *_write_sites(self)]
@@ -161,7 +163,7 @@ class Difference:
         parts += _write_settings(self.about)
         before, after = self.names
         title = title or f"{before} and {after}"
-        about = {"title": title, "question": question, "answer": _write_answer(self)}
+        about = {"title": title, "question": question, "answer": answer or _write_answer(self)}
         about |= self.about
         footer = f"Before is {before}, after is {after}; deltas are after minus before."
         tables = {name: getattr(self, name) for name in CAPTIONS}
