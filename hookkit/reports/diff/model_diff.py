@@ -151,7 +151,8 @@ class Difference:
     ) -> Report:
         """One page of the comparison; the first `figures` prompts have figures.
 
-        Without an `answer` the page says what the numbers are. `write` writes its tables as CSV, JSON, Markdown and LaTeX beside it.
+        Without an `answer` the page says what the numbers are. `write` writes its tables as CSV,
+        JSON, Markdown and LaTeX beside it.
         """
         prompts = self.prompts
         parts = [*_write_prompts(self, prompts), *_write_parting(self), *_write_sites(self)]
