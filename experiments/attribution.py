@@ -186,7 +186,7 @@ def scatter(estimate: pd.DataFrame, truth: pd.DataFrame, title: str) -> Figure:
         axes.scatter(part["patched"], part["estimated"], s=14, color=colour, alpha=0.7, label=site)
     axes.set_xlabel("patched: change of the logit difference (logits)")
     axes.set_ylabel("estimated: change of the logit difference (logits)")
-    add_legend(axes, loc="upper left")
+    add_legend(axes)
     return apply_style(figure, title)
 
 

@@ -276,7 +276,7 @@ def damage(table: Any) -> Figure:
         axes.set_ylim(-1e-2, 30)
     for axes in grid[1]:
         axes.set_xlabel(f"part of {len(PROMPTS)} texts that say {COFFEE!r}")
-    add_legend(grid[0, 0], loc="upper left")
+    add_legend(grid[0, 1])
     return apply_style(figure, "What it costs to make the model say coffee, with 95 % intervals")
 
 

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, LINES, apply_style, drawable, rank_axis
+from hookkit.figures.style import DASHES, INK, LINES, apply_style, drawable, rank_axis
 
 SEED = 0
 TEXTS = {
@@ -162,7 +162,8 @@ def drawn(table: Any) -> Figure:
         mine = table[table["text"] == name]
         for number, token in enumerate(WATCH):
             part = mine[mine["token"] == token]
-            style: dict[str, Any] = {"color": LINES[number], "marker": "os^Dv*"[number], "ms": 4}
+            style: dict[str, Any] = {"color": LINES[number % len(LINES)], "ms": 4}
+            style |= {"marker": "os^Dv*"[number], "ls": DASHES[number // len(LINES)]}
             axes.plot(part["pos"], part["rank"], label=repr(token), lw=1.4, **style)
         rank_axis(axes, low)
         reads = mine.drop_duplicates("pos")

@@ -112,7 +112,7 @@ def answer(tables: Mapping[str, Any]) -> str:
 
 
 def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for axes, (name, table) in zip((left, middle), tables.items(), strict=True):
         draw_temperatures(axes, table)
@@ -136,7 +136,7 @@ def draw_temperatures(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_ylim(1e-5, 2)
     axes.set_xlabel("temperature (log axis; dashed: 1, as it is)")
     axes.set_ylabel("probability (log axis)")
-    add_legend(axes, loc="lower right")
+    add_legend(axes)
 
 
 def draw_counts(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
@@ -153,7 +153,7 @@ def draw_counts(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(0.8, 3e4)
     axes.set_xlabel("tokens left to draw from (log axis)")
-    add_legend(axes, loc="upper right")
+    add_legend(axes)
 
 
 def drawn(lm: hk.LM, run: hk.types.Run, results: hk.types.Record) -> None:
