@@ -110,7 +110,7 @@ def places(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[p
         seconds = {"patching": time.perf_counter() - started}
         results.figure(
             f"{label}_patched",
-            hk.figures.heat_map(truth, title="Patched"),
+            hk.figures.heat_map(truth, title=f"Effect by patching: {label.replace('_', ' ')}"),
             caption="What patching gives.",
         )
         for method, way in ways.items():
@@ -120,12 +120,16 @@ def places(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[p
             caption = f"What attribution makes of it ({method})."
             results.figure(
                 f"{label}_{method}",
-                hk.figures.heat_map(estimate, title=f"Estimated: {method}"),
+                hk.figures.heat_map(estimate, title=f"Effect by {METHODS[method].lower()}"),
                 caption=caption,
             )
             results.figure(
                 f"{label}_{method}_scatter",
-                scatter(estimate, truth, f"{METHODS[method]} against patching: {label}"),
+                scatter(
+                    estimate,
+                    truth,
+                    f"{METHODS[method]} against patching: {label.replace('_', ' ')}",
+                ),
                 caption="The mean of each cell over the pairs.",
             )
             found += alike(estimate, truth, method)

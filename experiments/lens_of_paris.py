@@ -69,7 +69,9 @@ def one_prompt(lm: hk.LM, results: hk.types.Record) -> None:
         "What each block would say, after reading each token; the uppermost row is what the model "
         "says."
     )
-    results.figure("lens_map", hk.figures.lens_map(leading, labels=tokens), caption=words)
+    title = "What each block would say after each token"
+    figure = hk.figures.lens_map(leading, labels=tokens, title=title)
+    results.figure("lens_map", figure, caption=words)
     found: Any = hk.stats.lens_summary(last)
     results.table("summary", found[found["token_id"] == lm.token(CITY)], caption="Where it leads.")
 
@@ -93,7 +95,9 @@ def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLen
         ("log10 rank", "0 is rank 1, 3 is rank 1,000"),
         ("kl", "0 is what the model says at its end"),
     ):
-        figure = hk.figures.interval_lines(means, x="layer", series="lens", value=value)
+        title = f"{value} of the landmark's city, over {len(pairs)} landmarks"
+        lines: dict[str, Any] = {"x": "layer", "series": "lens", "value": value}
+        figure = hk.figures.interval_lines(means, **lines, title=title)
         results.figure(
             value.replace(" ", "_"), figure, caption=f"{value} of the landmark's city: {words}."
         )

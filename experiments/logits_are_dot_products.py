@@ -79,17 +79,15 @@ def by_component(lm: hk.LM, results: hk.types.Record) -> None:
         hk.direct_logits(run, TOKEN),
         caption="Every component; they sum to the logit.",
     )
-    results.figure(
-        "components_bars",
-        hk.figures.logit_bars(parts),
-        caption=f"What each component adds to {TOKEN!r}.",
-    )
+    title = f"What each component adds to the logit of {TOKEN!r}"
+    figure = hk.figures.logit_bars(parts, title=title)
+    results.figure("components_bars", figure, caption=f"{title}.")
     residual = parts.attrs["residual"]
     results.text(f"The sum misses the logit by {residual:.1g}, which is rounding.")
     against = hk.direct_logits(run, TOKEN, against=RIVAL, heads=True)
-    caption = f"What adds to {TOKEN!r} over {RIVAL!r}, by heads."
-    results.table("heads", against, caption=caption)
-    results.figure("heads_bars", hk.figures.logit_bars(against), caption=caption)
+    title = f"What each head and MLP adds to {TOKEN!r} over {RIVAL!r}"
+    results.table("heads", against, caption=f"{title}.")
+    results.figure("heads_bars", hk.figures.logit_bars(against, title=title), caption=f"{title}.")
 
 
 def over_many_prompts(lm: hk.LM, results: hk.types.Record) -> None:
@@ -103,10 +101,9 @@ def over_many_prompts(lm: hk.LM, results: hk.types.Record) -> None:
         hk.stats.mean_over_prompts(heads, by=["layer", "head"], values=["logit"]),
         caption=f"{len(pairs)} pairs, 95 %.",
     )
-    figure = hk.figures.heat_map(heads, value="logit", x="head")
-    results.figure(
-        "many_map", figure, caption="What each head adds to the answer's lead over the other name."
-    )
+    title = "What each head adds to the answer's lead over the other name (logits)"
+    figure = hk.figures.heat_map(heads, value="logit", x="head", title=title)
+    results.figure("many_map", figure, caption=f"{title}.")
     few = pairs[:TESTED]
     metric = hk.metrics.logit_diff(list(few.answers), list(few.wrong))
     removed = hk.ablations(lm, list(few.clean), "z", metric, progress=False)

@@ -33,7 +33,8 @@ def main() -> None:
         means: Any = hk.stats.mean_over_prompts(table)
         results.table("means", means, caption=f"Means of {len(clean)} countries, 95 % intervals.")
         title = "How much of the capital's probability one state brings back (1: all of it)"
-        tokens = list(map(lm.string, lm.encode(clean[0])))
+        tokens = [repr(lm.string(token)) for token in lm.encode(clean[0])]
+        tokens[COUNTRY] = "country"
         figure = hk.figures.heat_map(means[~means["control"]], labels=tokens, title=title)
         results.figure("grid", figure, caption=title)
         results.answer(answer({"means": means}))

@@ -66,11 +66,9 @@ def traced(lm: hk.LM, results: hk.types.Record) -> None:
             site, means, caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt."
         )
         around = "one block" if window == 1 else f"{window} blocks"
-        results.figure(
-            f"{site}_map",
-            hk.figures.heat_map(table, value="prob_delta", labels=tokens),
-            caption=f"How much of p({CITY!r}) {site} of {around} brings back.",
-        )
+        title = f"How much of the probability of {CITY!r} {site} of {around} brings back"
+        figure = hk.figures.heat_map(table, value="prob_delta", labels=tokens, title=title)
+        results.figure(f"{site}_map", figure, caption=f"{title}.")
         best = means.loc[means["prob_delta"].idxmax()]
         results.text(
             f"{site}: p({CITY!r}) is {hk.metrics.prob(CITY)(clean).item():.3f} clean and "
@@ -96,7 +94,9 @@ def swapped(lm: hk.LM, results: hk.types.Record) -> None:
     stream: Any = means[means["site"] == "resid_post"]
     results.figure(
         "stream",
-        hk.figures.interval_lines(stream, series="pos"),
+        hk.figures.interval_lines(
+            stream, series="pos", title="How far another landmark's state brings its own city"
+        ),
         caption="1: the other landmark's city has won.",
     )
 
