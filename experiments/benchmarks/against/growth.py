@@ -104,7 +104,7 @@ def one_forward(lm: hk.LM, width: int) -> float:
     return statistics.median(taken[1:])
 
 
-def drawn(table: pd.DataFrame) -> Figure:
+def drawn(table: Any) -> Figure:
     """Draws seconds against the tokens that pass through a block, for the sweeps and for a loop."""
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     axes = figure.subplots()
