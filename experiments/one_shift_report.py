@@ -37,8 +37,8 @@ def main() -> None:
 
 def answer(tables: dict[str, Any]) -> str:
     table = tables["against_control"]
-    table = table[table["measure"] == "logprob_delta"].set_index("token")
-    great, terrible = table.loc[" great"], table.loc[" terrible"]
+    table = table[table["measure"] == "logprob_delta"]  # a row for each watched token
+    great, terrible = table.iloc[0], table.iloc[1]
     verdict = "Yes" if great["gain_low"] > 0 and terrible["gain_high"] < 0 else "No"
     return (
         f"{verdict}: over {great['n']} openings the vector changes the log-probability of ' great' "

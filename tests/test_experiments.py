@@ -159,8 +159,8 @@ def test_the_answer_of_the_shift_report_is_the_mean_over_its_openings():
     is_edit = watched["control"].isna() | (watched["control"] == "")
     words = experiment.answer(tables)
     assert words.startswith("Yes")
-    for token in (" great", " terrible"):
-        mean = watched[is_edit & (watched["token"] == token)]["logprob_delta"].mean()
+    for name in watched["watched"].unique()[:2]:  # " great" and " terrible"
+        mean = watched[is_edit & (watched["watched"] == name)]["logprob_delta"].mean()
         assert f"{mean:+.2f}" in words
 
 
