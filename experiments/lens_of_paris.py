@@ -22,6 +22,10 @@ SEED, COUNT = 0, 40  # landmarks
 PROMPT, CITY = "The Eiffel Tower is located in the city of", " Paris"
 # Of the text that the tuned lens is trained on (Python's own manual), and steps of Adam
 LETTERS, STEPS = 24_000, 20
+LINES = {
+    "log10 rank": "The rank of a landmark's city by both lenses",
+    "kl": "How far both lenses are from the model's own prediction",
+}
 TABLES = ("summary", "firsts", "patchscope")  # those of which the answer is made
 QUESTION = (
     "When does the model come to say Paris, and can a state in its midst be read before that?"
@@ -95,7 +99,7 @@ def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLen
         ("log10 rank", "0 is rank 1, 3 is rank 1,000"),
         ("kl", "0 is what the model says at its end"),
     ):
-        title = f"{value} of the landmark's city, over {len(pairs)} landmarks"
+        title = f"{LINES[value]}, over {len(pairs)} landmarks"
         lines: dict[str, Any] = {"x": "layer", "series": "lens", "value": value}
         figure = hk.figures.interval_lines(means, **lines, title=title)
         results.figure(
