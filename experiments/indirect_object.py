@@ -176,7 +176,7 @@ def readers(
     )
     by = ["site", "layer", "head"]
     means = results.table("readers", hk.stats.mean_over_prompts(paths, by=by), caption=caption)
-    results.figure("readers", largest_paths(means), caption=caption)
+    results.figure("largest_paths", largest_paths(means), caption=caption)
     best = hk.stats.strongest(paths, top=1, by=by)
     results.table(
         "path",
