@@ -51,7 +51,7 @@ def words(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
     """Every beginning of a text from one forward, since no position sees those after it."""
     parts = []
     for name, run in runs.items():
-        read = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
+        read = list(map(lm.string, run.tokens[0].tolist()))
         table = hk.ranks(run, pos=hk.PROMPT, top=0, watch=WATCH)
         parts.append(table.assign(text=name, read=[read[pos] for pos in table["pos"]]))
     table: Any = pd.concat(parts, ignore_index=True)
@@ -82,7 +82,7 @@ def words(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
 def endings(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) -> None:
     hidden = {name: run["final_norm"][0, -1] for name, run in runs.items()}
     rows = lm.model.lm_head.weight.detach()[[lm.token(token) for token in WATCH]]  # pyright: ignore
-    found = {"token": [*map(repr, WATCH)], "row_length": rows.norm(dim=1).tolist()}
+    found = {"token": list(WATCH), "row_length": rows.norm(dim=1).tolist()}
     found |= {
         f"cosine_{name}": torch.cosine_similarity(rows, h).tolist() for name, h in hidden.items()
     }
@@ -132,7 +132,7 @@ def moved(lm: hk.LM, runs: dict[str, hk.types.Run], results: hk.types.Record) ->
             {
                 "layer": layer,
                 "kl_to_city": left,
-                **{repr(token): ranks[repr(token)] for token in WATCH},
+                **{repr(token): ranks[token] for token in WATCH},
             }
         )
     results.text("# From which layer on is the last position's h already turned?")

@@ -87,7 +87,7 @@ def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLen
         lens = hk.logit_lens(
             lm, list(pairs.clean), top=0, watch=set(pairs.answers), lens=translator
         )
-        own = [repr(lm.string(lm.token(pairs.answers[row]))) for row in lens["row"]]
+        own = [lm.string(lm.token(pairs.answers[row])) for row in lens["row"]]
         parts.append(lens[lens["token"] == own].assign(lens=name))
     table: Any = pd.concat(parts, ignore_index=True)
     table["log10 rank"] = table["rank"].map(math.log10)
