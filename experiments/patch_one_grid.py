@@ -42,7 +42,8 @@ def main() -> None:
 
 
 def answer(tables: dict[str, Any]) -> str:
-    means = tables["means"].set_index(["control", "pos", "layer"])["prob_effect"]
+    means = tables["means"].set_index(["control", "pos", "layer"])["prob_effect"].sort_index()
+    means = means.round(2) + 0  # without the sign of -0.00
     country, last = means[False, COUNTRY], means[False, LAST]
     layer = (last > country).idxmax()
     return (
