@@ -98,12 +98,12 @@ def answer(tables: Mapping[str, Any]) -> str:
     off = (ratios["predicted_ratio"] / ratios["ratio"] - 1).abs().max()
     hot: Any = tables["settings"]
     hot = hot[hot["setting"].str.startswith("temperature")]
-    moved = (hot.groupby(["position", "token"])["rank"].nunique() > 1).sum()
+    moved = hot.groupby(["position", "token"])["rank"].nunique() > 1
     kept = tables["summary"].set_index(["setting", "position"])["tokens_kept"]
     return (
         "Softmax turns a difference of two logits into a ratio of probabilities, which is e to the "
-        f"difference (the largest error is {off:.1g}). Temperature moves the probabilities and not the "
-        f"order: {moved} of {hot.groupby(['position', 'token']).ngroups} tokens change their rank over "
+        f"difference (the largest error is {off:.1g}). Temperature moves the probabilities and not "
+        f"the order: {moved.sum()} of {len(moved)} tokens change their rank over "
         f"{len(TEMPERATURES)} temperatures. Top-k 50 keeps {kept['top_k=50', 'sure']} tokens where "
         f"the model is sure and {kept['top_k=50', 'unsure']} where it is not; top-p 0.9 keeps "
         f"{kept['top_p=0.9', 'sure']} and {kept['top_p=0.9', 'unsure']}."
