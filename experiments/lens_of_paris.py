@@ -19,6 +19,7 @@ import pandas as pd
 import hookkit as hk
 
 SEED, COUNT = 0, 40  # landmarks
+NEAR = 10  # the rank of a city that can be read, in the geometric mean over the landmarks
 PROMPT, CITY = "The Eiffel Tower is located in the city of", " Paris"
 # Of the text that the tuned lens is trained on (Python's own manual), and steps of Adam
 LETTERS, STEPS = 24_000, 20
@@ -26,7 +27,7 @@ LINES = {
     "log10 rank": "The rank of a landmark's city by both lenses",
     "kl": "How far both lenses are from the model's own prediction",
 }
-TABLES = ("summary", "firsts", "patchscope")  # those of which the answer is made
+TABLES = ("lens", "landmarks", "patchscope")  # those of which the answer is made
 QUESTION = (
     "When does the model come to say Paris, and can a state in its midst be read before that?"
 )
@@ -49,7 +50,7 @@ def main() -> None:
         )
         many_landmarks(lm, results, tuned)
         said_by_the_model(lm, results)
-        tables = {name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES}
+        tables = {name: hk.results.read_table(results.folder / f"{name}.csv") for name in TABLES}
         results.answer(answer(tables))
     print(f"{results.answered}\n")
     print("The page: results/lens_of_paris/report.html")
@@ -76,8 +77,6 @@ def one_prompt(lm: hk.LM, results: hk.types.Record) -> None:
     title = "What each block would say after each token"
     figure = hk.figures.lens_map(leading, labels=tokens, title=title)
     results.figure("lens_map", figure, caption=words)
-    found: Any = hk.stats.lens_summary(last)
-    results.table("summary", found[found["token_id"] == lm.token(CITY)], caption="Where it leads.")
 
 
 def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLens) -> None:
@@ -105,9 +104,12 @@ def many_landmarks(lm: hk.LM, results: hk.types.Record, tuned: hk.types.TunedLen
         results.figure(
             value.replace(" ", "_"), figure, caption=f"{value} of the landmark's city: {words}."
         )
-    leading = table[table["rank"] == 1].groupby(["lens", "row"])["layer"].min().groupby("lens")
-    firsts = leading.agg(["count", "median", "min", "max"]).reset_index()
-    results.table("firsts", firsts, caption="The block at which a landmark's city first leads.")
+    firsts = table[table["rank"] == 1].groupby(["lens", "row"])["layer"].min().groupby("lens")
+    counts = {name: f"{int(of.median())} (of {len(of)} landmarks)" for name, of in firsts}
+    results.text(
+        "The median block at which the city first leads: "
+        + "; ".join(f"{k} {v}" for k, v in counts.items())
+    )
 
 
 def said_by_the_model(lm: hk.LM, results: hk.types.Record) -> None:
@@ -125,9 +127,14 @@ def said_by_the_model(lm: hk.LM, results: hk.types.Record) -> None:
 
 def answer(tables: Mapping[str, Any]) -> str:
     """The answer, from the tables that were written."""
-    one = tables["summary"].iloc[0]
-    firsts = tables["firsts"].set_index("lens")
-    logit, tuned = firsts.loc["logit lens"], firsts.loc["tuned lens"]
+    summary: Any = hk.stats.lens_summary(tables["lens"]).set_index("token").loc[CITY]
+    landmarks: Any = tables["landmarks"].set_index(["lens", "layer"])
+    early = {}
+    for lens in ("logit lens", "tuned lens"):
+        ranks = 10 ** landmarks.loc[lens]["log10 rank"]
+        early[lens] = int(ranks.index[ranks <= NEAR].min())
+    middle = landmarks.index.get_level_values("layer").max() // 2 + 1
+    distances = landmarks["kl"].xs(middle, level="layer")
     scope: Any = tables["patchscope"]
     layers = scope[scope["text"].str.contains(CITY.strip())]["layer"]
     written = "with no state the model writes Paris"
@@ -135,13 +142,15 @@ def answer(tables: Mapping[str, Any]) -> str:
         written = (
             f"the first state with which the model writes Paris is that of block {min(layers)}"
         )
-    verdict = "Yes" if tuned["median"] < logit["median"] else "No"
+    verdict = "Yes" if early["tuned lens"] < early["logit lens"] else "No"
     return (
-        f"After “{PROMPT}” the logit lens has {CITY!r} first at {one['first']}, and from "
-        f"{one['since']} to the end. {verdict}, a state can be read before that: over "
-        f"{int(tuned['count'])} landmarks the city is first at block {tuned['median']:g} by the "
-        f"tuned lens and at block {logit['median']:g} by the logit lens (medians). Put into "
-        f"another prompt (patchscope), {written}."
+        f"After “{PROMPT}” the logit lens has {CITY!r} first at {summary['first']}, and from "
+        f"{summary['since']} to the end. {verdict}, a state can be read before that: over "
+        f"{int(landmarks['n'].max())} landmarks the city's mean rank is {NEAR} or better from block "
+        f"{early['tuned lens']} on by the tuned lens, and from block {early['logit lens']} on by "
+        f"the logit lens. At block {middle} the tuned lens is {distances['tuned lens']:.1f} nats "
+        f"(KL) from the model's prediction and the logit lens {distances['logit lens']:.1f}. Put "
+        f"into another prompt (patchscope), {written}."
     )
 
 
