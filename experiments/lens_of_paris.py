@@ -66,7 +66,7 @@ def one_prompt(lm: hk.LM, results: hk.types.Record) -> None:
     run = results.run("prompt", hk.forward(lm, PROMPT))
     tokens = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
     lens: Any = hk.logit_lens(lm, PROMPT, pos=None, top=1, watch=CITY)
-    last = results.table(
+    results.table(
         "lens", lens[lens["pos"] == len(tokens) - 1], caption="The lens at the last token."
     )
     leading: Any = lens[lens["rank"] == 1]
@@ -146,8 +146,8 @@ def answer(tables: Mapping[str, Any]) -> str:
     return (
         f"After “{PROMPT}” the logit lens has {CITY!r} first at {summary['first']}, and from "
         f"{summary['since']} to the end. {verdict}, a state can be read before that: over "
-        f"{int(landmarks['n'].max())} landmarks the city's mean rank is {NEAR} or better from block "
-        f"{early['tuned lens']} on by the tuned lens, and from block {early['logit lens']} on by "
+        f"{int(landmarks['n'].max())} landmarks the city's mean rank is {NEAR} or better from "
+        f"block {early['tuned lens']} on by the tuned lens, and from block {early['logit lens']} on by "
         f"the logit lens. At block {middle} the tuned lens is {distances['tuned lens']:.1f} nats "
         f"(KL) from the model's prediction and the logit lens {distances['logit lens']:.1f}. Put "
         f"into another prompt (patchscope), {written}."
