@@ -147,9 +147,10 @@ def answer(tables: Mapping[str, Any]) -> str:
         f"After “{PROMPT}” the logit lens has {CITY!r} first at {summary['first']}, and from "
         f"{summary['since']} to the end. {verdict}, a state can be read before that: over "
         f"{int(landmarks['n'].max())} landmarks the city's mean rank is {NEAR} or better from "
-        f"block {early['tuned lens']} on by the tuned lens, and from block {early['logit lens']} on by "
-        f"the logit lens. At block {middle} the tuned lens is {distances['tuned lens']:.1f} nats "
-        f"(KL) from the model's prediction and the logit lens {distances['logit lens']:.1f}. Put "
+        f"block {early['tuned lens']} on by the tuned lens, and from block "
+        f"{early['logit lens']} on by the logit lens. At block {middle} the tuned lens is "
+        f"{distances['tuned lens']:.1f} nats (KL) from the model's prediction, and the logit "
+        f"lens {distances['logit lens']:.1f}. Put "
         f"into another prompt (patchscope), {written}."
     )
 
