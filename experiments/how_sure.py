@@ -45,6 +45,8 @@ NUMBERS = [
     "log_nucleus_90",
 ]
 FOLDS = 5
+# Names of scores in the figure
+SHORT = {"router, unseen dataset": "unseen dataset", "router of one number": "one number"}
 
 
 def main() -> None:
@@ -155,12 +157,9 @@ def judged(answers: pd.DataFrame, results: hk.types.Record) -> pd.DataFrame:
         "calibration error."
     )
     summary = results.table("summary", pd.DataFrame(rows).round(3), caption=caption)
-    results.figure(
-        "roc",
-        hk.figures.roc_curves(
-            curves, title=f"{len(right)} answers, {right.mean():.0%} of them right"
-        ),
-    )
+    title = f"Right and wrong answers told apart: {len(right)} answers, {right.mean():.0%} right"
+    shown = {SHORT.get(name, name): curve for name, curve in curves.items()}
+    results.figure("roc", hk.figures.roc_curves(shown, title=title))
     for file, name in {
         "reliability_model": "top-1 probability",
         "reliability_router": "router",
