@@ -117,7 +117,7 @@ def answer(tables: Mapping[str, Any]) -> str:
     swap = stream.loc["subject"].sort_values("logit_diff_effect").iloc[-1]
     mean, low, high = (swap[f"logit_diff_effect{end}"] for end in ("", "_low", "_high"))
     verdicts = [mlp["prob_effect"] > 0.5, attention["prob_effect"] > 0.5, bool(half["subject"])]
-    count = {0: "None", len(verdicts): "All"}.get(sum(verdicts), str(sum(verdicts)))
+    count = ("None", "One", "Two", "All")[sum(verdicts)]
     return (
         f"{count} of the three expected effects {'is' if sum(verdicts) == 1 else 'are'} there. "
         f"Put back after noise on one prompt, attention of {WINDOW} blocks at the end of the "
