@@ -390,7 +390,8 @@ def _render_svg(figure: Figure, name: str) -> str:
     # The salt makes ids different between the figures of a page, and equal in every run.
     fonts: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
     with rc_context({"svg.hashsalt": name, **fonts}):
-        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+        # Clouds of points are pictures in the SVG: their dots an inch decide the page's size
+        figure.savefig(output, format="svg", dpi=100, metadata={"Date": None, "Creator": None})
     svg = output.getvalue()
     svg = svg[svg.index("<svg") :]
     for colour, variable in THEMED.items():
