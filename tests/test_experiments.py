@@ -148,7 +148,7 @@ def test_the_layer_of_the_grid_is_where_the_last_token_overtakes_the_country():
     ahead = own[experiment.LAST] > own[experiment.COUNTRY]
     layer = next(number for number, is_ahead in ahead.items() if is_ahead)
     assert f"At layer {layer}:" in experiment.answer(tables)
-    means["prob_effect"] = means["prob_effect"].where(means["layer"] != 5, 9 * means["pos"])
+    means["prob_effect"] = means["prob_effect"].where(means["layer"] != 5, 0.05 * means["pos"])
     assert "At layer 5:" in experiment.answer(tables)
 
 
