@@ -40,7 +40,7 @@ def main() -> None:
 def answer(tables: dict[str, Any]) -> str:
     named = tables["texts"].groupby("edit")["named"]
     count, n = named.sum(), named.size().iloc[0]
-    verdict = "Yes"
+    verdict = "Yes" if count["ban"] == 0 and count["control"] == count["no edit"] else "Not always"
     return (
         f"{verdict}: with the city's token banned, {count['ban']} of {n} texts name the city. "
         f"Without an edit {count['no edit']} do, and with another city's token banned "

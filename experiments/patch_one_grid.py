@@ -45,7 +45,7 @@ def answer(tables: dict[str, Any]) -> str:
     means = tables["means"].set_index(["control", "pos", "layer"])["prob_effect"].sort_index()
     means = means.round(2) + 0  # without the sign of -0.00
     country, last = means[False, COUNTRY], means[False, LAST]
-    layer = (last > 0.5).idxmax()
+    layer = (last > country).idxmax()
     return (
         f"At layer {layer}: there the state at the last token brings back {last[layer]:.0%} of the "
         f"capital's probability, and the layer before {last[layer - 1]:.0%}. The state at the "
