@@ -28,7 +28,7 @@ def main() -> None:
     vector = hk.mean_difference(lm, HAPPY, UNHAPPY, f"resid_post.{LAYER}")[0]
     edit = {"happier": vector.steer(dose=DOSE)}
     page = hk.shift_report(
-        lm, OPENINGS, edit, controls="random", watch=(" great", " terrible"), details=1,
+        lm, OPENINGS, edit, watch=(" great", " terrible"), details=1,
         title="A vector of mood", question=QUESTION, seed=SEED,
     )  # fmt: skip
     page.write("results/one_shift_report")
