@@ -62,12 +62,11 @@ def answer(tables: Mapping[str, Any]) -> str:
     """The answer, from the table that was written."""
     table = tables["contexts"]
     here, other = table.iloc[0], table.iloc[1]
-    off = (table["sum_of_products"] - table["logit"]).abs().max()
     return (
         f"From one row of weights and one hidden state: after “{PROMPT}” their {here['numbers']} "
-        f"products sum to {here['sum_of_products']:.3f}, which is the logit of {TOKEN!r} (the two "
-        f"differ by {off:.0e} at most). After “{OTHER}” the same row of weights meets another "
-        f"hidden state and gives {other['sum_of_products']:.3f}."
+        f"products sum to {here['sum_of_products']:.3f}, and the model's logit of {TOKEN!r} is "
+        f"{here['logit']:.3f}. After “{OTHER}” the same row of weights meets another hidden state: "
+        f"they sum to {other['sum_of_products']:.3f}, and the logit is {other['logit']:.3f}."
     )
 
 
