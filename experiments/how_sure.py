@@ -46,7 +46,10 @@ NUMBERS = [
 ]
 FOLDS = 5
 # Names of scores in the figure
-SHORT = {"router, unseen dataset": "unseen dataset", "router of one number": "one number"}
+SHORT: dict[Any, str] = {
+    "router, unseen dataset": "unseen dataset",
+    "router of one number": "one number",
+}
 
 
 def main() -> None:
@@ -158,7 +161,7 @@ def judged(answers: pd.DataFrame, results: hk.types.Record) -> pd.DataFrame:
     )
     summary = results.table("summary", pd.DataFrame(rows).round(3), caption=caption)
     title = f"Right and wrong answers told apart: {len(right)} answers, {right.mean():.0%} right"
-    shown = {SHORT.get(name, name): curve for name, curve in curves.items()}
+    shown: dict[str, Any] = {SHORT.get(name, name): curve for name, curve in curves.items()}
     results.figure("roc", hk.figures.roc_curves(shown, title=title))
     for file, name in {
         "reliability_model": "top-1 probability",

@@ -44,6 +44,7 @@ ANSWERED = {
     "benchmarks.scale": "scale",
     "benchmarks.sweeps": "benchmarks_sweeps",
 }
+RECORDS = sorted(HERE.parent.glob("results/*/about.json"))
 TO_COPY = ("edit_while_generating", "patch_one_grid", "one_shift_report")
 SCRIPTS = sorted(path for path in HERE.glob("*.py") if path.name != "__init__.py")
 
@@ -108,7 +109,7 @@ def test_an_answer_says_what_its_tables_say(name):
     assert about["answer"] == experiment.answer(tables_of(folder))
 
 
-@pytest.mark.parametrize("path", sorted(HERE.parent.glob("results/**/about.json")), ids=str)
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
 def test_every_result_has_a_question_and_an_answer_in_sentences(path):
     about = json.loads(path.read_text())
     assert about["question"].endswith(("?", "."))
@@ -152,16 +153,18 @@ def test_the_layer_of_the_grid_is_where_the_last_token_overtakes_the_country():
     assert "At layer 5:" in experiment.answer(tables)
 
 
-def test_the_answer_of_the_shift_report_is_the_mean_over_its_openings():
+def test_a_vector_of_mood_answers_yes_if_both_words_move_beyond_the_control():
     experiment = importlib.import_module("experiments.one_shift_report")
-    tables = tables_of("one_shift_report")
-    watched = tables["watched"]
-    is_edit = watched["control"].isna() | (watched["control"] == "")
-    words = experiment.answer(tables)
-    assert words.startswith("Yes")
-    for name in watched["watched"].unique()[:2]:  # " great" and " terrible"
-        mean = watched[is_edit & (watched["watched"] == name)]["logprob_delta"].mean()
-        assert f"{mean:+.2f}" in words
+    great = {"effect": 1.25, "control": 0.1, "gain_low": 0.9, "gain_high": 1.4}
+    terrible = {"effect": -0.75, "control": 0.05, "gain_low": -1.0, "gain_high": -0.6}
+    both = pd.DataFrame([great, terrible]).assign(n=12, draws=20, measure="logprob_delta")
+    other = both.assign(measure="kl", effect=7.0)
+    words = experiment.answer({"against_control": pd.concat([other, both])})
+    assert words.startswith("Yes: over 12 openings") and "20 random vectors" in words
+    assert "by +1.25 nats" in words and "by -0.75 on average" in words
+    assert words.endswith("by +0.10 and +0.05.")
+    both.loc[1, "gain_high"] = 0.1
+    assert experiment.answer({"against_control": both}).startswith("No: over 12")
 
 
 def test_a_vector_within_the_spread_of_random_ones_is_not_called_better():
