@@ -161,7 +161,7 @@ def judged(answers: pd.DataFrame, results: hk.types.Record) -> pd.DataFrame:
     )
     summary = results.table("summary", pd.DataFrame(rows).round(3), caption=caption)
     title = f"Right and wrong answers told apart: {len(right)} answers, {right.mean():.0%} right"
-    shown: dict[str, Any] = {SHORT.get(name, name): curve for name, curve in curves.items()}
+    shown: dict[Any, Any] = {SHORT.get(name, name): curve for name, curve in curves.items()}
     results.figure("roc", hk.figures.roc_curves(shown, title=title))
     for file, name in {
         "reliability_model": "top-1 probability",
