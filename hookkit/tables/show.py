@@ -161,8 +161,8 @@ def _show_table(table: pd.DataFrame, columns: Sequence[str] | None, rows: int) -
         _print_line(caption)
     for block in blocks:
         draw_table(visible[block], width)
-    shown = {*constants, *chain(*blocks)}
-    for name, note in _notes(table, shown, rows, chosen=columns is not None).items():
+    visible_names = {*constants, *chain(*blocks)}
+    for name, note in _notes(table, visible_names, rows, chosen=columns is not None).items():
         _print_line(f"{name} {note}")
 
 
