@@ -50,6 +50,7 @@ benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.overhead
 	$(IN) -m experiments.benchmarks.attention
 	$(IN) -m experiments.benchmarks.harvest
+	$(IN) -m experiments.benchmarks.token_shifts
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -25,7 +25,7 @@ TOKEN_COLUMNS = frozenset(
      "top1_model", "token_predicted", "token_that_came")
 )  # fmt: skip
 WRITTEN_COLUMNS = frozenset(
-    ("both", "then_before", "then_after", "baseline", "edited", "generated", "written")
+    ("both", "then_before", "then_after", "baseline", "edited", "generated", "written", "context")
 )
 
 

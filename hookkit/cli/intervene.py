@@ -1,13 +1,13 @@
 """Commands that change what a model computes and print the differences.
 
-hookkit shift     which tokens rise and fall under hooks
+hookkit shift     which tokens rise and fall under hooks, after prompts or over a corpus
 hookkit sweep     ablations or patching over a grid of sites, as a table
 hookkit patch     patching between two prompts, with the strongest effects for a reader
 hookkit diff      the differences between two models on the same prompts
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,9 @@ from typer import Argument, Option
 import hookkit as hk
 
 from ..display import quote_token
-from ..errors import BadFile, BadHook, Interrupted
+from ..errors import BadFile, BadHook, BadPrompt, Interrupted
 from ..files.atomic import format_csv
-from .app import INTERRUPTED, app, command, create_program
+from .app import INTERRUPTED, app, command, create_program, exit_cleanly
 from .options import (
     Against,
     Device,
@@ -64,6 +64,21 @@ EFFECT_COLUMNS = (
 )  # fmt: skip
 
 
+MEANS = ("logprob_delta", "rank_delta")
+MOVERS = 3  # the largest movers that are shown, each way
+
+
+@dataclass(frozen=True)
+class ShiftedTokens:
+    """The options for which tokens a shift shows."""
+
+    top: Top = 10
+    watch: Watch = None
+    movers: Annotated[
+        int, Option(min=0, help="How many of the largest movers to show, each way.")
+    ] = MOVERS
+
+
 @dataclass(frozen=True)
 class ShiftPageOptions:
     """The options for the page of a shift."""
@@ -90,6 +105,73 @@ class ShiftPageOptions:
         controls = "random" if self.random else None
         return {"controls": controls, "generate": self.generate, "seed": self.seed}
 
+    def corpus_arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `token_shifts`."""
+        return {"seed": self.seed}
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """The options for a shift over a corpus. All but `corpus` go with it only."""
+
+    corpus: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE", help="A file with a text a line (.txt, .jsonl), in place of prompts."
+        ),
+    ] = None
+    against: Annotated[
+        str | None,
+        Option(metavar="MODEL", help="With --corpus: a model to compare with, in place of hooks."),
+    ] = None
+    context: Annotated[
+        int | None, Option(help="With --corpus: how many tokens of a text are read at most.")
+    ] = None
+    long: Annotated[
+        str | None, Option(help="With --corpus, for a longer text: error, truncate or split.")
+    ] = None
+    on_error: Annotated[
+        str | None, Option(help="With --corpus, for a text that cannot be read: error or skip.")
+    ] = None
+    batch_tokens: Annotated[
+        int | None, Option(min=1, help="With --corpus: how many tokens run together.")
+    ] = None
+    every: Annotated[
+        int | None, Option(min=1, help="With --corpus: one position in so many has ranks.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `token_shifts` that are set."""
+        arguments = {}
+        for name in ("context", "long", "on_error", "batch_tokens", "every"):
+            value = getattr(self, name)
+            if value is not None:
+                arguments[name] = value
+        return arguments
+
+    def check(self, other_options: Mapping[str, object]) -> bool:
+        """Returns whether there is a corpus. Raises for options that would have no effect.
+
+        `other_options` are those that a corpus has no use for, by their names.
+        """
+        if self.corpus is None:
+            names = list(self.arguments())
+            if self.against is not None:
+                names.insert(0, "against")
+            if names:
+                option = names[0].replace("_", "-")
+                raise BadHook(f"--{option} goes with a corpus: add --corpus FILE")
+            return False
+        for name, value in other_options.items():
+            if value:
+                raise BadHook(f"{name} cannot be given with --corpus: leave one of them out")
+        if not self.corpus.is_file():
+            raise BadPrompt(
+                f"{str(self.corpus)!r} is not a file of texts: give a file with one text a line "
+                "(.txt, .jsonl)"
+            )
+        return True
+
 
 @command(
     'hookkit shift "I like oat milk in my" --force " coffee" --ablate z.9.3 --watch " tea" '
@@ -101,21 +183,28 @@ def shift(
     prompts: PromptOptions,
     model: HookedModelOptions,
     output: OutputOptions,
-    top: Top = 10,
-    watch: Watch = None,
-    movers: Annotated[
-        int, Option(min=0, help="How many of the largest movers to show, each way.")
-    ] = 3,
+    tokens: ShiftedTokens,
     page: ShiftPageOptions,
+    corpus: CorpusOptions,
+    engine: EngineOptions,
 ) -> None:
     """The next token's ranking without and with hooks: top tokens, largest movers, watched tokens.
 
     CSV and JSON have these tables. --html, and --out FOLDER, are the whole page: layers, parts,
-    controls.
+    controls. With --corpus FILE: which tokens move over all texts of a file, under hooks or in
+    another model (--against); --out FOLDER keeps the state, and the same command continues.
     """
+    top, prompts_given = tokens.top, prompts.prompt or prompts.prompts
+    unused = {"a prompt": prompts_given, "--watch": tokens.watch, "--generate": page.generate}
+    unused["a control"] = page.arguments()["controls"]
+    if corpus.check({**unused, "--movers": tokens.movers != MOVERS}):
+        _shift_over_corpus(corpus, model, output, engine, {"top": top, **page.corpus_arguments()})
+        return
+    if engine.create() is not None:
+        raise BadHook("--engine goes with a corpus: add --corpus FILE")
     texts, is_page = prompts.read(), page.check(output)
     purpose = "a shift compares a run without hooks with a run with them"
-    lm, edits, watched_ids = model.load_with_hooks(output, watch, purpose=purpose)
+    lm, edits, watched_ids = model.load_with_hooks(output, tokens.watch, purpose=purpose)
     title = " + ".join(map(str, edits))
     if is_page:
         settings = {"watch": watched_ids, "top": top, **page.arguments()}
@@ -124,13 +213,56 @@ def shift(
         return
     before = hk.forward(lm, texts, logits="last")
     after = hk.forward(lm, texts, *edits, logits="last")
-    shifts = hk.rank_shift(before, after, top=top, movers=movers, watch=watched_ids)
+    shifts = hk.rank_shift(before, after, top=top, movers=tokens.movers, watch=watched_ids)
     summary = hk.stats.shift_summary(before, after, top=top)
     parts = {
         "shifts": TableView(shifts, SHIFT_COLUMNS, title),
         "summary": TableView(summary, SUMMARY_COLUMNS, "how far all of it moved (nats)"),
     }
     output.write("Shift", parts, main="shifts")
+
+
+def _shift_over_corpus(
+    corpus: CorpusOptions,
+    model: HookedModelOptions,
+    output: OutputOptions,
+    engine: EngineOptions,
+    settings: dict[str, Any],
+) -> None:
+    """Runs `token_shifts` over the file, and writes its tables."""
+    output.check(several=output.format in ("md", "tex"))
+    settings |= {**corpus.arguments(), "engine": engine.create(), "progress": not output.quiet}
+    if output.format == "folder":
+        assert output.out is not None
+        check_result_folder("--out", output.out)
+        settings["folder"] = output.out
+    if corpus.against is None:
+        purpose = "a corpus is read without hooks and with them, or by another model (--against)"
+        lm, change, _ = model.load_with_hooks(output, purpose=purpose)
+    else:
+        model.refuse_hooks("--against compares two models")
+        lm = model.load(quiet=output.quiet)
+        other = ModelOptions(corpus.against, None, model.device, model.dtype)
+        change = other.load(quiet=output.quiet)
+    assert corpus.corpus is not None
+    kept_state = f"the state in {output.out} is kept, and the same command continues"
+    with exit_cleanly(kept_state if output.format == "folder" else ""):
+        shifts = hk.token_shifts(lm, corpus.corpus, change, **settings)
+    output.note(repr(shifts))
+    if output.format in ("html", "folder"):
+        output.write_page(shifts.page())
+        return
+    rose = shifts.table.head(settings["top"])
+    fell = shifts.furthest("demoted").head(settings["top"])
+    columns = ("token", "promoted", "share_promoted", "control_share_promoted", *MEANS)
+    parts = {"token_shifts": TableView(shifts.table, columns, "the tokens that rose", rose)}
+    if output.format == "json":
+        parts["examples"] = TableView(shifts.examples)
+        parts["summary"] = TableView(shifts.summary)
+    elif output.format == "":
+        columns = ("token", "demoted", "share_demoted", "control_share_demoted", *MEANS)
+        parts["demoted"] = TableView(fell, columns, "the tokens that fell")
+    output.write("Token shifts", parts, main="token_shifts")
 
 
 GRIDS_PANEL = "Grids and corpora"

@@ -216,6 +216,13 @@ class HookedModelOptions(ModelOptions):
             texts += [f"{verb}:{value}" for value in getattr(self, verb) or []]
         return texts
 
+    def refuse_hooks(self, reason: str) -> None:
+        """Raises `BadHook` if there are hooks; `reason` says what takes their place."""
+        texts = self._texts()
+        if self.hooks is not None or texts:
+            hook = texts[0] if texts else str(self.hooks)
+            raise BadHook(f"{reason}, and {hook} is a hook: leave one of them out")
+
     def load_with_hooks(
         self, output: OutputOptions, watch: Texts = None, *, purpose: str = ""
     ) -> "tuple[hk.LM, list[hk.types.Hook], list[int]]":

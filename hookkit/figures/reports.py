@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
@@ -25,6 +26,7 @@ CELLS = 56  # of the map of all tokens, along each side
 SPREADS = {True: "prompts", False: "95 % interval"}  # by whether there are few prompts
 NAMED = 9  # tokens that get their names
 MOST_LABELS = 14  # lines that get their names
+NAMED_TOKENS = 20  # of a corpus that are drawn
 MOST_TOKENS = 60  # tokens of a prompt that are drawn
 # The sites that have a line, in this order, as far as the table has them.
 DIFF_SITES = ("resid_post", "attn_out", "mlp_out", "z", "mlp_post", "q")
@@ -266,3 +268,30 @@ def stream_map(stream: pd.DataFrame, *, title: str = "") -> Figure | None:
     settings: dict[str, Any] = {"value": "difference", "x": "pos", "y": "layer", "labels": labels}
     title = title or "The difference of the residual stream after each layer"
     return heat_map(finite, title=title, **settings)
+
+
+# ---- a corpus
+
+
+def token_shares(table: pd.DataFrame, name: str, top: int, *, title: str = "") -> Figure:
+    """At which share of the positions each token was among those that moved most, and the control.
+
+    `table` has rows of the table of `token_shifts`; `name` is "promoted" or "demoted". Below 10
+    texts there are no intervals.
+    """
+    rows = table.head(NAMED_TOKENS)
+    figure, axes = style.new_figure(7.0, 0.3 * len(rows) + 1.3)
+    colour = style.UP if name == "promoted" else style.DOWN
+    share, heights = f"share_{name}", np.arange(len(rows))
+    for column, shade, offset in ((f"control_{share}", MUTED, 0.18), (share, colour, -0.05)):
+        values = rows[column].to_numpy(float)
+        limits = rows[[f"{column}_low", f"{column}_high"]].to_numpy(float).T
+        axes.hlines(heights + offset, *limits, color=shade, lw=2.0, alpha=0.6)
+        face = "none" if shade == MUTED else shade
+        axes.plot(values, heights + offset, "o", ms=5, color=shade, mfc=face)
+    axes.set_yticks(heights, [short_label(repr(token), 1.9) for token in rows["token"]])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(f"positions at which it is among the {top} {name} tokens, 95 % interval")
+    return apply_style(figure, title)

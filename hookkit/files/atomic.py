@@ -440,6 +440,8 @@ def write_tensors(
         with temporary.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for _, tensor in ordered:
+                if not tensor.numel():  # torch cannot view an empty tensor as bytes
+                    continue
                 data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 file.write(memoryview(data.numpy()))
         return temporary.stat().st_size, sha256(temporary)

@@ -17,9 +17,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import as_items, check_integer, check_seed, describe
+from ..arguments import as_items, check_choice, check_integer, check_seed, describe
 from ..errors import BadEdit, BadHook, EmptySelection
 from ..hooks.ablation import Ablate
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook, require_vectors, set_field
@@ -251,10 +252,16 @@ Control: TypeAlias = Literal["random", "resample"] | HooksAt
 
 @dataclass(frozen=True)
 class Randomised(EditHook):
-    """Changes the values by as much as another hook would, in a random direction."""
+    """Changes the values by as much as another hook would, in a random direction.
+
+    With per="position" each position of each prompt has a direction of its own. With per="all" one
+    random rotation turns all changes, so that they keep their angles to each other: what is one
+    vector in the other hook is one random vector here.
+    """
 
     of: EditHook
     seed: int = 0
+    per: Literal["position", "all"] = "position"
 
     verb: ClassVar[str] = "randomised"
     bare: ClassVar[tuple[str, ...]] = ("of",)
@@ -269,6 +276,7 @@ class Randomised(EditHook):
             raise BadHook(f"{self} acts at other places than the edit that it is the control of")
         require_vectors(self.sites, "control='random' needs vectors, and changes")
         set_field(self, "seed", check_seed(self.seed))
+        check_choice(self.per, "per", ("position", "all"))
 
     @property
     def mixes_positions(self) -> bool:
@@ -293,6 +301,9 @@ class Randomised(EditHook):
                 raise BadEdit(
                     f"{self.of} changes numbers without end, which no random change is as large as"
                 )
+            if self.per == "all":
+                turned = turn(difference.flatten(2), self.seed).reshape(values.shape)
+                return values + turned.to(values.dtype)
             axes = tuple(range(2, values.ndim))
             noise = self._noise(values, here)
             size = difference.norm(dim=axes, keepdim=True) / noise.norm(dim=axes, keepdim=True)
@@ -311,6 +322,21 @@ class Randomised(EditHook):
                 generator = noise_generator(self.seed, site, tokens, position)
                 noise[index, column] = torch.randn(values.shape[2:], generator=generator)
         return noise.to(values.device)
+
+
+def turn(vectors: Float[Tensor, "... d"], seed: int) -> Float[Tensor, "... d"]:
+    """Returns the vectors turned by one random rotation, which depends on the seed and on d.
+
+    Three rounds of random signs and the discrete Hartley transform are an orthogonal map, after
+    which a direction is close to uniform (orthogonal random features: Yu et al. 2016).
+    """
+    width = vectors.shape[-1]
+    generator = noise_generator(seed, width)
+    signs = 2 * torch.randint(0, 2, (3, width), generator=generator) - 1
+    for round_signs in signs.to(vectors):
+        spectrum = torch.fft.fft(vectors * round_signs)
+        vectors = (spectrum.real - spectrum.imag) / width**0.5
+    return vectors
 
 
 def noise_generator(*key: Any) -> torch.Generator:

@@ -130,3 +130,64 @@ def test_patching_takes_two_prompts_and_names_a_wish_that_cannot_be_met(hookkit)
     ):
         done = hookkit("sweep", "patching", *words, *more)
         assert (done.exit_code, done.stdout, done.stderr.splitlines()[-1]) == (2, "", said)
+
+
+# ---- a corpus
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("I like oat milk in my\nTea with milk\n" * 6)
+    return path
+
+
+def test_a_shift_over_a_corpus_prints_both_directions(hookkit, llama, corpus):
+    done = hookkit(
+        "shift", "--corpus", str(corpus), "--boost", " coffee=4", "--top", "2", "--quiet"
+    )
+    assert done.exit_code == 0, done.stderr
+    shifts = hk.token_shifts(llama, corpus, hk.boost(" coffee", by=4.0), top=2, progress=False)
+    lines = done.stdout.splitlines()
+    assert "the tokens that rose" in lines[0] and lines[2].startswith("' coffee'")
+    assert str(int(shifts.table["promoted"].iloc[0])) in lines[2]
+    as_json = json.loads(hookkit("shift", "--corpus", str(corpus), "--boost", " coffee=4", "--top",
+                                 "2", "--quiet", "--json").stdout)  # fmt: skip
+    assert as_json["token_shifts"][0]["token"] == " coffee"
+    assert as_json["summary"][0]["positions"] == shifts.summary["positions"].item()
+
+
+def test_a_shift_over_a_corpus_goes_to_a_folder_and_is_done_when_repeated(
+    hookkit, llama, corpus, tmp_path
+):
+    words = ["shift", "--corpus", str(corpus), "--ban", " milk", "--out", str(tmp_path / "out")]
+    first = hookkit(*words, "--quiet")
+    assert first.exit_code == 0, first.stderr
+    table = (tmp_path / "out" / "token_shifts.csv").read_bytes()
+    again = hookkit(*words)
+    assert again.exit_code == 0 and "TokenShifts(ban(' milk')" in again.stderr
+    assert (tmp_path / "out" / "token_shifts.csv").read_bytes() == table
+    other = hookkit(*words, "--top", "3")
+    assert other.exit_code == 2 and "top 10 there and 3 now" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--against", "default"], "--against goes with a corpus: add --corpus FILE"),
+        (["--on-error", "skip"], "--on-error goes with a corpus"),
+        (["--engine", "ray"], "--engine goes with a corpus"),
+        (["--corpus", "no.txt", "--force", " a"], "is not a file of texts"),
+        (["--corpus", "CORPUS"], "there is no hook"),
+        (["--corpus", "CORPUS", "--force", " a", "Tea"], "a prompt cannot be given with --corpus"),
+        (["--corpus", "CORPUS", "--force", " a", "--watch", " b"], "--watch cannot be given"),
+        (["--corpus", "CORPUS", "--force", " a", "--movers", "4"], "--movers cannot be given"),
+        (["--corpus", "CORPUS", "--force", " a", "--against", "x"], "is a hook: leave one"),
+    ],
+)
+def test_options_of_a_corpus_that_would_have_no_effect_are_refused(
+    hookkit, llama, corpus, words, said
+):
+    words = [str(corpus) if word == "CORPUS" else word for word in words]
+    done = hookkit("shift", *words)
+    assert done.exit_code == 2 and said in done.stderr, done.stderr

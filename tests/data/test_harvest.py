@@ -572,7 +572,7 @@ def test_another_stream_is_refused(llama, undisturbed, tmp_path):
         swapped = [given[1], given[0], *given[2:]]
         before = files(folder)
         with pytest.raises(
-            HarvestChanged, match="texts 0 to . are not those that the folder's harvest has"
+            HarvestChanged, match="texts 0 to . are not those that the folder was made from"
         ):
             harvest(llama, folder, swapped)
         with pytest.raises(

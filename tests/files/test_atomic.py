@@ -420,6 +420,7 @@ def test_no_other_file_of_the_package_writes():
 
 def test_tensors_come_back_as_they_were(tmp_path):
     tensors = {"a": torch.randn(3, 4).bfloat16(), "b": torch.arange(5), "c": torch.randn(4, 4).T}
+    tensors |= {"d": torch.tensor([], dtype=torch.int64), "e": torch.empty(0, 3)}
     path = hk.results.save_tensors(
         tensors, tmp_path / "deep" / "t.safetensors", about={"site": "resid_post.6"}
     )

@@ -129,6 +129,18 @@ def test_a_harvest_on_actors_is_that_of_one_process_byte_for_byte(
     assert ray.is_initialized()  # what the program initialised is its own to end
 
 
+@pytest.mark.parametrize("kind", ["steer", "model"])
+def test_token_shifts_on_actors_are_those_of_one_process_to_the_bit(cluster, small, kind):
+    change = hk.steer("resid_post.1", torch.ones(32))
+    if kind == "model":
+        change = hk.tiny("llama", seed=1)
+    settings = {"long": "split", "context": 16, "batch_tokens": 64, "progress": False, "every": 2}
+    here = hk.token_shifts(small, killing.texts(), change, controls=3, **settings)
+    there = hk.token_shifts(small, killing.texts(), change, controls=3, engine="ray", **settings)
+    pd.testing.assert_frame_equal(here.table, there.table, check_exact=True)
+    pd.testing.assert_frame_equal(here.examples, there.examples, check_exact=True)
+
+
 @pytest.mark.parametrize("actors", SOME_ACTORS)
 def test_a_sweep_on_actors_is_that_of_one_process_to_the_bit(
     cluster, small, table, tmp_path, actors

@@ -187,29 +187,37 @@ def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     for name in ("long", "on_error"):
         if old.get(name) == "error":  # it raised for none of the texts so far
             new_values[name] = "error"
+    refuse_other_settings(folder, "a harvest", old_values, new_values)
+
+
+def refuse_other_settings(
+    folder: Path, what: str, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+    """Raises `HarvestChanged` if the settings that decide the values are not the same."""
     words: list[str] = []
-    for name in old_values | new_values:
-        before, after = old_values.get(name), new_values.get(name)
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
         if before != after:
             words.append(f"{name} {_shorten(before)} there and {_shorten(after)} now")
     if words:
         raise HarvestChanged(
-            f"{folder.name!r} has a harvest of other settings: {'; '.join(words)}. "
+            f"{folder.name!r} has {what} of other settings: {'; '.join(words)}. "
             "Give the same ones to go on, or another folder"
         )
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that decide the values, by names such as "model.dtype"."""
-    values = dict(_flatten(settings))
+    values = dict(flatten(settings))
     values.pop("model.name", None)  # the path of the model decides nothing
     return values | {"sites": ", ".join(settings["sites"])}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields settings by names such as "model.dtype"."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -181,6 +181,30 @@ class Window:
             batches.append(Batch(sequences, tuple(starts[index] for index in indices)))
         return batches
 
+    def batches_in_order(self, rules: Rules) -> list[Batch]:
+        """Returns the sequences in batches, in the order of the texts."""
+        batches: list[Batch] = []
+        group: list[TokenSequence] = []
+        width = start = 0
+        for sequence in self.sequences:
+            new_width = max(width, len(sequence))
+            is_full = new_width * (len(group) + 1) > rules.batch_tokens
+            if group and (is_full or (rules.one_length and len(sequence) != width)):
+                batches.append(_batch_in_order(group, start))
+                start += sum(other.rows for other in group)
+                group, new_width = [], len(sequence)
+            group.append(sequence)
+            width = new_width
+        if group:
+            batches.append(_batch_in_order(group, start))
+        return batches
+
+
+def _batch_in_order(sequences: Sequence[TokenSequence], start: int) -> Batch:
+    """Returns a batch of successive sequences, the first of which has row `start` of its window."""
+    starts = accumulate((sequence.rows for sequence in sequences[:-1]), initial=start)
+    return Batch(tuple(sequences), tuple(starts))
+
 
 class TextReader:
     """Reads texts once, from the first to the last, and keeps count of them.
@@ -246,7 +270,7 @@ class TextReader:
                 raise self.too_few_texts(text + 1)
         if self.digest != digest:
             raise HarvestChanged(
-                f"texts {min(first, text)} to {text} are not those that the folder's harvest has: "
+                f"texts {min(first, text)} to {text} are not those that the folder was made from: "
                 "give the same texts in the same order to go on, or another folder"
             )
         if content is not None and self.rules.long == "split":
@@ -258,7 +282,7 @@ class TextReader:
     def too_few_texts(self, harvested: int) -> HarvestChanged:
         """Returns the error for a harvest in the folder that has more texts than were read."""
         return HarvestChanged(
-            f"the folder has a harvest of {harvested} texts or more, and only {self.text + 1} were "
+            f"the folder was made from {harvested} texts or more, and only {self.text + 1} were "
             "given: give the same texts in the same order to go on, or another folder"
         )
 

@@ -90,7 +90,7 @@ def reader_of(before: LM, after: LM) -> LM:
 
 def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
     """The prompts' tokens. Raises `OtherVocabulary` if the models read them as different tokens."""
-    _check_vocabularies(before, after)
+    check_vocabularies(before, after)
     reader = reader_of(before, after)
     rows = as_batch(reader, prompts).rows
     other = after if reader is before else before
@@ -116,7 +116,8 @@ def _describe_token(reader: LM, row: Row, position: int) -> str:
     return f"{reader.text(row[position : position + 1])!r} (id {row[position]})"
 
 
-def _check_vocabularies(before: LM, after: LM) -> None:
+def check_vocabularies(before: LM, after: LM) -> None:
+    """Raises `OtherVocabulary` if a token's id does not mean the same in both models."""
     size_before, size_after = before.sizes["vocab"], after.sizes["vocab"]
     if size_before != size_after:
         raise OtherVocabulary(
