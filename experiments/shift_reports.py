@@ -57,7 +57,7 @@ def coffee(lm: hk.LM) -> hk.types.Report:
     )
     settings: dict[str, Any] = {"watch": (COFFEE, TEA), "generate": 8, "seed": SEED}
     return hk.shift_report(
-        lm, TEAS, edits, controls="random", title="Coffee over tea", question=question,
+        lm, TEAS, edits, title="Coffee over tea", question=question,
         **settings, **SHOWN,
     )  # fmt: skip
 

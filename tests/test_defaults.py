@@ -20,7 +20,7 @@ CALLS: dict[str, dict[str, object]] = {
     "compare_generations": {"along": "baseline", "top": 5},
     "model_diff": {"cka": True, "rank_pos": -1, "top": 10, "tolerance": 1e-4, "details": 3},
     "direct_logits": {"pos": -1, "heads": False, "neurons": False},
-    "dose_response": {"samples": 3, "seed": 0},
+    "dose_response": {"samples": 20, "seed": 0},
     "edge_attribution": {"steps": 1},
     "fit_vector": {"steps": 50, "lr": 0.02},
     "fork": {"row": 0},

@@ -83,9 +83,10 @@ class ShiftedTokens:
 class ShiftPageOptions:
     """The options for the page of a shift."""
 
-    random: Annotated[
-        bool, Option("--random", help="On the page: a random edit of the same size.")
-    ] = False
+    controls: Annotated[
+        int | None,
+        Option(min=0, help="On the page: how often each edit's random control is drawn."),
+    ] = None
     generate: Annotated[
         int, Option(min=0, help="On the page: so many tokens of text, with and without.")
     ] = 0
@@ -94,16 +95,15 @@ class ShiftPageOptions:
     def check(self, output: OutputOptions) -> bool:
         """Returns whether a page was requested; if not, its options raise `BadHook`."""
         is_page = output.format in ("html", "folder")
-        if not is_page and (self.random or self.generate):
+        if not is_page and (self.controls is not None or self.generate):
             raise BadHook(
-                "--random and --generate are options of the page: add --html, or --out FOLDER"
+                "--controls and --generate are options of the page: add --html, or --out FOLDER"
             )
         return is_page
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `shift_report`."""
-        controls = "random" if self.random else None
-        return {"controls": controls, "generate": self.generate, "seed": self.seed}
+        return {"controls": self.controls, "generate": self.generate, "seed": self.seed}
 
     def corpus_arguments(self) -> dict[str, Any]:
         """Returns the arguments of `token_shifts`."""

@@ -30,7 +30,7 @@ def compose_page(
 
     Beside it are about.json and the captioned tables that have rows, in all formats.
     """
-    texts = filter(None, (about["question"], about["answer"]))
+    texts = filter(None, (about["question"], *about["answer"].split("\n")))
     page = report(about["title"], *texts, *parts, footer=footer)
     data = []
     for name, caption in captions.items():

@@ -25,12 +25,13 @@ from ..errors import BadEdit, MissingSite, Unsupported
 from ..hooks.ablation import Ablate
 from ..hooks.base import Constant, EditHook, Hook, as_tuple
 from ..hooks.edits import Knockout, Scale, SkipBlock
+from ..hooks.logit_shifts import Boost
 from ..hooks.logits import LogitEdit
 from ..hooks.values import FromPrompt, Reference
 from ..models.lm import LM
 from ..models.next_token import token_logits
 from ..models.sites import QUERY_KEY_SITES, AnySite, Site, Sites
-from ..models.words import Word
+from ..models.words import Word, WordLike
 from ..sweeps.cells import Randomised
 from ..tables import intervals
 
@@ -131,17 +132,33 @@ class ControlMaker:
         return distances.topk(count, largest=False).indices.tolist()
 
     def _with_other_tokens(self, hook: LogitEdit, generator: Random) -> Hook:
-        hook = hook.expanded(self.lm)
         used = {*hook.named(self.lm), *self.avoided}
-        changes = {}
+        changes: dict[str, Any] = {}
         for name in hook.names:
             value = getattr(hook, name)
-            entries: list[Any] = []
+            entries: list[WordLike] = []
+            counts = []
             for entry in as_tuple(value):
-                ids = self._other_ids(hook.ids(entry, self.lm), used, generator)
-                entries.append(Word(ids) if isinstance(entry, Word) else ids[0])
+                new = self._other_entries(hook, entry, used, generator)
+                entries += new
+                counts.append(len(new))
             changes[name] = tuple(entries) if isinstance(value, tuple) else entries[0]
+            if isinstance(hook, Boost) and isinstance(hook.by, tuple):
+                changes["by"] = tuple(np.repeat(hook.by, counts).tolist())
         return replace(hook, **changes)
+
+    def _other_entries(
+        self, hook: LogitEdit, entry: WordLike, used: set[int], generator: Random
+    ) -> list[WordLike]:
+        """Returns what stands in the control for one token or word of a hook.
+
+        That is a token for each spelling of one token, or as many tokens in a row.
+        """
+        ids = hook.ids(entry, self.lm)
+        tokens = self._other_ids(ids, used, generator)
+        if len(ids) > 1 and isinstance(entry, Word) and ids == entry.ids(self.lm):
+            return [Word(tokens)]
+        return list(tokens)
 
     def _other_ids(self, ids: Iterable[int], used: set[int], generator: Random) -> tuple[int, ...]:
         """Returns a token of similar rank for each of these; `used` grows by them."""
@@ -246,6 +263,9 @@ def compare(
     as_large                how many draws have a mean as far from 0 as the effect, or farther, on
                             the same side
 
+    The intervals of a divergence are over the draws, on these prompts: its variance between prompts
+    grows with its size, which would widen the interval exactly where the gain is large.
+
     `bounds` are the smallest and the largest possible value: 0 and infinity for a divergence. The
     intervals are those of `intervals.beyond_random`, and NaN where a number is not finite.
     """
@@ -269,6 +289,8 @@ def compare(
     result["control_high"] = min(control + half, bounds[1])
     if np.isfinite(effects).all():
         gains = effects - draws.mean(axis=1)
+        if np.isfinite(bounds[0]):
+            gains = gains.mean(keepdims=True)
         _, half = intervals.beyond_random(gains, between, residual, count, CONFIDENCE)
         result |= {"gain_low": gain - half, "gain_high": gain + half}
     return result

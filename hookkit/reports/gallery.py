@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -107,7 +108,9 @@ def _render_readme(title: str, rows: list[dict[str, str]], folder: Path) -> str:
         picture = _first_picture(folder / row["result"])
         if picture is not None:
             source = f"{address}/{quote(picture.name)}"
-            lines.append(f'<a href="{address}/"><img src="{source}" width="320" alt=""></a>')
+            alternative = escape(f"The first figure of {row['title']}")
+            image = f'<img src="{source}" width="320" alt="{alternative}">'
+            lines.append(f'<a href="{address}/">{image}</a>')
         lines += map(escape_markdown, (row["question"], row["answer"]))
         if row["made"]:
             lines.append(f"`{row['made']}`")

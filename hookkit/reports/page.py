@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from html import unescape
+from html import escape, unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ class Report:
     def _render(self, hashes: Mapping[str, str]) -> str:
         """The page with the sha256 of its files, by which later reports recognize them."""
         parts = [_render_part(part, self.formats) for part in self.parts]
+        _order_headings(parts)
         has_sortable = any(part.get("sorts") for part in parts)
         data = []
         for part in self.data:
@@ -290,13 +291,22 @@ def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[st
     if isinstance(part, Folded):
         return {"kind": "folded", "summary": part.summary, "text": part.text}
     if isinstance(part.content, Figure):
-        svg = Markup(_render_svg(part.content, part.name))
+        svg = Markup(_render_svg(part.content, part.name, part.caption))
         return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
     if part.file:  # the part with this file links the other formats
         formats = ("csv",)
     files = table_files(part.file or part.name, part.content, formats)
     table = _render_table(part.content, part.caption)
     return {"kind": "table", "name": part.name, "files": files, **table}
+
+
+def _order_headings(parts: Sequence[dict[str, Any]]) -> None:
+    """Make smaller headings that no heading precedes headings, so that no level is left out."""
+    for part in parts:
+        if part["kind"] == "heading":
+            return
+        if part["kind"] == "smaller":
+            part["kind"] = "heading"
 
 
 def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
@@ -306,7 +316,10 @@ def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     styles = list(map(column_kind, names, visible.dtypes))
     rows = []
     for row in visible.itertuples(index=False):
-        rows.append(list(map(_render_cell, row, names, styles)))
+        cells = list(map(_render_cell, row, names, styles))
+        if cells and styles[0] != "number":
+            cells[0]["heads"] = True  # the first cell says what the row is about
+        rows.append(cells)
     header = _render_header(names, styles)
     is_sortable = len(rows) >= SORTABLE_ROWS
     return {"header": header, "rows": rows, "caption": caption, "sorts": is_sortable}
@@ -344,15 +357,17 @@ def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
         return _render_number(value, text, name)
     if not style and len(text) > PROSE_LETTERS:
         style = "prose"
-    return {"text": text, "style": style, "value": None}
+    return {"text": text, "style": style, "value": None, "heads": False}
 
 
 def _render_number(value: Any, text: str, name: str) -> dict[str, Any]:
     """A cell with a number, by which the page's script sorts, and with the colour of its sign."""
     if not text:
-        return {"text": text, "style": "number", "value": ""}
+        return {"text": text, "style": "number", "value": "", "heads": False}
     style = DIRECTION_STYLES[direction_of(name, value)]
-    return {"text": text, "style": style, "value": f"{value:.12g}"}
+    if name == "rank_delta":
+        style += " rank"  # which has an arrow, too
+    return {"text": text, "style": style, "value": f"{value:.12g}", "heads": False}
 
 
 def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -384,7 +399,18 @@ def _header_cell(text: str, style: str, place: int | None, *, columns: int = 1) 
     return {"text": text, "style": style, "columns": columns, "place": place}
 
 
-def _render_svg(figure: Figure, name: str) -> str:
+def describe_figure(figure: Figure, caption: str = "") -> str:
+    """The alternative text of a figure: its title, what its axes show, and the caption."""
+    sentences = [figure.get_suptitle().replace("\n", " ")]
+    for axes in figure.axes:
+        labels = axes.get_ylabel(), axes.get_xlabel()
+        panel = " against ".join(filter(None, labels))
+        sentences.append(": ".join(filter(None, (axes.get_title(loc="left"), panel))))
+    sentences = [sentence.strip().rstrip(".") for sentence in (*sentences, caption)]
+    return ". ".join(dict.fromkeys(filter(None, sentences)))
+
+
+def _render_svg(figure: Figure, name: str, caption: str) -> str:
     """A figure as SVG whose ink and paper follow the page's theme. matplotlib escapes its texts."""
     output = io.StringIO()
     # The salt makes ids different between the figures of a page, and equal in every run.
@@ -403,6 +429,11 @@ def _render_svg(figure: Figure, name: str) -> str:
     min_width = max(34, 4.3 * inches)
     max_width = min(76, max(56, 6.7 * inches))
     style = f"min-width: {min_width:g}rem; max-width: {max_width:g}rem"
+    # Figures of one page have the same ids: figure_1, axes_1 and so on.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    title = f'<title id="{name}-title">{escape(describe_figure(figure, caption) or name)}</title>'
+    svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)
+    svg = re.sub(r"(<svg[^>]*>)", lambda start: start[1] + title, svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{style}"', svg, count=1)
 

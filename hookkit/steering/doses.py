@@ -107,7 +107,7 @@ def dose_response(
     metrics: MetricLike | Sequence[MetricLike],
     *,
     doses: Iterable[float] = DOSES,
-    samples: int = 3,
+    samples: int = 20,
     neutral: Prompts | None = None,
     pos: PosLike = None,
     site: str | AnySite | None = None,
@@ -121,7 +121,9 @@ def dose_response(
     vectors  one, several (of several layers, for example), or each with a name: {"learnt": vector}
     doses    lengths of what is added, as fractions of the stream's length at the site; a negative
              dose adds the opposite
-    samples  random vectors for each: sample n is `vector.random(seed=seed + n)` for every dose
+    samples  random vectors for each: sample n is `vector.random(seed=seed + n)` for every dose. All
+             doses and samples share forwards, which cost about `samples` + 1 times those of the
+             vector alone; 0 for none
     neutral  unrelated texts, of two tokens or more. The vector is added at all their positions
     pos      where the vector is added in the prompts, by default at all positions
     site     with plain tensors [d_model] as `vectors`: where they are added. The stream's length is

@@ -245,8 +245,9 @@ def beyond_random(
     variance, degrees = between**2 * share, float(vectors - 1)
     if count > 1:
         measured, expected = float(gains.var(ddof=1)), residual**2 * share
-        # what the ratio of two estimates of one variance exceeds in 5 of 100 cases
-        limit = float(fdtri(count - 1, (count - 1) * (vectors - 1), 0.95))
+        # What the ratio of two estimates of one variance exceeds in 1 of 1000 cases. A lower limit
+        # would widen the intervals of the vectors at the edge, and so exclude 0 too rarely.
+        limit = float(fdtri(count - 1, (count - 1) * (vectors - 1), 0.999))
         if expected == 0 or measured / expected > limit:
             excess = (measured - expected) / count
             spread = variance**2 / degrees + excess**2 / (count - 1)

@@ -146,8 +146,8 @@ BAD = [
     ("no hook", ["shift", MILK], "there is no hook, and a shift compares a run without hooks"),
     (
         "page only",
-        ["shift", MILK, "--ban", " tea", "--random"],
-        "--random and --generate are options of the page",
+        ["shift", MILK, "--ban", " tea", "--controls", "3"],
+        "--controls and --generate are options of the page",
     ),
     (
         "hook",

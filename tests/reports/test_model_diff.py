@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import warnings
+from random import Random
 
 import by_hand
 import pandas as pd
@@ -27,6 +28,7 @@ from hookkit.errors import (
     Unsupported,
 )
 from hookkit.reports.diff.similarity import RunningCKA, cka_bytes, keeps_rows, linear_cka
+from hookkit.sweeps.cells import turn
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
 NASTY = ["<script>alert(1)</script>", " שלום", "\n\t"]
@@ -375,7 +377,9 @@ def test_as_few_forwards_run_as_memory_and_batch_allow(two, memory, batch_tokens
         for lm in two
     ]
     try:
-        hk.model_diff(*two, PROMPTS, sites=sites, memory=memory, batch_tokens=batch_tokens)
+        hk.model_diff(
+            *two, PROMPTS, sites=sites, memory=memory, batch_tokens=batch_tokens, controls=0
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -432,9 +436,8 @@ def test_models_without_tokenizers_and_modules_by_path_are_compared(two):
         in found.left_out.set_index("what").loc["the site where they part first", "why"]
     )
     one_reads = hk.model_diff(hk.LM(two[0].model), two[1], PROMPTS[0])
-    words = two[1].tokenizer
-    tokens = [words.decode([token]) for token in words(PROMPTS[0]).input_ids]
-    assert one_reads.tokens["read"].tolist() == tokens
+    second = two[1].encode(PROMPTS[0])[1]
+    assert one_reads.tokens["read"].iloc[1] == two[1].string(second)
 
 
 def reordered():
@@ -567,3 +570,59 @@ def test_logits_that_are_nan_are_said_and_no_mean_passes_over_them(tmp_path):
     page = found.write(tmp_path).read_text()
     words = "cannot be compared after 3 of 6 tokens of 2 prompts, first after"
     assert words in page and "in prompt 1: the logits of one of them are NaN there" in page
+
+
+def test_the_control_of_two_models_is_as_large_a_change_of_the_last_stream_turned(two):
+    """By hand: the difference of the last streams, turned, put before the norm and the head."""
+    before, after = two
+    rows = [[5, 6, 7, number + 8] for number in range(12)]
+    found = hk.model_diff(before, after, rows, controls=3, seed=4, sites="resid_post")
+    summary = found.against_control.iloc[0]
+    last = before.n_layers - 1
+    streams = []
+    for lm in two:
+        kept = []
+        handle = lm.model.model.norm.register_forward_pre_hook(
+            lambda _m, args, kept=kept: kept.append(args[0][:, -1])
+        )
+        with torch.no_grad():
+            lm.model(torch.tensor(rows))
+        handle.remove()
+        streams.append(kept[0])
+    change = streams[1] - streams[0]
+    with torch.no_grad():
+        plain = before.model.lm_head(before.model.model.norm(streams[0])).double().log_softmax(-1)
+        for draw in range(3):
+            turned = turn(change, Random(f"4 {draw}").randrange(2**31))
+            assert turned.norm(dim=-1).tolist() == pytest.approx(
+                change.norm(dim=-1).tolist(), rel=1e-4
+            )
+            logits = before.model.lm_head(before.model.model.norm(streams[0] + turned))
+            moved = logits.double().log_softmax(-1)
+            kl = (plain.exp() * (plain - moved)).sum(-1)
+            table = found.control[found.control["draw"] == draw]
+            assert table["row"].tolist() == list(range(12))
+            assert table["kl"].tolist() == pytest.approx(kl.tolist(), rel=2e-3, abs=1e-7)
+    assert last == 2 and summary["n"] == 12 and summary["draws"] == 3
+    tokens = found.tokens[found.tokens["pos"] == 3]
+    assert summary["effect"] == pytest.approx(tokens["kl"].mean())
+    answer = json.loads(found.page().files["about.json"])["answer"]
+    assert "drawn 3 times" in answer and "95 % interval" in answer
+
+
+def test_the_control_of_hooks_is_that_of_a_shift_report_and_can_be_left_out(two):
+    lm = two[0]
+    settings = {"hooks_after": hk.ablate("z.1.2"), "sites": "resid_post"}
+    found = hk.model_diff(lm, lm, PROMPTS, controls=4, **settings)
+    assert "the same edit at other parts of the same kind" in found.page().html()
+    assert len(found.control) == 4 * len(PROMPTS)
+    off = hk.model_diff(lm, lm, PROMPTS, controls=0, **settings)
+    assert (
+        off.control.empty and "control" not in json.loads(off.page().files["about.json"])["answer"]
+    )
+    first = hk.model_diff(lm, lm, PROMPTS, pos=0, **settings)
+    assert (
+        "There is no control: the control is measured after the last token" in first.page().html()
+    )
+    with pytest.raises(Unsupported, match="after the last token of each prompt"):
+        hk.model_diff(lm, lm, PROMPTS, pos=0, controls=2, **settings)

@@ -1,7 +1,9 @@
 """Reports: one page that stands by itself, with its files beside it, and nothing in it that runs."""
 
+import itertools
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
@@ -136,3 +138,101 @@ def test_a_column_without_any_value_is_in_the_csv_only(tmp_path):
     page = hk.report("Means", Part(means, "means")).write(tmp_path)
     assert "prob_se" not in page.read_text() and "0.25" in page.read_text()
     assert list(pd.read_csv(tmp_path / "means.csv").columns) == ["prob", "prob_se"]
+
+
+class Structure(HTMLParser):
+    """The elements of a page with their attributes, and the texts of the titles of its figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.titles, self.inside = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_data(self, data):
+        if self.inside == "title":
+            self.titles.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def all(self, *tags):
+        return [attrs for tag, attrs in self.elements if tag in tags]
+
+
+def check_structure(text):
+    """What a screen reader needs: a language, landmarks, headings in order, names, no id twice."""
+    parser = Structure()
+    parser.feed(text)
+    assert parser.all("html")[0]["lang"] == "en"
+    assert len(parser.all("h1")) == len(parser.all("main")) == 1
+    levels = [int(tag[1]) for tag, _ in parser.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(new <= old + 1 for old, new in itertools.pairwise(levels))
+    ids = [attrs["id"] for _, attrs in parser.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for attrs in parser.all("img"):
+        assert attrs["alt"]
+    for attrs in parser.all("th"):
+        assert attrs["scope"] in ("col", "colgroup", "row")
+    for attrs in parser.all("svg"):
+        assert attrs["role"] == "img" and attrs["aria-labelledby"] in ids
+    for attrs in parser.all("table"):
+        assert attrs["aria-describedby"] in ids
+    scrolling = [attrs for attrs in parser.all("div") if attrs.get("class") == "scroll"]
+    assert len(scrolling) == len(parser.all("svg")) + len(parser.all("table"))
+    for attrs in scrolling:
+        assert attrs["tabindex"] == "0" and attrs["role"] == "group" and attrs["aria-label"]
+    references = re.findall(r'(?:url\(|href=")#([^)"]+)', text)
+    assert set(references) <= set(ids)
+    return parser
+
+
+def test_a_page_has_the_structure_that_a_screen_reader_needs(llama):
+    edits = {"forced": hk.force(5), "head": hk.ablate("z.1.2")}
+    check_structure(
+        hk.shift_report(llama, ["I like", "We love"], edits, figures=2, controls=3).html()
+    )
+    page = hk.model_diff(llama, llama, ["I like oat milk"], hooks_after=hk.ban(7)).page()
+    check_structure(page.html())
+    mixed = hk.report("Mixed", "## Small first", table(4), "# Large", "## Small", figure())
+    parsed = check_structure(mixed.html())
+    assert [tag for tag, _ in parsed.elements if tag in ("h2", "h3")] == ["h2", "h2", "h3"]
+
+
+def test_the_alternative_text_of_a_figure_is_its_title_its_axes_and_the_caption():
+    made = figure("<b>")
+    made.axes[0].set_xlabel("layer")
+    made.axes[0].set_ylabel("rank & more")
+    made.suptitle("All layers")
+    page = hk.report("Page", Part(made, "drawn", "A caption.")).html()
+    wanted = "All layers. rank &amp; more against layer. A caption"
+    assert f'<title id="drawn-title">{wanted}</title>' in page
+
+
+def test_a_token_that_rose_has_another_colour_and_another_arrow_than_one_that_fell():
+    ranks = pd.DataFrame({"token": ["a", "b", "c"], "rank_delta": [-90, 4, 0]})
+    page = hk.report("Ranks", ranks).html()
+    rows = re.findall(r'<td class="([^"]+)" data-value="([^"]+)">', page)
+    assert rows == [("number up rank", "-90"), ("number down rank", "4"), ("number rank", "0")]
+    assert 'td.rank.up::before { content: "▲ " / "rose "; }' in page
+
+
+def luminance(colour):
+    """The relative luminance of a colour (WCAG 2.2)."""
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(np.multiply(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_all_texts_contrast_with_what_is_behind_them_in_light_in_dark_and_in_print():
+    css = files("hookkit.reports").joinpath("templates", "page.css").read_text(encoding="utf-8")
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})\b", rule)) for rule in css.split(":root {")[1:]]
+    assert len(themes) == 3
+    for theme in themes:
+        for text in ("ink", "muted", "up", "down"):
+            for paper in ("paper", "page"):
+                pair = sorted([luminance(theme[text]), luminance(theme[paper])])
+                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (text, paper, theme)

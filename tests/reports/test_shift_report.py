@@ -15,10 +15,13 @@ import torch
 from conftest import tokenizer
 
 import hookkit as hk
-from hookkit.errors import BadArgument, BadHook, OutOfRange
+from hookkit.display import quote_token
+from hookkit.errors import BadArgument, BadHook, OutOfRange, Unsupported
 from hookkit.figures.reports import mean_changes
+from hookkit.reports.control_draws import DESCRIPTIONS, compare
 from hookkit.reports.shift import before_after as resuming
 from hookkit.reports.shift.before_after import add_deltas
+from hookkit.reports.shift.headline import FEW_PROMPTS
 from hookkit.reports.shift.inside import most_moved
 from hookkit.reports.shift.shift_page import ShiftTables
 
@@ -75,7 +78,7 @@ def check(row, before, after):
 def test_every_number_in_the_files_is_that_of_a_hook_written_by_hand(llama, tmp_path):
     _, before, after = ablated(llama)
     page = hk.shift_report(
-        llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), top=5
+        llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), top=5, controls=0
     ).write(tmp_path)
     watched = pd.read_csv(page.parent / "watched.csv")
     assert len(watched) == 3 * 3 and set(watched["row"]) == {0, 1, 2}
@@ -110,7 +113,7 @@ def test_every_number_in_the_files_is_that_of_a_hook_written_by_hand(llama, tmp_
 def test_the_change_is_the_sum_of_its_parts_and_a_part_is_what_the_weights_say(llama):
     rows, before, after = ablated(llama)
     made = hk.shift_report(
-        llama, PROMPTS, {"out": hk.ablate(hk.Site("z", *HEAD))}, watch=40, heads=True
+        llama, PROMPTS, {"out": hk.ablate(hk.Site("z", *HEAD))}, watch=40, heads=True, controls=0
     )
     for number, part in made.tables["why"].groupby("row"):
         real = part[part["kind"] != "residual"]
@@ -150,7 +153,9 @@ def test_decades_are_powers_of_ten_between_the_ranks(llama):
         [1, -3, 0, 0.47712125], abs=1e-8
     )
     assert add_deltas(ranks)["rank_delta"].tolist() == [-90, 999, 0, -2]
-    made = hk.shift_report(llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), figures=0)
+    made = hk.shift_report(
+        llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), figures=0, controls=0
+    )
     watched = made.tables["watched"]
     wanted = [
         math.log(row.rank_before / row.rank_after) / math.log(10) for row in watched.itertuples()
@@ -200,7 +205,7 @@ def test_the_components_that_moved_most_and_all_the_others_are_the_whole_sum():
 def test_the_last_layer_of_the_lens_says_what_the_model_says_and_the_edited_block_is_marked(llama):
     _, before, after = ablated(llama)
     layers = hk.shift_report(
-        llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=40, details=2
+        llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=40, details=2, controls=0
     ).tables["layers"]
     assert set(layers["row"]) == {0, 1}
     assert set(layers[layers["edited"]]["layer"]) == {HEAD[0]}
@@ -216,25 +221,31 @@ def test_the_last_layer_of_the_lens_says_what_the_model_says_and_the_edited_bloc
     )
 
 
-def test_each_edit_and_control_takes_one_forward_over_all_prompts(llama):
-    shapes = []
-    handle = llama.model.register_forward_pre_hook(
-        lambda _m, _a, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
+def test_each_edit_takes_one_forward_over_all_prompts_and_the_draws_share_one(llama, monkeypatch):
     edits = {"steered": hk.steer("resid_post.0", torch.ones(32)), "forced": hk.force(5)}
-    hk.shift_report(llama, PROMPTS * 2, edits, controls="random", watch=3)
-    handle.remove()
-    whole = [
-        shape for shape in shapes if shape[1] > 1
-    ]  # the lens puts states behind the blocks, a token wide
-    assert [shape[0] for shape in whole] == [6] * (1 + 2 + 2 * 5), "a control is drawn five times"
+    hk.shift_report(llama, PROMPTS, edits, watch=3, figures=0)  # tries once what the model allows
+    rows = []
+    norm, forward = llama.model.model.norm, llama.model.model.norm.forward
+
+    def count(states):
+        if states.shape[1] > 1:  # the lens puts in states behind the blocks, a token wide
+            rows.append(len(states))
+        return forward(states)
+
+    monkeypatch.setattr(norm, "forward", count)
+    hk.shift_report(llama, PROMPTS, edits, watch=3, figures=0, controls=0)
+    assert rows == [3, 3, 3], "without an edit, and with each"
+    rows.clear()
+    hk.shift_report(llama, PROMPTS, edits, watch=3, figures=0)
+    assert len(rows) <= 3 + 2 * 2, "of each edit's control a forward without it, and the draws"
+    assert max(rows) >= 20
 
 
-def test_a_random_control_changes_as_much_and_depends_on_the_seed_alone(llama):
+def test_a_steering_control_is_random_vectors_of_equal_length_and_depends_on_the_seed_alone(llama):
     vector = torch.arange(32.0) / 8
-    edit = {"steered": hk.steer("resid_post.1", vector, pos=-1)}
+    edit = {"steered": hk.steer("resid_post.1", vector)}
     one, two, other = (
-        hk.shift_report(llama, PROMPTS, edit, controls="random", watch=40, seed=seed, figures=0)
+        hk.shift_report(llama, PROMPTS, edit, controls=5, watch=40, seed=seed, figures=0)
         for seed in (1, 1, 2)
     )
     watched = one.tables["watched"]
@@ -242,47 +253,208 @@ def test_a_random_control_changes_as_much_and_depends_on_the_seed_alone(llama):
     assert set(watched["edit"]) == {"steered", "steered (random)"}
     assert set(watched[watched["edit"] == "steered (random)"]["control"]) == {"steered"}
     about = json.loads(one.files["about.json"])
-    assert len(about["hooks"]["steered (random)"]) == about["draws"] == 5
-    hook = hk.types.Hook.from_json(json.dumps(about["hooks"]["steered (random)"][0]))
-    plain, moved = (
-        hk.forward(llama, PROMPTS, *hooks, hk.capture("resid_post.1", pos=-1))["resid_post.1"]
-        for hooks in ((), (hook,))
-    )
-    assert (moved - plain).norm(dim=-1).flatten().tolist() == pytest.approx(
-        [float(vector.norm())] * 3, rel=1e-4
-    )
-    assert torch.cosine_similarity((moved - plain)[0, 0], vector, dim=0).abs() < 0.9
+    assert len(about["hooks"]["steered (random)"]) == about["controls"] == 5
+    directions = []
+    for encoded in about["hooks"]["steered (random)"]:
+        hook = hk.types.Hook.from_json(json.dumps(encoded))
+        plain, moved = (
+            hk.forward(llama, PROMPTS, *hooks, hk.capture("resid_post.1"))["resid_post.1"]
+            for hooks in ((), (hook,))
+        )
+        changes = (moved - plain)[0]
+        assert changes.norm(dim=-1).tolist() == pytest.approx(
+            [float(vector.norm())] * len(changes), rel=1e-4
+        )
+        assert (changes - changes[0]).abs().max() < 1e-4, "one vector at all positions"
+        directions.append(changes[0] / changes[0].norm())
+    cosines = torch.stack([*directions, vector / vector.norm()])
+    cosines = (cosines @ cosines.T - torch.eye(6)).abs()
+    assert cosines.max() < 0.7
 
 
-def test_a_random_control_is_the_mean_of_its_draws_over_the_prompts(llama):
+def test_every_number_of_a_draw_is_that_of_a_hook_written_by_hand(llama):
+    rows = [llama.tokenizer.encode(prompt) for prompt in PROMPTS]
+    made = hk.shift_report(llama, PROMPTS, hk.ablate("z.1.2"), controls=3, watch=40, figures=0)
+    hooks = json.loads(made.files["about.json"])["hooks"]["ablate(z.1.2) (random)"]
+    assert len(hooks) == 3
+    before = last_logits(llama.model, rows)
+    watched = made.tables["watched"]
+    distances = made.tables["distances"]
+    for draw, encoded in enumerate(hooks):
+        site = hk.types.Hook.from_json(json.dumps(encoded)).sites[0]
+        assert (site.name, site.layer, site.head) != ("z", 1, 2) and site.head is not None
+
+        def cut(_module, args, head=site.head):
+            values = args[0].clone()
+            values[..., head * 8 : head * 8 + 8] = 0
+            return (values, *args[1:])
+
+        projection = llama.model.model.layers[site.layer].self_attn.o_proj
+        after = last_logits(llama.model, rows, projection, cut, before=True)
+        of_draw = watched[(watched["control"] != "") & (watched["draw"] == draw)]
+        assert len(of_draw) == 6
+        for row in of_draw.to_dict("records"):
+            check(row, before[row["row"]], after[row["row"]])
+        p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1).tolist()
+        mine = distances[(distances["control"] != "") & (distances["draw"] == draw)]
+        assert mine["kl"].tolist() == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        changed = (before.argmax(-1) != after.argmax(-1)).tolist()
+        assert mine["top1_changed"].tolist() == changed
+        entropies = (-(q.exp() * q).sum(-1)).tolist()
+        assert mine["entropy_after"].tolist() == pytest.approx(entropies, rel=1e-4)
+
+
+def test_the_control_of_a_logit_edit_edits_tokens_of_similar_rank_and_none_that_is_watched(llama):
+    rows = [llama.tokenizer.encode(prompt) for prompt in PROMPTS]
+    before = last_logits(llama.model, rows)
+    ranks = torch.stack([1 + (row > row[:, None]).sum(-1) for row in before]).double()
+    heights = ranks.log().mean(0)
+    edit = {"pushed": hk.boost(by={7: 2.0, 9: -1.0})}
+    made = hk.shift_report(llama, PROMPTS, edit, watch=(40, 41), figures=0)
+    hooks = json.loads(made.files["about.json"])["hooks"]["pushed (random)"]
+    assert len(hooks) == 20
+    for encoded in hooks:
+        hook = hk.types.Hook.from_json(json.dumps(encoded))
+        assert hook.by == (2.0, -1.0) and len(set(hook.tokens)) == 2
+        assert {7, 9, 40, 41}.isdisjoint(hook.tokens)
+        for token, original in zip(hook.tokens, (7, 9), strict=True):
+            closer = (heights - heights[original]).abs() < (
+                heights[token] - heights[original]
+            ).abs()
+            assert int(closer.sum()) < 60
+    phrase = {"said": hk.ban(hk.word([7, 9, 11]))}
+    made = hk.shift_report(llama, PROMPTS, phrase, controls=2, figures=0)
+    hooks = json.loads(made.files["about.json"])["hooks"]["said (random)"]
+    assert len(hk.types.Hook.from_json(json.dumps(hooks[0])).tokens[0].text) == 3
+
+
+KINDS = {
+    "head": (hk.ablate("z.1.2"), "parts"),
+    "patched": (hk.patch("attn_out.1", "We love tea", pos=-1), "parts"),
+    "scaled": (hk.scale("mlp_out.0", 2.0), "parts"),
+    "skipped": (hk.skip_block(1), "parts"),
+    "knockout": (hk.knockout(1, key=0, query=-1), "parts"),
+    "units": (hk.ablate("mlp_post.1", units=[1, 5]), "units"),
+    "steered": (hk.steer("resid_post.1", torch.ones(32)), "turned"),
+    "stream": (hk.scale("resid_post.1", 0.5), "turned"),
+    "function": (hk.edit("mlp_out.1", torch.neg), "turned"),
+    "all parts": (hk.scale("mlp_out", 2.0), "turned"),
+    "logits": (hk.ban(7), "tokens"),
+    "both": ([hk.ban(7), hk.ablate("z.1.2")], "tokens parts"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_of_edit_has_its_kind_of_control(llama, name):
+    hooks, kinds = KINDS[name]
+    made = hk.shift_report(llama, PROMPTS, {"edit": hooks}, figures=0, watch=40)
+    edits = made.tables["edits"]
+    words = "; ".join(DESCRIPTIONS[kind] for kind in kinds.split())
+    assert edits["does"].iloc[1] == words
+    assert 2 <= edits["draws"].iloc[1] <= 20
+    assert words in made.html()
+
+
+def test_an_edit_without_a_random_control_says_so_and_a_number_that_was_asked_for_raises(llama):
+    everywhere = hk.knockout(range(3), key=0, query=-1)
+    made = hk.shift_report(llama, PROMPTS, {"blind": everywhere}, figures=0)
+    assert "There is no control: " in made.html() and "name one" in made.html()
+    with pytest.raises(Unsupported, match=r"controls=\{'name': hook\}"):
+        hk.shift_report(llama, PROMPTS, {"blind": everywhere}, figures=0, controls=5)
+    off = hk.shift_report(llama, PROMPTS, {"blind": everywhere}, figures=0, controls=0)
+    assert "control" not in json.loads(off.files["about.json"])["answer"]
+    assert "against_control" not in off.tables
+
+
+def test_an_edit_beside_its_control_has_the_means_of_its_draws_and_an_interval_of_the_gain(llama):
     edit = {"steered": hk.steer("resid_post.1", torch.arange(32.0) / 8)}
-    made = hk.shift_report(llama, PROMPTS, edit, controls="random", draws=4, watch=40, figures=1)
-    watched, summary = made.tables["watched"], made.tables["summary"]
-    mine = watched[
-        (watched["control"] == "steered") & (watched["watched"] == repr(llama.string(40)))
-    ]
-    assert sorted(mine["draw"]) == sorted([0, 1, 2, 3] * 3) and mine["logit_delta"].nunique() == 12
-    each = mine.groupby("row")["logit_delta"].mean()
-    cell = summary[
-        (summary["control"] == "steered") & (summary["watched"] == repr(llama.string(40)))
-    ].iloc[0]
-    assert cell["n"] == 3 and cell["logit_delta"] == pytest.approx(each.mean())
-    assert cell["logit_delta_se"] == pytest.approx(each.std() / 3**0.5)
-    assert made.tables["edits"][["edit", "draws"]].values.tolist() == [
-        ["steered", 1],
-        ["steered (random)", 4],
-    ]
-    with pytest.raises(BadHook, match="draws=4 goes with controls='random'"):
-        hk.shift_report(llama, PROMPTS, edit, draws=4)
-    with pytest.raises(OutOfRange, match="draws=0"):
-        hk.shift_report(llama, PROMPTS, edit, controls="random", draws=0)
+    prompts = [[5, 6, 7, number + 8] for number in range(12)]
+    made = hk.shift_report(llama, prompts, edit, controls=4, watch=40, figures=1)
+    watched, table = made.tables["watched"], made.tables["against_control"]
+    name = quote_token(llama.string(40))
+    row = table[(table["watched"] == name) & (table["measure"] == "logprob_delta")].iloc[0]
+    mine = watched[watched["watched"] == name]
+    draws = mine[mine["control"] == "steered"].groupby("draw")["logprob_delta"].mean()
+    effect = mine[mine["control"] == ""]["logprob_delta"].mean()
+    assert len(draws) == row["draws"] == 4 and row["n"] == 12
+    assert row["effect"] == pytest.approx(effect) and row["control"] == pytest.approx(draws.mean())
+    assert (row["control_min"], row["control_max"]) == pytest.approx((draws.min(), draws.max()))
+    # one more draw: a t interval with 3 degrees of freedom
+    half = 3.182446305 * draws.std() * (1 + 1 / 4) ** 0.5
+    assert row["control_high"] - row["control"] == pytest.approx(half, rel=1e-6)
+    assert row["gain"] == pytest.approx(effect - draws.mean())
+    assert row["gain_low"] <= row["gain"] - half * 0.999
+    assert row["as_large"] == (draws * np.sign(effect) >= abs(effect)).sum()
+    answer = json.loads(made.files["about.json"])["answer"]
+    assert "over 12 prompts" in answer and "95 % interval" in answer
+    few = hk.shift_report(llama, prompts[:3], edit, controls=4, watch=40, figures=0)
+    answer = json.loads(few.files["about.json"])["answer"]
+    assert "a single draw by" in answer and "interval" not in answer
+    assert FEW_PROMPTS in few.html()
+
+
+def effects_of_vectors(model, prompts, vectors):
+    """The changes of token 40's log-probability, and KL, by a hook written by hand: [vector, row]."""
+    layer, changes, divergences = model.model.layers[1], [], []
+    with torch.no_grad():
+        before = model(prompts).logits[:, -1].double().log_softmax(-1)
+        for chunk in vectors.split(60):
+            added = chunk.repeat_interleave(len(prompts), dim=0)[:, None]
+            handle = layer.register_forward_hook(
+                lambda _m, _a, out, added=added: (
+                    (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+                )
+            )
+            logits = model(prompts.repeat(len(chunk), 1)).logits[:, -1]
+            handle.remove()
+            after = logits.double().log_softmax(-1).view(len(chunk), *before.shape)
+            changes.append((after - before)[..., 40])
+            divergences.append((before.exp() * (before - after)).sum(-1))
+    return torch.cat(changes).numpy(), torch.cat(divergences).numpy()
+
+
+@pytest.mark.parametrize("n_prompts", [10, 50])
+def test_one_more_random_direction_differs_from_the_control_in_3_to_8_of_100_cases(
+    llama, n_prompts
+):
+    generator = torch.Generator().manual_seed(5)
+    prompts = torch.randint(4, 320, (n_prompts, 5), generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(200 * 21, 32, generator=generator))
+    measures = effects_of_vectors(llama.model, prompts, 1.7 * directions)
+    for effects, least in zip(measures, (-np.inf, 0.0), strict=True):
+        alarms = 0
+        for case in effects.reshape(200, 21, n_prompts):
+            row = compare(case[0], case[1:].T, (least, np.inf))
+            alarms += row["gain_low"] > 0 or row["gain_high"] < 0
+        assert 0.03 <= alarms / 200 <= 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_prompts", [10, 50])
+def test_a_report_on_200_random_vectors_finds_3_to_8_of_100_to_differ(llama, n_prompts):
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(4, 320, (n_prompts, 5), generator=generator).tolist()
+    alarms = 0
+    for start in range(0, 200, 50):
+        edits = {}
+        for number in range(50):
+            vector = 0.3 * torch.randn(32, generator=generator)
+            edits[f"null {number}"] = hk.steer("resid_post.1", vector)
+        settings = {"watch": 40, "figures": 0, "details": 1, "seed": start}
+        table = hk.shift_report(llama, prompts, edits, **settings).tables["against_control"]
+        shown = table[table["watched"] == quote_token(llama.string(40))]
+        shown = shown[shown["measure"] == "logprob_delta"]
+        assert len(shown) == 50
+        alarms += int(((shown["gain_low"] > 0) | (shown["gain_high"] < 0)).sum())
+    assert 0.03 <= alarms / 200 <= 0.08
 
 
 def test_below_ten_prompts_the_figure_of_means_has_the_prompts_in_place_of_intervals(llama):
     edit = {"steered": hk.steer("resid_post.1", torch.arange(32.0) / 8)}
     for count, points in ((3, 3), (12, 0)):
         tables = hk.shift_report(
-            llama, (PROMPTS * 4)[:count], edit, watch=40, figures=0, details=1
+            llama, (PROMPTS * 4)[:count], edit, watch=40, figures=0, details=1, controls=0
         ).tables
         axes = mean_changes(tables["summary"], tables["watched"]).axes[0]
         dots = [line for line in axes.get_lines() if line.get_marker() == "."]
@@ -326,14 +498,17 @@ def test_base_hooks_act_in_both_runs_of_a_comparison(llama):
     after = last_logits(llama.model, rows, projection, without_head, before=True)
     handle.remove()
     edit, base = hk.ablate(hk.Site("z", *HEAD)), hk.steer("resid_post.0", torch.ones(32))
-    made = hk.shift_report(
-        llama, PROMPTS, edit, base_hooks=base, watch=40, figures=0, controls="random", draws=1
-    )
+    made = hk.shift_report(llama, PROMPTS, edit, base_hooks=base, watch=40, figures=0, controls=2)
     watched = made.tables["watched"]
     for row in watched[watched["control"] == ""].to_dict("records"):
         check(row, before[row["row"]], after[row["row"]])
-    kl = made.tables["distances"].groupby("control")["kl"].mean()
-    assert kl.max() < 2 * kl[""], "the control has the base hooks too"
+    encoded = json.loads(made.files["about.json"])["hooks"][f"{edit} (random)"][0]
+    draw = hk.types.Hook.from_json(json.dumps(encoded))
+    run = hk.forward(llama, PROMPTS, base, draw)
+    logits = torch.stack([run.logits[row, len(ids) - 1] for row, ids in enumerate(rows)])
+    p, q = before.double().log_softmax(-1), logits.double().log_softmax(-1)
+    drawn = made.tables["distances"].query("control != '' and draw == 0")["kl"].tolist()
+    assert drawn == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3)
 
 
 def test_the_texts_part_where_their_tokens_first_differ(llama):
@@ -341,7 +516,9 @@ def test_the_texts_part_where_their_tokens_first_differ(llama):
     written = plain.tokens[0, plain.prompt_lengths[0] :].tolist()
     at = max(written.index(token) for token in written)
     assert at > 0, "a text that says one token only has nothing to part from"
-    made = hk.shift_report(llama, PROMPTS, {"other": hk.ban(written[at])}, generate=6, figures=0)
+    made = hk.shift_report(
+        llama, PROMPTS, {"other": hk.ban(written[at])}, generate=6, figures=0, controls=0
+    )
     texts = made.tables["texts"]
     row = texts[texts["row"] == 1].iloc[0]
     assert row["before"] == plain.generated[0] and row["first_difference"] == at
@@ -385,7 +562,14 @@ def test_hostile_tokens_are_shown_as_they_are_and_never_run(nasty, tmp_path):
     half = next(i for i in range(320) if nasty.tokenizer.decode([i]) == "\ufffd")
     edits = {NASTY[0]: [hk.boost(*watch, by=9), hk.boost(half, by=8)]}
     made = hk.shift_report(
-        nasty, PROMPTS, edits, watch=watch, title=NASTY[0], question=NASTY[1], generate=2
+        nasty,
+        PROMPTS,
+        edits,
+        watch=watch,
+        title=NASTY[0],
+        question=NASTY[1],
+        generate=2,
+        controls=0,
     )
     folder = made.write(tmp_path).parent
     parsed = Page()
@@ -409,10 +593,10 @@ def test_hostile_tokens_are_shown_as_they_are_and_never_run(nasty, tmp_path):
 
 
 def test_where_a_model_allows_no_sum_or_lens_the_page_says_why(llama):
-    page = hk.shift_report(llama, PROMPTS[:1], hk.ban(7), figures=0)
+    page = hk.shift_report(llama, PROMPTS[:1], hk.ban(7), figures=0, controls=0)
     assert "why" not in page.tables and "there is no sum" in page.html()
     alone = hk.LM(torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)))
-    made = hk.shift_report(alone, [[1, 2, 3]], hk.scale(hk.module("0"), 2.0), watch=3)
+    made = hk.shift_report(alone, [[1, 2, 3]], hk.scale(hk.module("0"), 2.0), watch=3, controls=0)
     page = made.html()
     assert (
         {"why", "layers"}.isdisjoint(made.tables)
@@ -427,7 +611,7 @@ def test_where_a_model_allows_no_sum_or_lens_the_page_says_why(llama):
 def test_the_same_report_twice_is_the_same_bytes_and_says_how_it_was_made(llama, tmp_path):
     edit = {"steered": hk.steer("resid_post.1", torch.ones(32))}
     for name in ("one", "two"):
-        hk.shift_report(llama, PROMPTS, edit, controls="random", watch=40).write(tmp_path / name)
+        hk.shift_report(llama, PROMPTS, edit, controls=3, watch=40).write(tmp_path / name)
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("one", "two")
@@ -446,8 +630,20 @@ def test_the_same_report_twice_is_the_same_bytes_and_says_how_it_was_made(llama,
         (({"a": []},), {}, BadHook, "the edit 'a' has no hook"),
         ((hk.capture("embed"),), {}, BadHook, "which changes nothing"),
         (({"a": hk.ban(3)}, hk.ban(4)), {}, BadHook, "put all edits into one mapping"),
-        ((hk.ban(3),), {"controls": "zufall"}, BadHook, "controls='zufall' is unknown"),
-        ((hk.knockout(1, key=0, query=-1),), {"controls": "random"}, BadHook, "needs vectors"),
+        (
+            (hk.ban(3),),
+            {"controls": "zufall"},
+            BadArgument,
+            "controls='zufall': give a whole number",
+        ),
+        (
+            (hk.ban(3),),
+            {"controls": "random"},
+            BadArgument,
+            "controls='random': give a whole number",
+        ),
+        ((hk.ban(3),), {"controls": True}, BadArgument, "controls=True: give a whole number"),
+        ((hk.ban(3),), {"controls": -1}, OutOfRange, "controls=-1"),
         (({"a": hk.ban(3)},), {"controls": {"a": hk.ban(4)}}, BadHook, "the name of another"),
         ((hk.ban(3),), {"top": 0}, OutOfRange, "top=0: give a whole number, at least 1"),
         ((hk.ban(3),), {"details": True}, BadArgument, "details=True"),
@@ -465,9 +661,9 @@ def test_in_a_browser_the_headings_sort_and_nothing_else_runs(nasty, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("there is no chromium")
-    page = hk.shift_report(nasty, PROMPTS[:1], hk.force(nasty.token(NASTY[0])), figures=0).write(
-        tmp_path
-    )
+    page = hk.shift_report(
+        nasty, PROMPTS[:1], hk.force(nasty.token(NASTY[0])), figures=0, controls=0
+    ).write(tmp_path)
     text = page.read_text()
     page.write_text(text.replace("</main>", "<script>document.title = 'run'</script></main>"))
     words = [
@@ -488,7 +684,7 @@ def test_the_page_says_at_which_position_an_edit_acts(llama):
     vector = torch.ones(32)
     edits = {str(pos): hk.steer("resid_post.1", vector, pos=pos) for pos in (-1, 2)}
     edits["all"] = hk.steer("resid_post.1", vector)
-    text = hk.shift_report(llama, PROMPTS, edits, watch=" milk", figures=0).html()
+    text = hk.shift_report(llama, PROMPTS, edits, watch=" milk", figures=0, controls=0).html()
     assert "resid_post.1, at the last position" in text
     assert "resid_post.1, at position 2" in text
     assert "at every position" not in text
@@ -496,7 +692,7 @@ def test_the_page_says_at_which_position_an_edit_acts(llama):
 
 def test_the_columns_of_why_a_token_moved_begin_with_what_a_row_is_about(llama):
     report = hk.shift_report(
-        llama, PROMPTS, {"head off": hk.ablate("z.1.2")}, watch=" milk", figures=0
+        llama, PROMPTS, {"head off": hk.ablate("z.1.2")}, watch=" milk", figures=0, controls=0
     )
     columns = ["row", "edit", "token", "token_id", "component", "kind", "layer", "head"]
     columns += ["logit_before", "logit_after", "logit_delta"]
@@ -559,7 +755,7 @@ def test_forwards_that_begin_at_the_edited_block_say_what_whole_ones_do(family, 
     for worth in (0, 10**9):
         monkeypatch.setattr("hookkit.reports.shift.before_after.MIN_TOKENS", worth)
         made[worth] = hk.shift_report(
-            lm, PROMPTS, edits, watch=" milk", controls="random", figures=0, details=2
+            lm, PROMPTS, edits, watch=" milk", controls=2, figures=0, details=2
         ).tables
     assert made[0].keys() == made[10**9].keys()
     for name, table in made[0].items():
@@ -606,25 +802,40 @@ def test_a_model_that_may_not_be_resumed_runs_whole_forwards(why, monkeypatch):
         hk.forward(lm, [[5, 6, 7]])
 
 
-def test_the_first_sentence_says_whether_a_token_moved_and_whether_another_is_first(llama):
+def answer_of(lm, prompts, hook, **settings):
+    page = hk.shift_report(lm, prompts, {"edit": hook}, figures=0, **settings)
+    return json.loads(page.files["about.json"])["answer"]
+
+
+def test_the_first_sentence_about_one_prompt_says_whether_a_token_moved_and_which_is_first(llama):
     leading = hk.ranks(hk.forward(llama, PROMPTS[0]), top=50)
-    readable = leading[leading["token"].str.isascii()]
-    (first, one, top), (second, two, rank) = (
-        readable[["token_id", "token", "rank"]].head(2).itertuples(index=False)
-    )
-    assert top == 1
+    ascii_ids = [token for token in leading["token_id"] if llama.string(token).isascii()]
+    first, second = ascii_ids[:2]
+    one, two = quote_token(llama.string(first)), quote_token(llama.string(second))
+    rank = leading.set_index("token_id")["rank"][second]
     nothing, forced = hk.scale("resid_post.0", 1.0), hk.force(second)
+    still = answer_of(llama, PROMPTS[0], nothing, watch=first, controls=0)
+    assert f"the token {one} stays at rank 1; its probability was" in still
+    assert "most likely token" not in still
+    still = answer_of(llama, PROMPTS[0], nothing, watch=second, controls=0)
+    assert still.endswith(f"The most likely token is still {one}.")
+    risen = answer_of(llama, PROMPTS[0], forced, watch=second)
+    assert f"the token {two} rises from rank {rank} (" in risen
+    assert f"The most likely token is now {two}; before the edit it was {one}." in risen
+    assert "None of the 20 draws raises it as much as the edit does." in risen
 
-    def said(hook, token):
-        return json.loads(
-            hk.shift_report(llama, PROMPTS[0], {"edit": hook}, watch=token).files["about.json"]
-        )["answer"]
 
-    assert f"the token {one!r} stays at rank 1 (probability " in said(nothing, first)
-    assert "first is" not in said(nothing, first)
-    assert said(nothing, second).endswith(f"first is still {one!r}.")
-    assert f"the token {two!r} goes from rank {rank} (" in said(forced, second)
-    assert said(forced, second).endswith(f"first is {two!r}, and was {one!r}.")
+def test_the_first_sentences_are_about_all_prompts_and_stand_beside_the_control(llama):
+    prompts = [[5, 6, 7, number + 8] for number in range(12)]
+    forced = answer_of(llama, prompts, hk.force(40))
+    assert "over 12 prompts" in forced and "rises in 12 and falls in 0" in forced
+    assert "most likely token after 12 of 12 prompts with the edit, and after 0 without" in forced
+    assert "So the edit differs from its control: the difference is +" in forced
+    banned = answer_of(llama, prompts, hk.ban(40))
+    assert "Its probability is 0 after 12 of 12 prompts with the edit." in banned
+    random = 0.1 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    null = answer_of(llama, prompts, hk.steer("resid_post.1", random), watch=40)
+    assert "is not distinguished from its control" in null
 
 
 def test_an_edit_is_not_named_as_the_run_without_it(llama):

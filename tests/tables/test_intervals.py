@@ -165,9 +165,9 @@ def test_the_tails_lean_by_the_skewness_in_standard_errors_of_it(count):
 @pytest.mark.parametrize("excess", [0.98, 1.02, 3.0])
 @pytest.mark.parametrize(("count", "vectors"), [(5, 4), (12, 6)])
 def test_a_gain_over_random_vectors_has_satterthwaite_s_degrees_of_freedom(count, vectors, excess):
-    """What a vector varies beyond random ones is added where an F test at 5 % says that it does."""
+    """What a vector varies beyond random ones is added where an F test at 0.1 % says that it does."""
     between, rest = 0.7, 0.4
-    limit = scipy.stats.f.ppf(0.95, count - 1, (count - 1) * (vectors - 1))
+    limit = scipy.stats.f.ppf(0.999, count - 1, (count - 1) * (vectors - 1))
     expected = rest**2 * (1 + 1 / vectors)
     gains = np.random.default_rng(3).normal(size=count)
     gains = 1 + (gains - gains.mean()) / gains.std(ddof=1) * np.sqrt(expected * limit * excess)

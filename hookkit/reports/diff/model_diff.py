@@ -25,6 +25,7 @@ from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, SitesLike, parse_site
 from ...models.words import WordLike
+from ...tables.intervals import MIN_FOR_INTERVAL
 from ...tables.rank_tables import watched_ids
 from ..comparison_page import (
     SHIFT_COLUMNS,
@@ -34,9 +35,11 @@ from ..comparison_page import (
     indented_json,
     write_settings,
 )
+from ..control_draws import DRAWS
 from ..page import Report
 from ..parts import Content, Part
 from ..shift.named_edits import Hooks, as_edit_hooks
+from .diff_control import attempt_control
 from .paired_models import (
     CKA_SITES,
     FIRST_PARTING,
@@ -64,6 +67,8 @@ CAPTIONS = {
     "parting": "where each prompt parts first",
     "stream": "the stream of the first prompts, token by token",
     "left_out": "what was not compared",
+    "control": "the draws of the random control",
+    "against_control": "the two models beside the control",
 }
 
 
@@ -87,6 +92,9 @@ class Difference:
               same sites
     stream    of the first prompts: row, pos, read, layer, difference, cosine at resid_post
     left_out  what, why: what was not compared, or has no meaning for these two models
+    control   the draws of the random control: row, draw, kl after the prompt's last token
+    against_control  one row: the mean kl there beside that of the draws (see `shift_report`); no
+              rows if there is no control
     names     the names of the two models
     tolerance the relative difference beyond which they have parted
     about     how it was made, as plain values
@@ -98,6 +106,8 @@ class Difference:
     parting: pd.DataFrame
     stream: pd.DataFrame
     left_out: pd.DataFrame
+    control: pd.DataFrame
+    against_control: pd.DataFrame
     names: tuple[str, str]
     tolerance: float
     about: Mapping[str, Any]
@@ -194,29 +204,60 @@ class Difference:
 
 def _write_answer(difference: Difference) -> str:
     tokens = difference.tokens
-    prompts = count_of(len(set(tokens["row"])), "prompt")
+    count, prompts = len(tokens), count_of(len(set(tokens["row"])), "prompt")
     unknown = tokens[tokens["kl"].isna()]
     if not unknown.empty:
         return (
-            f"The two cannot be compared after {len(unknown):,} of {len(tokens):,} tokens of "
+            f"The two cannot be compared after {len(unknown):,} of {count:,} tokens of "
             f"{prompts}, first after {unknown.iloc[0]['read']!r} in prompt "
             f"{unknown.iloc[0]['row']}: "
             "the logits of one of them are NaN there."
         )
     furthest = tokens.loc[tokens["kl"].idxmax()]
+    changed = sum(tokens["top1_changed"])
     text = (
-        f"After {len(tokens):,} tokens of {prompts} the two are "
-        f"{tokens['kl'].mean():.3g} nats apart (KL, mean), at most {furthest['kl']:.3g}, after "
-        f"{furthest['read']!r} in prompt {furthest['row']}. Another token comes first after "
-        f"{sum(tokens['top1_changed'])} of them ({tokens['top1_changed'].mean():.1%})."
+        f"The two predict another most likely token after {changed:,} of {count:,} tokens "
+        f"({changed / count:.1%}) of {prompts}. Their predictions are {tokens['kl'].mean():.3g} "
+        f"nats apart on average (KL), and at most {furthest['kl']:.3g}, after {furthest['read']!r} "
+        f"in prompt {furthest['row']}."
     )
     losses = tokens[["loss_before", "loss_after"]].mean()
     if not np.isnan(losses.to_numpy(float)).any():
         text += (
-            f" What follows costs {losses.iloc[0]:.3f} nats a token before and "
+            f" The tokens that follow cost {losses.iloc[0]:.3f} nats each before and "
             f"{losses.iloc[1]:.3f} after."
         )
-    return text
+    return f"{text}\n{_write_control_sentence(difference)}".strip()
+
+
+def _write_control_sentence(difference: Difference) -> str:
+    about = difference.about["control"]
+    if difference.against_control.empty:
+        return f"There is no control: {about['why_none']}." if about["why_none"] else ""
+    row = difference.against_control.iloc[0]
+    n, draws = int(row["n"]), int(row["draws"])
+    text = (
+        f"The control is {about['description']}, drawn {draws} times. After the last token of "
+        f"{count_of(n, 'prompt')} the two are {row['effect']:.3g} nats apart, and the control is "
+        f"{row['control']:.3g} nats from the first"
+    )
+    as_large = int(row["as_large"])
+    many = "none" if as_large == 0 else str(as_large)
+    if n < MIN_FOR_INTERVAL or np.isnan(row["gain_low"]):
+        return (
+            f"{text}, a single draw {row['control_min']:.3g} to {row['control_max']:.3g}; {many} "
+            f"of the draws are as far away as the two. With fewer than {MIN_FOR_INTERVAL} prompts "
+            "there is no interval."
+        )
+    verdict = "is not distinguished from"
+    if row["gain_low"] > 0 or row["gain_high"] < 0:
+        verdict = "differs from"
+    return (
+        f"{text} (95 % of such draws: {row['control_low']:.3g} to {row['control_high']:.3g}); "
+        f"{many} of the draws are as far away as the two. So their difference {verdict} that of "
+        f"the control: {row['gain']:+.3g} nats (95 % interval {row['gain_low']:+.3g} to "
+        f"{row['gain_high']:+.3g})."
+    )
 
 
 def _write_prompts(difference: Difference, prompts: pd.DataFrame) -> Iterable[Content]:
@@ -290,7 +331,7 @@ def _write_prompt(difference: Difference, row: int, *, with_figures: bool) -> It
         table = pd.DataFrame(shifts[["pos", *SHIFT_COLUMNS]])
         yield Part(table, f"shifts_{row}", caption, file="shifts")
     if with_figures:
-        figure = stream_map(stream, title="The stream behind each layer")
+        figure = stream_map(stream, title="How far apart the streams are after each block")
         if figure is not None:
             caption = "‖after − before‖ / ‖before‖ at resid_post."
             yield Part(figure, f"stream_{row}", caption)
@@ -341,6 +382,8 @@ def model_diff(
     names: tuple[str, str] | None = None,
     batch_tokens: int = 512,
     memory: int = 2**30,
+    controls: int | None = None,
+    seed: int = 0,
 ) -> Difference:
     """Two models on the same prompts: what they predict, where they part, how alike each site is.
 
@@ -367,6 +410,12 @@ def model_diff(
     beside the logits; further sites are read in another pass over the prompts. The stream is kept
     token by token for the first `details` prompts.
 
+    `controls` is how often a random control is drawn (by default 20; 0 for none), with `seed`. With
+    hooks on one side of one model it is that of `shift_report`; else it is the first model with the
+    difference of the two streams behind the last block turned in a random direction. It is measured
+    after each prompt's last token, in few forwards, which together cost at most about `controls`
+    forwards of the first model. The page has the mean KL there beside that of the draws.
+
     >>> sites = ["resid_post", "attn_out"]
     >>> prompt, edit = "I like oat milk in my", skip_block(17)
     >>> result = model_diff(lm, lm, prompt, sites=sites, hooks_after=edit)
@@ -378,6 +427,8 @@ def model_diff(
     check_integer(top, "top", least=1)
     check_integer(details, "details", least=0)
     meaning = "a part of a vector's length, such as 1e-4,"
+    if controls is not None:
+        check_integer(controls, "controls", least=0, meaning="how many random controls to draw,")
     tolerance = check_number(tolerance, "tolerance", least=0.0, meaning=meaning, error=OutOfRange)
     in_both = as_edit_hooks(base_hooks, "base_hooks")
     edits = as_edit_hooks(hooks_after, "hooks_after")
@@ -402,12 +453,17 @@ def model_diff(
     )  # fmt: skip
     runs = PairedRuns(reader, side_before, side_after, rows, shared, request)
     runs.read()
+    tables = runs.tables()
+    control = attempt_control(runs, edits, tables["tokens"], controls, seed, DRAWS)
+    about_control = {"description": control.description, "why_none": control.why_none}
     return Difference(
-        **runs.tables(),
+        **tables,
         left_out=pd.DataFrame(shared.left_out.items(), columns=["what", "why"]),
+        control=control.table,
+        against_control=control.summary,
         names=names or _default_names(before, after),
         tolerance=request.tolerance,
-        about=_build_about(runs),
+        about=_build_about(runs) | {"control": about_control | {"seed": seed}},
     )
 
 

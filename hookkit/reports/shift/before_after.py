@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,17 @@ from ...runs.manager import capture_reference
 from ...runs.partial import skip_block
 from ...runs.run import Run
 from ...sweeps.shortcuts import shortcuts
+from ...sweeps.sweep import sweep
 from ...tables import rank_tables
 from ...tables.counterfactuals import first_difference
 from ...tables.distributions import Distribution, token_texts
+from ...tables.metrics.metric import KL, FunctionMetric, Metric, entropy
+from ...tables.metrics.token_metrics import logit, logprob, rank
 from .named_edits import Edit
 
 # With fewer tokens in all forwards of the edits, a trial of the shortcut costs more than it saves.
 MIN_TOKENS = 512
+EDIT_COLUMNS = {"edit": "name", "control": "control", "draw": "draw"}
 TOP_BEFORE = "what was first"  # the prompt's own most likely token before the edit
 COMPARED = ("logit", "logprob", "prob", "rank")
 Logits = Float[Tensor, "row vocab"]
@@ -251,12 +256,8 @@ def watched_of(
     logprob, prob and rank, each with _before, _after and _delta; log10_rank_ratio (log10 of rank
     before over rank after: 1 for a rise from 100 to 10).
     """
-    tokens_by_name = {}
-    for token in watch:
-        tokens_by_name[quote_token(after.lm.string(token))] = [token] * len(after.logits)
-    tokens_by_name[TOP_BEFORE] = before.top_tokens
     parts = []
-    for name, tokens in tokens_by_name.items():
+    for name, tokens in _watched_tokens(before, watch).items():
         table = _rows_of(after).assign(
             watched=name, token=token_texts(after.lm, tokens), token_id=tokens
         )
@@ -266,10 +267,17 @@ def watched_of(
     return table.sort_values("row", kind="stable", ignore_index=True)
 
 
+def _watched_tokens(before: NextTokenLogits, watch: Sequence[int]) -> dict[str, list[int]]:
+    """The token of each prompt by its name in the tables."""
+    tokens_by_name = {}
+    for token in watch:
+        tokens_by_name[quote_token(before.lm.string(token))] = [token] * len(before.logits)
+    return tokens_by_name | {TOP_BEFORE: before.top_tokens}
+
+
 def _rows_of(after: NextTokenLogits) -> pd.DataFrame:
     """The columns that say which prompt and edit each row is about."""
-    edit = after.edit
-    columns = {"edit": edit.name, "control": edit.control, "draw": edit.draw}
+    columns = {column: attrgetter(name)(after.edit) for column, name in EDIT_COLUMNS.items()}
     return pd.DataFrame({"row": range(len(after.logits)), **columns})
 
 
@@ -299,11 +307,82 @@ def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFram
         top1_before=before.top_names,
         top1_after=after.top_names,
     )
+    return _with_top_changed(table)
+
+
+def _with_top_changed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the column top1_changed; None where a first token is not known."""
     is_unknown: Any = table["top1_before"].isna() | table["top1_after"].isna()
     changed: Any = table["top1_before"] != table["top1_after"]
     if is_unknown.any():
         changed = changed.astype(object).mask(is_unknown, None)
     return table.assign(top1_changed=changed)
+
+
+def draws_of(
+    before: NextTokenLogits,
+    rows: Sequence[Row],
+    base_hooks: tuple[Hook, ...],
+    controls: Sequence[Edit],
+    watch: Sequence[int],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `watched_of` and `distances_of` for the draws of random controls.
+
+    Many draws share a forward, each over all prompts, as cells of a sweep.
+    """
+    lm = before.lm
+    tokens_by_name = _watched_tokens(before, watch)
+    token_metrics: list[Metric] = []
+    for tokens in tokens_by_name.values():
+        entries: Any = tokens
+        token_metrics += [logit(entries), logprob(entries), rank(entries)]
+    table: Any = sweep(
+        lm,
+        list(map(list, rows)),
+        {"number": range(len(controls))},
+        lambda number: controls[number].hooks,
+        [*token_metrics, entropy(), KL(None), FunctionMetric(partial(_top_token, lm.n_tokens))],
+        base_hooks=base_hooks,
+        progress=False,
+    )
+    names = {column: list(map(attrgetter(name), controls)) for column, name in EDIT_COLUMNS.items()}
+    about = pd.DataFrame(names).loc[table["number"]].reset_index(drop=True)
+    about.insert(0, "row", table["row"])
+    index = table["row"].to_numpy()
+    parts = []
+    for number, (name, tokens) in enumerate(tokens_by_name.items()):
+        suffix = f"_{number + 1}" if number else ""
+        names_and_ids = {"watched": name, "token": token_texts(lm, tokens), "token_id": tokens}
+        numbers = pd.DataFrame(names_and_ids | before.numbers(tokens, "before")).loc[index]
+        part = pd.concat([about, numbers.reset_index(drop=True)], axis=1)
+        for measure in ("logit", "logprob", "rank"):
+            part[f"{measure}_after"] = table[f"{measure}{suffix}"]
+        parts.append(part.assign(prob_after=np.exp(part["logprob_after"])))
+    watched: Any = add_deltas(pd.concat(parts, ignore_index=True))
+    if not watched["rank_after"].isna().any():
+        watched = watched.astype({"rank_after": "int64", "rank_delta": "int64"})
+    distances = about.assign(
+        kl=table["kl"],
+        entropy_before=before.entropy.numpy()[index],
+        entropy_after=table["entropy"],
+        entropy_delta=table["entropy"] - before.entropy.numpy()[index],
+        top1_before=np.array(before.top_names, dtype=object)[index],
+        top1_after=_names_of(lm, table["metric"]),
+    )
+    return watched, _with_top_changed(distances)
+
+
+def _top_token(n_tokens: int, logits: Logits) -> Float[Tensor, " row"]:
+    """The id of the most likely token of each row; NaN where a logit is NaN."""
+    top = next_token.token_logits(logits, n_tokens).argmax(-1).float()
+    return top.masked_fill(logits.isnan().any(-1), torch.nan)
+
+
+def _names_of(lm: LM, ids: pd.Series) -> list[str | None]:
+    """Tokens by name; None where the id is missing."""
+    numbers = ids.dropna()
+    names = pd.Series(token_texts(lm, numbers.astype(int)), index=numbers.index, dtype=object)
+    return names.reindex(ids.index).where(ids.notna(), None).tolist()
 
 
 def texts_of(

@@ -3,24 +3,24 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from typing import Any, TypeAlias
 
 import pandas as pd
 
 from ...arguments import check_integer
 from ...errors import BadHook
-from ...hooks.base import EditHook, Hook, require_vectors
+from ...hooks.base import Hook
 from ...hooks.capture import Capture
 from ...hooks.edits import Knockout
 from ...hooks.logits import LogitEdit
 from ...models.prompts import shorten
-from ...sweeps.cells import SEED_STRIDE, Randomised
+from ...sweeps.cells import Randomised
+from ..control_draws import DRAWS, ControlMaker
 
 Hooks: TypeAlias = Hook | Sequence[Hook]
-Controls: TypeAlias = str | Mapping[str, Hooks] | None
+Controls: TypeAlias = int | Mapping[str, Hooks] | None
 
-DEFAULT_DRAWS = 5  # of a random control, each a forward over all prompts
 DESCRIPTIONS = {
     "ablate": "replaces what is at",
     "patch": "puts what another run had at",
@@ -44,14 +44,16 @@ DESCRIPTIONS = {
 class Edit:
     """Hooks that act together, with a name.
 
-    `control` is the name of the edit that this is the control of, "" for an edit. A random control
-    is drawn several times; all draws have the same name.
+    `control` is the name of the edit that this is the control of, "" for an edit, and "all" for a
+    control that the user named. A random control is drawn several times; all draws have the same
+    name, and `description` says what they are.
     """
 
     name: str
     hooks: tuple[Hook, ...]
     control: str = ""
     draw: int = 0
+    description: str = ""
 
     @property
     def layers(self) -> list[int]:
@@ -111,20 +113,25 @@ def _edits_of(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
     return edits
 
 
-def check_draws(draws: int | None, controls: Controls) -> int:
-    """How many times a random control is drawn."""
-    if draws is None:
-        return DEFAULT_DRAWS
-    if controls != "random":
-        raise BadHook(f"draws={draws!r} goes with controls='random': other controls are not drawn")
-    meaning = "how many times a random control is drawn,"
-    return check_integer(draws, "draws", least=1, meaning=meaning)
+def count_draws(controls: Controls) -> int:
+    """How often the control of each edit is drawn: 0 for named controls."""
+    if controls is None:
+        return DRAWS
+    if isinstance(controls, Mapping):
+        return 0
+    meaning = "how many random controls to draw for each edit,"
+    return check_integer(controls, "controls", least=0, meaning=meaning)
 
 
-def named_controls(controls: Controls, edits: Sequence[Edit], seed: int, draws: int) -> list[Edit]:
-    """The controls: the user's, or for "random" each edit's random changes of the same size."""
-    result = _controls_of(controls, edits, seed, draws)
-    names = Counter(edit.name for edit in (*edits, *result) if edit.draw == 0)
+def named_controls(controls: Controls, edits: Sequence[Edit]) -> list[Edit]:
+    """The controls that the user named."""
+    if not isinstance(controls, Mapping):
+        return []
+    result = []
+    for name, hooks in controls.items():
+        control_hooks = as_edit_hooks(hooks, f"the control {name!r}")
+        result.append(Edit(str(name), control_hooks, "all"))
+    names = Counter(edit.name for edit in (*edits, *result))
     for control in result:
         if names[control.name] > 1 or not control.hooks:
             raise BadHook(
@@ -134,35 +141,14 @@ def named_controls(controls: Controls, edits: Sequence[Edit], seed: int, draws: 
     return result
 
 
-def _controls_of(controls: Controls, edits: Sequence[Edit], seed: int, draws: int) -> list[Edit]:
-    if controls is None:
-        return []
-    if not isinstance(controls, Mapping) and controls != "random":
-        raise BadHook(
-            f"controls={controls!r} is unknown: say 'random', or give {{'name': hook or hooks}}"
-        )
+def random_controls(maker: ControlMaker, edit: Edit, count: int, seed: int) -> list[Edit]:
+    """The draws of the control of one edit. Raises `Unsupported` if it has none."""
+    control = maker.draw(edit.hooks, count, seed)
+    name = f"{edit.name} (random)"
     result = []
-    if isinstance(controls, Mapping):
-        for name, hooks in controls.items():
-            control_hooks = as_edit_hooks(hooks, f"the control {name!r}")
-            result.append(Edit(str(name), control_hooks, "all"))
-        return result
-    for edit, draw in product(edits, range(draws)):
-        hooks = _randomise(edit, seed * SEED_STRIDE + draw)
-        result.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
+    for number, hooks in enumerate(control.draws):
+        result.append(Edit(name, hooks, edit.name, number, control.description))
     return result
-
-
-def _randomise(edit: Edit, seed: int) -> tuple[Hook, ...]:
-    hooks = []
-    for hook in edit.hooks:
-        assert isinstance(hook, EditHook)
-        require_vectors(
-            hook.sites,
-            "controls='random' needs vectors (give controls={'name': hook} instead), and changes",
-        )
-        hooks.append(Randomised(hook.sites, hook.where, hook, seed))
-    return tuple(hooks)
 
 
 def describe_hook(hook: Hook) -> str:
@@ -203,7 +189,7 @@ def table_of(edits: Sequence[Edit]) -> pd.DataFrame:
         if edit.draw > 0:
             continue
         record = {"edit": edit.name, "control": edit.control, "draws": draws[edit.name]}
-        record["does"] = "; ".join(map(describe_hook, edit.hooks))
+        record["does"] = edit.description or "; ".join(map(describe_hook, edit.hooks))
         record["hooks"] = " + ".join(map(str, edit.hooks))
         records.append(record)
     return pd.DataFrame(records)

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pandas as pd
 import torch
 
 from ...arguments import check_arguments, check_integer
+from ...display import count_of
 from ...figures import reports as figures
 from ...hooks.base import Hook
 from ...hooks.logits import named_tokens
@@ -35,19 +35,30 @@ from ..comparison_page import (
     indented_json,
     write_settings,
 )
+from ..control_draws import NO_CONTROL, ControlMaker
 from ..page import Report
 from ..parts import Content, Part
 from ..typesetting import format_value
 from . import before_after
+from .headline import (
+    CHANGES,
+    DISTANCES,
+    FEW_PROMPTS,
+    Headline,
+    against_control,
+    control_table,
+    with_ranges_of_draws,
+)
 from .inside import attempt, layers_of, lens_sites, most_moved, why_of
 from .named_edits import (
     Controls,
     Edit,
     Hooks,
     as_edit_hooks,
-    check_draws,
+    count_draws,
     named_controls,
     named_edits,
+    random_controls,
     table_of,
 )
 
@@ -60,8 +71,6 @@ NORM_NOTE = (
 COMPONENTS = 10  # that are shown by name
 MOVERS = 5  # tokens that moved most, in the table of shifts
 LONGEST_JSON = 200_000  # letters of a hook in JSON; a longer one has its tensors as digests
-CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "log10_rank_ratio"]
-DISTANCES = ["kl", "entropy_delta", "top1_changed"]
 CAPTIONS = {
     "shifts": "first tokens before and after, and movers",
     "watched": "watched tokens of every prompt",
@@ -69,6 +78,7 @@ CAPTIONS = {
     "why": "the logit's parts before and after",
     "layers": "the logit lens before and after",
     "texts": "what was written",
+    "against_control": "every edit beside the draws of its control",
     "summary": "means of the watched tokens",
     "summary_distances": "means of the distances",
 }
@@ -121,33 +131,54 @@ def _write_opening(measured: ShiftTables) -> Iterable[Content]:
     yield Part(measured.tables["edits"], "edits", caption)
 
 
-def _write_sentence(measured: ShiftTables, edit: Edit) -> str:
-    watched = measured.of("watched", 0, edit.name).iloc[0]
-    distances = measured.of("distances", 0, edit.name).iloc[0]
-    rank_before, rank_after = map(_write_rank, watched[["rank_before", "rank_after"]])
-    prob_before, prob_after = watched["prob_before"], watched["prob_after"]
-    if watched["rank_before"] == watched["rank_after"]:
-        change = (
-            f"stays at rank {rank_before} (probability {prob_before:.3g}, then {prob_after:.3g})"
-        )
-    else:
-        change = (
-            f"goes from rank {rank_before} (probability {prob_before:.3g}) "
-            f"to rank {rank_after} ({prob_after:.3g})"
-        )
-    sentence = f"{edit.name}: after “{measured.prompt(0)}” the token {watched['token']!r} {change}"
-    top_before, top_after = distances["top1_before"], distances["top1_after"]
-    if top_after is None or top_before is None:
-        return f"{sentence}; the model's logits are NaN there."
-    if top_after != top_before:
-        return f"{sentence}; first is {top_after!r}, and was {top_before!r}."
-    if watched["rank_after"] != 1:
-        return f"{sentence}; first is still {top_after!r}."
-    return f"{sentence}."
+def _write_headline(measured: ShiftTables, edit: Edit) -> str:
+    """The sentences about one edit over all prompts, beside its control."""
+    watched: Any = measured.tables["watched"]
+    distances: Any = measured.tables["distances"]
+    watched = watched[watched["edit"] == edit.name]
+    first = watched["watched"].iloc[0]
+    control, description = None, ""
+    table: Any = measured.tables["against_control"]
+    if not table.empty:
+        is_shown = (table["edit"] == edit.name) & (table["watched"] == first)
+        rows = table[is_shown & (table["measure"] == "logprob_delta")].to_dict("records")
+        control = rows[0] if rows else None
+    for drawn in measured.controls:
+        if drawn.control == edit.name:
+            description = drawn.description
+    return Headline(
+        edit.name,
+        watched[watched["watched"] == first],
+        distances[distances["edit"] == edit.name],
+        control,
+        description,
+        measured.refusals.get(f"control {edit.name}", ""),
+        measured.prompt(0),
+    ).text()
 
 
-def _write_rank(rank: float) -> str:
-    return "NaN" if rank != rank else f"{int(rank):,}"
+def _write_controls(measured: ShiftTables) -> Iterable[Content]:
+    """The section of the random controls."""
+    table = measured.tables["against_control"]
+    if table.empty:
+        return
+    n_prompts = len(measured.rows)
+    yield "# Beside the control"
+    kinds: dict[str, list[str]] = {}
+    for edit in measured.controls:
+        if edit.draw == 0 and edit.description:
+            kinds.setdefault(edit.description, []).append(edit.control)
+    for description, names in kinds.items():
+        yield f"The control of {', '.join(names)}: {description}."
+    yield (
+        "An edit that is special differs from its control. The interval of the difference is over "
+        "prompts and draws. If an edit is only one more draw, the interval excludes 0 in 5 of 100 "
+        "experiments."
+    )
+    if n_prompts < MIN_FOR_INTERVAL:
+        yield FEW_PROMPTS
+    caption = f"Means over {count_of(n_prompts, 'prompt')} of each edit and of its control."
+    yield Part(control_table(table), "control_shown", caption, file="against_control")
 
 
 def _write_means(measured: ShiftTables) -> Iterable[Content]:
@@ -155,39 +186,67 @@ def _write_means(measured: ShiftTables) -> Iterable[Content]:
         return
     n_prompts, summary = len(measured.rows), measured.tables["summary"]
     yield f"# Over {n_prompts} prompts"
-    caption = (
-        f"Means over {n_prompts} prompts with 95 % intervals. log10_rank_ratio: log10 of rank "
-        "before over rank after. A control stands beside its edit, the mean of its draws; its dot "
-        "is hollow in the figure."
-    )
-    table = _merge_intervals(summary, ["edit", "control", "watched", "n"])
-    yield Part(table, "summary_shown", caption, file="summary")
-    watched = measured.tables["watched"]
-    figure = figures.mean_changes(summary, watched, title="What became more and less likely")
-    caption = "Intervals are of the mean."
+    with_what = "with 95 % intervals"
     if n_prompts < MIN_FOR_INTERVAL:
-        caption = "Small dots are the prompts."
+        with_what = "with the values of the prompts in brackets"
+    caption = (
+        f"Means over {n_prompts} prompts {with_what}. log10_rank_ratio: log10 of rank before over "
+        "rank after, 1 for a rise from rank 100 to rank 10."
+    )
+    watched = measured.tables["watched"]
+    table = _merge_intervals(summary, watched, ["edit", "watched"])
+    yield Part(table, "summary_shown", caption, file="summary")
+    # The points of a random control are its draws, and those of an edit the prompts.
+    is_random = ~watched["control"].isin(["", "all"])
+    points = watched.assign(row=watched["row"].where(~is_random, watched["draw"]))
+    figure = figures.mean_changes(summary, points, title="What became more and less likely")
+    caption = (
+        "Mean change of each watched token's log-probability, with its 95 % interval. A control is "
+        "hollow: the mean of its draws, and the line on which 95 % of further draws lie."
+    )
+    if n_prompts < MIN_FOR_INTERVAL:
+        caption = (
+            "Mean change of each watched token's log-probability. Small dots are the prompts. A "
+            "control is hollow: the mean of its draws, which are its small dots."
+        )
     yield Part(figure, "means", caption)
     caption = (
         "kl: KL(before‖after) in nats. top1_changed: the part of the prompts with another first "
         "token."
     )
-    table = _merge_intervals(measured.tables["summary_distances"], ["edit", "control", "n"])
+    distances = measured.tables["distances"]
+    table = _merge_intervals(measured.tables["summary_distances"], distances, ["edit"])
     yield Part(table, "distances_shown", caption, file="summary_distances")
 
 
-def _merge_intervals(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Each mean and its interval in one column, as text."""
-    table: Any = means[keys].copy()
+def _merge_intervals(means: pd.DataFrame, values: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Each mean and its interval in one column, as text; of few prompts their values.
+
+    `values` is the table of which these are the means. Random controls are left out.
+    """
+    of_edits: Any = means[means["control"].isin(["", "all"])].reset_index(drop=True)
+    values_of: Any = dict(list(values.groupby(keys, sort=False)))
+    table = of_edits[keys].copy()
     for name in means.columns:
-        if f"{name}_low" in means:
-            numbers = means[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
-            table[name] = list(starmap(_write_interval, numbers))
+        if f"{name}_low" not in means:
+            continue
+        texts = []
+        for row in of_edits.to_dict("records"):
+            if row["n"] < MIN_FOR_INTERVAL:
+                points = values_of[tuple(map(row.__getitem__, keys))][name].astype(float)
+                texts.append(_write_points(row[name], points))
+            else:
+                texts.append(_write_interval(row[name], row[f"{name}_low"], row[f"{name}_high"]))
+        table[name] = texts
     return table
 
 
 def _write_interval(mean: float, low: float, high: float) -> str:
     return format_value(mean) if np.isnan(low) else f"{mean:.3g}  [{low:.3g}, {high:.3g}]"
+
+
+def _write_points(mean: float, points: Iterable[float]) -> str:
+    return f"{format_value(mean)}  ({', '.join(map(format_value, points))})"
 
 
 def _write_prompt(measured: ShiftTables, row: int, *, with_figures: bool) -> Iterable[Content]:
@@ -313,7 +372,6 @@ def shift_report(
     *edits: Hook | Mapping[str, Hooks],
     base_hooks: Hooks = (),
     controls: Controls = None,
-    draws: int | None = None,
     watch: Iterable[WordLike] | WordLike = (),
     top: int = 10,
     heads: bool = False,
@@ -327,10 +385,19 @@ def shift_report(
     """A page on what edits did to the next token: which tokens rose and fell, where, and why.
 
     `edits` are hooks, which act together, or one mapping {name: hook or hooks}. `base_hooks`
-    act in every run, also in the one that edits are compared with; none by default. `controls` is a
-    mapping like that of edits, or "random": for each edit changes of the same size at the same
-    sites and positions, in random directions, drawn `draws` times (by default 5). The page is about
-    the token after each prompt; with `generate` also about that many tokens of greedy text.
+    act in every run, also in the one that edits are compared with; none by default. The page is
+    about the token after each prompt; with `generate` also about that many tokens of greedy text.
+
+    `controls` is how often the random control of each edit is drawn (by default 20; 0 for none), or
+    a mapping like that of edits. The control of an edit of logits edits other tokens, of similar
+    rank after these prompts. That of an ablation, a patch from a prompt, a scaling or a knockout of
+    components edits other components of the same kind; that of units, other units. That of any
+    other edit makes changes of the same length at the same sites, positions and prompts, all turned
+    by one random rotation: a steering vector becomes a random vector. If an edit has no such
+    control, the page says why, and a given number raises `Unsupported`. The first sentences and the
+    table against_control set each edit beside its draws. With 10 prompts or more they have the 95 %
+    interval of the difference, with fewer the range of the draws. The draws share forwards, and
+    together cost about as much as `controls` forwards over all prompts, less for late edits.
 
     Every prompt has its `watch`ed tokens, the tokens that hooks name, and its most likely token
     before. The first `details` prompts also have the `top` tokens and largest movers, the logit
@@ -359,8 +426,8 @@ def shift_report(
     check_integer(figures, "figures", least=0)
     all_edits = named_edits(edits)
     all_base_hooks = as_edit_hooks(base_hooks, "base_hooks")
-    draws = check_draws(draws, controls)
-    all_controls = named_controls(controls, all_edits, seed, draws)
+    n_draws = count_draws(controls)
+    all_controls = named_controls(controls, all_edits)
     rows = as_batch(lm, prompts).rows
     tokens = watched_ids(lm, watch)
     for edit in all_edits:
@@ -369,8 +436,9 @@ def shift_report(
         lm, rows, all_base_hooks, all_edits, all_controls, list(dict.fromkeys(tokens)), top, heads,
         min(details, len(rows)), figures,
     )  # fmt: skip
+    request = DrawRequest(n_draws, seed, is_required=controls is not None)
     with torch.no_grad():
-        _measure(measured)
+        _measure(measured, request)
         if generate:
             measured.tables["texts"] = before_after.texts_of(
                 lm, rows, all_base_hooks, all_edits, generate
@@ -378,14 +446,16 @@ def shift_report(
     if len(rows) > 1:
         _add_means(measured.tables, seed)
     title = title or "What moved, and why"
-    control_kind = controls if isinstance(controls, str) else None
     settings = {"top": top, "heads": heads, "generate": generate, "details": details,
-                "figures": figures, "seed": seed, "controls": control_kind,
-                "draws": draws if control_kind else None}  # fmt: skip
-    answer = "\n".join(map(partial(_write_sentence, measured), measured.edits))
+                "figures": figures, "seed": seed, "controls": n_draws}  # fmt: skip
+    answer = "\n".join(map(partial(_write_headline, measured), measured.edits))
     about = {"title": title, "question": question, "answer": answer}
     about |= _build_about(measured, settings)
-    parts: list[Content] = [*_write_opening(measured), *_write_means(measured)]
+    parts: list[Content] = [
+        *_write_opening(measured),
+        *_write_controls(measured),
+        *_write_means(measured),
+    ]
     for row in range(measured.details):
         parts += _write_prompt(measured, row, with_figures=row < figures)
     parts += _write_settings(measured, about)
@@ -397,11 +467,21 @@ def _add_means(tables: dict[str, pd.DataFrame], seed: int) -> None:
     """Add the means over the prompts to the tables."""
     by = ["edit", "control"]
     over_rows = partial(mean_over_prompts, seed=seed)
-    tables["summary"] = over_rows(tables["watched"], by=[*by, "watched"], values=CHANGES)
+    summary = over_rows(tables["watched"], by=[*by, "watched"], values=CHANGES)
+    tables["summary"] = with_ranges_of_draws(summary, tables["against_control"])
     tables["summary_distances"] = over_rows(tables["distances"], by=by, values=DISTANCES)
 
 
-def _measure(measured: ShiftTables) -> None:
+@dataclass(frozen=True)
+class DrawRequest:
+    """How many random controls to draw for each edit. `is_required`: raise if one has none."""
+
+    count: int
+    seed: int
+    is_required: bool
+
+
+def _measure(measured: ShiftTables, request: DrawRequest) -> None:
     """Run all forwards, and make all tables but those of texts and means."""
     lm, rows, details, base = measured.lm, measured.rows, measured.details, measured.base_hooks
     sites = lens_sites(lm, heads=measured.heads)
@@ -432,12 +512,42 @@ def _measure(measured: ShiftTables) -> None:
         )
         tables["why"].append(why)
         edited.append(replace(after, logits=after.logits[:details]))
-    measured.tables["edits"] = table_of(edits)
+    for edit in measured.edits:
+        _measure_draws(measured, before, edit, request, tables)
+    measured.tables["edits"] = table_of([*measured.edits, *measured.controls])
     for name, parts in tables.items():
         measured.tables[name] = _concatenate(parts)
     measured.tables["layers"], measured.refusals["layers"] = attempt(
         pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, details
     )
+    measured.tables["against_control"] = against_control(measured.tables)
+
+
+def _measure_draws(
+    measured: ShiftTables,
+    before: before_after.NextTokenLogits,
+    edit: Edit,
+    request: DrawRequest,
+    tables: dict[str, list[pd.DataFrame]],
+) -> None:
+    """Draw the random control of one edit, and add its rows to the tables."""
+    if not request.count:
+        return
+    maker = ControlMaker(measured.lm, before.logits, measured.watch)
+    controls: list[Edit] = []
+    try:
+        controls = random_controls(maker, edit, request.count, request.seed)
+        watched, distances = before_after.draws_of(
+            before, measured.rows, measured.base_hooks, controls, measured.watch
+        )
+    except NO_CONTROL as error:
+        if request.is_required:
+            raise
+        measured.refusals[f"control {edit.name}"] = str(error)
+        return
+    measured.controls.extend(controls)
+    tables["watched"].append(watched)
+    tables["distances"].append(distances)
 
 
 def _measure_ranks(
