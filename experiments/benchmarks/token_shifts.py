@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 import pandas as pd
 import torch
@@ -49,7 +50,7 @@ def main() -> None:
             f"processor by those of the forwards in the same round; the goal is {GOAL}.",
         )
         samples = measure_memory(lm)
-        late = samples[samples["tokens"] >= samples["tokens"].max() / 10]
+        late: Any = samples[samples["tokens"] >= samples["tokens"].max() / 10]
         summary = pd.DataFrame(
             {
                 "tokens": [samples["tokens"].max()],

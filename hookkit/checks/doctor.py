@@ -112,9 +112,9 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
 
 
 def _describe_broken_law(row: Any) -> str:
-    place = f" at {row['site']}" if row["site"] else ""
+    at_site = f" at {row['site']}" if row["site"] else ""
     reason = row["note"] or f"differs by {row['difference']:.2g}, and may by {row['limit']:.2g}"
-    return f"the law {row['law']!r}{place}: {reason}"
+    return f"the law {row['law']!r}{at_site}: {reason}"
 
 
 def _site_table(lm: LM, laws: pd.DataFrame) -> pd.DataFrame:

@@ -278,24 +278,9 @@ def show(
     output.check()
     from ..reports.gallery import list_results
     from ..reports.parts import README, is_own_readme
-    from ..reports.results_diff import changed_cells, changed_settings, compare_results
 
     if against is not None:
-        before = _folder_before(folder, against)
-        table = compare_results(before, folder, tolerance=tolerance)
-        cells = changed_cells(before, folder, tolerance=tolerance)
-        settings = changed_settings(before, folder)
-        parts = {"moved": TableView(table, caption="Tables")}
-        if len(settings) or output.format:
-            parts["settings"] = TableView(settings, caption="Settings that changed")
-        if len(cells) or output.format:
-            caption = "Cells that changed, the largest change first"
-            if len(cells) > rows:
-                caption += f": {rows} of {len(cells)}; --rows shows more"
-            parts["cells"] = TableView(cells, caption=caption, reader_table=cells.head(rows))
-        output.write("What moved", parts)
-        if not all(table["same"]):
-            raise typer.Exit(FAILED)
+        _show_changes(output, _folder_before(folder, against), folder, tolerance, rows)
     elif (folder / "report.html").is_file() or (
         (folder / "about.json").is_file() and is_own_readme(folder / README)
     ):
@@ -303,6 +288,28 @@ def show(
     else:
         view = TableView(list_results(folder), ("result", "question", "answer"))
         output.write("Results", {"results": view})
+
+
+def _show_changes(
+    output: OutputOptions, before: Any, folder: Path, tolerance: float, rows: int
+) -> None:
+    """Writes which tables, settings and cells changed. Ends with status 1 if a table did."""
+    from ..reports.results_diff import changed_cells, changed_settings, compare_results
+
+    table = compare_results(before, folder, tolerance=tolerance)
+    cells = changed_cells(before, folder, tolerance=tolerance)
+    settings = changed_settings(before, folder)
+    parts = {"moved": TableView(table, caption="Tables")}
+    if len(settings) or output.format:
+        parts["settings"] = TableView(settings, caption="Settings that changed")
+    if len(cells) or output.format:
+        caption = "Cells that changed, the largest change first"
+        if len(cells) > rows:
+            caption += f": {rows} of {len(cells)}; --rows shows more"
+        parts["cells"] = TableView(cells, caption=caption, reader_table=cells.head(rows))
+    output.write("What moved", parts)
+    if not all(table["same"]):
+        raise typer.Exit(FAILED)
 
 
 def _folder_before(folder: Path, against: str) -> str | Path:

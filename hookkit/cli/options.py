@@ -325,7 +325,9 @@ def parse_token(text: str) -> "WordLike":
 
 def optional_token_id(lm: "hk.LM", text: str | None) -> int | None:
     """Returns the id of the token of an option, None if it is left out."""
-    return None if text is None else lm.token(parse_token(text))
+    from ..models.tokens import check_token
+
+    return None if text is None else lm.token(check_token(parse_token(text)))
 
 
 def token_ids(lm: "hk.LM", tokens: list[str] | None) -> list[int]:

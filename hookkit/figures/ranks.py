@@ -149,6 +149,17 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     return apply_style(figure, title, style.describe_prompt(shift))
 
 
+def _draw_named(axes: Axes, token: dict[str, Any], column: str, is_watched: bool) -> PointLabel:
+    """Draw the point of a token that has a label. Returns the label."""
+    colour, size = POINT_STYLES[is_watched]
+    point = (token["token_id"], token["_height"])
+    axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
+    text = f"{short_label(style.token_label(token['token']), 1.5)}  {token['rank']:,}"
+    if np.isinf(token[column]):
+        text = f"{text} ({style.format_number(token[column], '')})"
+    return PointLabel(text, *point, colour, is_watched)
+
+
 def _draw_scatter(
     axes: Axes,
     table: pd.DataFrame,
@@ -167,10 +178,10 @@ def _draw_scatter(
     extent = (highest - lowest) or 1.0
     floor = lowest - 0.1 * extent  # where tokens stand that have no finite value
     bottom = lowest - 0.05 * extent
-    if np.isneginf(values).any():
+    n_banned = int(np.isneginf(values).sum())
+    if n_banned:
         bottom = floor - 0.06 * extent
         axes.axhline(floor, color=MUTED, lw=0.9, ls="--")
-        n_banned = int(np.isneginf(values).sum())
         note = f"−∞: {n_banned:,} of {len(values):,} tokens"
         axes.annotate(
             note, (0.01, floor), xycoords=axes.get_yaxis_transform(), xytext=(0, 3),
@@ -189,14 +200,7 @@ def _draw_scatter(
     axes.set_xlim(-0.02 * width, 1.02 * width)
     labels = []
     for token in named.sort_values("rank").to_dict("records"):
-        is_watched = token["token_id"] in watched_ids
-        colour, size = POINT_STYLES[is_watched]
-        point = (token["token_id"], token["_height"])
-        axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
-        text = f"{short_label(style.token_label(token['token']), 1.5)}  {token['rank']:,}"
-        if np.isinf(token[column]):
-            text = f"{text} ({style.format_number(token[column], '')})"
-        labels.append(PointLabel(text, *point, colour, is_watched))
+        labels.append(_draw_named(axes, token, column, token["token_id"] in watched_ids))
     if labels:
         style.label_column(axes, labels, height)
     axes.set_xlabel("token id")

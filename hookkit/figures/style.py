@@ -475,17 +475,25 @@ def draw_bars(
     texts = [format_number(value, form) for value in values.tolist()]
     for position, bar in enumerate(bars):
         if np.isinf(values[position]):
-            bar.set(facecolor="none", edgecolor=colours[position], hatch="////")
-            marker = ">" if values[position] > 0 else "<"
-            axes.plot(drawn[position], position, marker, color=colours[position], ms=7)
+            _draw_arrow(axes, bar, drawn[position], position, colours[position])
         _write_end(axes, texts[position], drawn[position], position)
     labels = [shorten(name, 2.4) for name in names]
     axes.set_yticks(positions, list(map(escape_dollars, labels)), fontsize=8.5)
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.axvline(0, color=MUTED, lw=0.8)
-    name_room = max(text_width(label, 8.5) for label in labels)
-    text_room = max(text_width(text, 8) for text in texts) + 0.15
+    name_room, text_room = _widest(labels, 8.5), _widest(texts, 8) + 0.15
     _make_room(axes, drawn, text_room / max(1.0, width - name_room - 0.5))
+
+
+def _draw_arrow(axes: Axes, bar: Any, end: float, position: int, colour: str) -> None:
+    """Draw an infinite bar hatched, with an arrow at its end."""
+    bar.set(facecolor="none", edgecolor=colour, hatch="////")
+    axes.plot(end, position, ">" if end > 0 else "<", color=colour, ms=7)
+
+
+def _widest(texts: Iterable[str], size: float) -> float:
+    """The width of the widest text, in inches."""
+    return max(text_width(text, size) for text in texts)
 
 
 def _make_room(axes: Axes, lengths: np.ndarray, share: float) -> None:

@@ -41,6 +41,7 @@ LEAST_SIDE, MOST_WIDTH, MOST_HEIGHT = 2.8, 12.0, 16.0  # inches of a panel, and 
 LEAST_FRAMED = 0.12  # inches of a cell that has a frame
 NAMED_SHARE = 0.1  # of the largest value: smaller ones are not written in their cells
 NAME_SIZE = 6.5  # points of a number in a cell
+SAY_AXES = "Say x= and y=."
 
 
 @check_arguments
@@ -66,9 +67,8 @@ def heat_map(
     each panel are written in their cells where there is room. Cells without a value are hatched.
     """
     value = _value_column(table, value)
-    x = x or style.first_column(GRID_COLUMNS, table.columns)
-    x = _check_column(table, x, "Say x= and y=.")
-    y = _check_column(table, y, "Say x= and y=.")
+    x = _check_column(table, x or style.first_column(GRID_COLUMNS, table.columns), SAY_AXES)
+    y = _check_column(table, y, SAY_AXES)
     if labels is None and x == "pos":
         labels = style.tokens_of(table) or None
     parts = _split_by(table, style.first_column(["site"], table.columns))
@@ -76,13 +76,13 @@ def heat_map(
     numbers = np.concatenate([grid.to_numpy(float).ravel() for grid in grids])
     shades, limits = style.choose_colours(numbers, limit)
     sizes = _panel_sizes(grids)
-    width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
-    ratios: dict[str, Any] = {"gridspec_kw": {"width_ratios": [size[0] for size in sizes]}}
-    figure, panels = style.new_panels(width + 1.6, height + 1.3, len(grids), **ratios)
+    widths, heights = zip(*sizes, strict=True)
+    ratios: dict[str, Any] = {"gridspec_kw": {"width_ratios": list(widths)}}
+    figure, panels = style.new_panels(sum(widths) + 1.6, max(heights) + 1.3, len(grids), **ratios)
     for axes, grid, site, size in zip(panels, grids, parts, sizes, strict=True):
         cell_width = size[0] / grid.shape[1]
-        frame = {"lw": 0.25} if cell_width > LEAST_FRAMED else {"lw": 0.0}
-        style.draw_cells(axes, grid.to_numpy(float), shades, limits[0], high=limits[1], **frame)
+        frame = 0.25 if cell_width > LEAST_FRAMED else 0.0
+        style.draw_cells(axes, grid.to_numpy(float), shades, limits[0], high=limits[1], lw=frame)
         _name_cells(axes, grid, limits[1], named, cell_width)
         _label_grid(axes, grid, (x, y), labels, size)
         axes.set_title(short_label(str(site or ""), size[0], 10), fontsize=10, color=INK)
@@ -272,11 +272,7 @@ def interval_lines(
     axes.axhline(0, color=MUTED, lw=0.8)
     _label_x(axes, means[x], tokens)
     axes.set_ylabel(describe_column(value))
-    legend = style.add_legend(axes)
-    if legend is not None and series not in (None, "control"):
-        legend.set_title(short_label(describe_column(str(series)), 2.0))
-        legend.get_title().set(fontsize=8.5, color=INK)
-        legend.set_alignment("left")
+    _add_series_legend(axes, series)
     words = f"{style.column_title(value)} by {describe_column(x)}{_describe_mean(means, {})}"
     return apply_style(figure, title or words, prompt)
 
@@ -360,6 +356,15 @@ def _draw_spread(
     elif f"{value}_low" in line.columns:
         low, high = line[f"{value}_low"], line[f"{value}_high"]
         axes.fill_between(line[x], low, high, color=colour, alpha=0.2, lw=0)
+
+
+def _add_series_legend(axes: Axes, series: str | None) -> None:
+    """Add the legend, with the name of the column that has a line for each value."""
+    legend = style.add_legend(axes)
+    if legend is not None and series not in (None, "control"):
+        legend.set_title(short_label(describe_column(str(series)), 2.0))
+        legend.get_title().set(fontsize=8.5, color=INK)
+        legend.set_alignment("left")
 
 
 def _series_label(series: str | None, name: Any, tokens: Sequence[str]) -> str:

@@ -62,9 +62,7 @@ class Ban(TokensEdit, verb="ban", takes_several=True, gives_infinity=True):
             new = logits.clone()
             new[..., banned] = -math.inf
             for ids in rows_of_ids:
-                if len(ids) > 1:
-                    for row, column in _cells_before_last(ids, here):
-                        new[row, column, ids[-1]] = -math.inf
+                _ban_last(ids, new, here)
             for ends in word_ends:
                 _ban_completing_tokens(new, here, ends)
             if _leaves_no_token(new, here):
@@ -80,6 +78,13 @@ def _ban_completing_tokens(logits: Logits, here: EditContext, ends: WordEnds) ->
         for column, position in enumerate(positions):
             tokens = ends.after(here.read(row, position, ends.n_read))
             logits[row, column, tokens] = -math.inf
+
+
+def _ban_last(ids: list[int], logits: Logits, here: EditContext) -> None:
+    """Bans the last of several tokens where the text ends with the others."""
+    if len(ids) > 1:
+        for row, column in _cells_before_last(ids, here):
+            logits[row, column, ids[-1]] = -math.inf
 
 
 def _leaves_no_token(logits: Logits, here: EditContext) -> bool:
@@ -172,15 +177,17 @@ class Boost(TokensEdit, verb="boost"):
         set_field(self, "by", tuple(map(check_number, self.by, names)))
 
     def expanded(self, lm: LM) -> LogitEdit:
-        tokens = [token_id for token in self.tokens for token_id in self.ids(token, lm)]
+        tokens: list[int] = []
+        for token in self.tokens:
+            tokens += self.ids(token, lm)
         by = tuple(self._amounts(lm)) if isinstance(self.by, tuple) else self.by
         return replace(self, tokens=tuple(tokens), by=by)
 
     def _amounts(self, lm: LM) -> list[float]:
         """Returns the amount for each token id; all spellings of a word have one amount."""
-        given = self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)
+        by = self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)
         amounts: list[float] = []
-        for token, amount in zip(self.tokens, given, strict=True):
+        for token, amount in zip(self.tokens, by, strict=True):
             amounts += [amount] * len(self.ids(token, lm))
         return amounts
 
@@ -244,18 +251,22 @@ def boost(
     return Boost(as_sites(site), as_where(pos, rows, step), selected, amounts, when=when)
 
 
-def _read_amounts(path: str | PathLike[str]) -> dict[WordLike, float]:
-    """Reads the amount for each token from a CSV file. Leading spaces of tokens are kept."""
+def _read_lines(path: str | PathLike[str]) -> list[dict[str, str]]:
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     except (BadFile, csv.Error) as error:
         reason = error_message(error.__cause__ or error)
         raise BadHook(
             f"by={str(path)!r} is no file that can be read ({reason}); by= is a number, "
             "amounts, or a path"
         ) from error
-    columns = rows[0] if rows else {}
-    if "by" not in columns or not {"token", "token_id"} & set(columns):
+
+
+def _read_amounts(path: str | PathLike[str]) -> dict[WordLike, float]:
+    """Reads the amount for each token from a CSV file. Leading spaces of tokens are kept."""
+    rows = _read_lines(path)
+    columns = set(rows[0]) if rows else set()
+    if "by" not in columns or columns.isdisjoint(("token", "token_id")):
         raise BadHook(
             f"{path} is no table of amounts: it needs a line for each token, under token (or "
             "token_id) and by"

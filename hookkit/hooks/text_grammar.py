@@ -68,7 +68,7 @@ def parse_parts(text: str) -> Spelling:
         )
     for match in re.finditer("@", after_verb):
         after = after_verb[match.end() :]
-        has_quote = any(quote in after for quote in QUOTES)
+        has_quote = not set(QUOTES).isdisjoint(after)
         # a value contains another @ only in quotes
         if len(after) > MAX_LENGTH or ("@" in after and not has_quote):
             continue

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -48,13 +48,16 @@ class Word:
         if not text or (is_text and not self.exact and not str(text).strip()):
             raise BadHook("word() has no token: give a text, or tokens")
         object.__setattr__(self, "text", text)
-        for name in ("exact", "may_continue"):
-            value = as_bool(getattr(self, name))
-            if value is None:
-                raise BadHook(f"{name}={describe(getattr(self, name))}: give True or False")
-            object.__setattr__(self, name, value)
+        self._check_switch("exact")
+        self._check_switch("may_continue")
         self._check_plural()
         self._check_spellings()
+
+    def _check_switch(self, name: str) -> None:
+        value = as_bool(getattr(self, name))
+        if value is None:
+            raise BadHook(f"{name}={describe(getattr(self, name))}: give True or False")
+        object.__setattr__(self, name, value)
 
     def _check_plural(self) -> None:
         plural = as_bool(self.plural)
@@ -75,8 +78,8 @@ class Word:
             )
         if self.exact and not isinstance(self.text, str):
             raise BadHook(f"{self!r}: tokens are exact already: leave exact out")
-        if not fixed and self.text != str(self.text).strip():
-            bare = str(self.text).strip()
+        bare = str(self.text).strip()
+        if not fixed and self.text != bare:
             raise BadHook(
                 f"{self!r} begins or ends with a space: give {bare!r} for all spellings, with a "
                 "space and without, or exact=True for this text as it is"
@@ -285,14 +288,18 @@ class WordEnds:
     def _collect(self) -> None:
         for token_id, data in enumerate(self._bytes):
             for spelling in self._spellings:
-                start = data.find(spelling)
-                while start >= 0:
-                    if self._ends_here(spelling, data[start + len(spelling) :]):
-                        if start == 0 and not self._exact:
-                            self._at_start.append((spelling, token_id))
-                        elif self._begins_here(data[:start], spelling):
-                            self._inside.append(token_id)
-                    start = data.find(spelling, start + 1)
+                for start in _places_of(spelling, data):
+                    self._add(token_id, spelling, start)
+
+    def _add(self, token_id: int, spelling: bytes, start: int) -> None:
+        """Adds a token to the lists if the word ends in it."""
+        data = self._bytes[token_id]
+        if not self._ends_here(spelling, data[start + len(spelling) :]):
+            return
+        if start == 0 and not self._exact:
+            self._at_start.append((spelling, token_id))
+        elif self._begins_here(data[:start], spelling):
+            self._inside.append(token_id)
 
     def after(self, ids: Sequence[int]) -> list[int]:
         """Returns the tokens that complete the word after these, the last ones of the text."""
@@ -302,20 +309,26 @@ class WordEnds:
             if self._begins_here(text, spelling):
                 tokens.append(token_id)
         for spelling in self._spellings:
-            for length in range(1, len(spelling)):
-                begun = text.endswith(spelling[:length])
-                if begun and self._begins_here(text[:-length], spelling):
-                    tokens += self.completing(spelling, length)
+            tokens += self._completing_after(text, spelling)
             if self._may_continue:
                 tokens += self._ending_after(text, spelling)
         return tokens
 
+    def _completing_after(self, text: bytes, spelling: bytes) -> list[int]:
+        """Returns the tokens that complete a spelling of which the text ends with a part."""
+        tokens: list[int] = []
+        for length in range(1, len(spelling)):
+            has_begun = text.endswith(spelling[:length])
+            if has_begun and self._begins_here(text[:-length], spelling):
+                tokens += self.completing(spelling, length)
+        return tokens
+
     def _completing(self, spelling: bytes, length: int) -> list[int]:
         """Returns the tokens that complete a spelling of which `length` bytes are written."""
-        rest = spelling[length:]
+        ending = spelling[length:]
         tokens = []
         for token_id, data in enumerate(self._bytes):
-            if data.startswith(rest) and self._ends_here(spelling, data[len(rest) :]):
+            if data.startswith(ending) and self._ends_here(spelling, data[len(ending) :]):
                 tokens.append(token_id)
         return tokens
 
@@ -353,6 +366,14 @@ class WordEnds:
         if not character:
             return not self._may_continue
         return not _continues_word(character)
+
+
+def _places_of(spelling: bytes, data: bytes) -> Iterator[int]:
+    """Yields where a spelling begins in the bytes of a token."""
+    start = data.find(spelling)
+    while start >= 0:
+        yield start
+        start = data.find(spelling, start + 1)
 
 
 def _encoded_spellings(target: Word) -> tuple[bytes, ...]:

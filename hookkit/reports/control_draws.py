@@ -104,15 +104,9 @@ class ControlMaker:
                 return "units", lambda generator: _with_other_units(hook, units, generator)
         elif _is_of_parts(hook):
             parts = self._other_parts(hook.sites)
-            if parts and all(len(alternatives) > len(selected) for selected, alternatives in parts):
+            if _has_alternatives(parts):
                 return "parts", lambda generator: _at_other_parts(hook, parts, generator)
-        for site in hook.sites:
-            if isinstance(site, Site) and site.name in QUERY_KEY_SITES:
-                raise Unsupported(
-                    f"{hook} changes {site.name}, where there is no direction, and not enough "
-                    "other heads or blocks are left for a random control: name one, "
-                    "controls={'name': hook}"
-                )
+        _refuse_query_keys(hook)
         return "turned", lambda generator: _turned(hook, generator)
 
     # ---- other tokens
@@ -209,16 +203,35 @@ class ControlMaker:
         return [unit for unit in range(min(widths)) if unit not in hook.units]
 
 
+def _refuse_query_keys(hook: EditHook) -> None:
+    """Raises `Unsupported` for an edit of values of attention that have no direction."""
+    for site in hook.sites:
+        if isinstance(site, Site) and site.name in QUERY_KEY_SITES:
+            raise Unsupported(
+                f"{hook} changes {site.name}, where there is no direction, and not enough other "
+                "heads or blocks are left for a random control: name one, "
+                "controls={'name': hook}"
+            )
+
+
+def _has_alternatives(parts: Sequence[tuple[list[Site], list[Site]]]) -> bool:
+    """True if each kind of part has more alternatives than selected sites."""
+    return bool(parts) and all(len(free) > len(selected) for selected, free in parts)
+
+
 def _is_of_parts(hook: EditHook) -> bool:
     """True for an edit of components whose meaning is the same at other ones."""
     if isinstance(hook, SkipBlock | Knockout):
         return True
-    if not isinstance(hook, Ablate | Scale) or any(map(_is_stream, hook.sites)):
-        return False
-    if isinstance(hook, Scale):
-        return True
-    has_prompts = isinstance(hook.to, Reference) and bool(hook.to.prompts)
-    return hook.to == "zero" or has_prompts or isinstance(hook.to, Constant | FromPrompt)
+    is_known = isinstance(hook, Scale) or (isinstance(hook, Ablate) and _is_portable(hook.to))
+    return is_known and not any(map(_is_stream, hook.sites))
+
+
+def _is_portable(to: object) -> bool:
+    """True if what an ablation puts at a component has the same meaning at another one."""
+    if isinstance(to, Reference):
+        return bool(to.prompts)
+    return to == "zero" or isinstance(to, Constant | FromPrompt)
 
 
 def _is_stream(site: AnySite) -> bool:

@@ -130,33 +130,46 @@ def _changed_cells(
     old: pd.DataFrame, new: pd.DataFrame, tolerance: float
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of `changed_cells` for one table, with the relative size of the change."""
-    shared = [name for name in old.columns if name in new.columns]
-    for side, other, which in ((old, new, "before"), (new, old, "after")):
-        for name in [name for name in side.columns if name not in other.columns]:
-            yield _record("(column)", which, name)
-    names = _names_of_rows(old, shared), _names_of_rows(new, shared)
-    pairs = list(zip(range(len(old)), range(len(new)), strict=False))
+    for name in old.columns[~old.columns.isin(new.columns)]:
+        yield _record("(column)", "before", name)
+    for name in new.columns[~new.columns.isin(old.columns)]:
+        yield _record("(column)", "after", name)
+    shared = old.columns[old.columns.isin(new.columns)].tolist()
+    old_lines, new_lines = _lines_of(old, shared), _lines_of(new, shared)
+    old_rows, new_rows = list(range(len(old))), list(range(len(new)))
     if len(old) != len(new):
-        pairs = _matching_rows(*names)
-        for number in sorted(set(range(len(old))) - {one for one, _ in pairs}):
-            yield _record("(row)", "before", f"line {number}: {names[0][number]}")
-        for number in sorted(set(range(len(new))) - {other for _, other in pairs}):
-            yield _record("(row)", "after", f"line {number}: {names[1][number]}")
-    old_rows, new_rows = [one for one, _ in pairs], [other for _, other in pairs]
+        old_rows, new_rows = _matching_rows(old_lines, new_lines)
+        for number in sorted(set(range(len(old))).difference(old_rows)):
+            yield _record("(row)", "before", _name_line(old_lines, number))
+        for number in sorted(set(range(len(new))).difference(new_rows)):
+            yield _record("(row)", "after", _name_line(new_lines, number))
     for name in shared:
         columns = old[name].iloc[old_rows], new[name].iloc[new_rows]
-        moved, change = _changes(*columns, tolerance)
-        for index in np.flatnonzero(moved):
-            before, after = columns[0].iloc[index], columns[1].iloc[index]
-            size = change[index] / max([1.0, *_magnitudes(before, after)])
-            yield {
-                "cell": f"line {new_rows[index]}: {names[1][new_rows[index]]}",
+        for index, record in _changed_values(name, *columns, tolerance):
+            yield {"cell": _name_line(new_lines, new_rows[index]), **record}
+
+
+def _changed_values(
+    name: Any, old: pd.Series, new: pd.Series, tolerance: float
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the places at which two columns of the same rows differ, and what differs there."""
+    moved, change = _changes(old, new, tolerance)
+    for index in np.flatnonzero(moved).tolist():
+        before, after = old.iloc[index], new.iloc[index]
+        yield (
+            index,
+            {
                 "column": str(name),
                 "before": format_cell(name, before),
                 "after": format_cell(name, after),
                 "change": _signed(before, after, change[index]),
-                "_size": size,
-            }
+                "_size": change[index] / max([1.0, *_magnitudes(before, after)]),
+            },
+        )
+
+
+def _name_line(lines: list[str], number: int) -> str:
+    return f"line {number}: {lines[number]}"
 
 
 def _record(column: str, which: str, text: str) -> dict[str, Any]:
@@ -175,7 +188,7 @@ def _magnitudes(*values: Any) -> list[float]:
     return [abs(float(number)) for number in numbers if np.isfinite(number)]
 
 
-def _names_of_rows(table: pd.DataFrame, shared: list[str]) -> list[str]:
+def _lines_of(table: pd.DataFrame, shared: list[str]) -> list[str]:
     """Returns what tells rows apart: their texts and places, by the names of columns."""
     parts: list[str] = []
     columns = [name for name in shared if name in PLACES or table[name].dtype.kind not in "biuf"]
@@ -185,14 +198,15 @@ def _names_of_rows(table: pd.DataFrame, shared: list[str]) -> list[str]:
     return parts
 
 
-def _matching_rows(old: list[str], new: list[str]) -> list[tuple[int, int]]:
-    """Returns the numbers of the rows that are in both tables, in order."""
+def _matching_rows(old: list[str], new: list[str]) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the rows that are in both tables, in order: in each of the two."""
     blocks = SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
-    pairs: list[tuple[int, int]] = []
+    old_rows: list[int] = []
+    new_rows: list[int] = []
     for start, other_start, count in blocks:
-        numbers = range(start, start + count), range(other_start, other_start + count)
-        pairs += zip(*numbers, strict=True)
-    return pairs
+        old_rows += range(start, start + count)
+        new_rows += range(other_start, other_start + count)
+    return old_rows, new_rows
 
 
 @check_arguments

@@ -87,12 +87,7 @@ class Scan:
         title = title or f"Scan: {shorten(self.run.text[0])}"
         parts: list[Content] = [Part(self.summary, "summary", "One row for each prompt.")]
         for row in range(min(count, MOST_PROMPTS)):
-            parts.append(f"# After {self.run.text[row]!r}")
-            for section in self.sections(row):
-                parts.append(f"## {section.caption}")
-                if section.figure is not None:
-                    parts.append(Part(section.figure(), f"{section.name}_{row}_figure"))
-                parts.append(Part(section.table, f"{section.name}_{row}", file=section.name))
+            parts += self._write_prompt(row)
         if self.missing:
             reasons = map("{}: {}".format, self.missing, self.missing.values())
             parts += ["# What is not available for this model", "\n".join(reasons)]
@@ -102,6 +97,14 @@ class Scan:
             if name != "summary":
                 data.append(Part(table, name, f"{name}, for all prompts"))
         return Report(page.title, page.parts, page.footer, tuple(data), page.formats)
+
+    def _write_prompt(self, row: int) -> Iterator[Content]:
+        yield f"# After {self.run.text[row]!r}"
+        for section in self.sections(row):
+            yield f"## {section.caption}"
+            if section.figure is not None:
+                yield Part(section.figure(), f"{section.name}_{row}_figure")
+            yield Part(section.table, f"{section.name}_{row}", file=section.name)
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the page, its figures and all tables to a folder. Returns the page's path."""

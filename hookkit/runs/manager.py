@@ -444,13 +444,13 @@ def _end_interrupted_contexts(error: BaseException) -> None:
     Python ends the generator when the frames of the traceback are freed, which is after the model
     was restored, and torch puts the mode back then. Clearing these frames ends it now.
     """
-    seen: set[int] = set()
+    visited: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
         current = pending.pop()
-        if current is None or id(current) in seen:
+        if current is None or id(current) in visited:
             continue
-        seen.add(id(current))
+        visited.add(id(current))
         pending += [current.__context__, current.__cause__]
         step = current.__traceback__
         while step is not None:

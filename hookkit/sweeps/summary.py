@@ -413,10 +413,11 @@ def strongest(
         table = pd.DataFrame(table[~table["control"].astype(bool)])
     is_first_half = pd.factorize(table[key])[0] % 2 == 0
     average = partial(mean_over_prompts, by=cell_names, values=value_names, **settings)
-    chosen, measured = average(table[is_first_half]), average(table[~is_first_half])
-    keys = {"either": -chosen[value].abs(), "up": -chosen[value], "down": chosen[value]}
+    first_half, measured = average(table[is_first_half]), average(table[~is_first_half])
+    means = first_half[value]
+    keys = {"either": -means.abs(), "up": -means, "down": means}
     order = keys[toward].sort_values(kind="stable").index[:top]
-    best = chosen.loc[order, [*cell_names, value]].rename(columns={value: f"{value}_chosen"})
+    best = first_half.loc[order, [*cell_names, value]].rename(columns={value: f"{value}_chosen"})
     return best.merge(measured, on=cell_names, how="left")
 
 

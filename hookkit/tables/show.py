@@ -153,17 +153,20 @@ def _show_table(table: pd.DataFrame, columns: Sequence[str] | None, rows: int) -
         title = "; ".join(filter(None, (count_of(len(table), "row"), caption)))
         _show_html(render_html(title, notes, visible.to_dict("records"), most=rows))
         return
-    width = shutil.get_terminal_size(TERMINAL).columns
-    blocks = [_columns_that_fit(visible, width)]
-    if columns is not None:
-        blocks = _blocks_that_fit(visible, width)
     if caption:
         _print_line(caption)
-    for block in blocks:
-        draw_table(visible[block], width)
-    visible_names = {*constants, *chain(*blocks)}
-    for name, note in _notes(table, visible_names, rows, chosen=columns is not None).items():
+    printed_names = {*constants, *_print_columns(visible, chosen=columns is not None)}
+    for name, note in _notes(table, printed_names, rows, chosen=columns is not None).items():
         _print_line(f"{name} {note}")
+
+
+def _print_columns(table: Any, *, chosen: bool) -> list[str]:
+    """Prints the columns that fit, or all if a user chose them. Returns those that it printed."""
+    width = shutil.get_terminal_size(TERMINAL).columns
+    blocks = _blocks_that_fit(table, width) if chosen else [_columns_that_fit(table, width)]
+    for block in blocks:
+        draw_table(table[block], width)
+    return list(chain(*blocks))
 
 
 def _print_line(text: str) -> None:
@@ -204,8 +207,8 @@ def important_columns(table: Any) -> list[str]:
 def _columns_that_fit(table: pd.DataFrame, width: int) -> list[str]:
     """Returns the columns that fit into a line, without the least important ones."""
     widths = _column_widths(table)
-    others = [name for name in table.columns if name not in IMPORTANT]
-    dropped = [*filter(widths.__contains__, IMPORTANT), *others]
+    by_importance = dict.fromkeys([*filter(widths.__contains__, IMPORTANT), *table.columns])
+    dropped = list(by_importance)
     while len(widths) > 1 and sum(widths.values()) + GAP * (len(widths) - 1) > width:
         del widths[dropped.pop()]
     return list(widths)

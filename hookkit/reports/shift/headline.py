@@ -35,24 +35,24 @@ def against_control(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     Columns: edit, watched ("" for a measure of the whole distribution), measure, n (prompts), draws
     and the columns of `compare`.
     """
-    watched: Any = tables["watched"]
-    distances: Any = tables["distances"].assign(watched="")
-    records = []
-    for table, measures in ((watched, CHANGES), (distances, DISTANCES)):
-        is_drawn = ~table["control"].isin(["", "all"])
-        for (edit, name), draws in table[is_drawn].groupby(["control", "watched"], sort=False):
-            is_edit = (table["control"] == "") & (table["edit"] == edit)
-            effects = table[is_edit & (table["watched"] == name)].sort_values("row")
-            for measure in measures:
-                numbers = effects[measure].astype(float).to_numpy()
-                grid = draws.assign(number=draws[measure].astype(float))
-                grid = grid.pivot(index="row", columns="draw", values="number").to_numpy()
-                about = {"edit": edit, "watched": name, "measure": measure}
-                counts = {"n": len(numbers), "draws": grid.shape[1]}
-                records.append(
-                    about | counts | compare(numbers, grid, BOUNDS.get(measure, UNBOUNDED))
-                )
+    distances = tables["distances"].assign(watched="")
+    records = [*_compare_all(tables["watched"], CHANGES), *_compare_all(distances, DISTANCES)]
     return pd.DataFrame(records)
+
+
+def _compare_all(table: Any, measures: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of `against_control` for the measures of one table."""
+    is_drawn = ~table["control"].isin(["", "all"])
+    for (edit, name), draws in table[is_drawn].groupby(["control", "watched"], sort=False):
+        is_edit = (table["control"] == "") & (table["edit"] == edit)
+        effects = table[is_edit & (table["watched"] == name)].sort_values("row")
+        for measure in measures:
+            numbers = effects[measure].astype(float).to_numpy()
+            grid = draws.assign(number=draws[measure].astype(float))
+            grid = grid.pivot(index="row", columns="draw", values="number").to_numpy()
+            about = {"edit": edit, "watched": name, "measure": measure}
+            counts = {"n": len(numbers), "draws": grid.shape[1]}
+            yield about | counts | compare(numbers, grid, BOUNDS.get(measure, UNBOUNDED))
 
 
 def with_ranges_of_draws(summary: pd.DataFrame, comparison: pd.DataFrame) -> pd.DataFrame:
@@ -129,33 +129,28 @@ class Headline:
             yield f"The most likely token is still {top_after}."
 
     def _all_prompts(self) -> Iterator[str]:
-        n = len(self.watched)
-        name = (
-            self._token if self.watched["token_id"].nunique() == 1 else "the token that was first"
-        )
-        watched: Any = self.watched
+        watched, n = self.watched, len(self.watched)
+        name = self._token if watched["token_id"].nunique() == 1 else "the token that was first"
         rises, falls = sum(watched["rank_delta"] < 0), sum(watched["rank_delta"] > 0)
-        first_after, first_before = (
-            sum(watched["rank_after"] == 1),
-            sum(watched["rank_before"] == 1),
-        )
+        first_after = sum(watched["rank_after"] == 1)
+        first_before = sum(watched["rank_before"] == 1)
         yield (
             f"{self.edit}: over {n} prompts {name} rises in {rises} and falls in {falls}. It is "
             f"the most likely token after {first_after} of {n} prompts with the edit, and after "
             f"{first_before} without it."
         )
-        changes = self.watched["logprob_delta"].to_numpy(float)
-        if np.isfinite(changes).all():
-            interval = ""
-            if n >= MIN_FOR_INTERVAL:
-                mean = means(changes[None], CONFIDENCE, RESAMPLES, 0)
-                interval = f" (95 % interval {mean.low[0]:+.3g} to {mean.high[0]:+.3g})"
-            yield (
-                f"Its log-probability changes by {changes.mean():+.3g} nats on average{interval}."
-            )
-        else:
+        yield self._mean_change()
+
+    def _mean_change(self) -> str:
+        n, changes = len(self.watched), self.watched["logprob_delta"].to_numpy(float)
+        if not np.isfinite(changes).all():
             count = int((self.watched["prob_after"] == 0).sum())
-            yield f"Its probability is 0 after {count} of {n} prompts with the edit."
+            return f"Its probability is 0 after {count} of {n} prompts with the edit."
+        interval = ""
+        if n >= MIN_FOR_INTERVAL:
+            mean = means(changes[None], CONFIDENCE, RESAMPLES, 0)
+            interval = f" (95 % interval {mean.low[0]:+.3g} to {mean.high[0]:+.3g})"
+        return f"Its log-probability changes by {changes.mean():+.3g} nats on average{interval}."
 
     def _beside_control(self) -> Iterator[str]:
         row = self.control
@@ -168,37 +163,35 @@ class Headline:
         if not np.isfinite([row["control_min"], row["control_max"]]).all():
             yield f"{start}; some of the draws make the token impossible."
             return
-        if row["n"] < MIN_FOR_INTERVAL or np.isnan(row["control_low"]):
-            yield (
-                f"{start}, and changes the same log-probability by {row['control']:+.3g} on "
-                f"average, a single draw by {row['control_min']:+.3g} to {row['control_max']:+.3g}."
-            )
-        else:
-            yield (
-                f"{start}, and changes the same log-probability by {row['control']:+.3g} on "
-                f"average; 95 % of such edits lie between {row['control_low']:+.3g} and "
-                f"{row['control_high']:+.3g}."
-            )
+        mean = f"{start}, and changes the same log-probability by {row['control']:+.3g} on average"
+        yield f"{mean}{_describe_spread(row)}."
         verb = "raise" if row["effect"] > 0 else "lower"
         if as_large == 0:
-            yield f"None of the {draws} draws {verb}s it as much as the edit does.{self._gain(row)}"
+            yield f"None of the {draws} draws {verb}s it as much as the edit does."
         else:
-            yield (
-                f"Of the {draws} draws, {as_large} {verb} it as much as the edit does."
-                f"{self._gain(row)}"
-            )
+            yield f"Of the {draws} draws, {as_large} {verb} it as much as the edit does."
+        yield from _describe_gain(row)
 
-    def _gain(self, row: dict[str, Any]) -> str:
-        low, high = row["gain_low"], row["gain_high"]
-        if row["n"] < MIN_FOR_INTERVAL or np.isnan(low):
-            return ""
-        verdict = "is not distinguished from"
-        if low > 0 or high < 0:
-            verdict = "differs from"
-        return (
-            f" So the edit {verdict} its control: the difference is {row['gain']:+.3g} (95 % "
-            f"interval {low:+.3g} to {high:+.3g})."
-        )
+
+def _describe_spread(row: dict[str, Any]) -> str:
+    """Where single draws of a control lie; of few prompts, the smallest and the largest."""
+    if row["n"] < MIN_FOR_INTERVAL or np.isnan(row["control_low"]):
+        return f", a single draw by {row['control_min']:+.3g} to {row['control_max']:+.3g}"
+    low, high = row["control_low"], row["control_high"]
+    return f"; 95 % of such edits lie between {low:+.3g} and {high:+.3g}"
+
+
+def _describe_gain(row: dict[str, Any]) -> Iterator[str]:
+    low, high = row["gain_low"], row["gain_high"]
+    if row["n"] < MIN_FOR_INTERVAL or np.isnan(low):
+        return
+    verdict = "is not distinguished from"
+    if low > 0 or high < 0:
+        verdict = "differs from"
+    yield (
+        f"So the edit {verdict} its control: the difference is {row['gain']:+.3g} (95 % interval "
+        f"{low:+.3g} to {high:+.3g})."
+    )
 
 
 def control_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -169,21 +169,13 @@ class TokenShifts:
 
 
 def _write_answer(shifts: TokenShifts) -> str:
-    counts, top = shifts.summary.iloc[0], shifts.about["top"]
+    counts = shifts.summary.iloc[0]
     where = f"{int(counts['positions']):,} positions of {count_of(int(counts['texts']), 'text')}"
-    sentences = [f"{where} were compared."]
-    for name, verb in (("promoted", "rose"), ("demoted", "fell")):
-        first = _furthest(shifts.table, name).iloc[0]
-        if not first[name]:
-            sentences.append(f"No token {verb} more than the others.")
-            continue
-        sentence = (
-            f"The token {first['token']!r} is among the {top} that {verb} most at "
-            f"{first[f'share_{name}']:.1%} of them"
-        )
-        if counts["draws"]:
-            sentence += f", and at {first[f'control_share_{name}']:.2%} under the control"
-        sentences.append(f"{sentence}.")
+    sentences = [
+        f"{where} were compared.",
+        _write_first(shifts, "promoted", "rose"),
+        _write_first(shifts, "demoted", "fell"),
+    ]
     if np.isinf(counts["kl"]):
         sentences.append("A token that was possible is impossible now, so the KL has no end.")
         return " ".join(sentences)
@@ -191,6 +183,20 @@ def _write_answer(shifts: TokenShifts) -> str:
     if counts["draws"]:
         kl += f", and by {counts['control_kl']:.3g} under the control"
     return " ".join([*sentences, f"{kl}."])
+
+
+def _write_first(shifts: TokenShifts, name: str, verb: str) -> str:
+    """The sentence on the token that is furthest above the control in one direction."""
+    first = _furthest(shifts.table, name).iloc[0]
+    if not first[name]:
+        return f"No token {verb} more than the others."
+    sentence = (
+        f"The token {first['token']!r} is among the {shifts.about['top']} that {verb} most at "
+        f"{first[f'share_{name}']:.1%} of them"
+    )
+    if shifts.summary["draws"].iloc[0]:
+        sentence += f", and at {first[f'control_share_{name}']:.2%} under the control"
+    return f"{sentence}."
 
 
 def _furthest(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -298,13 +304,7 @@ def _estimate(sums: CorpusSums, name: str) -> Estimates:
 
 def _estimate_control(sums: CorpusSums, name: str) -> Estimates:
     """Returns the means over the draws of the control that have positions, with their limits."""
-    draws = []
-    for draw in sums.draws:
-        positions, ranked = draw.counts.tolist()
-        size = positions if name in ("promoted", "demoted") else ranked
-        if size:
-            values = draw.kl[None] if name == "kl" else draw.of_token[name]
-            draws.append(values.numpy() / size)
+    draws = _means_of_draws(sums, name)
     if not draws:
         nothing = np.full(sums.texts.n_tokens if name != "kl" else 1, np.nan)
         return Estimates(nothing, nothing, nothing, nothing, "")
@@ -314,6 +314,18 @@ def _estimate_control(sums: CorpusSums, name: str) -> Estimates:
     most = np.inf if name == "kl" else 1.0
     low, high = np.maximum(estimates.low, 0.0), np.minimum(estimates.high, most)
     return Estimates(estimates.mean, estimates.error, low, high, estimates.method)
+
+
+def _means_of_draws(sums: CorpusSums, name: str) -> list[np.ndarray]:
+    """Returns the mean over the positions of each draw of the control that has some."""
+    means = []
+    for draw in sums.draws:
+        positions, ranked = draw.counts.tolist()
+        size = positions if name in ("promoted", "demoted") else ranked
+        if size:
+            values = draw.kl[None] if name == "kl" else draw.of_token[name]
+            means.append(values.numpy() / size)
+    return means
 
 
 def _build_summary(sums: CorpusSums, left_out: int) -> pd.DataFrame:
@@ -374,25 +386,28 @@ class Journal:
             return None
         path, progress = self.folder / SETTINGS, None
         if path.exists():
-            try:
-                old = check_mapping(read_json(path), SETTINGS)
-            except BadFile as error:
-                raise DamagedHarvest(
-                    f"{SETTINGS} of {self.folder.name!r} cannot be read: {error}; give another "
-                    "folder"
-                ) from error
-            new = json.loads(json.dumps(self.settings))
-            pair = dict(flatten(old)), dict(flatten(new))
-            for flat in pair:  # the paths of the models decide nothing
-                flat.pop("before.name", None)
-                flat.pop("after.name", None)
-            refuse_other_settings(self.folder, "token shifts", *pair)
+            self._check_settings(self.folder)
             progress = self._read_state()
         if self.is_writer:
             remove_leftovers(self.folder)
             text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
             write_text(path, text)
         return progress
+
+    def _check_settings(self, folder: Path) -> None:
+        """Raises `HarvestChanged` if the folder has sums of other settings."""
+        try:
+            old = check_mapping(read_json(folder / SETTINGS), SETTINGS)
+        except BadFile as error:
+            raise DamagedHarvest(
+                f"{SETTINGS} of {folder.name!r} cannot be read: {error}; give another folder"
+            ) from error
+        new = json.loads(json.dumps(self.settings))
+        pair = dict(flatten(old)), dict(flatten(new))
+        for flat in pair:  # the paths of the models decide nothing
+            flat.pop("before.name", None)
+            flat.pop("after.name", None)
+        refuse_other_settings(folder, "token shifts", *pair)
 
     def _read_state(self) -> dict[str, Any] | None:
         assert self.folder is not None
@@ -439,21 +454,25 @@ class CorpusReading:
             self.sums.load(self.journal.state)
             self.left_out = int(state["left_out"])
             self.reader.skip(int(state["text"]), int(state["piece"]), str(state["stream"]))
+        except HarvestChanged:
+            raise
         except (KeyError, RuntimeError, ValueError) as error:
-            if isinstance(error, HarvestChanged):
-                raise
             raise DamagedHarvest(
                 f"{STATE} lacks a part of its state ({error}): give another folder"
             ) from error
         self.progress.skip_to(int(state["text"]))
         if state["finished"]:
-            has_more = self.reader.read() is not None
-            if has_more or self.reader.digest != state["all_texts"]:
-                raise HarvestChanged(
-                    f"the folder's corpus has {state['texts']} texts, and others or more were "
-                    "given: give another folder"
-                )
+            self._check_end(state)
         return bool(state["finished"])
+
+    def _check_end(self, state: Mapping[str, Any]) -> None:
+        """Raises `HarvestChanged` if there are other texts than those that were read."""
+        has_more = self.reader.read() is not None
+        if has_more or self.reader.digest != state["all_texts"]:
+            raise HarvestChanged(
+                f"the folder's corpus has {state['texts']} texts, and others or more were given: "
+                "give another folder"
+            )
 
     def run(self, engine: Ray | None) -> None:
         """Reads all texts that are left."""
@@ -515,24 +534,28 @@ def _draw_control(
     """Returns the control and what it is in words; or None and why there is none."""
     if not draws:
         return None, ""
-    means = f"Text n has draw n modulo {draws}. Means are taken at an equal KL of each position."
-    if sides[0].lm is not sides[1].lm or not edits:
-        sites = [Site("resid_post", side.lm.n_layers - 1) for side in sides]
-        try:
-            shapes = [side.lm.shape(site) for side, site in zip(sides, sites, strict=True)]
-        except NO_CONTROL as error:
-            return None, f"there is none: {error}"
-        if sites[0] != sites[1] or shapes[0] != shapes[1]:
-            return None, "there is none, as the models have streams of different sizes or depths."
-        seeds = [Random(f"{seed} {draw}").randrange(2**31) for draw in range(draws)]
-        return Control(seeds=tuple(seeds), site=sites[0]), f"{TURNED}. {means}"
     try:
+        if sides[0].lm is not sides[1].lm or not edits:
+            return _turned_control(sides, draws, seed)
         control = ControlMaker(sides[0].lm, likely).draw(edits, draws, seed)
     except NO_CONTROL as error:
         return None, f"there is none: {error}"
-    if len(control.draws) < draws:
-        means = means.replace(f"modulo {draws}", f"modulo {len(control.draws)}")
-    return Control(control.draws), f"{control.description}. {means}"
+    return Control(control.draws), f"{control.description}. {_describe_draws(len(control.draws))}"
+
+
+def _turned_control(sides: tuple[Side, Side], draws: int, seed: int) -> tuple[Control | None, str]:
+    """Returns the difference of two models in random directions as a control, and in words."""
+    sites = [Site("resid_post", side.lm.n_layers - 1) for side in sides]
+    shapes = [side.lm.shape(site) for side, site in zip(sides, sites, strict=True)]
+    if sites[0] != sites[1] or shapes[0] != shapes[1]:
+        return None, "there is none, as the models have streams of different sizes or depths."
+    seeds = [Random(f"{seed} {draw}").randrange(2**31) for draw in range(draws)]
+    control = Control(seeds=tuple(seeds), site=sites[0])
+    return control, f"{TURNED}. {_describe_draws(draws)}"
+
+
+def _describe_draws(count: int) -> str:
+    return f"Text n has draw n modulo {count}. Means are taken at an equal KL of each position."
 
 
 def _likely_logits(side: Side, window: Window, rules: Rules) -> Tensor:
@@ -668,10 +691,8 @@ def _read_corpus(
     draws, state, window = settings["controls"], journal.open(), None
     likely = journal.state.pop("likely", torch.zeros(1, 1))
     if state is None:
-        window = reader.read_window()
-        if window is None:
-            raise EmptySelection(_no_position(reader))
-        if any(isinstance(hook, LogitEdit) for hook in edits) and draws:
+        window = _read_first_window(reader)
+        if draws and any(isinstance(hook, LogitEdit) for hook in edits):
             likely = _likely_logits(sides[0], window, rules)
     control, words = _draw_control(sides, edits, likely, draws, settings["seed"])
     split_at = (rules.context or 0) if rules.long == "split" else 0
@@ -679,8 +700,7 @@ def _read_corpus(
     work = ShiftComputation(
         reader.lm, *sides, control, settings["top"], settings["every"], n_examples, split_at
     )
-    n_tokens = reader.lm.n_tokens or reader.lm.sizes["vocab"] or 0
-    sums = CorpusSums.empty(n_tokens, len(control or ()), n_examples)
+    sums = CorpusSums.empty(_count_tokens(reader.lm), len(control or ()), n_examples)
     reading = CorpusReading(reader, work, sums, journal, bar, window, likely)
     if state is None or not reading.resume(state):
         reading.run(engine)
@@ -708,13 +728,21 @@ def _read_settings(settings: CorpusSettings) -> dict[str, Any]:
     return options
 
 
-def _no_position(reader: TextReader) -> str:
+def _read_first_window(reader: TextReader) -> Window:
+    """Returns the first texts. Raises `EmptySelection` if no text has a position."""
+    window = reader.read_window()
+    if window is not None:
+        return window
     texts = reader.text + 1
     if not texts:
-        return "no text was given: the stream of texts is empty"
-    return (
+        raise EmptySelection("no text was given: the stream of texts is empty")
+    raise EmptySelection(
         f"none of the {texts} texts has a position at pos={reader.rules.where.pos!r}: give others"
     )
+
+
+def _count_tokens(lm: LM) -> int:
+    return lm.n_tokens or lm.sizes["vocab"] or 0
 
 
 def _shorter_context(context: int | None, sides: tuple[Side, Side]) -> int | None:
@@ -732,13 +760,7 @@ def _read_sides(
     base = as_edit_hooks(options["base_hooks"], "base_hooks")
     for hook in base:
         _refuse_rows(hook)
-    other, edits = lm, ()
-    if isinstance(change, LM):
-        other = change
-    else:
-        edits = tuple(map(_at_every_position, as_edit_hooks(change, "the change")))
-        if not edits:
-            raise BadHook("there is no change: give a hook, several, or another model")
+    other, edits = (change, ()) if isinstance(change, LM) else (lm, _read_edits(change))
     before = Side(lm, base, options["while_before"] or nullcontext)
     after = Side(other, (*base, *edits), options["while_after"] or nullcontext)
     check_vocabularies(lm, other)
@@ -749,6 +771,13 @@ def _read_sides(
             "around the forwards of one, while_before=model.disable_adapter"
         )
     return (before, after), edits
+
+
+def _read_edits(change: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
+    edits = tuple(map(_at_every_position, as_edit_hooks(change, "the change")))
+    if not edits:
+        raise BadHook("there is no change: give a hook, several, or another model")
+    return edits
 
 
 def _refuse_rows(hook: Hook) -> None:

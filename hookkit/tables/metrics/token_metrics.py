@@ -100,19 +100,20 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
             f"a metric has tokens for {len(entries)} prompts, and there are {count}: a list has "
             "one entry for each prompt, and a tuple holds several tokens of one"
         )
-    rows = []
-    for entry in entries:
-        if isinstance(entry, Word):
-            ids = entry.token_ids(lm)
-        else:
-            ids = list(map(lm.token, as_tuple(entry)))
-        if len(set(ids)) < len(ids):
-            raise BadHook(
-                f"a metric names token {max(ids, key=ids.count)} twice for one prompt: "
-                "name each once"
-            )
-        rows.append(ids)
+    rows = [_ids_of_entry(lm, entry) for entry in entries]
     return Ids(pad_rows(rows, 0), pad_rows(rows, -1) >= 0)
+
+
+def _ids_of_entry(lm: LM, entry: Entry) -> list[int]:
+    """Returns the ids of all tokens that count for one prompt."""
+    if isinstance(entry, Word):
+        return entry.token_ids(lm)
+    ids = list(map(lm.token, as_tuple(entry)))
+    if len(set(ids)) < len(ids):
+        raise BadHook(
+            f"a metric names token {max(ids, key=ids.count)} twice for one prompt: name each once"
+        )
+    return ids
 
 
 def _refuse_words(answers: Answers, name: str) -> None:
