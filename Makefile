@@ -44,7 +44,7 @@ results: $(READY)
 
 # The guide and the reference as pages that need no network: build/docs/index.html. And build/docs/llms.txt.
 docs: $(READY)
-	$(IN) docs/build.py build/docs
+	$(IN) -m hookkit.docs.build build/docs
 
 benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.overhead

@@ -1,10 +1,10 @@
 """Pages of Markdown whose examples run: README.md and the guide.
 
-    python tests/pages.py README.md docs/pages/*.md     runs them, and writes what they print
+    python tests/pages.py README.md hookkit/docs/pages/*.md     runs them, and writes what they print
 
 A page is one session. ```python is code, and ```text after it what it prints. ```pycon is a session of
 Python's prompt. ```console is a command and its output. In an output, a line ... stands for any lines.
-A picture docs/pages/images/NAME.png is what the code of a page saves as NAME.png.
+A picture hookkit/docs/pages/images/NAME.png is what the code of a page saves as NAME.png.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from shown import same
 from hookkit.errors import HookkitError
 
 ROOT = Path(__file__).parent.parent
-GUIDE = ROOT / "docs" / "pages"
+GUIDE = ROOT / "hookkit" / "docs" / "pages"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 

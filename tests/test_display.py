@@ -160,7 +160,7 @@ def test_progress_is_shown_by_what_suits_a_notebook():
 def tour(tmp_path_factory) -> nbformat.NotebookNode:
     """The tour as a notebook, as `make docs` writes it."""
     path = tmp_path_factory.mktemp("tour") / "tour.ipynb"
-    words = [sys.executable, str(ROOT / "docs" / "notebook.py"), str(TOUR), str(path)]
+    words = [sys.executable, "-m", "hookkit.docs.notebook", str(TOUR), str(path)]
     subprocess.run(words, check=True)
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

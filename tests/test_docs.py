@@ -22,7 +22,7 @@ from hookkit.cli import app
 from hookkit.errors import HookkitError
 from hookkit.models import loading
 
-NAVIGATION = (ROOT / "docs" / "mkdocs.yml").read_text()
+NAVIGATION = (ROOT / "hookkit" / "docs" / "mkdocs.yml").read_text()
 
 FINDER = doctest.DocTestFinder(exclude_empty=True)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -164,7 +164,7 @@ def test_every_command_has_a_section_with_its_output():
 def site(tmp_path_factory) -> dict[str, str]:
     """The files of the built documentation, by path."""
     folder = tmp_path_factory.mktemp("docs") / "site"
-    words = [sys.executable, str(ROOT / "docs" / "build.py"), str(folder)]
+    words = [sys.executable, "-m", "hookkit.docs.build", str(folder)]
     subprocess.run(words, check=True, capture_output=True, cwd=ROOT)
     pages = {}
     for path in folder.rglob("*"):

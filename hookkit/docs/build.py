@@ -1,6 +1,6 @@
 """Builds the documentation as pages that need no network.
 
-    python docs/build.py build/docs
+    python -m hookkit.docs.build build/docs
 
 Writes the guide, the reference of every public name, llms.txt, and the tour as a notebook.
 """
@@ -21,12 +21,13 @@ os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.utils import CountHandler
-from notebook import write_notebook
-from reference import llms_text, reference_pages
+
+from .notebook import write_notebook
+from .reference import llms_text, reference_pages
 
 HERE = Path(__file__).parent
 PAGES = HERE / "pages"
-TOUR = HERE.parent / "experiments" / "tour.py"
+TOUR = HERE.parent.parent / "experiments" / "tour.py"
 # The theme loads this script from the network; it lets search run in pages that are files.
 WORKER = HERE / "iframe-worker.js"
 WORKER_ADDRESS = "https://unpkg.com/iframe-worker/shim"

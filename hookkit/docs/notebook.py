@@ -1,6 +1,6 @@
 """Writes a script with cells (`# %%`) as a notebook.
 
-python docs/notebook.py experiments/tour.py tour.ipynb
+python -m hookkit.docs.notebook experiments/tour.py tour.ipynb
 """
 
 from __future__ import annotations
