@@ -180,7 +180,7 @@ def _build_line(part: pd.DataFrame, column: str, name: str, look: dict[str, Any]
 
 
 def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
-    """Draw the lines with their names at their ends, and explain the marks above the axes."""
+    """Draw the lines with their names at their ends, and with notes above the axes."""
     for line in lines:
         values = np.where(line.is_zero, np.nan, line.values)
         axes.plot(line.steps, values, lw=1.8, ms=4, clip_on=False, **line.look)
@@ -193,6 +193,11 @@ def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
         end = (line.steps[-1], line.values[-1])
         labels.append(PointLabel(line.name, *end, line.look["color"]))
     style.label_column(axes, labels, AXES_HEIGHT)
+    _explain_marks(axes, lines, *notes)
+
+
+def _explain_marks(axes: Axes, lines: list[_Line], *notes: str) -> None:
+    """Write what the marks on the lines mean, and the notes, above the axes."""
     marks = []
     if any(line.is_marked.any() for line in lines):
         marks.append("● chosen here")

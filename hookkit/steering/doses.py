@@ -185,13 +185,18 @@ def _named_vectors(vectors: Any, as_vector: Callable[[Any], Vector]) -> list[tup
             named.append((vector.method if name is None else str(name), vector))
     if not named:
         raise BadHook("there is no vector: give at least one")
+    _check_names(named)
+    return named
+
+
+def _check_names(named: list[tuple[str, Vector]]) -> None:
+    """Raises `BadHook` if two vectors have the same name and site."""
     counts = Counter((name, vector.site) for name, vector in named)
     (name, site), count = counts.most_common(1)[0]
     if count > 1:
         raise BadHook(
             f'two vectors are {name!r} at {site}: give them names, {{"one": …, "other": …}}'
         )
-    return named
 
 
 def _members(group: Any) -> list[Any]:
