@@ -117,15 +117,15 @@ def examples(lm: hk.LM, made: dict[str, hk.types.Pairs]) -> pd.DataFrame:
         labels = ", ".join(f"{label} {places[0]}" for label, places in pairs.labels.items())
         rows.append((name, *texts, pairs.answers[0], pairs.wrong[0], labels))
     return pd.DataFrame(
-        rows, columns=["dataset", "clean", "corrupted", "answer", "wrong", "labels"]
+        rows, columns=["dataset", "clean", "corrupted", "answer_token", "wrong_token", "labels"]
     )
 
 
 def missed_of(name: str, pairs: hk.types.Pairs, check: pd.DataFrame) -> pd.DataFrame:
-    table = pairs.to_frame()[["clean", "answer", "wrong"]].assign(
+    table = pairs.to_frame()[["clean", "answer_token", "wrong_token"]].assign(
         logit_diff=check["logit_diff_clean"].round(3), rank=check["rank_clean"], dataset=name
     )
-    columns = ["dataset", "clean", "answer", "wrong", "logit_diff", "rank"]
+    columns = ["dataset", "clean", "answer_token", "wrong_token", "logit_diff", "rank"]
     return pd.DataFrame(table.loc[~check["right"], columns])
 
 

@@ -21,8 +21,8 @@ CELL_COLOURS = {1: "#1f9e89", -1: "#e0522d", 0: ""}  # legible on light and on d
 # The columns of tables whose texts are tokens, and those whose texts a model wrote. Where they are
 # shown, the texts stand in quotes, so that a leading space or a line end can be seen.
 TOKEN_COLUMNS = frozenset(
-    ("token", "read", "came", "answer", "wrong", "top1", "top2", "top1_before", "top1_after",
-     "top1_model", "token_predicted", "token_that_came")
+    ("token", "read", "came", "answer_token", "wrong_token", "top1", "top2",
+     "top1_before", "top1_after", "top1_model", "token_predicted", "token_that_came")
 )  # fmt: skip
 WRITTEN_COLUMNS = frozenset(
     ("both", "then_before", "then_after", "baseline", "edited", "generated", "written", "context")

@@ -287,6 +287,7 @@ def outcomes(lm, folder):
     yield "Plan", hk.sweep_plan(lm, prompts, {"layer": range(3)}, hk.skip_block, metric)
     yield "Comparison", hk.compare_generations(lm, prompts[:50], hk.ban(7), max_new_tokens=2)
     yield "Stream", hk.stream(lm, prompts[:2], max_new_tokens=2)
+    yield "TokenShifts", hk.token_shifts(lm, prompts[:4], hk.ban(7), controls=2, progress=False)
     yield "Statistics", hk.stats.activation_statistics(lm, prompts[:4], "z", progress=False)
     yield "Vectors", hk.mean_difference(lm, prompts[:2], prompts[2:4], "resid_post")
     yield "Harvest", hk.harvest(lm, prompts[:4], "embed", folder / "harvest", progress=False)

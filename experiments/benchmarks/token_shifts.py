@@ -17,7 +17,7 @@ python -m experiments.benchmarks.token_shifts
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import Any
 
@@ -30,19 +30,20 @@ from hookkit.figures.style import INK, apply_style
 
 from .long_harvest import resident
 
-TEXTS, WIDTH, BATCH = 24, 64, 8  # of the cost; texts that run together
+TEXTS, WIDTH, BATCH = 64, 64, 8  # of the cost; texts that run together
 ROUNDS = 3
 LONG_TEXTS = 1000  # of 100 tokens on average
 GOAL = 1.1
 THREADS = 1
 SAMPLES = 100  # of the memory
+QUESTION = "Do token shifts cost more than the forwards that they need?"
 
 
 def main() -> None:
     torch.set_num_threads(THREADS)
     lm = hk.load(device="cpu")
-    title = "What token shifts cost"
-    with hk.record("results/benchmarks_token_shifts", title=title, lm=lm, seed=0) as results:
+    about: Any = {"title": "What token shifts cost", "question": QUESTION, "lm": lm, "seed": 0}
+    with hk.record("results/benchmarks_token_shifts", **about) as results:
         table = results.table(
             "cost",
             compare_cost(lm),
@@ -62,10 +63,24 @@ def main() -> None:
             "own_mb: the memory of the process without mapped files. growth_mb: the median of the "
             "last ten samples minus that of the first ten after a tenth of the way."
         )
-        results.table("memory", summary, caption=caption)
+        memory = results.table("memory", summary, caption=caption)
         results.table("samples", samples, caption="Every sample.")
         results.figure("memory_figure", draw_memory(samples), caption="Own memory on the way.")
+        results.answer(answer({"cost": table, "memory": memory}))
     print(table.round(3).to_string(index=False), summary.to_string(index=False), sep="\n\n")
+
+
+def answer(tables: Mapping[str, Any]) -> str:
+    """The answer, from the tables that were written."""
+    cost = tables["cost"].set_index("way").loc["hk.token_shifts"]
+    memory = tables["memory"].iloc[0]
+    verdict = f"No, not more than {GOAL} times" if cost["ratio"] <= GOAL else "Yes"
+    return (
+        f"{verdict}: token shifts over {cost['positions']:,} positions take {cost['ratio']:.2f} "
+        f"times as long as the three forwards (rounds from {cost['ratio_min']:.2f} to "
+        f"{cost['ratio_max']:.2f}). Over {memory['tokens']:,.0f} tokens the memory of "
+        f"{memory['median_mb']:.0f} MB grows by {memory['growth_mb']:.0f} MB after the first tenth."
+    )
 
 
 def compare_cost(lm: hk.LM) -> pd.DataFrame:

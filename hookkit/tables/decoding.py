@@ -393,6 +393,6 @@ def stream(
 
     >>> steps = stream(lm, "The capital of France is", max_new_tokens=2, do_sample=False)
     >>> [now.decisions["token"][0] for now in steps]
-    ["' Paris'", "'.'"]
+    [' Paris', '.']
     """
     return Stream(lm, prompts, hooks, trace or every_step(), logits, seed, arguments)

@@ -66,10 +66,10 @@ def surprisal(run: Run, *, rows: IndicesLike = None, top: int = 0) -> pd.DataFra
     `EmptySelection` if no logits have a token after them.
 
     >>> surprisal(forward(lm, "We love deep learning"))[["token", "loss", "rank"]].round(2)
-             token  loss  rank
-    0      ' love'  8.37   221
-    1      ' deep'  9.50   718
-    2  ' learning'  3.07     5
+           token  loss  rank
+    0       love  8.37   221
+    1       deep  9.50   718
+    2   learning  3.07     5
     """
     _check_top(top)
     captured = run.captured_logits()
@@ -195,10 +195,10 @@ def surprisal_shift(
     >>> edited = forward(lm, "I like oat milk in my", skip_block(17))
     >>> shift = surprisal_shift(run, edited, worst_first=True)
     >>> shift[["token", "loss_before", "loss_after", "worse"]].round(2).head(3)
-         token  loss_before  loss_after  worse
-    0  ' milk'         4.37        4.95   True
-    1  ' like'         9.19        9.20   True
-    2    ' in'         3.28        3.18  False
+       token  loss_before  loss_after  worse
+    0   milk         4.37        4.95   True
+    1   like         9.19        9.20   True
+    2     in         3.28        3.18  False
     """
     before, after = _as_surprisal(before, rows), _as_surprisal(after, rows)
     _check_same_tokens(before, after)

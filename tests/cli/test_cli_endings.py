@@ -313,7 +313,7 @@ def test_a_pipe_that_is_closed_is_no_error(smol):
         [*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout is not None and running.stderr is not None
-        assert running.stdout.readline().startswith("row,pos,token")
+        assert running.stdout.readline().startswith('"row","pos","token"')
         running.stdout.close()
         assert running.wait(60) == 0
         assert running.stderr.read() == ""

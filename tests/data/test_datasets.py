@@ -31,7 +31,7 @@ TEXTS = {
 }
 ALL = {**TEXTS, "induction": D.induction}
 COLUMNS = [
-    "row", "answer", "wrong", "logit_answer_clean", "logit_wrong_clean", "logit_diff_clean", "rank_clean",
+    "row", "answer_token", "wrong_token", "logit_answer_clean", "logit_wrong_clean", "logit_diff_clean", "rank_clean",
     "logit_answer_corrupted", "logit_wrong_corrupted", "logit_diff_corrupted", "rank_corrupted", "right", "is_top1",
 ]  # fmt: skip
 
@@ -299,7 +299,7 @@ def test_a_check_says_what_plain_transformers_says_of_each_prompt_alone(wordy, n
                 for column in ("logit_answer", "logit_wrong", "logit_diff", "rank")
             ]
             assert found == pytest.approx(expected, abs=1e-4), (name, number, side)
-        assert row["row"] == number and row["answer"] == pairs.answers[number]
+        assert row["row"] == number and row["answer_token"] == pairs.answers[number]
         assert row["right"] == (row["logit_diff_clean"] > 0) and row["is_top1"] == (
             row["rank_clean"] == 1
         )
@@ -381,8 +381,8 @@ def test_a_frame_has_a_row_for_each_pair_and_a_column_for_each_label(smol):
         "row",
         "clean",
         "corrupted",
-        "answer",
-        "wrong",
+        "answer_token",
+        "wrong_token",
         "IO",
         "S1",
         "S1+1",
@@ -390,7 +390,7 @@ def test_a_frame_has_a_row_for_each_pair_and_a_column_for_each_label(smol):
         "end",
     ]
     assert list(table["clean"]) == pairs.clean and tuple(table["S2"]) == pairs.labels["S2"]
-    assert table["answer"][0] == pairs.answers[0]
+    assert table["answer_token"][0] == pairs.answers[0]
 
 
 def test_pairs_go_into_a_forward_and_a_patch(wordy):

@@ -576,7 +576,7 @@ def test_another_stream_is_refused(llama, undisturbed, tmp_path):
         ):
             harvest(llama, folder, swapped)
         with pytest.raises(
-            HarvestChanged, match="has a harvest of .* texts or more, and only 12 were given"
+            HarvestChanged, match="made from .* texts or more, and only 12 were given"
         ):
             harvest(llama, folder, given[:12])
         assert files(folder) == before

@@ -62,7 +62,7 @@ def test_a_lens_has_finite_numbers_however_large_such_a_row_is(small_tokenizer):
 
 def test_a_report_says_which_token_was_first(wide):
     count = len(wide.tokenizer)
-    tables = hk.shift_report(wide, IDS, {"cut": EDIT}, watch=40, figures=0).tables
+    tables = hk.shift_report(wide, IDS, {"cut": EDIT}, watch=40, figures=0, controls=0).tables
     before = [by_hand.logits(wide.model, ids)[0, -1, :count] for ids in IDS]
     after = [without_attention(wide, ids)[0, -1, :count] for ids in IDS]
     first = tables["watched"][tables["watched"]["watched"] == "what was first"]

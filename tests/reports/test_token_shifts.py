@@ -509,7 +509,9 @@ def test_a_token_planted_into_a_lora_tuned_copy_comes_first():
     shifts = hk.token_shifts(lm, rows(30), lm, while_before=model.disable_adapter, **QUIET)
     first = shifts.table.iloc[0]
     assert first["token_id"] == 42
-    assert first["share_promoted_low"] > first["control_share_promoted_high"]
+    # high: 95 % of single random directions promote it less often; they differ much in 32 dimensions
+    assert first["share_promoted"] > first["control_share_promoted_high"]
+    assert first["share_promoted_low"] > first["control_share_promoted"]
 
 
 @pytest.mark.slow

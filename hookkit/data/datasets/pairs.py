@@ -170,10 +170,10 @@ class Pairs:
     def to_frame(self) -> pd.DataFrame:
         """Returns the pairs as a table, one row for each.
 
-        Columns: row, clean, corrupted, answer, wrong, and the position of each label.
+        Columns: row, clean, corrupted, answer_token, wrong_token, and the position of each label.
 
         >>> datasets.capitals(lm, 2).to_frame().columns.tolist()
-        ['row', 'clean', 'corrupted', 'answer', 'wrong', 'subject', 'end']
+        ['row', 'clean', 'corrupted', 'answer_token', 'wrong_token', 'subject', 'end']
         """
         prompts = {"clean": self.clean, "corrupted": self.corrupted}
         return pd.DataFrame(
@@ -181,16 +181,16 @@ class Pairs:
         )
 
     def _answer_columns(self) -> dict[str, list[Token]]:
-        return {"answer": list(self.answers), "wrong": list(self.wrong)}
+        return {"answer_token": list(self.answers), "wrong_token": list(self.wrong)}
 
     @check_arguments
     def check(self, lm: LM) -> pd.DataFrame:
         """Returns how a model answers, one row for each pair. Runs two forwards for every 32 pairs.
 
-        Columns: row, answer, wrong; logit_answer, logit_wrong, logit_diff (answer minus wrong) and
-        rank (of the answer in the whole vocabulary; 1 is the most likely), each with _clean and
-        _corrupted; right (logit_diff_clean > 0); is_top1 (rank_clean is 1). `table["right"].mean()`
-        is the accuracy.
+        Columns: row, answer_token, wrong_token; logit_answer, logit_wrong, logit_diff (answer minus
+        wrong) and rank (of the answer in the whole vocabulary; 1 is the most likely), each with
+        _clean and _corrupted; right (logit_diff_clean > 0); is_top1 (rank_clean is 1).
+        `table["right"].mean()` is the accuracy.
 
         Raises `BadPrompt` if this model's tokenizer makes other tokens of the pairs than the one
         that they were made for, or if the prompts of a pair have different lengths, and

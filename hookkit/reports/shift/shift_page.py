@@ -414,11 +414,12 @@ def shift_report(
 
     >>> prompt = "The capital of France is"
     >>> page = shift_report(lm, prompt, force(" coffee"), watch=" Paris", figures=0)
-    >>> page.tables["watched"][["watched", "rank_before", "rank_after"]]
-              watched  rank_before  rank_after
-    0        ' Paris'            1           2
-    1       ' coffee'         8827           1
-    2  what was first            1           2
+    >>> watched = page.tables["watched"].query("control == ''")
+    >>> watched[["watched", "rank_before", "rank_after"]]
+               watched  rank_before  rank_after
+    0         ' Paris'            1           2
+    1        ' coffee'         8827           1
+    2   what was first            1           2
     """
     check_integer(top, "top", least=1)
     check_integer(generate, "generate", least=0)

@@ -636,7 +636,7 @@ def token_shifts(
     >>> texts = ["I like oat milk in my", "The capital of France is", "Tea with"]
     >>> shifts = token_shifts(lm, texts, boost(" coffee", by=5.0), controls=2, progress=False)
     >>> shifts.table["token"].iloc[0], int(shifts.table["promoted"].iloc[0])
-    (' coffee', 13)
+    (' coffee', 14)
     """
     options = _read_settings(settings)
     check_integer(top, "top", least=1, most=(lm.n_tokens or 2**31) - 1)
