@@ -76,7 +76,7 @@ def answer(tables: Mapping[str, Any]) -> str:
     memory = tables["memory"].iloc[0]
     verdict = f"No, not more than {GOAL} times" if cost["ratio"] <= GOAL else "Yes"
     return (
-        f"{verdict}: token shifts over {cost['positions']:,} positions take {cost['ratio']:.2f} "
+        f"{verdict}: token shifts over {cost['positions']:,.0f} positions take {cost['ratio']:.2f} "
         f"times as long as the three forwards (rounds from {cost['ratio_min']:.2f} to "
         f"{cost['ratio_max']:.2f}). Over {memory['tokens']:,.0f} tokens the memory of "
         f"{memory['median_mb']:.0f} MB grows by {memory['growth_mb']:.0f} MB after the first tenth."
