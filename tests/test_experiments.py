@@ -43,6 +43,7 @@ ANSWERED = {
     "benchmarks.report": "benchmarks_report",
     "benchmarks.scale": "scale",
     "benchmarks.sweeps": "benchmarks_sweeps",
+    "benchmarks.token_shifts": "benchmarks_token_shifts",
 }
 RECORDS = sorted(HERE.parent.glob("results/*/about.json"))
 TO_COPY = ("edit_while_generating", "patch_one_grid", "one_shift_report")
