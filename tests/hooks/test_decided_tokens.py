@@ -112,6 +112,7 @@ def test_a_forced_token_is_taken_by_the_callers_own_generate(unsure):
         "top_k": 0,
         "num_return_sequences": 50,
         "max_new_tokens": 2,
+        "min_new_tokens": 2,  # a text that ends before the forced step is padded with 0
     }
     given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, **drawn}
     with hk.attach(unsure, hk.force(7, step=1)):
