@@ -20,7 +20,7 @@ SEED = 3
 PROMPT = "I like oat milk in my"
 WATCH = " coffee"
 RULES = {"temperature": 0.8, "top_k": 0, "top_p": 0.9}
-STEPS = 8  # of which the first is told in full
+STEPS = 8  # of which the first is explained in full
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from .reports.diff.model_diff import Difference
 from .reports.page import Report
 from .reports.record import Record
 from .reports.scan import Scan
-from .reports.shift.token_shifts import TokenShifts
+from .reports.shift.corpus_page import TokenShifts
 from .runs.manager import HookManager
 from .runs.run import Run
 from .runs.trace import Trace

@@ -78,7 +78,7 @@ def _run_blocks(text: str, session: dict[str, Any], command: Callable[[str], str
 
 
 def is_same(shown: str, printed: str) -> bool:
-    """Whether an output is what a page shows; ... stands for anything."""
+    """Whether an output is what a page shows; ... matches anything."""
     shown, printed = CONTINUED.sub(">>> ", shown), CONTINUED.sub(">>> ", printed)
     if not WILD.search(shown):
         return same(shown, printed)

@@ -2,8 +2,8 @@
 
 At most that layer's attention, computed step by step.
 
-A model runs with fused attention (sdpa), which never has the pattern. One layer's is told of by
-computing it beside. The model here is one block of SmolLM2's sizes, since in thirty the cost of one
+A model runs with fused attention (sdpa), which never has the pattern. The pattern of one layer is
+computed separately. The model here is one block of SmolLM2's sizes, since in thirty the cost of one
 is lost in the noise; the limit is what the block's own step-by-step attention takes alone, with the
 queries, keys and values of this forward and its mask.
 

@@ -244,7 +244,7 @@ def forecast(lm: hk.LM, found: dict[str, float]) -> pd.DataFrame:
     for gpus in (node, 8 * node):
         nodes = gpus // node
         for label, (site, layer, layers) in KEPT.items():
-            share = (layer + 1) / lm.n_layers  # the forward ends behind the last site
+            share = (layer + 1) / lm.n_layers  # the forward ends after the last site
             size = numbers(lm, site, layer) * BYTES * TOKENS * layers
             split = site in ("z", "mlp_post", "pattern")
             parts = {

@@ -182,8 +182,8 @@ def word(
     `plural=True` adds the regular English plural; `plural="mice"` names another one.
 
     `ban` makes the text never have the word as a whole word, whatever tokens it is made of: it bans
-    each token that would complete a spelling, after the prompt's text too. A token in which the
-    word goes on, such as " teacher" for "tea", stays possible. Longer words that the tokenizer
+    each token that would complete a spelling, after the prompt's text too. A single token of a
+    longer word, such as " teacher" for "tea", stays possible. Longer words that the tokenizer
     spells with the word's own tokens (" coffee" + "house") are no longer written in this way. With
     `may_continue=True` they are: " coffee" may be written, and what is banned after it is every
     token with which the word would end there (a space, a punctuation mark, the end of the text).

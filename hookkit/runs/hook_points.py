@@ -288,7 +288,7 @@ def _capture(
 ) -> Tensor | None:
     """Stores the values.
 
-    Returns the cells with which the model has to go on; None if they are unchanged.
+    Returns the values that replace the cells in the model; None if they are unchanged.
     """
     capture, number = bound_hook.hook, forward_pass.number
     assert isinstance(capture, Capture)

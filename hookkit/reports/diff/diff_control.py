@@ -1,7 +1,7 @@
 """The random control of two compared models: does as large a change do as much?
 
 With hooks on one side of one model, the control is drawn as that of a shift report. Between two
-models, or two states of one, it is the first model with the difference of the two streams behind
+models, or two states of one, it is the first model with the difference of the two streams after
 the last block, turned by a random rotation: a change of the same length in a random direction.
 """
 
@@ -27,7 +27,7 @@ from ..control_draws import NO_CONTROL, ControlMaker, compare
 from .paired_models import PairedRuns
 
 TURNED = (
-    "the first model with the difference of the streams behind the last block, turned in a random "
+    "the first model with the difference of the streams after the last block, turned in a random "
     "direction"
 )
 

@@ -412,7 +412,7 @@ def model_diff(
 
     `controls` is how often a random control is drawn (by default 20; 0 for none), with `seed`. With
     hooks on one side of one model it is that of `shift_report`; else it is the first model with the
-    difference of the two streams behind the last block turned in a random direction. It is measured
+    difference of the two streams after the last block turned in a random direction. It is measured
     after each prompt's last token, in few forwards, which together cost at most about `controls`
     forwards of the first model. The page has the mean KL there beside that of the draws.
 
