@@ -288,7 +288,7 @@ def token_shares(table: pd.DataFrame, name: str, top: int, *, title: str = "") -
         limits = rows[[f"{column}_low", f"{column}_high"]].to_numpy(float).T
         axes.hlines(heights + offset, *limits, color=shade, lw=2.0, alpha=0.6)
         face = "none" if shade == MUTED else shade
-        axes.plot(values, heights + offset, "o", ms=5, color=shade, mfc=face)
+        axes.plot(values, heights + offset, "o", ms=5, color=shade, mfc=face, clip_on=False)
     axes.set_yticks(heights, [short_label(repr(token), 1.9) for token in rows["token"]])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
