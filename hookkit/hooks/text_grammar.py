@@ -66,11 +66,13 @@ def parse_parts(text: str) -> Spelling:
             "'force: coffee@0' or 'steer:resid_post.12:mood.safetensors*3'; or what Hook.to_json() "
             "writes"
         )
-    for match in re.finditer("@", after_verb):
+    # an earlier @ would have too much after it
+    first = max(0, len(after_verb) - MAX_LENGTH - 1)
+    for match in re.compile("@").finditer(after_verb, first):
         after = after_verb[match.end() :]
-        has_quote = not set(QUOTES).isdisjoint(after)
+        has_quote = any(quote in after for quote in QUOTES)
         # a value contains another @ only in quotes
-        if len(after) > MAX_LENGTH or ("@" in after and not has_quote):
+        if "@" in after and not has_quote:
             continue
         try:
             settings = _parse_where(after, POSITION_NAMES.get(verb, "pos"))
