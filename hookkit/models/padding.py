@@ -8,11 +8,12 @@ receives besides ids and a mask: the first of a few schemes in which a padded ro
 the row alone. If none has, `Unsupported` says what to do.
 
 A trial is a few forwards of nine tokens, the first time that a model receives padding on one side.
+With images or other inputs, it is a trial of the user's own longest and shortest prompt.
 It runs without gradients and in evaluation mode, and it calls neither the user's hooks nor
 hookkit's.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from ..errors import Unsupported
 from .batch_positions import Side, pad_batch
 from .lm import LM, logits_of
 from .overrides import Overrides, enter_padding_trial, in_padding_trial
+from .prompt_row import Row, has_inputs, input_names, join_inputs
 
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -65,13 +67,22 @@ def can_pad(lm: LM, side: Side) -> bool:
     return True
 
 
-def padding_scheme(lm: LM, side: Side) -> PaddingScheme:
-    """Returns the scheme of a model for one side. Raises `Unsupported` if no scheme is right."""
-    return _trial_result(lm, _choose_scheme, side)
+def padding_scheme(lm: LM, side: Side, rows: Sequence[Row] = ()) -> PaddingScheme:
+    """Returns the scheme of a model for one side. Raises `Unsupported` if no scheme is right.
+
+    `rows` are the rows to be padded, if they have more inputs than token ids.
+    """
+    return _trial_result(lm, _choose_scheme, side, rows=rows)
 
 
 def check_generation(
-    lm: LM, *, padded: bool, chunk: int | None, width: int, cache: str | None = None
+    lm: LM,
+    *,
+    padded: bool,
+    chunk: int | None,
+    width: int,
+    cache: str | None = None,
+    rows: Sequence[Row] = (),
 ) -> None:
     """Raises `Unsupported` if `generate` gives a row other logits than the row alone has.
 
@@ -86,7 +97,7 @@ def check_generation(
     if (padded, chunk_kind, cache) == (False, None, None) and _position_offset(lm) is None:
         return
     if padded:
-        _trial_result(lm, _generation_problem, True, None, None)
+        _trial_result(lm, _generation_problem, True, None, None, rows=rows)
     if chunk_kind is not None and cache is not None:
         _trial_result(lm, _generation_problem, False, None, cache)
     _trial_result(lm, _generation_problem, padded, chunk_kind, cache)
@@ -99,15 +110,21 @@ def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
     return min(chunk, 3), min(width % chunk, 2)
 
 
-def _trial_result(lm: LM, trial: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns the result of `trial(lm, *arguments)`. Raises `Unsupported` if it is a message.
+def _trial_result(
+    lm: LM, trial: Callable[..., Any], *arguments: Any, rows: Sequence[Row] = ()
+) -> Any:
+    """Returns the result of `trial(lm, rows, *arguments)`. Raises `Unsupported` if it is a message.
 
-    A trial runs once for each attention implementation, dtype and set of adapters.
+    A trial runs once for each attention implementation, dtype, set of adapters and set of inputs.
     """
     attention = getattr(lm.config, "_attn_implementation", None)
     key = trial, *arguments, attention, getattr(lm.root, "dtype", None), lm.adapters
+    key = *key, input_names(rows)
     if key not in lm.trial_results:
-        lm.trial_results[key] = trial(lm, *arguments)
+        own_rows = _trial_rows(lm)
+        if input_names(rows):
+            own_rows = [max(rows, key=len), min(rows, key=len)]
+        lm.trial_results[key] = trial(lm, own_rows, *arguments)
     if isinstance(lm.trial_results[key], str):
         raise Unsupported(lm.trial_results[key])
     return lm.trial_results[key]
@@ -116,7 +133,7 @@ def _trial_result(lm: LM, trial: Callable[..., Any], *arguments: Any) -> Any:
 # ---- trials of one forward
 
 
-def _choose_scheme(lm: LM, side: Side) -> PaddingScheme | str:
+def _choose_scheme(lm: LM, rows: list[Row], side: Side) -> PaddingScheme | str:
     """Returns the first scheme that is right, or the message of an error."""
     name = type(lm.root).__name__
     if not lm.accepts("attention_mask"):
@@ -126,7 +143,7 @@ def _choose_scheme(lm: LM, side: Side) -> PaddingScheme | str:
         )
     try:
         with _trial_conditions(lm):
-            return _first_right_scheme(lm, side)
+            return _first_right_scheme(lm, rows, side)
     except Exception as error:  # noqa: BLE001  a model may refuse a trial in any way
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         return (
@@ -135,8 +152,7 @@ def _choose_scheme(lm: LM, side: Side) -> PaddingScheme | str:
         )
 
 
-def _first_right_scheme(lm: LM, side: Side) -> PaddingScheme | str:
-    rows = _trial_rows(lm)
+def _first_right_scheme(lm: LM, rows: list[Row], side: Side) -> PaddingScheme | str:
     alone = [_forward_unpadded(lm, [row])[0] for row in rows]
     exact_limit = _limit(lm, alone[1], 0.0)
     differences: dict[PaddingScheme, float] = {}
@@ -144,7 +160,7 @@ def _first_right_scheme(lm: LM, side: Side) -> PaddingScheme | str:
         differences[scheme] = _padding_difference(lm, scheme, side, rows, alone)
         if differences[scheme] <= exact_limit:
             return scheme
-    together = _forward_unpadded(lm, [rows[1], rows[1][::-1]])
+    together = _forward_unpadded(lm, [rows[1], _other_row(rows[1])])
     noise = _relative_difference(together[0], alone[1])
     limit = _limit(lm, alone[1], noise)
     right = [scheme for scheme, difference in differences.items() if difference <= limit]
@@ -181,11 +197,13 @@ def _position_offset(lm: LM) -> int | None:
 
 
 def _padding_difference(
-    lm: LM, scheme: PaddingScheme, side: Side, rows: list[list[int]], alone: list[Tensor]
+    lm: LM, scheme: PaddingScheme, side: Side, rows: list[Row], alone: list[Tensor]
 ) -> float:
     """Returns the largest relative difference between rows of a padded batch and the rows alone."""
     ids, positions = pad_batch(rows, 0, side)
-    logits = _forward(lm, scheme.inputs(ids.to(lm.device), positions, ids.shape[1]))
+    width = ids.shape[1]
+    others = _other_inputs(lm, rows, width, side)
+    logits = _forward(lm, scheme.inputs(ids.to(lm.device), positions, width) | others)
     is_real = (positions >= 0).to(logits.device)
     differences: list[float] = []
     for row, expected in enumerate(alone):
@@ -216,16 +234,16 @@ def _refusal(lm: LM, side: Side, noise: float, difference: float) -> str:
 
 
 def _generation_problem(
-    lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
+    lm: LM, rows: list[Row], padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
 ) -> str | None:
     """Returns an error message if `generate` gives other logits than a row alone has, else None."""
     name = type(lm.root).__name__
-    rows, chunk = _chunked_rows(_trial_rows(lm), chunk_kind)
+    rows, chunk = _chunked_rows(rows, chunk_kind)
     try:
         with _trial_conditions(lm):
             expected = _forward_unpadded(lm, [rows[1]])[0, -1]
             alone = [_generated_logits(lm, [row], None)[0] for row in rows]
-            together = _generated_logits(lm, [rows[1], rows[1][::-1]], None)
+            together = _generated_logits(lm, [rows[1], _other_row(rows[1])], None)
             logits = _generated_logits(lm, rows if padded else rows[:1], chunk, cache)
     except Exception as error:  # noqa: BLE001  a model may refuse a trial in any way
         if cache is not None or (not padded and chunk_kind is None):
@@ -268,8 +286,8 @@ def _changed_logits(name: str, padded: bool, cache: str | None, difference: floa
 
 
 def _chunked_rows(
-    rows: list[list[int]], chunk_kind: tuple[int, int] | None
-) -> tuple[list[list[int]], int | None]:
+    rows: list[Row], chunk_kind: tuple[int, int] | None
+) -> tuple[list[Row], int | None]:
     """Returns rows, and a small chunk size that leaves none, one or more tokens as the user's."""
     if chunk_kind is None:
         return rows, None
@@ -281,7 +299,7 @@ def _chunked_rows(
 
 
 def _generated_logits(
-    lm: LM, rows: list[list[int]], chunk: int | None, cache: str | None = None
+    lm: LM, rows: list[Row], chunk: int | None, cache: str | None = None
 ) -> Tensor:
     """Returns the logits [row, vocab] of the first generated token, for rows padded on the left."""
     ids, positions = pad_batch(rows, 0, "left")
@@ -302,6 +320,7 @@ def _generated_logits(
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
+        **_other_inputs(lm, rows, ids.shape[1], "left"),
         **options,
     )
     return output.logits[0]
@@ -310,18 +329,30 @@ def _generated_logits(
 # ---- rows, logits and conditions of all trials
 
 
-def _trial_rows(lm: LM) -> list[list[int]]:
+def _trial_rows(lm: LM) -> list[Row]:
     """Returns two rows of token ids that contain no special token."""
     count = min(lm.sizes["vocab"] or 64, 64)
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     special = {getattr(lm.config, name, None) for name in names}
     ids = [number for number in range(3, count) if number not in special] or [0]
-    spread = [ids[(11 * number + 5) % len(ids)] for number in range(LONG + SHORT)]
+    spread = tuple(ids[(11 * number + 5) % len(ids)] for number in range(LONG + SHORT))
     return [spread[:LONG], spread[LONG:]]
 
 
-def _forward_unpadded(lm: LM, rows: list[list[int]]) -> Tensor:
-    return _forward(lm, {"input_ids": torch.tensor(rows, device=lm.device)})
+def _other_row(row: Row) -> Row:
+    """Returns another row of the same length; with images or the like, the row itself."""
+    return row if has_inputs(row) else row[::-1]
+
+
+def _forward_unpadded(lm: LM, rows: list[Row]) -> Tensor:
+    ids = torch.tensor(rows, device=lm.device)
+    return _forward(lm, {"input_ids": ids} | _other_inputs(lm, rows, ids.shape[1], "right"))
+
+
+def _other_inputs(lm: LM, rows: list[Row], width: int, side: Side) -> dict[str, Tensor]:
+    """Returns what the model reads besides ids and mask, on its device."""
+    joined = join_inputs(rows, width, side)
+    return {name: values.to(lm.device) for name, values in joined.items()}
 
 
 def _forward(lm: LM, inputs: Mapping[str, Tensor]) -> Tensor:

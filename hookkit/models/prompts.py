@@ -18,13 +18,18 @@ from .batch_positions import pad_rows as pad_rows
 from .lm import LM
 from .padding import padding_scheme
 from .positions import At
+from .prompt_row import PromptRow, Row, has_inputs, input_names, join_inputs, split_inputs
 
 Prompts: TypeAlias = (
     str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
 )
-Row: TypeAlias = tuple[int, ...]
 
-MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that a mapping of prompts may have
+MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that hookkit itself reads in a mapping
+# Inputs that hookkit makes, or that take the place of the ids.
+REFUSED_INPUTS = ("position_ids", "inputs_embeds", "labels", "past_key_values", "cache_position")
+# The configuration's names of the ids that stand for an image, a video or sound in a prompt.
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+PLACEHOLDERS += ("audio_token_index",)
 PROMPT_FORMS = "give texts, or rows of token ids"
 OTHER_OBJECTS = {  # the attributes by which an object is recognised, and the message
     ("clean", "corrupted"): "the prompts are Pairs, which have two prompts each: "
@@ -47,12 +52,15 @@ def check_prompts(prompts: object) -> list[str | Row]:
     """Returns the prompts as a list of texts and of tuples of token ids without padding.
 
     `prompts` is a text, several texts, the token ids of one row or of several rows, or a mapping
-    with `input_ids` and optionally `attention_mask`, as tokenizers return it. Several prompts can
-    be in a list, a tuple, a generator, a column of a pandas table, a numpy array or a tensor.
-    Raises `BadPrompt` for anything else, and for a mapping with a key that would be ignored.
+    with `input_ids` and optionally `attention_mask` and other inputs of the model, as tokenizers
+    and processors return it. Several prompts can be in a list, a tuple, a generator, a column of a
+    pandas table, a numpy array or a tensor. A row with other inputs is a `PromptRow`. Raises
+    `BadPrompt` for anything else, and for a mapping with an input that hookkit makes itself.
     """
     if isinstance(prompts, str):
         return [str(prompts)]
+    if isinstance(prompts, PromptRow):
+        return [prompts]
     if is_mapping(prompts):
         return _rows_of_mapping(prompts)
     refuse_non_prompts(prompts)
@@ -70,6 +78,8 @@ def check_prompt(item: object, number: int) -> str | Row:
     """Returns the text or the token ids of one of several prompts. `number` is its row."""
     if isinstance(item, str):
         return str(item)
+    if isinstance(item, PromptRow):
+        return item
     if is_mapping(item):
         return _row_of_mapping(item, number)
     refuse_non_prompts(item)
@@ -161,20 +171,25 @@ def _row_of_mapping(item: Any, number: int) -> Row:
 def _rows_of_mapping(inputs: Any) -> list[Any]:
     """Returns the rows of ids, without padding, of a mapping that a tokenizer returned."""
     _check_keys(inputs)
-    rows = check_prompts(inputs["input_ids"])
+    rows: list[Any] = list(check_prompts(inputs["input_ids"]))
     if str in map(type, rows):
         raise BadPrompt(
             "input_ids are texts: give token ids there, or the texts themselves as the prompts"
         )
+    width = max(map(len, rows))
+    columns: list[Sequence[int]] = [range(len(row)) for row in rows]
     mask = inputs.get("attention_mask")
-    if mask is None:
-        return rows
-    mask_rows = _rows_of_mask(mask)
-    if len(mask_rows) != len(rows):
-        raise BadPrompt(
-            f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one shape"
-        )
-    return list(map(_without_padding, rows, mask_rows, count()))
+    if mask is not None:
+        mask_rows = _rows_of_mask(mask)
+        if len(mask_rows) != len(rows):
+            raise BadPrompt(
+                f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one "
+                "shape"
+            )
+        columns = list(map(_columns_without_padding, rows, mask_rows, count()))
+        rows = [tuple(map(row.__getitem__, own)) for row, own in zip(rows, columns, strict=True)]
+    others = {str(name): inputs[name] for name in inputs if name not in MODEL_INPUTS}
+    return split_inputs(rows, columns, width, others)
 
 
 def _rows_of_mask(mask: object) -> list[Any]:
@@ -195,17 +210,17 @@ def _check_keys(inputs: Any) -> None:
             f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, "
             "mapping['text'] for example, or what a tokenizer returns"
         )
-    ignored = [str(key) for key in inputs if key not in MODEL_INPUTS]
-    if ignored:
+    refused = [str(key) for key in inputs if key in REFUSED_INPUTS]
+    if refused:
         raise BadPrompt(
-            f"the prompts have {ignored[0]!r}, which would be ignored: hookkit reads input_ids "
-            "and attention_mask. Leave it out, for example with "
-            f"inputs.pop({ignored[0]!r}), or run the model yourself in hk.attach"
+            f"the prompts have {refused[0]!r}, which hookkit makes itself or cannot read: leave it "
+            f"out, for example with inputs.pop({refused[0]!r}), or run the model yourself in "
+            "hk.attach"
         )
 
 
-def _without_padding(row: Any, mask: object, number: int) -> Row:
-    """Returns a row of ids without its padding, which may be before or after the text."""
+def _columns_without_padding(row: Any, mask: object, number: int) -> Row:
+    """Returns the columns of a row without its padding, which may be before or after the text."""
     values = as_items(mask)
     if values is None or len(values) != len(row):
         size = describe(mask) if values is None else f"{len(values)} numbers"
@@ -226,7 +241,7 @@ def _without_padding(row: Any, mask: object, number: int) -> Row:
             "out of the text: hide tokens with hk.knockout(layers, key=…), "
             "and give padding at one end only"
         )
-    return tuple(compress(row, bits))
+    return tuple(compress(count(), bits))
 
 
 def _mask_bit(value: object) -> float | None:
@@ -264,6 +279,12 @@ class Batch:
         """True for real tokens."""
         return (self.positions >= 0).to(self.ids.device)
 
+    @property
+    def other_inputs(self) -> dict[str, Tensor]:
+        """The arguments of a forward besides ids and mask, such as those for images."""
+        joined = join_inputs(self.rows, self.ids.shape[1], self.side)
+        return {name: values.to(self.ids.device) for name, values in joined.items()}
+
     def inputs(self, lm: LM) -> dict[str, Tensor]:
         """Returns the arguments of a forward.
 
@@ -271,9 +292,10 @@ class Batch:
         same numbers as the row alone. Raises `Unsupported` for a model in which nothing does so.
         """
         if not self.padded:
-            return {"input_ids": self.ids}
-        scheme = padding_scheme(lm, self.side)
-        return scheme.inputs(self.ids, self.positions, self.ids.shape[1])
+            return {"input_ids": self.ids} | self.other_inputs
+        scheme = padding_scheme(lm, self.side, self.rows)
+        ids_and_mask = scheme.inputs(self.ids, self.positions, self.ids.shape[1])
+        return ids_and_mask | self.other_inputs
 
 
 def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -> Batch:
@@ -304,6 +326,7 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
         row = _tokenize(lm, content) if isinstance(content, str) else content
         from_tokenizer = isinstance(content, str) or isinstance(prompts, Mapping)
         _check_ids(lm, number, row, from_tokenizer=from_tokenizer)
+        _check_inputs(lm, number, row)
         rows.append(row)
     return rows
 
@@ -366,6 +389,40 @@ def _check_ids(lm: LM, number: int, row: Row, *, from_tokenizer: bool) -> None:
         f"prompt {number} has token id {invalid[0]}, and the vocabulary has ids 0 to "
         f"{vocab - 1}{hint}"
     )
+
+
+def _check_inputs(lm: LM, number: int, row: Row) -> None:
+    """Raises if the model would not read an input of a row, or lacks what a token stands for."""
+    ignored = [name for name in input_names([row]) if name not in lm.takes]
+    if ignored:
+        raise BadPrompt(
+            f"prompt {number} has {ignored[0]!r}, which would be ignored: the forward of "
+            f"{type(lm.root).__name__} has no such parameter. Leave it out, for example with "
+            f"inputs.pop({ignored[0]!r})"
+        )
+    missing = placeholder_ids(lm).intersection(row)
+    if missing and not getattr(row, "inputs", {}):
+        raise BadPrompt(
+            f"prompt {number} has token {min(missing)}, which stands for an image, a video or "
+            "sound, and came without it: give what the model's processor returns for the text and "
+            "its images. If it was given, this function cannot use it"
+        )
+
+
+def placeholder_ids(lm: LM) -> set[int]:
+    """Returns the token ids that stand for an image, a video or sound."""
+    ids = {getattr(lm.config, name, None) for name in PLACEHOLDERS}
+    return {token_id for token_id in ids if isinstance(token_id, int)}
+
+
+def refuse_inputs(rows: Iterable[Any], function: str) -> None:
+    """Raises `Unsupported` for prompts with more than token ids, in a function that reads ids."""
+    for number, row in enumerate(rows):
+        if has_inputs(row):
+            raise Unsupported(
+                f"{function} reads token ids only, and prompt {number} has "
+                f"{input_names([row])[0]!r} too"
+            )
 
 
 def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:

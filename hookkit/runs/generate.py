@@ -109,6 +109,7 @@ def generate_with_tracer(
         chunk=getattr(config, "prefill_chunk_size", None),
         width=batch.ids.shape[1],
         cache=config.cache_implementation,
+        rows=batch.rows,
     )
     manager = HookManager(lm, hooks, observers=_observers(option), tracer=tracer)
     settings = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
@@ -154,6 +155,7 @@ def generate_with_tracer(
 def _inputs(lm: LM, batch: Batch, config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The prompts; a tokenizer for stop strings, and a pad token if the model has none."""
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    inputs |= batch.other_inputs
     if config.stop_strings and "tokenizer" not in arguments:
         inputs["tokenizer"] = lm.tokenizer
     if config.pad_token_id is None and not {"generation_config", "pad_token_id"} & set(arguments):

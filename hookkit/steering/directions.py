@@ -280,7 +280,7 @@ class Aim:
     ) -> Float[Tensor, "row look vocab"]:
         """Returns the logits at the last positions of these prompts, as many as are read."""
         lm, count = self.lm, max(self.inputs.read_counts[row] for row in rows)
-        batch = as_batch(lm, [list(self.inputs.run_rows[row]) for row in rows], side="left")
+        batch = as_batch(lm, [self.inputs.run_rows[row] for row in rows], side="left")
         settings = lm.accepted(use_cache=False, return_dict=True, logits_to_keep=count)
         arguments = batch.inputs(lm) | settings
         manager = HookManager(lm, hooks)

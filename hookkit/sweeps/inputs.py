@@ -17,6 +17,7 @@ from ..errors import OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.padding import padding_scheme
+from ..models.prompt_row import crop_row, extend_row, has_inputs, join_inputs
 from ..models.prompts import Prompts, Row, as_batch, pad_id, pad_rows, positions_of_text
 from ..tables.metrics.metric import Loss, Measure, Metric, MetricInput
 
@@ -56,6 +57,11 @@ class SweepInputs:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def has_images(self) -> bool:
+        """True if a prompt has more inputs than token ids, such as those of an image."""
+        return any(map(has_inputs, self.rows))
 
     @property
     def cropped(self) -> bool:
@@ -107,10 +113,13 @@ class SweepInputs:
         ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
         ids = ids.to(lm.device)
         lengths = torch.tensor(list(map(len, run_rows)))
+        others = join_inputs(run_rows, columns, "left")
+        others = {name: values.to(lm.device) for name, values in others.items()}
         if bool((lengths == columns).all()):
-            return {"input_ids": ids[:, -width:]}
+            return {"input_ids": ids[:, -width:]} | others
         positions = torch.arange(columns) - (columns - lengths[:, None])
-        return padding_scheme(lm, "left").inputs(ids, positions.clamp(min=-1), width)
+        scheme = padding_scheme(lm, "left", run_rows)
+        return scheme.inputs(ids, positions.clamp(min=-1), width) | others
 
 
 def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
@@ -121,7 +130,8 @@ def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -
         run_rows = tuple(_crop(number, row, pos) for number, row in enumerate(rows))
         return SweepInputs(lm, rows, run_rows, (1,) * len(rows))
     continuations = loss.prepare(lm, len(rows))
-    joined = [[*row, *tokens[:-1]] for row, tokens in zip(rows, continuations, strict=True)]
+    pairs = zip(rows, continuations, strict=True)
+    joined = [extend_row(row, tokens[:-1]) for row, tokens in pairs]
     run_rows = as_batch(lm, joined).rows
     read_counts = tuple(map(len, continuations))
     return SweepInputs(lm, rows, run_rows, read_counts, has_continuation=True)
@@ -150,7 +160,7 @@ def _crop(number: int, row: Row, pos: int) -> Row:
             f"the metric looks at position {pos}, and prompt {number} has {length} tokens: "
             f"-{length} to {length - 1}"
         )
-    return row[: pos % length + 1]
+    return crop_row(row, pos % length + 1)
 
 
 @dataclass(frozen=True, eq=False)

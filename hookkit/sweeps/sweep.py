@@ -426,7 +426,7 @@ def _read_run(plan: Plan, target: Run, pos: int) -> tuple[SweepInputs, LogitsOf]
 
 
 def _read_prompts(plan: Plan, target: Prompts, pos: int) -> tuple[SweepInputs, LogitsOf]:
-    rows = list(map(list, as_batch(plan.lm, target).rows))
+    rows = list(as_batch(plan.lm, target).rows)
     _check_target_count(plan, len(rows))
     if len(rows) == 1:
         rows *= len(plan.inputs)

@@ -1,0 +1,214 @@
+"""One prompt as the model reads it: token ids, other inputs such as images, and who said what.
+
+A processor returns more than token ids: `pixel_values` of images, `input_features` of sound,
+`token_type_ids`. A `PromptRow` is a tuple of token ids that carries them, so that every function
+that passes rows on passes them on too. `split_inputs` divides what a processor returned among its
+rows, and `join_inputs` joins the inputs of a batch.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..arguments import describe
+from ..errors import BadPrompt
+from .batch_positions import Side
+
+Row: TypeAlias = tuple[int, ...]
+
+GRID = (
+    "_grid_thw"  # the end of the name of an input with the patches of each image: t, height, width
+)
+VALUES_OF_GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
+
+
+class PromptRow(tuple[int, ...]):
+    """The token ids of one prompt, and what belongs to them.
+
+    inputs     other arguments of the model's forward: their first axis counts images or the like
+    per_token  other arguments with one value for each token, such as token_type_ids
+    roles      who said each token ("user", "assistant", …; None for the template's own), in a chat
+    """
+
+    inputs: Mapping[str, Tensor]
+    per_token: Mapping[str, Tensor]
+    roles: tuple[str | None, ...]
+
+    def __new__(
+        cls,
+        ids: Iterable[int],
+        inputs: Mapping[str, Tensor] | None = None,
+        per_token: Mapping[str, Tensor] | None = None,
+        roles: Sequence[str | None] = (),
+    ) -> "PromptRow":
+        row = super().__new__(cls, ids)
+        row.inputs = inputs or {}
+        row.per_token = per_token or {}
+        row.roles = tuple(roles)
+        return row
+
+    @property
+    def has_inputs(self) -> bool:
+        """True if the model reads more than the token ids."""
+        return bool(self.inputs or self.per_token)
+
+    def __eq__(self, other: object) -> bool:
+        """True for the same ids with the same other inputs."""
+        if not isinstance(other, tuple) or not super().__eq__(other):
+            return False
+        return _equal_inputs(self.inputs, getattr(other, "inputs", {})) and _equal_inputs(
+            self.per_token, getattr(other, "per_token", {})
+        )
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+
+def _equal_inputs(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    if first.keys() != second.keys():
+        return False
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def input_names(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Returns the names of what the model reads besides the token ids of these rows."""
+    names: set[str] = set()
+    for row in rows:
+        if isinstance(row, PromptRow):
+            names |= row.inputs.keys() | row.per_token.keys()
+    return tuple(sorted(names))
+
+
+def has_inputs(row: Row) -> bool:
+    """True if the model reads more than the token ids of this row."""
+    return isinstance(row, PromptRow) and row.has_inputs
+
+
+def crop_row(row: Row, length: int) -> Row:
+    """Returns the first tokens of a row, with what belongs to them."""
+    if not isinstance(row, PromptRow):
+        return row[:length]
+    per_token = {name: values[:length] for name, values in row.per_token.items()}
+    return PromptRow(row[:length], row.inputs, per_token, row.roles[:length])
+
+
+def extend_row(row: Row, ids: Sequence[int]) -> Row:
+    """Returns a row with more tokens at its end; a value per token repeats that of the last one."""
+    if not isinstance(row, PromptRow):
+        return (*row, *ids)
+    per_token: dict[str, Tensor] = {}
+    for name, values in row.per_token.items():
+        per_token[name] = torch.cat([values, values[-1:].expand(len(ids), *values.shape[1:])])
+    roles = row.roles and (*row.roles, *[row.roles[-1]] * len(ids))
+    return PromptRow((*row, *ids), row.inputs, per_token, roles)
+
+
+# ---- from what a processor returned to rows
+
+
+def split_inputs(
+    rows: Sequence[Row], columns: Sequence[Sequence[int]], width: int, others: Mapping[str, Any]
+) -> list[Row]:
+    """Returns the rows with the other inputs that a processor returned for them.
+
+    `columns` are those of each row's tokens among the `width` columns of the processor's ids. An
+    input with this shape has a value per token. Of the others, one row has all; several rows have
+    one entry each, and what cannot be divided so raises `BadPrompt`.
+    """
+    if not others:
+        return list(rows)
+    tensors = {name: _as_tensor(name, values) for name, values in others.items()}
+    per_token, inputs = {}, {}
+    for name, values in tensors.items():
+        is_per_token = tuple(values.shape[:2]) == (len(rows), width) and values.ndim == 2
+        (per_token if is_per_token else inputs)[name] = values
+    parts = _divide(inputs, len(rows))
+    result: list[Row] = []
+    for number, row in enumerate(rows):
+        own = {name: values[number, list(columns[number])] for name, values in per_token.items()}
+        result.append(PromptRow(row, parts[number], own))
+    return result
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadPrompt(
+            f"the prompts have {name!r}, {describe(values)}, which is no tensor: ask the processor "
+            "for tensors, with return_tensors='pt'"
+        ) from error
+
+
+def _divide(inputs: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Returns the inputs of each of `count` rows."""
+    if count == 1 or not inputs:
+        return [dict(inputs)] * count
+    sizes: dict[str, list[int]] = {}
+    for name, values in inputs.items():
+        sizes[name] = [1] * values.shape[0] if values.ndim else []
+    for grid, name in VALUES_OF_GRIDS.items():
+        if grid in inputs and name in inputs:
+            sizes[name] = inputs[grid].prod(-1).tolist()
+    for name, lengths in sizes.items():
+        if len(lengths) != count or sum(lengths) != inputs[name].shape[0]:
+            raise BadPrompt(
+                f"the prompts are {count} rows with {name!r} of shape "
+                f"{list(inputs[name].shape)}, which cannot be divided among the rows: give a list, "
+                "with what the processor returns for each prompt"
+            )
+    divided = {name: inputs[name].split(lengths) for name, lengths in sizes.items()}
+    return [{name: parts[row] for name, parts in divided.items()} for row in range(count)]
+
+
+# ---- from rows to the inputs of a batch
+
+
+def join_inputs(rows: Sequence[Row], width: int, side: Side) -> dict[str, Tensor]:
+    """Returns the other inputs of a batch of rows, padded with zeros to a common size."""
+    carriers = [row for row in rows if isinstance(row, PromptRow) and row.has_inputs]
+    joined: dict[str, Tensor] = {}
+    for name in _names(row.inputs for row in carriers):
+        parts = [row.inputs[name] for row in carriers if name in row.inputs]
+        joined[name] = _concatenate(name, parts)
+    for name in _names(row.per_token for row in carriers):
+        joined[name] = _pad_per_token(name, rows, width, side)
+    return joined
+
+
+def _names(inputs: Iterable[Mapping[str, Tensor]]) -> list[str]:
+    names: dict[str, None] = {}
+    for mapping in inputs:
+        names |= dict.fromkeys(mapping)
+    return list(names)
+
+
+def _concatenate(name: str, parts: Sequence[Tensor]) -> Tensor:
+    if len({part.ndim for part in parts}) > 1:
+        shapes = ", ".join(str(list(part.shape)) for part in parts)
+        raise BadPrompt(f"the prompts have {name!r} of shapes {shapes}: give one number of axes")
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
+    padded: list[Tensor] = []
+    for part in parts:
+        filled = part.new_zeros(part.shape[0], *sizes)
+        filled[tuple(map(slice, part.shape))] = part
+        padded.append(filled)
+    return torch.cat(padded)
+
+
+def _pad_per_token(name: str, rows: Sequence[Row], width: int, side: Side) -> Tensor:
+    dtype = next(row.per_token[name].dtype for row in rows if name in getattr(row, "per_token", {}))
+    joined = torch.zeros(len(rows), width, dtype=dtype)
+    for number, row in enumerate(rows):
+        values = getattr(row, "per_token", {}).get(name)
+        if values is None:
+            continue
+        start = 0 if side == "right" else width - len(row)
+        joined[number, start : start + len(row)] = values
+    return joined
