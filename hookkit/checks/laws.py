@@ -27,7 +27,9 @@ from ..hooks.edits import edit, scale, steer
 from ..hooks.logit_shifts import ban
 from ..hooks.logits import force
 from ..models.lm import LM
-from ..models.prompts import as_batch
+from ..models.padding import padding_scheme
+from ..models.prompt_row import Row, join_inputs
+from ..models.prompts import as_batch, continue_row
 from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, Site
 from ..runs.forward import forward
 from ..runs.generate import generate
@@ -210,7 +212,7 @@ def _padded_batch(study: Study) -> Iterator[Finding]:
     rows = as_batch(study.lm, study.prompts).rows
     padded_values = (study.run, _left_padded_values(study, rows))
     for number, row in enumerate(rows):
-        alone = forward(study.lm, [list(row)], capture(study.sites))
+        alone = forward(study.lm, [row], capture(study.sites))
         for site, values in itertools.product(study.sites_named(BY_ROW), padded_values):
             expected = alone.captured(site).by_position[0]
             actual = values[site]
@@ -220,14 +222,17 @@ def _padded_batch(study: Study) -> Iterator[Finding]:
             yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
 
 
-def _left_padded_values(study: Study, rows: Sequence[Sequence[int]]) -> dict[Site, Tensor]:
+def _left_padded_values(study: Study, rows: Sequence[Row]) -> dict[Site, Tensor]:
     """Returns the captured values of a left-padded batch in a call of the plain model."""
     ids = [torch.tensor(row, device=study.lm.device) for row in rows]
     ones = list(map(torch.ones_like, ids))
     mask = pad_sequence(ones, batch_first=True, padding_side="left")
     padded_ids = pad_sequence(ids, batch_first=True, padding_side="left")
     inputs = {"input_ids": padded_ids, "attention_mask": mask}
-    if "position_ids" in study.lm.takes:
+    others = join_inputs(rows, mask.shape[1], "left")
+    inputs |= {name: values.to(study.lm.device) for name, values in others.items()}
+    # Some models give each patch of an image its position themselves.
+    if padding_scheme(study.lm, "left", rows).positions is not None:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with attach(study.lm, capture(study.sites)) as manager, torch.no_grad():
         study.lm.model(**inputs, use_cache=False)
@@ -237,9 +242,12 @@ def _left_padded_values(study: Study, rows: Sequence[Sequence[int]]) -> dict[Sit
 def _generated_values(study: Study) -> Iterator[Finding]:
     """With the cache, generation has the values of a forward pass over the text, at every site."""
     generated = generate(study.lm, study.prompts, capture(study.sites), **GENERATION)
+    prompts = as_batch(study.lm, study.prompts).rows
     for row, length in enumerate(generated.lengths):
-        ids = generated.tokens[row, : length - 1].tolist()
-        alone = forward(study.lm, [ids], capture(study.sites))
+        written = generated.tokens[row, generated.prompt_lengths[row] : length - 1].tolist()
+        alone = forward(
+            study.lm, [continue_row(study.lm, prompts[row], written)], capture(study.sites)
+        )
         for site in study.sites_named(GENERATED_SITES):
             expected = alone.captured(site).by_position[0]
             actual = generated.captured(site).by_position[row, : expected.shape[0]]
@@ -270,10 +278,11 @@ def _hooks_by_row(study: Study) -> Iterator[Finding]:
         lambda row: force(5, rows=row),
     ]
     batch_logits = study.logits(*(make(row) for row, make in enumerate(makers)))
+    prompts = as_batch(study.lm, study.prompts).rows
     for row, make in enumerate(makers):
-        length = study.plain_run.lengths[row]
-        alone = forward(study.lm, [study.plain_run.tokens[row, :length].tolist()], make(0))
-        yield study.compare("resid_post", batch_logits[row, :length], alone.logits[0], 3)
+        alone = forward(study.lm, [prompts[row]], make(0))
+        together = batch_logits[row, : len(prompts[row])]
+        yield study.compare("resid_post", together, alone.logits[0], 3)
 
 
 def _model_is_restored(study: Study) -> Iterator[Finding]:

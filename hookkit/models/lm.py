@@ -335,7 +335,7 @@ class LM(Vocabulary):
         blocks at the last positions only, and hooks at the other positions would never fire. With a
         list of positions it restricts the logits alone.
         """
-        if last and getattr(self.config, "num_kv_shared_layers", 0):
+        if last and getattr(text_config(self.config), "num_kv_shared_layers", 0):
             return list(range(-last, 0))
         return last
 

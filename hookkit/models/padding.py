@@ -30,6 +30,7 @@ from .prompt_row import Row, has_inputs, input_names, join_inputs
 
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+BEGIN_AT_ONE = ("paligemma",)  # types of models that count positions from 1
 NOISE_FACTOR = 5  # padding may change logits by this multiple of what an unpadded batch changes
 # a model needs the hooks of these
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "hookkit")
@@ -91,6 +92,11 @@ def check_generation(
     each kind of chunks: chunks of one token, chunks of which the last has one token, and others.
     """
     chunk_kind = _chunk_kind(chunk, width)
+    if chunk_kind is not None and input_names(rows):
+        raise Unsupported(
+            f"the prompts have {input_names(rows)[0]!r} beside their tokens, and "
+            "prefill_chunk_size would divide the tokens alone: leave it out"
+        )
     # "paged" packs prompts into one row, which hooks refuse
     if cache in ("dynamic", "dynamic_full", "paged"):
         cache = None
@@ -99,8 +105,8 @@ def check_generation(
     if padded:
         _trial_result(lm, _generation_problem, True, None, None, rows=rows)
     if chunk_kind is not None and cache is not None:
-        _trial_result(lm, _generation_problem, False, None, cache)
-    _trial_result(lm, _generation_problem, padded, chunk_kind, cache)
+        _trial_result(lm, _generation_problem, False, None, cache, rows=rows)
+    _trial_result(lm, _generation_problem, padded, chunk_kind, cache, rows=rows)
 
 
 def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
@@ -174,10 +180,10 @@ def _possible_schemes(lm: LM, side: Side) -> list[PaddingScheme]:
     """Returns the schemes that a model may need, the most likely first."""
     with_positions = []
     if "position_ids" in lm.takes:
-        with_positions.append(PaddingScheme(0))
         offset = _position_offset(lm)
         if offset is not None:
             with_positions.append(PaddingScheme(offset))
+        with_positions.append(PaddingScheme(0))
     without_positions = [PaddingScheme()]
     pad_token_id = getattr(lm.config, "pad_token_id", None)
     if isinstance(pad_token_id, int):
@@ -188,7 +194,12 @@ def _possible_schemes(lm: LM, side: Side) -> list[PaddingScheme]:
 
 
 def _position_offset(lm: LM) -> int | None:
-    """Returns the first position of a position embedding whose first rows are for padding."""
+    """Returns the first position of a model that does not begin at 0, or None.
+
+    It is that of a position embedding whose first rows are for padding.
+    """
+    if getattr(lm.config, "model_type", None) in BEGIN_AT_ONE:
+        return 1
     for path, module in lm.root.named_modules():
         is_for_positions = "position" in path.rpartition(".")[2]
         if is_for_positions and isinstance(module, nn.Embedding) and module.padding_idx is not None:

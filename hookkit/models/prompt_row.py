@@ -96,13 +96,19 @@ def crop_row(row: Row, length: int) -> Row:
     return PromptRow(row[:length], row.inputs, per_token, row.roles[:length])
 
 
-def extend_row(row: Row, ids: Sequence[int]) -> Row:
-    """Returns a row with more tokens at its end; a value per token repeats that of the last one."""
+def extend_row(row: Row, ids: Sequence[int], fills: Mapping[str, int] | None = None) -> Row:
+    """Returns a row with more tokens at its end.
+
+    `fills` has the values per token of the new tokens; others repeat the value of the last one.
+    """
     if not isinstance(row, PromptRow):
         return (*row, *ids)
     per_token: dict[str, Tensor] = {}
     for name, values in row.per_token.items():
-        per_token[name] = torch.cat([values, values[-1:].expand(len(ids), *values.shape[1:])])
+        new = values[-1:].expand(len(ids)).clone()
+        if fills is not None and name in fills:
+            new.fill_(fills[name])
+        per_token[name] = torch.cat([values, new])
     roles = row.roles and (*row.roles, *[row.roles[-1]] * len(ids))
     return PromptRow((*row, *ids), row.inputs, per_token, roles)
 

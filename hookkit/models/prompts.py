@@ -18,7 +18,15 @@ from .batch_positions import pad_rows as pad_rows
 from .lm import LM
 from .padding import padding_scheme
 from .positions import At
-from .prompt_row import PromptRow, Row, has_inputs, input_names, join_inputs, split_inputs
+from .prompt_row import (
+    PromptRow,
+    Row,
+    extend_row,
+    has_inputs,
+    input_names,
+    join_inputs,
+    split_inputs,
+)
 
 Prompts: TypeAlias = (
     str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
@@ -30,6 +38,8 @@ REFUSED_INPUTS = ("position_ids", "inputs_embeds", "labels", "past_key_values", 
 # The configuration's names of the ids that stand for an image, a video or sound in a prompt.
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 PLACEHOLDERS += ("audio_token_index",)
+# The token types of text that follows the prompt, by model type.
+TYPES_OF_CONTINUATION = {"gemma3": 0, "gemma4": 0, "paligemma": 1}
 PROMPT_FORMS = "give texts, or rows of token ids"
 OTHER_OBJECTS = {  # the attributes by which an object is recognised, and the message
     ("clean", "corrupted"): "the prompts are Pairs, which have two prompts each: "
@@ -413,6 +423,15 @@ def placeholder_ids(lm: LM) -> set[int]:
     """Returns the token ids that stand for an image, a video or sound."""
     ids = {getattr(lm.config, name, None) for name in PLACEHOLDERS}
     return {token_id for token_id in ids if isinstance(token_id, int)}
+
+
+def continue_row(lm: LM, row: Row, ids: Sequence[int]) -> Row:
+    """Returns a row with text after it, with the types per token that the model's text has."""
+    fills = {"mm_token_type_ids": 0}
+    model_type = getattr(lm.config, "model_type", None)
+    if model_type in TYPES_OF_CONTINUATION:
+        fills["token_type_ids"] = TYPES_OF_CONTINUATION[model_type]
+    return extend_row(row, ids, fills)
 
 
 def refuse_inputs(rows: Iterable[Any], function: str) -> None:

@@ -17,8 +17,16 @@ from ..errors import OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.padding import padding_scheme
-from ..models.prompt_row import crop_row, extend_row, has_inputs, join_inputs
-from ..models.prompts import Prompts, Row, as_batch, pad_id, pad_rows, positions_of_text
+from ..models.prompt_row import crop_row, has_inputs, join_inputs
+from ..models.prompts import (
+    Prompts,
+    Row,
+    as_batch,
+    continue_row,
+    pad_id,
+    pad_rows,
+    positions_of_text,
+)
 from ..tables.metrics.metric import Loss, Measure, Metric, MetricInput
 
 Values: TypeAlias = dict[tuple[int, int], list[float]]
@@ -131,7 +139,7 @@ def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -
         return SweepInputs(lm, rows, run_rows, (1,) * len(rows))
     continuations = loss.prepare(lm, len(rows))
     pairs = zip(rows, continuations, strict=True)
-    joined = [extend_row(row, tokens[:-1]) for row, tokens in pairs]
+    joined = [continue_row(lm, row, tokens[:-1]) for row, tokens in pairs]
     run_rows = as_batch(lm, joined).rows
     read_counts = tuple(map(len, continuations))
     return SweepInputs(lm, rows, run_rows, read_counts, has_continuation=True)

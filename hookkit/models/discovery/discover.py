@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...arguments import as_number
 from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
-from ..families.table import FAMILIES
-from ..layout import Layout
+from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS
+from ..layout import Layout, text_config
 from ..sites import AXES, SITES_WITHOUT_LAYER
 from .attention_sites import (
     HEADED,
@@ -47,14 +47,30 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
         return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
     if head is None:
         return Family("module", {}, dict.fromkeys(AXES, _why_no_head(kind, model_type)))
-    row = FAMILIES.get(str(model_type))
+    text = text_config(config)
+    row = FAMILIES.get(str(getattr(text, "model_type", None)))
     if row is not None:
-        return replace(row if isinstance(row, Family) else row(config), name=model_type)
+        family = replace(row if isinstance(row, Family) else row(text), name=model_type)
+        if text is config:
+            return family
+        exceptions = {**family.exceptions, **MULTIMODAL_EXCEPTIONS.get(model_type, {})}
+        return replace(family.moved(decoder_path(model), head), exceptions=exceptions)
     family = _try_discovery(model, config)
     if isinstance(family, Family):
         return family
     locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
     return Family(model_type or "unknown", locations, dict.fromkeys(AXES, family))
+
+
+def decoder_path(model: nn.Module) -> str:
+    """Returns the path of the innermost decoder, which reads the embedded text."""
+    decoder: Any = model
+    while True:
+        inner = getattr(decoder, "get_decoder", lambda: None)()
+        if not isinstance(inner, nn.Module) or inner is decoder:
+            break
+        decoder = inner
+    return next(path for path, module in model.named_modules() if module is decoder)
 
 
 def _why_no_head(kind: str, model_type: str | None) -> str:

@@ -144,11 +144,35 @@ class Family:
             in_block.append(replace(location, path=path, layers=()))
         return in_block
 
+    def moved(self, decoder: str, head: str) -> "Family":
+        """Returns the row for a model whose decoder and head are at these paths.
+
+        A model that reads images too has the decoder of a language model as one of its parts.
+        """
+        own_decoder = self.block.rsplit(".", 2)[0]
+        paths = {own_decoder: decoder, "lm_head": head}
+        locations: dict[str, ModuleLocation | tuple[ModuleLocation, ...]] = {}
+        for site, location in self.locations.items():
+            if isinstance(location, ModuleLocation):
+                locations[site] = _move(location, paths)
+            else:
+                locations[site] = tuple(_move(one, paths) for one in location)
+        block = decoder + self.block.removeprefix(own_decoder)
+        return replace(self, locations=locations, block=block)
+
     def why_missing(self, site: str) -> str:
         """Returns the reason why the family does not have a site."""
         return self.missing.get(
             site, f"hookkit's table has no place for it in the {self.name} family"
         )
+
+
+def _move(location: ModuleLocation, paths: Mapping[str, str]) -> ModuleLocation:
+    """Returns a location with the beginning of its path replaced, if it is one of `paths`."""
+    for old, new in paths.items():
+        if location.path == old or location.path.startswith(f"{old}."):
+            return replace(location, path=new + location.path.removeprefix(old))
+    return location
 
 
 # ---- locations that rows share

@@ -218,6 +218,7 @@ FAMILIES: Mapping[str, Row] = {
     "ministral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), LLAMA),
     "gemma": LLAMA,
     "olmo": LLAMA,
     "helium": LLAMA,
@@ -263,8 +264,17 @@ FAMILIES: Mapping[str, Row] = {
     "minicpm3": MINICPM3,
     "glm": like_llama(GATED_TOGETHER),
     "glm4": GLM4,
+    "glm4v_text": GLM4,
     "apertus": like_llama(PLAIN, {"resid_mid": input_of(".feedforward_layernorm", shared=True)}),
     "lfm2": LFM2,
     "mamba": MAMBA,
     "mamba2": MAMBA,
 }
+
+IN_AN_IMAGE = "attention sees all patches of an image from each of them, also the later ones"
+MULTIMODAL_EXCEPTIONS: Mapping[str | None, Mapping[str, str]] = {
+    "gemma3": {"pattern pattern": IN_AN_IMAGE},
+    "gemma4": {"pattern pattern": IN_AN_IMAGE},
+    "paligemma": {"pattern pattern": "attention sees the whole prompt from each of its tokens"},
+}
+"""By the type of a model that reads images, exceptions that the row of its text model lacks."""
