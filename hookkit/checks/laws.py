@@ -232,8 +232,9 @@ def _left_padded_values(study: Study, rows: Sequence[Row]) -> dict[Site, Tensor]
     others = join_inputs(rows, mask.shape[1], "left")
     inputs |= {name: values.to(study.lm.device) for name, values in others.items()}
     # Some models give each patch of an image its position themselves.
-    if padding_scheme(study.lm, "left", rows).positions is not None:
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    offset = padding_scheme(study.lm, "left", rows).positions
+    if offset is not None:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + offset
     with attach(study.lm, capture(study.sites)) as manager, torch.no_grad():
         study.lm.model(**inputs, use_cache=False)
     return {site: manager[site] for site in study.sites}
