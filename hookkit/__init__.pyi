@@ -44,6 +44,7 @@ from .lenses.logit_lens import logit_path as logit_path
 from .lenses.logit_lens import patchscope as patchscope
 from .lenses.tuned_lens import load_lens as load_lens
 from .lenses.tuned_lens import train_lens as train_lens
+from .models.chat import chat as chat
 from .models.custom_family import family as family
 from .models.custom_family import location as location
 from .models.lm import LM as LM
@@ -51,7 +52,10 @@ from .models.loading import load as load
 from .models.loading import tiny as tiny
 from .models.positions import GENERATED as GENERATED
 from .models.positions import PROMPT as PROMPT
+from .models.positions import TEMPLATE as TEMPLATE
 from .models.positions import at as at
+from .models.positions import role as role
+from .models.positions import turn as turn
 from .models.sites import Site as Site
 from .models.sites import module as module
 from .models.words import word as word

@@ -13,6 +13,7 @@ from .hooks.capture import Captured
 from .hooks.vector import Vectors
 from .hooks.when import Condition
 from .lenses.tuned_lens import TunedLens
+from .models.chat import Chat
 from .models.families.schema import ModuleLocation
 from .models.sites import ModuleSite, Sites
 from .reports.diff.model_diff import Difference
@@ -30,6 +31,7 @@ from .tables.metrics.metric import Metric, MetricInput
 
 __all__ = [
     "Captured",
+    "Chat",
     "Checkup",
     "Comparison",
     "Condition",

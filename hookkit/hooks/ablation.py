@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_keywords, describe
 from ..errors import BadHook, NotCaptured, OutOfRange
+from ..models.chat import Chat
 from ..models.positions import PROMPT, IndicesLike, PosLike, Where
 from ..models.sites import AnySite, Site, Sites, SitesLike, as_sites
 from .base import (
@@ -182,7 +183,7 @@ def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[
 @check_keywords
 def patch(
     sites: SitesLike,
-    source: HasCaptures | str,
+    source: HasCaptures | str | Chat,
     *,
     units: IndicesLike = None,
     pos: PosLike = None,
@@ -190,8 +191,8 @@ def patch(
 ) -> Patch:
     """Replaces the values at these sites by those of another run (Vig et al. 2020).
 
-    `source` is a run with captures at these sites, or the text of one prompt, which is run first,
-    without hooks.
+    `source` is a run with captures at these sites, or one prompt, a text or a chat, which is run
+    first, without hooks.
 
     A position means the same place in both texts: `pos=-1` takes the source's own last position.
     By default the source's captured positions are replaced, and its prompts must be as long as
@@ -200,7 +201,7 @@ def patch(
     last axis that are replaced, such as neurons of mlp_post; by default all of them.
     """
     selected = as_sites(sites)
-    if isinstance(source, str):
+    if isinstance(source, str | Chat):
         where, new_values = as_where(PROMPT if pos is None else pos, rows), FromPrompt(source)
     elif isinstance(source, HasCaptures):
         selected, where, new_values = _values_of_run(selected, as_where(pos, rows), source)

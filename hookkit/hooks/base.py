@@ -197,7 +197,7 @@ class Binding:
 
     lm: LM
     site: AnySite
-    reference: Callable[[tuple[tuple[int, ...] | str, ...]], "Captured"]
+    reference: Callable[[tuple[Any, ...]], "Captured"]
 
     @property
     def shape(self) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..arguments import check_choice, describe
 from ..errors import BadHook, HookkitError
 from ..files.untrusted import error_message, parse_json
+from ..models.chat import Chat, chat_of
 from ..models.positions import TextPart
 from ..models.sites import ModuleSite, Site, Sites, as_sites, parse_site
 
@@ -48,6 +49,8 @@ VALUE_TYPES: dict[str, str] = {
     "Where": "hookkit.models.positions:Where",
     "Span": "hookkit.models.positions:Span",
     "At": "hookkit.models.positions:At",
+    "Role": "hookkit.models.positions:Role",
+    "Turn": "hookkit.models.positions:Turn",
     "Captured": "hookkit.hooks.capture:Captured",
     "Constant": "hookkit.hooks.base:Constant",
     "Means": "hookkit.hooks.values:Means",
@@ -118,6 +121,12 @@ def _encode(value: Any, tensors: str) -> Any:
             return [_encode(item, tensors) for item in value]
         case Tensor():
             return {"$tensor": tensor_as_json(value, tensors)}
+    return _encode_object(value, tensors)
+
+
+def _encode_object(value: Any, tensors: str) -> Any:
+    if isinstance(value, Chat):
+        return {"$chat": json.loads(value.to_json())}
     name = type(value).__name__
     if name in VALUE_TYPES:
         return {"$value": name, **_encode_fields(value, tensors)}
@@ -208,6 +217,13 @@ def _decode(value: Any) -> Any:
     match value:
         case list():
             return tuple(map(_decode, value))
+        case dict():
+            return _decode_object(value)
+    return value
+
+
+def _decode_object(value: dict[str, Any]) -> Any:
+    match value:
         case {"$float": number}:
             return float(number)
         case {"$sites": sites}:
@@ -216,6 +232,8 @@ def _decode(value: Any) -> Any:
             return _decode_site(site)
         case {"$part": part}:
             return TextPart(part)
+        case {"$chat": chat}:
+            return chat_of(chat, 0)
         case {"$tensor": tensor}:
             return _decode_tensor(tensor)
         case {"$hook": hook}:
@@ -223,9 +241,7 @@ def _decode(value: Any) -> Any:
         case {"$value": name, **fields}:
             cls = _find_type(name, VALUE_TYPES, "a hook holds no value of type")
             return _decode_fields(cls, fields, name)
-        case dict():
-            raise BadHook(_refusal(value))
-    return value
+    raise BadHook(_refusal(value))
 
 
 def _find_type(name: object, types: dict[str, str], problem: str) -> Any:

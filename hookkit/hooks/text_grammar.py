@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 CONDITIONS = (
     "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of", "prob_of",
 )  # fmt: skip
+CALLS = ("at", "role", "turn", "word", *CONDITIONS)
 NAMES: dict[str, Any] = {
     "PROMPT": positions.PROMPT,
     "GENERATED": positions.GENERATED,
+    "TEMPLATE": positions.TEMPLATE,
     "inf": float("inf"),
 }
 END = r"(-?\d{1,18})?"  # an end of a slice; more digits are no position
@@ -91,7 +93,7 @@ def parse_place(text: str, what: str = "a position") -> Any:
     except _NoValueError:
         raise BadHook(
             f"{shorten(text, SHOWN)!r} is no place for {what}: write a number, 1:4, [0,2], "
-            "at('store'), PROMPT, GENERATED or all"
+            "at('store'), role('user'), turn(-1), TEMPLATE, PROMPT, GENERATED or all"
         ) from None
 
 
@@ -147,7 +149,7 @@ def _evaluate(node: ast.expr) -> Any:
             return list(map(_evaluate, node.elts))
         case ast.Name(id=name) if name in NAMES:
             return NAMES[name]
-        case ast.Call(func=ast.Name(id=name)) if name in ("at", "word", *CONDITIONS):
+        case ast.Call(func=ast.Name(id=name)) if name in CALLS:
             return _call(name, node)
     raise _NoValueError
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice, check_seed, describe
 from ..errors import BadEdit, BadHook, BadPrompt
+from ..models.chat import Chat
 from ..models.layout import unseen_value
 from ..models.lm import LM
 from ..models.positions import Where, resolve_positions
-from ..models.prompts import check_prompts, positions_of_text
+from ..models.prompts import check_prompts, find_positions
 from ..models.sites import QUERY_KEY_SITES, ModuleSite, Sites
 from .base import Binding, Change, Constant, EditContext, check_constant, set_field
 from .capture import Captured, positions_of
@@ -58,13 +59,12 @@ class FromRun:
 
 @dataclass(frozen=True)
 class FromPrompt:
-    """The values that the model has on a prompt (a text or token ids), which is run first."""
+    """The values that the model has on a prompt (a text, a chat or ids), which is run first."""
 
-    prompt: str | tuple[int, ...]
+    prompt: str | Chat | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
-        set_field(self, "prompt", reference_prompts([prompt])[0])
+        set_field(self, "prompt", reference_prompts([self.prompt])[0])
 
     def __repr__(self) -> str:
         return repr(self.prompt)
@@ -78,7 +78,7 @@ class Reference:
     per: Per
     seed: int
     sources: tuple[Captured, ...] = ()
-    prompts: tuple[tuple[int, ...] | str, ...] = ()
+    prompts: tuple[tuple[int, ...] | str | Chat, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice(self.how, "to", ("mean", "resample"))
@@ -100,7 +100,7 @@ class Reference:
         return f"{self.how!r}, over={count} prompts, per={self.per!r}{seed}"
 
 
-def reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
+def reference_prompts(over: Any) -> tuple[tuple[int, ...] | str | Chat, ...]:
     """Returns the prompts of a reference. Raises `BadHook` if there is none."""
     try:
         return tuple(check_prompts(over))
@@ -219,7 +219,7 @@ def _source_columns(
     for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
         ids, length = source.prompts[row], here.cells.text.lengths[prompt]
         positions = positions_of_prompt[prompt] or ()
-        source_positions = resolve_positions(where, len(ids), partial(positions_of_text, lm, ids))
+        source_positions = resolve_positions(where, len(ids), partial(find_positions, lm, ids))
         is_unpaired = where.pos is None and length != len(ids)
         if is_unpaired or len(positions) != len(source_positions):
             raise BadHook(

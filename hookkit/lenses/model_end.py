@@ -20,7 +20,7 @@ from ..hooks.capture import Captured
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
 from ..models.overrides import MethodReplacement, skip_hooks
-from ..models.prompts import Row, pad_id, positions_of_text
+from ..models.prompts import Row, find_positions, pad_id
 from ..models.sites import Site
 from ..runs.dispatch import find_input
 from ..runs.hook_points import BoundHook, HookPoint, build_hook_points
@@ -227,7 +227,7 @@ class ModelEnd:
     def _lane(self, prompts: list[int], pos: int) -> CellRows:
         lengths = list(map(len, self.rows))
         columns: list[Any] = list(map(range, lengths))
-        find = partial(positions_of_text, self.lm)
+        find = partial(find_positions, self.lm)
         batch = SequenceBatch(
             columns, lengths, self.rows.__getitem__, find, final=True, numbers=prompts
         )

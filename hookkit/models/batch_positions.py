@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..errors import OutOfRange, Unsupported
-from .positions import NO_END, At, PositionRange, Where, resolve_positions, resolve_rows
+from .positions import NO_END, Named, PositionRange, Where, resolve_positions, resolve_rows
 
 Columns = range | tuple[int, ...]
 Side: TypeAlias = Literal["left", "right"]
@@ -45,8 +45,8 @@ class SequenceBatch:
     lengths: list[int]  # the number of tokens of each prompt
     # Returns the token ids of a prompt; each is -1 where the model was called with embeddings.
     prompt: Callable[[int], tuple[int, ...]]
-    # Returns the positions in a row of token ids that cover a text.
-    find: Callable[[Sequence[int], At], tuple[int, ...]]
+    # Returns the positions in a row of token ids of a text, a role, a turn or the template.
+    find: Callable[[Sequence[int], Named], tuple[int, ...]]
     generating: bool = False
     final: bool = False  # True if there is one forward only
     expand: int = 1
@@ -75,8 +75,8 @@ class SequenceBatch:
         positions: list[PositionRange | None] = [None] * len(self.lengths)
         for row in resolve_rows(where.rows, len(self.lengths)):
 
-            def cover(at: At, row: int = row) -> tuple[int, ...]:
-                return self.find(self.prompt(row), at)
+            def cover(place: Named, row: int = row) -> tuple[int, ...]:
+                return self.find(self.prompt(row), place)
 
             positions[row] = resolve_positions(where, self.lengths[row], cover)
         self._positions[where] = positions

@@ -21,10 +21,11 @@ NO_END = sys.maxsize  # the end of a slice that has none
 
 
 class TextPart(Enum):
-    """A part of the text: the prompt, or what the model generated."""
+    """A part of the text: the prompt, what the model generated, or what a chat template added."""
 
     PROMPT = "prompt"
     GENERATED = "generated"
+    TEMPLATE = "template"
 
     def __repr__(self) -> str:
         return self.name
@@ -32,6 +33,7 @@ class TextPart(Enum):
 
 PROMPT = TextPart.PROMPT
 GENERATED = TextPart.GENERATED
+TEMPLATE = TextPart.TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,70 @@ def at(text: str, *, which: int | None = None) -> At:
     return At(text, which)
 
 
-Pos: TypeAlias = int | tuple[int, ...] | Span | At | TextPart | None
+@dataclass(frozen=True)
+class Role:
+    """The tokens of a chat that a role says; `which` is the index among the role's messages."""
+
+    name: str
+    which: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise EmptySelection(
+                f"role({describe(self.name)}) is no role: say role('user'), for example"
+            )
+        if self.which is not None:
+            which = check_integer(self.which, "which", meaning="which message is meant")
+            object.__setattr__(self, "which", which)
+
+    def __repr__(self) -> str:
+        which = "" if self.which is None else f", which={self.which}"
+        return f"role({self.name!r}{which})"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The tokens of what one message of a chat says."""
+
+    number: int
+
+    def __post_init__(self) -> None:
+        number = check_integer(self.number, "turn", meaning="which message is meant")
+        object.__setattr__(self, "number", number)
+
+    def __repr__(self) -> str:
+        return f"turn({self.number})"
+
+
+@check_keywords
+def role(name: str, *, which: int | None = None) -> Role:
+    """Returns the positions of what a role says in each chat, as a value for `pos=`.
+
+    These are the tokens of the contents of all its messages, without those of the template.
+    `which` is the index of one message among them: 0 is the role's first, -1 its last. A prompt
+    that is no chat, or has no such message, raises `OutOfRange` before the forward.
+
+    >>> role("user", which=-1)
+    role('user', which=-1)
+    """
+    return Role(name, which)
+
+
+@check_keywords
+def turn(number: int) -> Turn:
+    """Returns the positions of what one message of each chat says, as a value for `pos=`.
+
+    `number` counts all messages of the chat from 0; -1 is the last. The tokens of the template are
+    left out.
+
+    >>> turn(-1)
+    turn(-1)
+    """
+    return Turn(number)
+
+
+Named: TypeAlias = At | Role | Turn | TextPart  # found in the text, or in the chat
+Pos: TypeAlias = int | tuple[int, ...] | Span | Named | None
 PosLike: TypeAlias = int | slice | Sequence[int] | Pos | None
 IndicesLike: TypeAlias = int | slice | Sequence[int] | tuple[int, ...] | Span | None
 Indices: TypeAlias = int | tuple[int, ...] | Span | None
@@ -105,7 +170,7 @@ class Where:
 
 def read_position(pos: PosLike) -> Pos:
     """Returns `pos` as a value. Raises `BadHook` if it does not say a position."""
-    if isinstance(pos, At | TextPart):
+    if isinstance(pos, At | Role | Turn | TextPart):
         return pos
     return read_indices(pos, "pos")
 
@@ -179,27 +244,33 @@ def _read_whole(number: object, word: str) -> int:
     if whole is None:
         forms = "a whole number, a list of them or a slice"
         if word == "pos":
-            forms += ", hk.PROMPT, hk.GENERATED or hk.at('text')"
+            forms += ", hk.PROMPT, hk.GENERATED, hk.at('text') or hk.role('user')"
         raise BadHook(f"{word}={describe(number)} is not valid: give {forms}")
     return whole
 
 
+def is_named(pos: object) -> bool:
+    """True for positions that depend on what a row says: a text, a role, a turn, the template."""
+    return isinstance(pos, At | Role | Turn) or pos is TEMPLATE
+
+
 def resolve_positions(
-    where: Where, length: int, cover: Callable[[At], tuple[int, ...]]
+    where: Where, length: int, cover: Callable[[Named], tuple[int, ...]]
 ) -> PositionRange:
-    """Returns the positions that `where` selects in a row. `cover` returns those of a text."""
+    """Returns the positions that `where` selects in a row. `cover` returns those of a text, a
+    role, a turn or the template."""
     if where.step is not None:
         # The logits that choose step 0 are at the prompt's last token.
         return _shift(_resolve(where.step, 0), length - 1)
     pos = where.pos
     if pos is None:
         return range(NO_END)
-    if isinstance(pos, At):
-        return cover(pos)
     if pos is TextPart.PROMPT:
         return range(length)
     if pos is TextPart.GENERATED:
         return range(length, NO_END)
+    if isinstance(pos, At | Role | Turn | TextPart):
+        return cover(pos)
     return _resolve(pos, length)
 
 

@@ -21,6 +21,7 @@ Row: TypeAlias = tuple[int, ...]
 GRID = (
     "_grid_thw"  # the end of the name of an input with the patches of each image: t, height, width
 )
+TEMPLATE_ROLE = "template"  # the role of the tokens that a chat template added
 VALUES_OF_GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
 
 
@@ -29,30 +30,40 @@ class PromptRow(tuple[int, ...]):
 
     inputs     other arguments of the model's forward: their first axis counts images or the like
     per_token  other arguments with one value for each token, such as token_type_ids
-    roles      who said each token ("user", "assistant", …; None for the template's own), in a chat
+    turns      in a chat, the number of each token's message; None for the template's own tokens
+    speakers   in a chat, the role of each message: "user", "assistant", …
     """
 
     inputs: Mapping[str, Tensor]
     per_token: Mapping[str, Tensor]
-    roles: tuple[str | None, ...]
+    turns: tuple[int | None, ...]
+    speakers: tuple[str, ...]
 
     def __new__(
         cls,
         ids: Iterable[int],
         inputs: Mapping[str, Tensor] | None = None,
         per_token: Mapping[str, Tensor] | None = None,
-        roles: Sequence[str | None] = (),
+        turns: Sequence[int | None] = (),
+        speakers: Sequence[str] = (),
     ) -> "PromptRow":
         row = super().__new__(cls, ids)
         row.inputs = inputs or {}
         row.per_token = per_token or {}
-        row.roles = tuple(roles)
+        row.turns = tuple(turns)
+        row.speakers = tuple(speakers)
         return row
 
     @property
     def has_inputs(self) -> bool:
         """True if the model reads more than the token ids."""
         return bool(self.inputs or self.per_token)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Who said each token: a role, or "template"; empty if the prompt is no chat."""
+        names = {None: TEMPLATE_ROLE, **dict(enumerate(self.speakers))}
+        return tuple(map(names.__getitem__, self.turns))
 
     def __eq__(self, other: object) -> bool:
         """True for the same ids with the same other inputs."""
@@ -93,13 +104,26 @@ def crop_row(row: Row, length: int) -> Row:
     if not isinstance(row, PromptRow):
         return row[:length]
     per_token = {name: values[:length] for name, values in row.per_token.items()}
-    return PromptRow(row[:length], row.inputs, per_token, row.roles[:length])
+    return PromptRow(row[:length], row.inputs, per_token, row.turns[:length], row.speakers)
+
+
+def piece_of_row(row: Row, head: int, start: int, stop: int) -> Row:
+    """Returns the first `head` tokens of a row and those from `start` to `stop`, and who said them.
+
+    A piece has no other inputs.
+    """
+    ids = (*row[:head], *row[start:stop])
+    if not isinstance(row, PromptRow):
+        return ids
+    return PromptRow(ids, turns=(*row.turns[:head], *row.turns[start:stop]), speakers=row.speakers)
 
 
 def extend_row(row: Row, ids: Sequence[int], fills: Mapping[str, int] | None = None) -> Row:
     """Returns a row with more tokens at its end.
 
-    `fills` has the values per token of the new tokens; others repeat the value of the last one.
+    `fills` has the values per token of the new tokens; others repeat the value of the last one. In
+    a chat, more tokens are the assistant's: of its last message if the chat ends in it, else of a
+    new one.
     """
     if not isinstance(row, PromptRow):
         return (*row, *ids)
@@ -109,8 +133,12 @@ def extend_row(row: Row, ids: Sequence[int], fills: Mapping[str, int] | None = N
         if fills is not None and name in fills:
             new.fill_(fills[name])
         per_token[name] = torch.cat([values, new])
-    roles = row.roles and (*row.roles, *[row.roles[-1]] * len(ids))
-    return PromptRow((*row, *ids), row.inputs, per_token, roles)
+    turns, speakers = row.turns, row.speakers
+    if turns:
+        if speakers[-1] != "assistant":
+            speakers = (*speakers, "assistant")
+        turns = (*turns, *[len(speakers) - 1] * len(ids))
+    return PromptRow((*row, *ids), row.inputs, per_token, turns, speakers)
 
 
 # ---- from what a processor returned to rows

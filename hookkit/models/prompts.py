@@ -15,9 +15,10 @@ from ..errors import BadPrompt, OutOfRange, Unsupported
 from .batch_positions import Side as Side
 from .batch_positions import pad_batch
 from .batch_positions import pad_rows as pad_rows
+from .chat import Chat, chat_of, render
 from .lm import LM
 from .padding import padding_scheme
-from .positions import At
+from .positions import At, Named, Role, Turn
 from .prompt_row import (
     PromptRow,
     Row,
@@ -28,9 +29,9 @@ from .prompt_row import (
     split_inputs,
 )
 
-Prompts: TypeAlias = (
-    str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
-)
+Messages: TypeAlias = Sequence[Mapping[str, Any]]  # a chat
+Prompt: TypeAlias = str | Sequence[int] | Tensor | Chat | Messages | Mapping[str, Any]
+Prompts: TypeAlias = Prompt | Sequence[Prompt]
 
 MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that hookkit itself reads in a mapping
 # Inputs that hookkit makes, or that take the place of the ids.
@@ -40,12 +41,11 @@ PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_
 PLACEHOLDERS += ("audio_token_index",)
 # The token types of text that follows the prompt, by model type.
 TYPES_OF_CONTINUATION = {"gemma3": 0, "gemma4": 0, "paligemma": 1}
-PROMPT_FORMS = "give texts, or rows of token ids"
+PROMPT_FORMS = "give texts, chats, or rows of token ids"
 OTHER_OBJECTS = {  # the attributes by which an object is recognised, and the message
     ("clean", "corrupted"): "the prompts are Pairs, which have two prompts each: "
     "give pairs.clean or pairs.corrupted",
-    ("prompt_lengths", "tokens"): "the prompt is a run: "
-    "give run.text, or the ids of a row, run.tokens[0]",
+    ("prompt_lengths", "tokens"): "the prompt is a run: give the ids of a row, run.tokens[0]",
     ("sites", "where"): "the prompt is a hook: "
     "the prompts come after the model, and the hooks after the prompts",
     ("named_modules",): "the prompt is a model, a {kind}: the model comes first, then the prompts",
@@ -58,10 +58,11 @@ OTHER_OBJECTS = {  # the attributes by which an object is recognised, and the me
 # ---- the forms in which users pass prompts
 
 
-def check_prompts(prompts: object) -> list[str | Row]:
-    """Returns the prompts as a list of texts and of tuples of token ids without padding.
+def check_prompts(prompts: object) -> list[str | Chat | Row]:
+    """Returns the prompts as a list of texts, chats, and tuples of token ids without padding.
 
-    `prompts` is a text, several texts, the token ids of one row or of several rows, or a mapping
+    `prompts` is a text, several texts, the token ids of one row or of several rows, one chat or
+    several (as `Chat`, as a list of messages, or as a mapping with `messages`), or a mapping
     with `input_ids` and optionally `attention_mask` and other inputs of the model, as tokenizers
     and processors return it. Several prompts can be in a list, a tuple, a generator, a column of a
     pandas table, a numpy array or a tensor. A row with other inputs is a `PromptRow`. Raises
@@ -71,6 +72,9 @@ def check_prompts(prompts: object) -> list[str | Row]:
         return [str(prompts)]
     if isinstance(prompts, PromptRow):
         return [prompts]
+    chat = chat_of(prompts, 0)
+    if chat is not None:
+        return [chat]
     if is_mapping(prompts):
         return _rows_of_mapping(prompts)
     refuse_non_prompts(prompts)
@@ -84,12 +88,15 @@ def check_prompts(prompts: object) -> list[str | Row]:
     return [check_prompt(item, number) for number, item in enumerate(items)]
 
 
-def check_prompt(item: object, number: int) -> str | Row:
-    """Returns the text or the token ids of one of several prompts. `number` is its row."""
+def check_prompt(item: object, number: int) -> str | Chat | Row:
+    """Returns the text, chat or token ids of one of several prompts. `number` is its row."""
     if isinstance(item, str):
         return str(item)
     if isinstance(item, PromptRow):
         return item
+    chat = chat_of(item, number)
+    if chat is not None:
+        return chat
     if is_mapping(item):
         return _row_of_mapping(item, number)
     refuse_non_prompts(item)
@@ -165,11 +172,6 @@ def _row_of_ids(ids: Sequence[object], number: int) -> Row:
 
 def _row_of_mapping(item: Any, number: int) -> Row:
     """Returns the ids of a mapping that a tokenizer returned for one text."""
-    if "role" in item:
-        raise BadPrompt(
-            f"prompt {number} is a chat message: give the text of the chat, "
-            "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
-        )
     rows = _rows_of_mapping(item)
     if len(rows) != 1:
         raise BadPrompt(
@@ -313,9 +315,9 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
 
     Prompts are a text, a list of texts, token ids (one row or several), or what a tokenizer
     returned: a mapping with `input_ids` and perhaps `attention_mask`, padded on either side. Texts
-    are tokenized with the tokenizer's own special tokens. `room` is the number of tokens to be
-    generated. Raises `BadPrompt` for empty prompts, for ids outside the vocabulary and for texts
-    beyond the context.
+    are tokenized with the tokenizer's own special tokens, and chats by its template. `room` is the
+    number of tokens to be generated. Raises `BadPrompt` for empty prompts, for ids outside the
+    vocabulary and for texts beyond the context.
     """
     rows = as_rows(lm, prompts)
     for number, row in enumerate(rows):
@@ -333,8 +335,8 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
     """Returns the prompts as rows of token ids of the vocabulary, of any length."""
     rows: list[Row] = []
     for number, content in enumerate(check_prompts(prompts)):
-        row = _tokenize(lm, content) if isinstance(content, str) else content
-        from_tokenizer = isinstance(content, str) or isinstance(prompts, Mapping)
+        row = tokenize(lm, content)
+        from_tokenizer = isinstance(content, str | Chat) or isinstance(prompts, Mapping)
         _check_ids(lm, number, row, from_tokenizer=from_tokenizer)
         _check_inputs(lm, number, row)
         rows.append(row)
@@ -371,13 +373,30 @@ def pad_id(lm: LM) -> int:
     return 0
 
 
-def _tokenize(lm: LM, text: str) -> Row:
-    """Returns the token ids of a text, with the tokenizer's own special tokens."""
+def tokenize(lm: LM, content: str | Chat | Row) -> Row:
+    """Returns the token ids of a text with the tokenizer's own special tokens, or of a chat.
+
+    Raises `BadPrompt` for a text that already begins with a special token which the tokenizer puts
+    before every text, so that the model would read it twice.
+    """
+    if isinstance(content, Chat):
+        rendering = render(lm.tokenizer, content)
+        return PromptRow(rendering.ids, turns=rendering.turns, speakers=content.roles)
+    if not isinstance(content, str):
+        return content
     if lm.tokenizer is None:
         raise BadPrompt(
-            f"{shorten(text)!r} is text, and this model came without a tokenizer: give token ids"
+            f"{shorten(content)!r} is text, and this model came without a tokenizer: give token ids"
         )
-    return tuple(lm.tokenizer.encode(text)) if text else ()
+    ids = tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()
+    bos = getattr(lm.tokenizer, "bos_token_id", None)
+    if bos is not None and ids[:2] == (bos, bos) and lm.encode(content)[:2] != [bos, bos]:
+        raise BadPrompt(
+            f"{shorten(content)!r} begins with {lm.tokenizer.bos_token!r}, which this tokenizer "
+            "puts before every text, so the model would read it twice: leave it out of the text, "
+            "or give hk.chat(user='…') for a chat, whose template writes it once, or give token ids"
+        )
+    return ids
 
 
 def _check_ids(lm: LM, number: int, row: Row, *, from_tokenizer: bool) -> None:
@@ -442,6 +461,45 @@ def refuse_inputs(rows: Iterable[Any], function: str) -> None:
                 f"{function} reads token ids only, and prompt {number} has "
                 f"{input_names([row])[0]!r} too"
             )
+
+
+def find_positions(lm: LM, row: Sequence[int], place: Named) -> Row:
+    """Returns the positions of the tokens of a row that cover a text, or that a role says."""
+    if isinstance(place, At):
+        return positions_of_text(lm, row, place)
+    turns, speakers = getattr(row, "turns", ()), getattr(row, "speakers", ())
+    if not turns:
+        what = "is no chat" if not speakers else "is a chat whose messages its template changes"
+        raise OutOfRange(
+            f"{place!r} was asked for, and {shorten(lm.text(row))!r} {what}, so it is not known "
+            "who says its tokens: give hk.chat(user='…'), or positions as numbers or hk.at('text')"
+        )
+    wanted = _messages_at(place, speakers)
+    positions = [position for position, turn in enumerate(turns) if turn in wanted]
+    if not positions:
+        raise OutOfRange(
+            f"{place!r} was asked for, and it has no token in {shorten(lm.text(row))!r}"
+        )
+    return tuple(positions)
+
+
+def _messages_at(place: Role | Turn | Any, speakers: Sequence[str]) -> Sequence[int | None]:
+    """Returns the numbers of the messages of a role or a turn; None for the template."""
+    numbers: list[Any] = [None]
+    which = None
+    if isinstance(place, Role):
+        numbers = [turn for turn, speaker in enumerate(speakers) if speaker == place.name]
+        which = place.which
+    elif isinstance(place, Turn):
+        numbers, which = list(range(len(speakers))), place.number
+    if numbers and which is None:
+        return numbers
+    if which is None or not -len(numbers) <= which < len(numbers):
+        raise OutOfRange(
+            f"{place!r} was asked for, and the chat's messages are from {', '.join(speakers)}, in "
+            "this order"
+        )
+    return [numbers[which]]
 
 
 def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:

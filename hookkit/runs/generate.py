@@ -143,6 +143,7 @@ def generate_with_tracer(
     try:
         with draws, manager:
             inputs = _inputs(lm, batch, config, arguments)
+            manager.expect(batch)
             output = lm.model.generate(**inputs, **arguments)  # pyright: ignore
     except NeverFired as error:
         error.run = result()

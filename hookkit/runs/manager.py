@@ -302,7 +302,7 @@ class HookManager(HookBlock):
                 )
 
     def expect(self, batch: Batch) -> None:
-        """Sets the prompts of the next forward, so that they are not read back from the device."""
+        """Sets the prompts of the next forward or generate, which are then not read back."""
         self.strategy.tracker.expect(batch)
 
     # ---- the results

@@ -19,7 +19,7 @@ from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.overrides import CURRENT_SCOPES, Scope
 from ..models.positions import PositionRange
-from ..models.prompts import positions_of_text
+from ..models.prompts import find_positions
 from ..models.sites import Site
 from .generation import (
     Generation,
@@ -61,7 +61,7 @@ class TextHooks:
         self.lm, self.bound_hooks = lm, bound_hooks
         self.tracer, self._traced_point, self._stop_early = tracer, traced_point, stop_early
         self.tracker = PositionTracker(
-            partial(positions_of_text, lm), "logits_to_keep" in lm.takes, lm.two_texts
+            partial(find_positions, lm), "logits_to_keep" in lm.takes, lm.two_texts
         )
         self.captures = CaptureStore(bound_hooks)
         self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`

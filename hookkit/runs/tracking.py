@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Unsupported
 from ..models.batch_positions import Columns, ForwardPass, SequenceBatch, columns_of_mask
-from ..models.positions import NO_END, At
+from ..models.positions import NO_END, Named
 from ..models.prompts import Batch
 from .generation import Generation
 
@@ -50,7 +50,7 @@ class _ForwardArguments:
 class PositionTracker:
     """Finds the text of each forward of a block. Owned by the block's `TextHooks`."""
 
-    find: Callable[[Sequence[int], At], tuple[int, ...]]  # the positions of a phrase in ids
+    find: Callable[[Sequence[int], Named], tuple[int, ...]]  # the positions of a phrase in ids
     takes_logits_to_keep: bool
     two_texts: bool = False  # an encoder-decoder, in which a position may be of either text
     text: SequenceBatch | None = None  # the text of the last forward
@@ -90,7 +90,7 @@ class PositionTracker:
             self.caches.note(cache_of(output), text, forward_pass.past + forward_pass.width)
 
     def expect(self, batch: Batch) -> None:
-        """Sets the prompts of the next forward. No later forward continues it."""
+        """Sets the prompts of the next forward, which none continues, or of the next `generate`."""
         columns: list[Columns] = []
         for length in batch.lengths:
             pad = batch.ids.shape[1] - length if batch.side == "left" else 0
@@ -102,8 +102,11 @@ class PositionTracker:
     def begin_generation(self, plan: Generation) -> SequenceBatch:
         """Returns the text of a call of `generate`, to which the next forwards belong."""
         self.generation = plan
+        prompt = plan.prompt
+        if self.expected is not None:
+            prompt, self.expected = self.expected.prompt, None  # rows that know who says what
         self.text = SequenceBatch(
-            plan.columns, plan.lengths, plan.prompt, self.find, generating=True, beams=plan.beams
+            plan.columns, plan.lengths, prompt, self.find, generating=True, beams=plan.beams
         )
         return self.text
 

@@ -23,9 +23,9 @@ from ..models.prompts import (
     Row,
     as_batch,
     continue_row,
+    find_positions,
     pad_id,
     pad_rows,
-    positions_of_text,
 )
 from ..tables.metrics.metric import Loss, Measure, Metric, MetricInput
 
@@ -110,7 +110,7 @@ class SweepInputs:
 
     def _sequence_batch(self, columns: Sequence[range]) -> SequenceBatch:
         lengths = list(map(len, self.rows))
-        find = partial(positions_of_text, self.lm)
+        find = partial(find_positions, self.lm)
         return SequenceBatch(list(columns), lengths, self.rows.__getitem__, find, final=True)
 
     def model_inputs(self, rows: Sequence[int], columns: int, width: int) -> dict[str, Tensor]:

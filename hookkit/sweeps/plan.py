@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, takewhile
 from operator import attrgetter, eq, itemgetter
 from typing import TypeAlias
@@ -34,8 +34,8 @@ from ..hooks.ablation import Ablate
 from ..hooks.capture import Captured
 from ..hooks.values import FromRun
 from ..models.lm import LM
-from ..models.positions import At, Where, resolve_positions
-from ..models.prompts import positions_of_text
+from ..models.positions import Where, is_named, resolve_positions
+from ..models.prompts import find_positions
 from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.hook_points import BoundHook, HookPoint
 from ..tables.metrics.metric import Measure, Metric
@@ -157,10 +157,10 @@ class FirstEffect:
     def _has_same_positions(self, where: Where, source: Captured, row: int) -> bool:
         """True if a hook's positions are the same in the source's prompt and in a row."""
         source_ids = source.prompts[source.row(row)]
-        if len(source_ids) == len(self.inputs.rows[row]) and not isinstance(where.pos, At):
+        if len(source_ids) == len(self.inputs.rows[row]) and not is_named(where.pos):
             return True
         positions = resolve_positions(
-            where, len(source_ids), lambda at: positions_of_text(self.inputs.lm, source_ids, at)
+            where, len(source_ids), partial(find_positions, self.inputs.lm, source_ids)
         )
         return positions == self._positions(where, row)
 

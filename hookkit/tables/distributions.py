@@ -27,7 +27,7 @@ from ..models.positions import (
     resolve_positions,
     resolve_rows,
 )
-from ..models.prompts import positions_of_text
+from ..models.prompts import find_positions
 from ..models.tokens import describe_prompts
 from ..runs.run import Run
 
@@ -156,7 +156,7 @@ def _positions_with_logits(lm: LM, captured: Captured, row: int, where: Where) -
     """Returns the selected positions of a row. Raises `OutOfRange` if one of them has no logits."""
     assert captured.positions is not None
     prompt = captured.prompts[row]
-    selected = resolve_positions(where, len(prompt), partial(positions_of_text, lm, prompt))
+    selected = resolve_positions(where, len(prompt), partial(find_positions, lm, prompt))
     available = [position for position in captured.positions[row].tolist() if position >= 0]
     positions = [position for position in available if position in selected]
     is_range = isinstance(selected, range)  # a range may reach beyond the text

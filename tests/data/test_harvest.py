@@ -197,7 +197,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(tmp_path):
     assert len(harvest(bare, tmp_path / "a", texts(count=3))) == sum(map(len, texts(count=3)))
     with pytest.raises(
         BadPrompt,
-        match="text 0 is text, and this model came without a tokenizer: give rows of token",
+        match="text 0: 'I' is text, and this model came without a tokenizer: give token ids",
     ):
         harvest(bare, tmp_path / "b")
 
@@ -282,8 +282,8 @@ def test_a_text_that_cannot_be_read_is_named_and_nothing_done_is_lost(tmp_path, 
         ([], BadPrompt, "text 90 is empty: the model needs at least one token .* on_error='skip' leaves out"),
         ([5] * 129, BadPrompt, "text 90 has 129 tokens, and 128 is the most that is read: say long='truncate'"),
         ([5, 320], BadPrompt, "text 90 has token id 320, and the vocabulary has ids 0 to 319"),
-        ({"words": "tea"}, BadPrompt, "text 90 has 'words', and neither 'text' nor 'input_ids'"),
-        (3.5, BadPrompt, "text 90, 3.5, is no text: give texts, or rows of token ids"),
+        ({"words": "tea"}, BadPrompt, "text 90 has 'words', and none of 'text', 'messages' and 'input_ids'"),
+        (3.5, BadPrompt, "text 90, 3.5, is no text: give texts, chats, or rows of token ids"),
     )):  # fmt: skip
         folder = tmp_path / str(number)
         with pytest.raises(error, match=words):

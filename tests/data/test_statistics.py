@@ -281,7 +281,7 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
         (
             lambda: harvest.statistics(pos=hk.at("tea")),
             BadHook,
-            "a harvest has no tokenizer to find a text with",
+            "a harvest has token ids only, and finds no text",
         ),
         (lambda: harvest.statistics(pos=20), OutOfRange, "position 20 was asked for"),
         (lambda: harvest.statistics(pos=slice(99, None)), EmptySelection, "rows is at pos="),

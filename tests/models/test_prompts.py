@@ -55,7 +55,7 @@ def test_an_unpadded_batch_has_no_mask(llama):
             torch.zeros(1, 3),
             r"prompt 0 has 0.0 where a token id is meant: token ids are whole numbers",
         ),
-        ([3.5], "is no prompt: give texts, or rows of token ids"),
+        ([3.5], "is no prompt: give texts, chats, or rows of token ids"),
         (
             {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},
             r"row 0 has 2 input_ids, and its attention_mask has 3 numbers",

@@ -34,15 +34,24 @@ from ...arguments import (
 from ...display import count_of, describe_outcome, render_html
 from ...errors import BadPrompt, EmptySelection, NotOneToken, OutOfRange, TooFew, Unsupported
 from ...hooks.base import set_field
+from ...models.chat import Chat
 from ...models.lm import LM, Token
 from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.positions import At
-from ...models.prompts import Prompts, Row, as_batch, check_prompt, positions_of_text, shorten
+from ...models.prompts import (
+    Prompts,
+    Row,
+    as_batch,
+    check_prompt,
+    positions_of_text,
+    shorten,
+    tokenize,
+)
 from ...models.tokens import check_token
 from ...runs.forward import forward
 from ...tables.metrics.token_metrics import LogitDiff, logit_diff
 
-Prompt: TypeAlias = str | Row
+Prompt: TypeAlias = str | Chat | Row
 
 CHUNK = 32  # prompts in one forward
 MAX_IDLE_DRAWS = 2000  # draws without a new pair after which the sampler stops
@@ -55,7 +64,7 @@ FIELDS = ("clean", "corrupted", "answers", "wrong")
 class Pairs:
     """Pairs of prompts with equally many tokens, and a right and a wrong answer to each clean one.
 
-    clean       the prompts that the model should solve: texts, or rows of token ids
+    clean       the prompts that the model should solve: texts, chats, or rows of token ids
     corrupted   the same prompts with a change, each with as many tokens as its clean prompt
     answers     the right next token after each clean prompt
     wrong       the token to compare it with; in some datasets right after the corrupted prompt
@@ -158,9 +167,9 @@ class Pairs:
 
     def __repr__(self) -> str:
         prompt = self.clean[0]
-        if not isinstance(prompt, str):
+        if isinstance(prompt, tuple):
             prompt = " ".join(f"<{token_id}>" for token_id in prompt)
-        example = f"{shorten(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}"
+        example = f"{shorten(str(prompt))!r} → {self.answers[0]!r}, not {self.wrong[0]!r}"
         text = (
             f"Pairs({shorten(self.name)}, {count_of(len(self), 'pair')}, seed {self.seed}: "
             f"{_join_notes(example, self.note)})"
@@ -421,11 +430,6 @@ def _position(lm: LM, row: Row, label: Label) -> int:
     if isinstance(label, TokenAfter):
         return _position(lm, row, label.at) + 1
     return positions_of_text(lm, row, label)[-1] if isinstance(label, At) else label
-
-
-def tokenize(lm: LM, prompt: Prompt) -> Row:
-    """Returns the token ids of a prompt, including the special tokens that the tokenizer adds."""
-    return tuple(lm.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
 
 
 def next_token(lm: LM, prompt: str, continuation: str) -> str | None:

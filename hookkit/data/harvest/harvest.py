@@ -31,7 +31,7 @@ from ...display import count_of, describe_outcome, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ...files.atomic import sha256
 from ...files.untrusted import check_folder, read_tensors
-from ...models.positions import At, PosLike, Where, read_position
+from ...models.positions import Named, PosLike, Where, read_position
 from ...models.sites import AnySite, Site, Sites, SitesLike, as_sites, parse_site
 from .folder import End, Shard, read_index, read_settings
 from .statistics import Statistics, StatisticsSum
@@ -246,9 +246,10 @@ def rows_at_positions(shard: Mapping[str, Tensor], where: Where) -> Int[Tensor, 
     return torch.tensor(result, dtype=torch.int64)
 
 
-def _refuse_text(at: At) -> tuple[int, ...]:
+def _refuse_text(at: Named) -> tuple[int, ...]:
     raise BadHook(
-        f"pos={at!r}: a harvest has no tokenizer to find a text with; harvest at these positions"
+        f"pos={at!r}: a harvest has token ids only, and finds no text or role in them; harvest at "
+        "these positions"
     )
 
 

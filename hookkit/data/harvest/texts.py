@@ -25,25 +25,28 @@ from torch import Tensor
 from ...arguments import check_integer, describe
 from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import parse_json
+from ...models.chat import KEYS, Chat
 from ...models.lm import LM
 from ...models.positions import (
     GENERATED,
-    At,
+    Named,
     PositionRange,
     PosLike,
     Where,
     read_position,
     resolve_positions,
 )
+from ...models.prompt_row import crop_row, piece_of_row
 from ...models.prompts import (
     Row,
     batches_by_length,
     check_prompt,
     check_prompts,
+    find_positions,
     is_token_row,
-    positions_of_text,
     refuse_non_prompts,
     shorten,
+    tokenize,
 )
 
 TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
@@ -262,7 +265,7 @@ class TextReader:
         Raises `HarvestChanged` if `digest` is not that of the texts.
         """
         first = self.text + 1
-        content: str | Row | None = None
+        content: str | Chat | Row | None = None
         while self.text < text:
             self._pending.clear()
             content = self._next_content()
@@ -286,8 +289,8 @@ class TextReader:
             "given: give the same texts in the same order to go on, or another folder"
         )
 
-    def _next_content(self) -> str | Row | None:
-        """Returns the next text or row of ids, and adds it to the hash."""
+    def _next_content(self) -> str | Chat | Row | None:
+        """Returns the next text, chat or row of ids, and adds it to the hash."""
         item = next(self._texts, NO_TEXT)
         if item is NO_TEXT:
             return None
@@ -295,20 +298,27 @@ class TextReader:
         content = text_or_ids(item, self.text)
         if isinstance(content, str):
             kind, data = "text", content.encode("utf-8", "surrogatepass")
+        elif isinstance(content, Chat):
+            kind, data = "chat", content.to_json().encode()
         else:
             kind, data = "ids", json.dumps(content).encode()
         self._hash.update(f"{kind} {len(data)} ".encode() + data)
         return content
 
-    def _sequences(self, content: str | Row) -> list[TokenSequence]:
+    def _sequences(self, content: str | Chat | Row) -> list[TokenSequence]:
         """Returns the sequences of a text that have positions to keep. A text left out has none."""
-        ids = _tokenize(self.lm, content, self.text)
+        try:
+            ids = tokenize(self.lm, content)
+        except BadPrompt as error:
+            if isinstance(content, Chat) and self.rules.on_error == "skip":
+                return []
+            raise BadPrompt(f"text {self.text}: {error}") from error
         _check_ids(self.lm, ids, self.text)
         sequences: list[TokenSequence] = []
         left_out = self.left_out
         try:
             for piece, row in enumerate(_fit_to_context(self.lm, ids, self.rules, self.text)):
-                find = partial(positions_of_text, self.lm, row)
+                find = partial(find_positions, self.lm, row)
                 positions = positions_of_row(row, self.rules.where, find)
                 if positions:
                     sequences.append(
@@ -381,15 +391,17 @@ def open_texts(texts: TextsLike) -> Iterable[Any]:
     return check_prompts(texts) if is_token_row(texts) else texts
 
 
-def text_or_ids(item: Any, number: int) -> str | Row:
-    """Returns the text or the token ids of an item of the texts, which may be a mapping."""
+def text_or_ids(item: Any, number: int) -> str | Chat | Row:
+    """Returns the text, chat or token ids of an item of the texts, which may be a mapping."""
     if isinstance(item, Mapping):
         if "text" in item:
             item = item["text"]
+        elif "messages" in item:
+            item = {name: item[name] for name in KEYS if name in item}
         elif "input_ids" not in item:
             names = ", ".join(map(repr, item)) or "nothing"
             raise BadPrompt(
-                f"text {number} has {names}, and neither 'text' nor 'input_ids': "
+                f"text {number} has {names}, and none of 'text', 'messages' and 'input_ids': "
                 "give the column that is meant, as (row['content'] for row in texts)"
             )
     try:
@@ -397,24 +409,11 @@ def text_or_ids(item: Any, number: int) -> str | Row:
     except BadPrompt as error:
         raise BadPrompt(
             f"text {number}, {shorten(repr(item))}, is no text: "
-            f"give texts, or rows of token ids ({error})"
+            f"give texts, chats, or rows of token ids ({error})"
         ) from error
 
 
 # ---- tokens and positions of a text
-
-
-def _tokenize(lm: LM, content: str | Row, number: int) -> Row:
-    if not isinstance(content, str):
-        return content
-    if not content:
-        return ()
-    if lm.tokenizer is None:
-        raise BadPrompt(
-            f"text {number} is text, and this model came without a tokenizer: "
-            "give rows of token ids"
-        )
-    return tuple(lm.tokenizer.encode(content, verbose=False))  # without warning of long texts
 
 
 def _check_ids(lm: LM, ids: Row, number: int) -> None:
@@ -444,13 +443,16 @@ def _fit_to_context(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:
             "long='truncate' for their first ones, or long='split' for pieces"
         )
     if rules.long == "truncate":
-        return [ids[:context]]
+        return [crop_row(ids, context)]
     bos = ids[:1] if ids[0] == getattr(lm.tokenizer, "bos_token_id", None) else ()
     step = context - len(bos)
-    return [(*bos, *ids[start : start + step]) for start in range(len(bos), len(ids), step)]
+    starts = range(len(bos), len(ids), step)
+    return [piece_of_row(ids, len(bos), start, start + step) for start in starts]
 
 
-def positions_of_row(ids: Sequence[int], where: Where, find: Callable[[At], Row]) -> PositionRange:
+def positions_of_row(
+    ids: Sequence[int], where: Where, find: Callable[[Named], Row]
+) -> PositionRange:
     """Returns the positions of a row that `where` selects.
 
     Raises `OutOfRange` for a position that the row does not have; a slice selects those that exist.

@@ -33,7 +33,7 @@ from ...models.prompts import (
     Row,
     as_batch,
     batches_by_length,
-    positions_of_text,
+    find_positions,
     shorten,
 )
 from ...models.sites import AXES, LOGIT_SITES, AnySite, Site, Sites, SitesLike, as_sites
@@ -351,7 +351,7 @@ class PairedRuns:
         for batch_row, row in enumerate(batch):
             ids = self.rows[row]
             followings = [*ids[1:], -1]
-            find = partial(positions_of_text, self.reader, ids)
+            find = partial(find_positions, self.reader, ids)
             for pos in positions_of_row(ids, where, find):
                 records.append((batch_row, row, pos, ids[pos], followings[pos]))
         tokens = pd.DataFrame(records, columns=TOKEN_COLUMNS)

@@ -28,6 +28,7 @@ from ...arguments import (
 from ...display import count_of
 from ...errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
 from ...hooks.base import set_field
+from ...models.chat import Chat
 from ...models.lm import LM
 from ...models.next_token import entropy_of, exact_logprobs, kl_divergence, token_logits, values_at
 from ...models.prompts import check_prompts, shorten
@@ -319,8 +320,8 @@ def _read_continuation(continuation: object) -> str | tuple[int, ...]:
         raise BadPrompt(
             f"loss was given {continuation}, one token: a continuation is a text, or ids in a tuple"
         )
-    rows = check_prompts(continuation)
-    if len(rows) != 1 or isinstance(rows[0], str):
+    rows: list[Any] = check_prompts(continuation)
+    if len(rows) != 1 or isinstance(rows[0], str | Chat):
         raise BadPrompt(
             f"loss was given {describe(continuation)} as one continuation: give a text, ids in a "
             "tuple, or a list with one for each prompt"
