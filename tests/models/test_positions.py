@@ -131,7 +131,9 @@ def test_an_empty_text_covers_nothing():
 
 
 def test_what_is_no_position_is_told_what_a_position_may_be():
-    with pytest.raises(BadHook, match=r"or a slice, hk.PROMPT, hk.GENERATED, hk.at\('text'\) or hk.role\('user'\)$"):
+    with pytest.raises(
+        BadHook, match=r"or a slice, hk.PROMPT, hk.GENERATED, hk.at\('text'\) or hk.role\('user'\)$"
+    ):
         read_position(1.5)
     with pytest.raises(BadHook, match="give a whole number, a list of them or a slice$"):
         read_indices(1.5, "row", negative=False)
