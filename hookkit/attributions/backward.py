@@ -88,7 +88,7 @@ class PromptMetric:
         tokens = self.inputs.rows
         if self.reads_continuation:
             tokens = self.inputs.run_rows
-        prompts = [list(tokens[row]) for row in self.rows]
+        prompts = [tokens[row] for row in self.rows]
         logits = "all"
         if self._reads_last_only(prompts, (*self.hooks, *hooks)):
             logits = "last"

@@ -33,6 +33,7 @@ from ..files.untrusted import check_file, check_mapping, parse_json, read_tensor
 from ..models.lm import LM
 from ..models.model_setup import active_adapter_names
 from ..models.positions import IndicesLike, PosLike
+from ..models.prompt_row import row_as_json
 from ..models.prompts import Row
 from ..models.provenance import about_model, config_hash, weights_hash
 from ..models.sites import AnySite, ModuleSite, Site, Sites, parse_site
@@ -55,7 +56,7 @@ def describe_model(lm: LM) -> dict[str, Any]:
 
 def data_hash(*prompt_sets: Sequence[Row]) -> str:
     """Returns the sha256 of sets of prompts, as token ids, in their order."""
-    token_ids = [list(map(list, prompts)) for prompts in prompt_sets]
+    token_ids = [list(map(row_as_json, prompts)) for prompts in prompt_sets]
     return hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ that passes rows on passes them on too. `split_inputs` divides what a processor 
 rows, and `join_inputs` joins the inputs of a batch.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -97,6 +98,17 @@ def input_names(rows: Sequence[Row]) -> tuple[str, ...]:
 def has_inputs(row: Row) -> bool:
     """True if the model reads more than the token ids of this row."""
     return isinstance(row, PromptRow) and row.has_inputs
+
+
+def row_as_json(row: Row) -> list[Any]:
+    """Returns the token ids of a row, and the digest of each other input after them."""
+    facts: list[Any] = list(row)
+    if isinstance(row, PromptRow):
+        for name, values in sorted({**row.inputs, **row.per_token}.items()):
+            numbers = values.detach().cpu().float().contiguous().numpy()
+            digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+            facts.append({"input": name, "shape": list(values.shape), "sha256": digest})
+    return facts
 
 
 def crop_row(row: Row, length: int) -> Row:
@@ -237,12 +249,11 @@ def _concatenate(name: str, parts: Sequence[Tensor]) -> Tensor:
 
 
 def _pad_per_token(name: str, rows: Sequence[Row], width: int, side: Side) -> Tensor:
-    dtype = next(row.per_token[name].dtype for row in rows if name in getattr(row, "per_token", {}))
+    values_by_row = [getattr(row, "per_token", {}).get(name) for row in rows]
+    dtype = next(values.dtype for values in values_by_row if values is not None)
     joined = torch.zeros(len(rows), width, dtype=dtype)
-    for number, row in enumerate(rows):
-        values = getattr(row, "per_token", {}).get(name)
-        if values is None:
-            continue
-        start = 0 if side == "right" else width - len(row)
-        joined[number, start : start + len(row)] = values
+    for number, values in enumerate(values_by_row):
+        if values is not None:
+            start = 0 if side == "right" else width - len(values)
+            joined[number, start : start + len(values)] = values
     return joined

@@ -119,6 +119,7 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         kept_logits=None if option == "none" else _logits_of(output, batch, option),
         settings={"verb": "forward", "logits": option, "seconds": time.perf_counter() - started},
         output=output,
+        prompts=batch.rows,
         _captures=manager.captures,
     )
 

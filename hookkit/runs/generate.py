@@ -135,6 +135,7 @@ def generate_with_tracer(
             kept_logits=_observed_logits(manager, option),
             settings=settings,
             output=output,
+            prompts=batch.rows,
             _captures=manager.captures,
             arguments=arguments,
             recorded=None if tracer is None else tracer.recorded,

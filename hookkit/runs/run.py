@@ -36,6 +36,8 @@ from ..models.batch_positions import Selection, SequenceBatch
 from ..models.layout import unseen_value
 from ..models.lm import LM
 from ..models.positions import PositionRange
+from ..models.prompt_row import Row
+from ..models.prompts import continue_row
 from ..models.sites import AnySite, Site, Sites
 from .hook_points import BoundHook, Firing
 from .trace import GenerationRecord
@@ -71,6 +73,17 @@ class Run:
     _captures: "CaptureStore | None"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     recorded: GenerationRecord | None = None
+    prompts: tuple[Row, ...] = ()  # as the model read them, with images or other inputs
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Each row's token ids, with the generated ones and the other inputs of its prompt."""
+        rows: list[Row] = []
+        for number, ids in enumerate(self.tokens.tolist()):
+            prompt = self.prompts[self.prompt_rows[number]]
+            written = ids[self.prompt_lengths[number] : self.lengths[number]]
+            rows.append(continue_row(self.lm, prompt, written))
+        return rows
 
     @property
     def logits(self) -> Float[Tensor, "row pos vocab"]:

@@ -123,6 +123,8 @@ class SweepInputs:
         lengths = torch.tensor(list(map(len, run_rows)))
         others = join_inputs(run_rows, columns, "left")
         others = {name: values.to(lm.device) for name, values in others.items()}
+        if width < columns and others:
+            raise Unsupported("a prompt with an image is read at once, and not after a cache")
         if bool((lengths == columns).all()):
             return {"input_ids": ids[:, -width:]} | others
         positions = torch.arange(columns) - (columns - lengths[:, None])

@@ -34,6 +34,7 @@ from ..files.untrusted import check_folder, check_mapping, parse_json, path_insi
 from ..hooks import serialization as codec
 from ..hooks.base import Hook
 from ..models.model_setup import active_adapter_names
+from ..models.prompt_row import row_as_json
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
 from ..runs.run import Run
 from ..tables.metrics.metric import Metric, column_names
@@ -202,7 +203,7 @@ def _describe_sweep(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": [model.pop("model"), model.pop("revision")],
         "model": model,
-        "prompts": list(map(list, plan.inputs.rows)),
+        "prompts": list(map(row_as_json, plan.inputs.rows)),
         "cells": {"count": len(plan.cells), "sha256": cells.hexdigest()},
         "metrics": list(map(_metric_as_json, plan.metrics)),
         **settings,

@@ -335,7 +335,7 @@ def causal_tracing(
             "with pos="
         )
     positions = _positions_of_samples(positions, samples)
-    rows = list(chain.from_iterable(repeat(list(row), samples) for row in batch.rows))
+    rows = list(chain.from_iterable(repeat(row, samples) for row in batch.rows))
     base_hooks = as_hooks(settings.get("base_hooks", ()))
     clean = forward(lm, rows, *base_hooks, capture(lm.sites(site)))
 
@@ -404,7 +404,7 @@ def embedding_std(lm: LM, over: Prompts | None = None) -> float:
     rows = _vocabulary_rows(lm) if over is None else as_rows(lm, over)
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(rows), BATCH):
-        batch = [list(row) for row in rows[start : start + BATCH]]
+        batch = list(rows[start : start + BATCH])
         run = forward(lm, batch, capture("embed"), logits=False)
         for row, values in zip(batch, run["embed"], strict=True):
             numbers = values[: len(row)].double()

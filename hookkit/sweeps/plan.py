@@ -144,6 +144,8 @@ class FirstEffect:
         if key not in self._common_prefixes:
             is_same = map(eq, self.inputs.rows[row], source_ids)
             n_same = len(list(takewhile(bool, is_same)))
+            if self.inputs.has_images:
+                n_same = 0  # the same tokens may stand for different images
             end = min(n_same, self._first_position(self.base, row))
             self._common_prefixes[key] = source_ids, end
         return self._common_prefixes[key][1]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..hooks.base import Hook
 from ..hooks.edits import steer
 from ..models.lm import LM
+from ..models.prompt_row import Row, crop_row, input_names
+from ..models.prompts import continue_row
 from ..models.sites import ModuleSite, Site
 from ..runs.dispatch import HIDDEN_STATES_KEYWORDS
 from ..runs.forward import forward
@@ -34,26 +36,30 @@ POSITIONS = (-1, -2)  # at which the trial edits
 LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
-def shortcuts(lm: LM) -> Shortcuts:
-    """Returns what this model allows, with its current settings."""
+def shortcuts(lm: LM, rows: Sequence[Row] = ()) -> Shortcuts:
+    """Returns what this model allows, with its current settings.
+
+    If the prompts `rows` have images or other inputs, the trial is one of them.
+    """
     attention = getattr(lm.config, "_attn_implementation", None)
-    key = "shortcuts", attention, lm.root.training, _dtype(lm)
-    return _once(lm, key, lambda: _try_shortcuts(lm))
+    key = "shortcuts", attention, lm.root.training, _dtype(lm), input_names(rows)
+    return _once(lm, key, lambda: _try_shortcuts(_trial_inputs(lm, rows)))
 
 
-def reads_ahead(lm: LM) -> bool:
+def reads_ahead(lm: LM, rows: Sequence[Row] = ()) -> bool:
     """True if the logits at a position depend on a later token; then no position can be skipped."""
 
     def trial() -> bool:
-        ids = list(_trial_inputs(lm).rows[0])
-        changed_ids = [*ids[:-1], (ids[-1] + 1) % lm.n_tokens]
-        first, repeated, changed = forward(lm, [ids, ids, changed_ids]).logits[:, :-1].float()
+        row = _trial_inputs(lm, rows).rows[0]
+        last = (row[-1] + 1) % lm.n_tokens
+        changed_row = continue_row(lm, crop_row(row, len(row) - 1), [last])
+        first, repeated, changed = forward(lm, [row, row, changed_row]).logits[:, :-1].float()
         limit = LIMITS.get(_dtype(lm), 2e-5) * float(first.abs().max())
         # With dropout the same row gives different logits, and nothing can be concluded.
         is_stable = float((first - repeated).abs().max()) <= limit
         return is_stable and float((first - changed).abs().max()) > limit
 
-    return _once(lm, ("reads_ahead", lm.root.training), trial)
+    return _once(lm, ("reads_ahead", lm.root.training, input_names(rows)), trial)
 
 
 def has_rows(lm: LM, site: ModuleSite) -> bool:
@@ -99,10 +105,10 @@ def _trial_shape(lm: LM, site: ModuleSite, n_rows: int) -> tuple[int, ...]:
     return next(filter(None, shapes), ())
 
 
-def _try_shortcuts(lm: LM) -> Shortcuts:
+def _try_shortcuts(inputs: SweepInputs) -> Shortcuts:
+    lm = inputs.lm
     if not lm.n_layers or "resid_pre" not in lm.layout.names:
         return no_shortcuts("the model's blocks are not known")
-    inputs = _trial_inputs(lm)
     try:
         factors, kinds = _inspect_blocks(inputs)
         expected = _expected_logits(inputs)
@@ -124,7 +130,9 @@ def _try_each(inputs: SweepInputs, shared: Shortcuts, expected: Tensor) -> Short
         why["last" if last else "grow"] = reason
     else:
         return no_shortcuts(why["grow"])
-    why["prefix"] = _difference(inputs, replace(allowed, prefix=True), expected)
+    why["prefix"] = "a prompt with an image is read at once"
+    if not inputs.has_images:
+        why["prefix"] = _difference(inputs, replace(allowed, prefix=True), expected)
     allowed = replace(allowed, prefix=not why["prefix"])
     for name in ("grow", "last", "prefix"):
         if getattr(allowed, name):
@@ -146,7 +154,11 @@ def _describe_error(error: Exception) -> str:
     return f"a trial raised {type(error).__name__}: {error}".split("\n")[0]
 
 
-def _trial_inputs(lm: LM) -> SweepInputs:
+def _trial_inputs(lm: LM, prompts: Sequence[Row] = ()) -> SweepInputs:
+    if input_names(prompts):
+        longest, shortest = max(prompts, key=len), min(prompts, key=len)
+        own_rows = (longest, shortest, longest)
+        return SweepInputs(lm, own_rows, own_rows, (1,) * len(own_rows))
     ids = (number**3 * 7919 % lm.n_tokens for number in count(3))
     rows = tuple(tuple(islice(ids, length)) for length in LENGTHS)
     return SweepInputs(lm, rows, rows, (1,) * len(rows))
@@ -177,7 +189,7 @@ def _expected_logits(inputs: SweepInputs) -> Tensor:
     for edit in _trial_edits(inputs.lm):
         rows = range(len(prompts), len(prompts) + len(inputs))
         hooks.append(edit.on_rows(rows=list(rows)))
-        prompts += map(list, inputs.rows)
+        prompts += inputs.rows
     return forward(inputs.lm, prompts, *hooks, logits="last").logits[:, -1]
 
 
@@ -205,7 +217,7 @@ def _trial_logits(inputs: SweepInputs, allowed: Shortcuts) -> Tensor:
         block = edit.layer if allowed.grow else INPUT
         cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + edit.pos))
     in_order = sorted(range(len(cell_prompts)), key=cell_prompts.__getitem__)
-    width = -min(POSITIONS) if allowed.prefix else max(LENGTHS)
+    width = -min(POSITIONS) if allowed.prefix else inputs.count_columns(range(len(inputs)))
     layers = [edit.layer for edit in edits]
     base = run_base(inputs, range(len(inputs)), [], layers, width, cache=allowed.prefix)
     logits = run_cell_prompts(base, inputs, sorted(cell_prompts), hook_points, width, allowed)

@@ -119,7 +119,7 @@ def sweep_plan(
     base_hook_points = tuple(bind_hooks(lm, as_hooks(base_hooks), inputs, References(lm)))
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
     _check_names(cells[0], column_names(metric_values), _draw_column(control))
-    allowed = _allowed_shortcuts(lm)
+    allowed = _allowed_shortcuts(lm, inputs)
     for cell in cells:
         cell.alone = allowed.why.get("batch") or _reason_alone(lm, cell)
     budget = memory_budget(lm, memory)
@@ -132,7 +132,8 @@ def _extend_inputs(
     """Returns the inputs with all positions and logits that the hooks have to receive."""
     hook_points = chain(base_hook_points, *[cell.hook_points for cell in cells])
     bound_hooks = bound_hooks_of(hook_points)
-    if any(_needs_cropped_positions(bound, inputs) for bound in bound_hooks):
+    # what is cropped may be a part of an image
+    if inputs.has_images or any(_needs_cropped_positions(bound, inputs) for bound in bound_hooks):
         inputs = inputs.uncropped()
     if any(_needs_all_logits(lm, bound) for bound in bound_hooks):
         inputs = replace(inputs, all_logits=True)
@@ -183,16 +184,16 @@ def _check_names(cell: Cell, metric_names: Sequence[str], draw_column: Sequence[
             )
 
 
-def _allowed_shortcuts(lm: LM) -> Shortcuts:
+def _allowed_shortcuts(lm: LM, inputs: SweepInputs) -> Shortcuts:
     """Returns what the model allows: nothing if it has hooks of the user's, which see batches."""
-    if reads_ahead(lm):
+    if reads_ahead(lm, inputs.rows):
         raise Unsupported(
             "this model reads ahead: what it says at a position depends on later tokens; use "
             "hk.forward"
         )
     modules = find_user_hooks(lm.model)
     if not modules:
-        return shortcuts(lm)
+        return shortcuts(lm, inputs.rows)
     return no_shortcuts(
         f"the model carries hooks that are not hookkit's (on {modules[0] or 'the model'}), which "
         "see whole batches"

@@ -95,7 +95,7 @@ def _draws_of_hooks(
     runs: PairedRuns, edits: tuple[Hook, ...], count: int, seed: int
 ) -> tuple[Sequence[tuple[Hook, ...]], str]:
     side = runs.before
-    run = forward(side.lm, list(map(list, runs.rows)), *side.hooks, logits="last")
+    run = forward(side.lm, list(runs.rows), *side.hooks, logits="last")
     logits = run.captured_logits().values[:, 0].float().cpu()
     control = ControlMaker(side.lm, logits, runs.request.watched).draw(edits, count, seed)
     return control.draws, control.description

@@ -21,6 +21,7 @@ from ...figures.reports import diff_through_layers, stream_map, token_bars
 from ...hooks.logits import named_tokens
 from ...models.lm import LM
 from ...models.positions import PosLike, Where, read_position
+from ...models.prompt_row import row_as_json
 from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, SitesLike, parse_site
@@ -512,7 +513,7 @@ def _build_about(runs: PairedRuns) -> dict[str, Any]:
         "batch_tokens": request.batch_tokens,
         "cka": sorted(map(str, request.cka)),
         "prompts": list(map(runs.reader.text, runs.rows)),
-        "tokens": list(map(list, runs.rows)),
+        "tokens": list(map(row_as_json, runs.rows)),
     }
 
 

@@ -80,7 +80,7 @@ class Side:
         """One forward that captures these sites at every position."""
         captures = [capture(sites, name=NAME)] if len(sites) else []
         with torch.no_grad(), self.around():
-            return forward(self.lm, list(map(list, rows)), *self.hooks, *captures, logits=logits)
+            return forward(self.lm, list(rows), *self.hooks, *captures, logits=logits)
 
 
 def reader_of(before: LM, after: LM) -> LM:
@@ -95,7 +95,7 @@ def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
     rows = as_batch(reader, prompts).rows
     other = after if reader is before else before
     if other.tokenizer is None:
-        prompts = list(map(list, rows))
+        prompts = list(rows)
     other_rows = as_batch(other, prompts).rows
     for number, (row, other_row) in enumerate(zip(rows, other_rows, strict=True)):
         position = first_difference(row, other_row)

@@ -113,7 +113,7 @@ def plan_resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]
         starts = {number: start for number, start in enumerate(first_blocks) if start > 0}
     except HookkitError:
         return whole
-    return ResumePlan(lm, starts) if starts and shortcuts(lm).grow else whole
+    return ResumePlan(lm, starts) if starts and shortcuts(lm, rows).grow else whole
 
 
 def _can_resume(lm: LM) -> bool:
@@ -215,7 +215,7 @@ def run_prompts(
 
     For a forward that begins at block `start`, the captures before it are taken from `unedited`.
     """
-    prompts = list(map(list, rows))
+    prompts = list(rows)
     computed = [site for site in sites if site.layer is None or site.layer >= start]
     captures = [_capture_last(computed, details)] if computed else []
     run = forward(lm, prompts, *edit.hooks, *captures, logits="last")
@@ -338,7 +338,7 @@ def draws_of(
         token_metrics += [logit(entries), logprob(entries), rank(entries)]
     table: Any = sweep(
         lm,
-        list(map(list, rows)),
+        list(rows),
         {"number": range(len(controls))},
         lambda number: controls[number].hooks,
         [*token_metrics, entropy(), KL(None), FunctionMetric(partial(_top_token, lm.n_tokens))],
@@ -394,7 +394,7 @@ def texts_of(
     counted from 0; empty where none differs), both (the text up to there), then_before, then_after
     (the texts from there on).
     """
-    prompts = list(map(list, rows))
+    prompts = list(rows)
     settings = {"max_new_tokens": count, "do_sample": False, "logits": False}
     before = generate(lm, prompts, *base_hooks, **settings)
     records = []

@@ -21,6 +21,7 @@ from ...figures import reports as figures
 from ...hooks.base import Hook
 from ...hooks.logits import named_tokens
 from ...models.lm import LM
+from ...models.prompt_row import row_as_json
 from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
 from ...models.words import WordLike
@@ -591,7 +592,7 @@ def _build_about(measured: ShiftTables, settings: dict[str, Any]) -> dict[str, A
         **settings,
         "hooks": {"base_hooks": list(map(_json_of, measured.base_hooks)), **edit_hooks},
         "prompts": list(map(measured.lm.text, measured.rows)),
-        "tokens": list(map(list, measured.rows)),
+        "tokens": list(map(row_as_json, measured.rows)),
     }
 
 
