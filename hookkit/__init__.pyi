@@ -50,7 +50,9 @@ from .models.custom_family import location as location
 from .models.lm import LM as LM
 from .models.loading import load as load
 from .models.loading import tiny as tiny
+from .models.positions import AUDIO as AUDIO
 from .models.positions import GENERATED as GENERATED
+from .models.positions import IMAGE as IMAGE
 from .models.positions import PROMPT as PROMPT
 from .models.positions import TEMPLATE as TEMPLATE
 from .models.positions import at as at

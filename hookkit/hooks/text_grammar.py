@@ -27,6 +27,8 @@ NAMES: dict[str, Any] = {
     "PROMPT": positions.PROMPT,
     "GENERATED": positions.GENERATED,
     "TEMPLATE": positions.TEMPLATE,
+    "IMAGE": positions.IMAGE,
+    "AUDIO": positions.AUDIO,
     "inf": float("inf"),
 }
 END = r"(-?\d{1,18})?"  # an end of a slice; more digits are no position
@@ -93,7 +95,7 @@ def parse_place(text: str, what: str = "a position") -> Any:
     except _NoValueError:
         raise BadHook(
             f"{shorten(text, SHOWN)!r} is no place for {what}: write a number, 1:4, [0,2], "
-            "at('store'), role('user'), turn(-1), TEMPLATE, PROMPT, GENERATED or all"
+            "at('store'), role('user'), turn(-1), TEMPLATE, IMAGE, PROMPT, GENERATED or all"
         ) from None
 
 

@@ -21,6 +21,7 @@ from ..files.untrusted import check_file, check_mapping, parse_json, read_tensor
 from ..hooks.capture import capture
 from ..models.lm import LM, refuse_no_gradient
 from ..models.next_token import kl_divergence
+from ..models.prompt_row import Row, piece_of_row
 from ..models.prompts import Prompts, as_rows
 from ..models.provenance import about_model, weights_hash
 from ..models.sites import Site, SitesLike
@@ -205,11 +206,11 @@ def train_lens(
     return TunedLens(change, dict(zip(names, trainer.offset, strict=True)), history, about)
 
 
-def _windows(lm: LM, texts: Prompts, window: int) -> list[list[int]]:
-    windows = []
+def _windows(lm: LM, texts: Prompts, window: int) -> list[Row]:
+    windows: list[Row] = []
     for row in as_rows(lm, texts):
         for start in range(0, len(row) - 1, window):
-            windows.append(list(row[start : start + window]))
+            windows.append(piece_of_row(row, 0, start, start + window))
     if len(windows) < 2:
         raise BadPrompt(
             f"the texts make {len(windows)} windows of {window} tokens: give more text, a tenth is "
@@ -230,7 +231,7 @@ class _Trainer:
         self,
         lm: LM,
         sites: tuple[Site, ...],
-        test_windows: Sequence[list[int]],
+        test_windows: Sequence[Row],
         n_test_states: int,
         draws: torch.Generator,
         bar: Any,
@@ -243,7 +244,7 @@ class _Trainer:
         self.offset = self.test.new_zeros(n_sites, width)
         self.kl = self.evaluate(self.change, self.offset)
 
-    def states(self, windows: Sequence[list[int]]) -> Float[Tensor, "site state d_model"]:
+    def states(self, windows: Sequence[Row]) -> Float[Tensor, "site state d_model"]:
         """Returns the states at every site, of all tokens of some windows."""
         run = forward(self.lm, windows, capture(list(self.sites)), logits=False)
         end = run.captured(self.sites[-1])
@@ -253,7 +254,7 @@ class _Trainer:
         return torch.stack([run[site].to(device)[real].float() for site in self.sites])
 
     def draw_states(
-        self, windows: Sequence[list[int]], count: int
+        self, windows: Sequence[Row], count: int
     ) -> Float[Tensor, "site state d_model"]:
         """Returns the states at every site, of some random tokens."""
         states = self.states(windows)
@@ -280,7 +281,7 @@ class _Trainer:
         dtype = getattr(self.lm.root, "dtype", torch.float32)
         return self.model_end.logits(states.to(dtype)).float().log_softmax(-1)
 
-    def fit_ridge(self, windows: Sequence[list[int]]) -> None:
+    def fit_ridge(self, windows: Sequence[Row]) -> None:
         """Offers the ridge regressions of the last state's change on each site's state."""
         square, cross = self._moments(windows)
         width = square.shape[-1] - 1
@@ -294,7 +295,7 @@ class _Trainer:
             solution = torch.stack(solutions).float().to(self.test.device)
             self.offer(solution[:, :-1], solution[:, -1])
 
-    def _moments(self, windows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    def _moments(self, windows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Returns the sums of products of each site's states with themselves and with the change to
         the last state, each state with a 1 for the offset."""
         sites, width = len(self.sites) - 1, self.test.shape[-1]
@@ -310,7 +311,7 @@ class _Trainer:
             self.bar.update()
         return square, cross
 
-    def descend(self, windows: Sequence[list[int]], steps: int, n_states: int, lr: float) -> None:
+    def descend(self, windows: Sequence[Row], steps: int, n_states: int, lr: float) -> None:
         """Lowers the KL by gradient descent, from the best translators so far."""
         # the offset is in units of the root mean square of a state's numbers
         unit = self.test[:-1].square().mean((1, 2)).sqrt()[:, None]

@@ -173,9 +173,10 @@ def _locations(lm: LM, name: str) -> dict[Site, ModuleLocation]:
 class LM(Vocabulary):
     """A causal language model of transformers and its tokenizer, both unchanged.
 
-    With `tokenizer=None`, prompts are token ids. Any other `nn.Module` can be used too: it has no
-    named sites, and its modules are selected with `hk.module(path)`. `row` says where the sites
-    are; by default it is looked up by the model's type.
+    With `tokenizer=None`, prompts are token ids. Of a processor, which reads images or sound too,
+    the LM takes the tokenizer; what the processor returns is a prompt. Any other `nn.Module` can be
+    used too: it has no named sites, and its modules are selected with `hk.module(path)`. `row` says
+    where the sites are; by default it is looked up by the model's type.
 
     The LM owns what it computes about the model once: its layout, its vocabulary and the results of
     trials.

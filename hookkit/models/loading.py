@@ -7,8 +7,10 @@ milliseconds. The laws are tested on it, and tests of your own code can use it t
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +22,9 @@ from ..arguments import check_arguments
 from ..errors import BadHook, DownloadFailed, ModelNotFound, did_you_mean
 from .cache import DEFAULT, PACKAGE, VERSION, default_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
+from .layout import text_config
 from .lm import LM
+from .tiny_multimodal import MULTIMODAL
 
 TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "local_files_only", "gguf_file")
 # parts of the names of exception classes
@@ -132,7 +136,7 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
 
 
 def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     is_local = isinstance(source, Path)
     if isinstance(source, Path) and source.suffix == ".gguf":
@@ -141,11 +145,53 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
     tokenizer_options = {word: options[word] for word in options if word in TOKENIZER_OPTIONS}
     try:
         with _hidden_progress_bars() if is_local else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
-            tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+            config = AutoConfig.from_pretrained(source, **tokenizer_options)
+            model = auto_class(config).from_pretrained(source, **options)
+            tokenizer = _read_tokenizer(config, source, tokenizer_options)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise explain_load_error(label, error) from error
     return model, tokenizer
+
+
+def auto_class(config: Any) -> Any:
+    """Returns the class of transformers that makes the language model of a configuration."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if reads_more_than_text(config):
+        return transformers.AutoModelForMultimodalLM
+    if getattr(config, "is_encoder_decoder", False):
+        if type(config) in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+            return transformers.AutoModelForSpeechSeq2Seq
+        return transformers.AutoModelForSeq2SeqLM
+    is_encoder = getattr(config, "is_decoder", None) is False
+    if is_encoder and type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING:
+        return transformers.AutoModelForMaskedLM
+    return transformers.AutoModelForCausalLM
+
+
+def reads_more_than_text(config: Any) -> bool:
+    """True for the configuration of a model that reads images or sound and writes text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    has_text_model = text_config(config) is not config
+    return has_text_model and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
+def _read_tokenizer(config: Any, source: Path | str, options: dict[str, Any]) -> Any:
+    """Returns a model's tokenizer, or its processor if it reads more than text."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if reads_more_than_text(config):
+        try:
+            return AutoProcessor.from_pretrained(source, **options)
+        except Exception as error:  # noqa: BLE001  a processor may need other packages
+            warnings.warn(
+                f"the processor of {source} could not be read, so that prompts are text only: "
+                f"{str(error).strip().splitlines()[0][:200]}",
+                stacklevel=4,
+            )
+    return AutoTokenizer.from_pretrained(source, **options)
 
 
 def explain_load_error(label: str, error: BaseException) -> Exception:
@@ -324,7 +370,7 @@ def tiny(
     >>> tiny("gpt_neox").n_layers
     3
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
         raise ModelNotFound(
@@ -336,7 +382,8 @@ def tiny(
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config_class(**settings), dtype=torch.float32)
+        config_of_model = config_class(**settings)
+        model: Any = auto_class(config_of_model).from_config(config_of_model, dtype=torch.float32)
         _randomize_weights(model)
     except Exception as error:
         raise ModelNotFound(
@@ -349,6 +396,8 @@ def tiny(
 
 
 def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    if model_type in MULTIMODAL:
+        return copy.deepcopy(MULTIMODAL[model_type]) | changes
     settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
     settings |= FAMILIES.get(model_type, {}) | changes
     for name, value in list(settings.items()):

@@ -21,11 +21,14 @@ NO_END = sys.maxsize  # the end of a slice that has none
 
 
 class TextPart(Enum):
-    """A part of the text: the prompt, what the model generated, or what a chat template added."""
+    """A part of the text: the prompt, what the model generated, what a chat template added, or
+    the tokens that stand for images and videos or for sound."""
 
     PROMPT = "prompt"
     GENERATED = "generated"
     TEMPLATE = "template"
+    IMAGE = "image"
+    AUDIO = "audio"
 
     def __repr__(self) -> str:
         return self.name
@@ -34,6 +37,8 @@ class TextPart(Enum):
 PROMPT = TextPart.PROMPT
 GENERATED = TextPart.GENERATED
 TEMPLATE = TextPart.TEMPLATE
+IMAGE = TextPart.IMAGE
+AUDIO = TextPart.AUDIO
 
 
 @dataclass(frozen=True)
@@ -250,15 +255,15 @@ def _read_whole(number: object, word: str) -> int:
 
 
 def is_named(pos: object) -> bool:
-    """True for positions that depend on what a row says: a text, a role, a turn, the template."""
-    return isinstance(pos, At | Role | Turn) or pos is TEMPLATE
+    """True for positions that depend on what a row says, such as a text, a role or an image."""
+    return isinstance(pos, At | Role | Turn) or pos in (TEMPLATE, IMAGE, AUDIO)
 
 
 def resolve_positions(
     where: Where, length: int, cover: Callable[[Named], tuple[int, ...]]
 ) -> PositionRange:
     """Returns the positions that `where` selects in a row. `cover` returns those of a text, a
-    role, a turn or the template."""
+    role, a turn, the template, images or sound."""
     if where.step is not None:
         # The logits that choose step 0 are at the prompt's last token.
         return _shift(_resolve(where.step, 0), length - 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import describe
-from ..errors import BadPrompt
+from ..errors import BadPrompt, Unsupported
 from .batch_positions import Side
 
 Row: TypeAlias = tuple[int, ...]
@@ -122,11 +122,18 @@ def crop_row(row: Row, length: int) -> Row:
 def piece_of_row(row: Row, head: int, start: int, stop: int) -> Row:
     """Returns the first `head` tokens of a row and those from `start` to `stop`, and who said them.
 
-    A piece has no other inputs.
+    Raises `Unsupported` for a part of a row with an image or other inputs.
     """
+    if head == 0 and start == 0 and stop >= len(row):
+        return row
     ids = (*row[:head], *row[start:stop])
     if not isinstance(row, PromptRow):
         return ids
+    if row.has_inputs:
+        raise Unsupported(
+            f"a prompt with {input_names([row])[0]!r} beside its {len(row)} tokens cannot be read "
+            "in pieces: give a longer window or context, or a shorter prompt"
+        )
     return PromptRow(ids, turns=(*row.turns[:head], *row.turns[start:stop]), speakers=row.speakers)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import compress, count, groupby
+from itertools import chain, compress, count, groupby
 from typing import Any, TypeAlias
 
 from jaxtyping import Bool, Int
@@ -18,7 +18,7 @@ from .batch_positions import pad_rows as pad_rows
 from .chat import Chat, chat_of, render
 from .lm import LM
 from .padding import padding_scheme
-from .positions import At, Named, Role, Turn
+from .positions import AUDIO, IMAGE, At, Named, Role, TextPart, Turn
 from .prompt_row import (
     PromptRow,
     Row,
@@ -37,8 +37,10 @@ MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that hookkit itself r
 # Inputs that hookkit makes, or that take the place of the ids.
 REFUSED_INPUTS = ("position_ids", "inputs_embeds", "labels", "past_key_values", "cache_position")
 # The configuration's names of the ids that stand for an image, a video or sound in a prompt.
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
-PLACEHOLDERS += ("audio_token_index",)
+PLACEHOLDERS = {
+    IMAGE: ("image_token_id", "image_token_index", "video_token_id"),
+    AUDIO: ("audio_token_id", "audio_token_index"),
+}
 # The token types of text that follows the prompt, by model type.
 TYPES_OF_CONTINUATION = {"gemma3": 0, "gemma4": 0, "paligemma": 1}
 PROMPT_FORMS = "give texts, chats, or rows of token ids"
@@ -438,9 +440,10 @@ def _check_inputs(lm: LM, number: int, row: Row) -> None:
         )
 
 
-def placeholder_ids(lm: LM) -> set[int]:
-    """Returns the token ids that stand for an image, a video or sound."""
-    ids = {getattr(lm.config, name, None) for name in PLACEHOLDERS}
+def placeholder_ids(lm: LM, *parts: TextPart) -> set[int]:
+    """Returns the token ids that stand for images and videos or for sound (default: for both)."""
+    names = chain.from_iterable(PLACEHOLDERS[part] for part in parts or PLACEHOLDERS)
+    ids = {getattr(lm.config, name, None) for name in names}
     return {token_id for token_id in ids if isinstance(token_id, int)}
 
 
@@ -464,9 +467,12 @@ def refuse_inputs(rows: Iterable[Any], function: str) -> None:
 
 
 def find_positions(lm: LM, row: Sequence[int], place: Named) -> Row:
-    """Returns the positions of the tokens of a row that cover a text, or that a role says."""
+    """Returns the positions of a row's tokens that cover a text, that a role says, or that stand
+    for an image."""
     if isinstance(place, At):
         return positions_of_text(lm, row, place)
+    if place in PLACEHOLDERS:
+        return _positions_of_placeholders(lm, row, place)
     turns, speakers = getattr(row, "turns", ()), getattr(row, "speakers", ())
     if not turns:
         what = "is no chat" if not speakers else "is a chat whose messages its template changes"
@@ -481,6 +487,17 @@ def find_positions(lm: LM, row: Sequence[int], place: Named) -> Row:
             f"{place!r} was asked for, and it has no token in {shorten(lm.text(row))!r}"
         )
     return tuple(positions)
+
+
+def _positions_of_placeholders(lm: LM, row: Sequence[int], part: TextPart) -> Row:
+    ids = placeholder_ids(lm, part)
+    positions = tuple(position for position, token_id in enumerate(row) if token_id in ids)
+    if not positions:
+        raise OutOfRange(
+            f"{part!r} was asked for, and {shorten(lm.text(row))!r} has no token that stands for "
+            f"{part.value}"
+        )
+    return positions
 
 
 def _messages_at(place: Role | Turn | Any, speakers: Sequence[str]) -> Sequence[int | None]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -36,7 +37,16 @@ from ..hooks.values import FromPrompt, FromRun, Reference
 from ..models.lm import LM
 from ..models.next_token import rank_among, ranks_for_table, token_logits, top_tokens, values_at
 from ..models.positions import IndicesLike, Span
-from ..models.prompts import Prompts, Row, as_rows, batches_by_length, check_prompts
+from ..models.prompt_row import piece_of_row
+from ..models.prompts import (
+    Prompts,
+    Row,
+    as_rows,
+    batches_by_length,
+    check_prompts,
+    continue_row,
+    refuse_inputs,
+)
 from ..models.sites import Site
 from ..runs.forward import forward
 from ..runs.run import Run
@@ -349,7 +359,8 @@ def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], li
         )
     if len(prompts) == 1:
         prompts = prompts * len(rows)
-    joined = [(*prompt, *row) for prompt, row in zip(prompts, rows, strict=True)]
+    refuse_inputs(rows, "token_losses with prefix=")
+    joined = list(map(partial(continue_row, lm), prompts, rows))
     return joined, list(map(len, prompts))
 
 
@@ -377,11 +388,12 @@ def _windows(
     length, step = sizes
     start = end = 0
     while end < len(row):
-        head = row[:1] if start and row[0] == bos else ()
+        head = 1 if start and row[0] == bos else 0
         scored = max(end, first)
-        end = min(start + length - len(head), len(row))
+        end = min(start + length - head, len(row))
         if end > scored:
-            yield Window(text, (*head, *row[start:end]), scored - start + len(head), scored)
+            ids = piece_of_row(row, head, start, end)
+            yield Window(text, ids, scored - start + head, scored)
         start += step
 
 

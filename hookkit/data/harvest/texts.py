@@ -36,7 +36,7 @@ from ...models.positions import (
     read_position,
     resolve_positions,
 )
-from ...models.prompt_row import crop_row, piece_of_row
+from ...models.prompt_row import crop_row, piece_of_row, row_as_json
 from ...models.prompts import (
     Row,
     batches_by_length,
@@ -301,7 +301,7 @@ class TextReader:
         elif isinstance(content, Chat):
             kind, data = "chat", content.to_json().encode()
         else:
-            kind, data = "ids", json.dumps(content).encode()
+            kind, data = "ids", json.dumps(row_as_json(content)).encode()
         self._hash.update(f"{kind} {len(data)} ".encode() + data)
         return content
 

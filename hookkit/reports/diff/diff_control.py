@@ -109,7 +109,7 @@ def _turned_ends(
     other = Site("resid_post", runs.after.lm.n_layers - 1)
     if site != other or runs.before.lm.shape(site) != runs.after.lm.shape(other):
         raise Unsupported("the models have streams of different sizes, or other numbers of layers")
-    prompts = [list(runs.rows[row]) for row in batch]
+    prompts = [runs.rows[row] for row in batch]
     with runs.after.around():
         ends = forward(
             runs.after.lm, prompts, *runs.after.hooks, capture(site, pos=-1), logits=False

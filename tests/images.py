@@ -1,0 +1,54 @@
+"""Prompts with an image or sound for the tiny multimodal models, in the form that processors return.
+
+The shapes are those that each type's processor in transformers 5.23 gives for an image of 8 times 8 pixels, or for 40
+frames of sound; token 9 stands for each patch of it that the text model reads.
+"""
+
+import torch
+from torch import Tensor
+
+TOKENS = {  # how many tokens stand for the image or the sound
+    "gemma3": 4, "glm4v": 4, "idefics3": 1, "llama4": 1, "llava": 4, "llava_next": 10, "mistral3": 4, "paligemma": 4,
+    "qwen2_audio": 10, "qwen2_vl": 4, "qwen2_5_vl": 4, "qwen3_vl": 4, "qwen3_5": 4, "smolvlm": 1,
+}  # fmt: skip
+IN_GRIDS = ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+PLACEHOLDER = 9
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def image_prompt(
+    model_type: str, seed: int = 1, before: int = 2, after: int = 4
+) -> dict[str, Tensor]:
+    """What a processor returns for a text with an image after its first `before` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(30, 300, (before + after,), generator=generator).tolist()
+    image = [PLACEHOLDER] * TOKENS[model_type]
+    if model_type in IN_GRIDS:
+        image = [11, *image, 12]
+    ids = torch.tensor([[*text[:before], *image, *text[before:]]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    pixels = numbers(1, 3, 8, 8, seed=seed)
+    if model_type in IN_GRIDS:
+        inputs["pixel_values"] = numbers(16, 96, seed=seed)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+        inputs["mm_token_type_ids"] = (ids == PLACEHOLDER).long()
+    elif model_type == "qwen2_audio":
+        inputs["input_features"] = numbers(1, 8, 40, seed=seed)
+        inputs["feature_attention_mask"] = torch.ones(1, 40, dtype=torch.long)
+    elif model_type == "llava_next":  # the image, and the whole once more
+        inputs["pixel_values"] = numbers(1, 2, 3, 8, 8, seed=seed)
+        inputs["image_sizes"] = torch.tensor([[8, 8]])
+    elif model_type in ("idefics3", "smolvlm"):
+        inputs["pixel_values"] = pixels[None]
+    else:
+        inputs["pixel_values"] = pixels
+    if model_type == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[8, 8]])
+    if model_type == "gemma3":
+        inputs["token_type_ids"] = (ids == PLACEHOLDER).long()
+    if model_type == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return inputs
