@@ -69,7 +69,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 def test_logits_with_an_image_are_those_of_transformers_bit_for_bit(case):
-    name, lm, first, _ = case
+    _, lm, first, _ = case
     assert torch.equal(hk.forward(lm, first).logits[0], plain_logits(lm, first))
     text_only = {"input_ids": first["input_ids"].clone()}
     text_only["input_ids"][text_only["input_ids"] == PLACEHOLDER] = 20
@@ -77,13 +77,13 @@ def test_logits_with_an_image_are_those_of_transformers_bit_for_bit(case):
 
 
 def test_prompts_with_images_in_a_padded_batch_equal_each_alone(case):
-    name, lm, first, second = case
+    _, lm, first, second = case
     both = hk.forward(lm, [first, second]).logits
     last = hk.forward(lm, [first, second], logits="last").logits
     for row, inputs in enumerate((first, second)):
         expected = plain_logits(lm, inputs)
-        assert apart(both[row, : len(expected)], expected) < 2e-5
-        assert apart(last[row, -1], expected[-1]) < 2e-5
+        assert apart(both[row, : len(expected)], expected) < 5e-5
+        assert apart(last[row, -1], expected[-1]) < 5e-5
     other = (
         {**second, "pixel_values": -second["pixel_values"]} if "pixel_values" in second else second
     )
@@ -109,7 +109,7 @@ def test_every_law_holds_with_images(case):
 
 
 def test_edits_at_sites_equal_hooks_by_hand(case):
-    name, lm, first, _ = case
+    _, lm, first, _ = case
 
     def change(values: Tensor) -> Tensor:
         return values * 1.5 + 0.25
@@ -118,9 +118,7 @@ def test_edits_at_sites_equal_hooks_by_hand(case):
         if site.partition(".")[0] not in lm.layout.names:
             continue
         try:
-            location = lm.location(
-                hk.Site.parse(site) if hasattr(hk.Site, "parse") else lm.sites(site)[0]
-            )
+            location = lm.location(lm.sites(site)[0])
         except HookkitError:
             continue
         by_hand = with_hook(lm, first, location.path, change, before=location.side == "input")
@@ -128,19 +126,22 @@ def test_edits_at_sites_equal_hooks_by_hand(case):
 
 
 def test_generate_forces_and_captures_at_steps_with_images(case):
-    name, lm, first, second = case
+    _, lm, first, second = case
     run = hk.generate(
         lm,
         [first, second],
         hk.force(37, step=1),
         hk.capture("resid_post.1"),
         max_new_tokens=3,
+        min_new_tokens=3,
         do_sample=False,
     )
     for row, inputs in enumerate((first, second)):
         length = inputs["input_ids"].shape[1]
         written = run.rows[row][length:]
-        plain = lm.model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1]
+        plain = lm.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)[
+            0, length
+        ]
         assert written[0] == int(plain) and written[1] == 37
         if PLACEHOLDER in written:  # forward would ask for its image
             continue
@@ -185,7 +186,7 @@ def test_a_sweep_with_an_image_equals_a_loop_of_hooks(case):
     for cell in sweep().itertuples():
         path = lm.family.block.format(layer=cell.layer)
         by_hand = with_hook(lm, (first, second)[cell.row], path, zero_last)[-1, 37]
-        assert abs(getattr(cell, "_asdict")()[metric.name] - float(by_hand)) < 2e-4 * max(
+        assert abs(cell._asdict()[metric.name] - float(by_hand)) < 2e-4 * max(
             1, abs(float(by_hand))
         )
 
@@ -247,7 +248,7 @@ def test_images_are_positions():
     run = hk.forward(lm, inputs, hk.capture("resid_post.1", pos=hk.IMAGE))
     whole = hk.forward(lm, inputs, hk.capture("resid_post.1"))["resid_post.1"]
     assert torch.equal(run["resid_post.1"], whole[:, 2:6])
-    text = "ablate:resid_post.1@IMAGE"
+    text = "ablate:resid_post.1@pos=IMAGE"
     assert hk.parse_hook(text).where.pos is hk.IMAGE and hk.format_hook(hk.parse_hook(text)) == text
     with pytest.raises(OutOfRange, match="no token that stands for image"):
         hk.forward(lm, [[3, 4]], hk.ablate("resid_post.1", pos=hk.IMAGE))
@@ -334,14 +335,11 @@ PROMPT_FUNCTIONS = {
     "fit_vector": lambda lm, p: hk.fit_vector(lm, p, hk.metrics.logit(3), "resid_post.1", steps=1),
     "scan": lambda lm, p: hk.scan(lm, p),
     "shift_report": lambda lm, p: hk.shift_report(lm, p, hk.ban(37)),
-    "model_diff": lambda lm, p: hk.model_diff(lm, lm, p),
+    "model_diff": lambda lm, p: hk.model_diff(lm, hk.tiny("llama", seed=1), p),
     "token_shifts": lambda lm, p: hk.token_shifts(lm, [p], hk.ban(37, step=None, pos=slice(None))),
     "activation_statistics": lambda lm, p: hk.stats.activation_statistics(lm, [p], "resid_post.1"),
     "ablate over": lambda lm, p: hk.forward(
         lm, [[3, 4]], hk.ablate("resid_post.1", to="mean", over=p)
-    ),
-    "check_laws": lambda lm, p: hk.check_laws(lm, prompts=[p, [3, 4], [5, 6, 7]], layers=[1]).query(
-        "holds"
     ),
 }
 
@@ -363,6 +361,7 @@ def test_image_features_that_are_added_between_blocks_are_no_part_of_attention_o
     at_image = inputs["input_ids"][0] == PLACEHOLDER
     assert float(gap[~at_image].max()) == 0
     assert bool((gap[at_image] > 1e-3).all()) == (name == "qwen3_vl")
-    if name == "qwen3_vl":
-        with pytest.raises(Unsupported):
-            hk.direct_logits(hk.forward(lm, inputs), [37], pos=int(at_image.nonzero()[0]))
+    parts = hk.direct_logits(hk.forward(lm, inputs), [37], pos=int(at_image.nonzero()[0]))
+    expected = float(plain_logits(lm, inputs)[at_image.nonzero()[0], 37])
+    assert abs(parts["logit"].sum() - expected) < 1e-4
+    assert (parts["component"] == "between.0.1").any() == (name == "qwen3_vl")
