@@ -23,7 +23,7 @@ from hookkit.errors import (
     OtherVocabulary,
 )
 from hookkit.reports.shift import token_shifts as module
-from hookkit.reports.shift.logit_changes import compare_logits, most_changed, ranks_of_all
+from hookkit.reports.shift.logit_changes import measure_changes, most_changed, ranks_of_all
 from hookkit.tables.intervals import Clusters, clustered_means, clustered_shares, further_draws
 
 QUIET = {"progress": False, "batch_tokens": 64}
@@ -226,7 +226,7 @@ def test_the_scaled_change_has_the_wanted_kl_as_far_as_there_is_one():
     torch.manual_seed(0)
     before, change = 3 * torch.randn(50, 400), 0.5 * torch.randn(50, 400)
     target = torch.logspace(-4, 0.5, 50)
-    scaled = compare_logits(before, before.softmax(-1), before + change, target)
+    scaled = measure_changes(before, before.softmax(-1), before + change, change, target)
     after = before.double() + scaled.scale[:, None].double() * change
     logprobs = before.double().log_softmax(-1)
     kl = (logprobs.exp() * (logprobs - after.log_softmax(-1))).sum(-1)

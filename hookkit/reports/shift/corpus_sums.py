@@ -43,6 +43,10 @@ class Sums:
         counts = torch.zeros(2, dtype=torch.float64)
         return cls(counts, torch.zeros((), dtype=torch.float64), of_token)
 
+    @property
+    def n_tokens(self) -> int:
+        return len(self.of_token["logprob"])
+
     def merge(self, other: "Sums") -> None:
         """Adds other sums to these."""
         self.counts += other.counts

@@ -9,7 +9,7 @@ compared in chunks that fit into the processor's cache (`chunk_size`), the large
 by stripes, and the ranks of all tokens, which need a sort, are computed at few positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +46,8 @@ DEVICE_CHUNK_BYTES = 2**26  # on another device
 STRIPES = 32  # the parts of the vocabulary among which the largest changes are found
 KL_STEPS = 3  # how often the size of a control is corrected
 MOST_SCALE = 100.0  # of a control's change of the logits
+TOKEN_BITS = 2**29 - 1  # of a float64, which a float32 does not use
+INFINITY = 2.0**128  # beyond every float32
 
 
 def chunk_size(logits: Float[Tensor, "... vocab"]) -> int:
@@ -54,63 +56,58 @@ def chunk_size(logits: Float[Tensor, "... vocab"]) -> int:
     return max(1, most // (4 * logits.shape[-1]))
 
 
-@dataclass(frozen=True, eq=False)
-class LogitChanges:
-    """The changes of the logits at some positions, as multiples of `changes`.
+def subtract(arms: Sequence[Logits], before: Logits) -> Float[Tensor, "arm position vocab"]:
+    """Returns the changes of the logits in each arm: 0 where both are the same infinity."""
+    changes = before.new_empty(len(arms), *before.shape)
+    for arm, change in zip(arms, changes, strict=True):
+        torch.sub(arm, before, out=change)
+    if bool(changes.sum().isnan()):
+        for arm, change in zip(arms, changes, strict=True):
+            change[arm == before] = 0.0
+    return changes
 
-    changes   after minus before; 0 where both are the same infinity
-    scale     the multiple that is meant, for each position
+
+@dataclass(frozen=True, eq=False)
+class Norms:
+    """What the changes of the logits at some positions add up to.
+
+    scale     the multiple of the changes that is meant, for each position
     log_norm  how much the logarithm of the sum of exp(logits) grows
     kl        KL(before‖after), in nats
     """
 
-    changes: Logits
     scale: Numbers
     log_norm: Numbers
     kl: Numbers
 
-    def logprob_sum(self, n_tokens: int) -> Float[Tensor, " token"]:
-        """Returns each token's change of the log-probability, summed over the positions."""
-        if bool((self.scale == 1).all()):
-            total = self.changes[:, :n_tokens].sum(0)
-        else:
-            total = (self.changes[:, :n_tokens] * self.scale[:, None]).sum(0)
-        return total - self.log_norm.sum()
 
-    def logprob_deltas(self, changes: Float[Tensor, "position n"]) -> Float[Tensor, "position n"]:
-        """Returns the changes of the log-probability for some of the tokens' `changes`."""
-        return changes * self.scale[:, None] - self.log_norm[:, None]
-
-
-def compare_logits(
-    before: Logits, probs: Logits, after: Logits, target: Numbers | None = None
-) -> LogitChanges:
-    """Returns the changes of the logits; `probs` are the probabilities before.
+def measure_changes(
+    before: Logits, probs: Logits, after: Logits, changes: Logits, target: Numbers | None = None
+) -> Norms:
+    """Returns what the changes add up to; `probs` are the probabilities before.
 
     With `target`, the changes are scaled at each position so that the KL is the target, as far as
     that is possible: up to `MOST_SCALE`, and not where a change is infinite.
     """
-    changes = after - before
     scale = torch.ones_like(changes[:, 0])
-    if not bool(changes.sum().isfinite()):  # a banned token, or NaN
-        changes = torch.where(before == after, 0.0, changes)
+    mean = torch.linalg.vecdot(probs, changes)
+    if not bool(mean.isfinite().all()):  # a banned token, or NaN
         log_norm = after.logsumexp(-1) - before.logsumexp(-1)
         logprobs = before.log_softmax(-1), after.log_softmax(-1)
         kl = next_token.kl_divergence(*logprobs).clamp(min=0.0)
-        return LogitChanges(changes, scale, log_norm, kl)
+        return Norms(scale, log_norm, kl)
     largest = changes.amax(-1)
-    mean = torch.linalg.vecdot(probs, changes)
-    log_norm = _log_norm(probs, changes, largest, scale)
+    log_norm = _log_norm(probs, changes, largest)
     kl = (log_norm - mean).clamp(min=0.0)
     if target is not None:
         scale, log_norm, kl = _scale_to_kl(probs, changes, largest, mean, kl, target)
-    return LogitChanges(changes, scale, log_norm, kl)
+    return Norms(scale, log_norm, kl)
 
 
-def _log_norm(probs: Logits, changes: Logits, largest: Numbers, scale: Numbers) -> Numbers:
-    """Returns log Σ p exp(scale · change)."""
-    powers = ((changes - largest[:, None]) * scale[:, None]).exp_()
-    return torch.linalg.vecdot(probs, powers).log_() + largest * scale
+def _log_norm(probs: Logits, changes: Logits, largest: Numbers) -> Numbers:
+    """Returns log Σ p exp(change)."""
+    powers = (changes - largest[:, None]).exp_()
+    return torch.linalg.vecdot(probs, powers).log_() + largest
 
 
 def _scale_to_kl(
@@ -136,10 +133,13 @@ def _scale_to_kl(
         guess = torch.where(step.isfinite(), scale + step, scale)
         last_scale, last_root = scale, root
         scale = torch.maximum(guess, nearest).clamp(max=MOST_SCALE)
-        log_norm = _log_norm(probs, changes, largest, scale)
+        log_norm = _log_norm(probs, changes * scale[:, None], largest * scale)
         kl = (log_norm - scale * mean).clamp(min=0.0)
         root = kl.sqrt()
     return scale, log_norm, kl
+
+
+MOVED = {"promoted": True, "demoted": False}  # and whether the logits rose
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,56 +151,83 @@ class Movers:
     counts.
     """
 
-    ids: Int[Tensor, "position n"]
-    changes: Float[Tensor, "position n"]
-    is_counted: Bool[Tensor, "position n"]
+    ids: Int[Tensor, "... position n"]
+    changes: Float[Tensor, "... position n"]
+    is_counted: Bool[Tensor, "... position n"]
 
 
-def most_changed(changes: Float[Tensor, "position token"], count: int, *, rise: bool) -> Movers:
+def join_movers(parts: Sequence[Movers]) -> Movers:
+    """Returns the movers of successive positions, on the CPU."""
+    ids = torch.cat([part.ids for part in parts], dim=-2).cpu()
+    changes = torch.cat([part.changes for part in parts], dim=-2).cpu()
+    return Movers(ids, changes, torch.cat([part.is_counted for part in parts], dim=-2).cpu())
+
+
+def most_changed(changes: Float[Tensor, "... token"], count: int, *, rise: bool) -> Movers:
     """Returns the `count` tokens whose logits rose most at each position, or fell most."""
     width = changes.shape[-1] // STRIPES
     if width <= count + 1:
         values, ids = changes.topk(count + 1, largest=rise)
     else:
         values, ids = _extremes(changes, width, count + 1, rise=rise)
-    limit = values[:, count:]
-    is_counted = values[:, :count] > limit if rise else values[:, :count] < limit
-    return Movers(ids[:, :count], values[:, :count], is_counted)
+    limit = values[..., count:]
+    is_counted = values[..., :count] > limit if rise else values[..., :count] < limit
+    return Movers(ids[..., :count], values[..., :count], is_counted)
 
 
 def _extremes(
-    changes: Float[Tensor, "position token"], width: int, count: int, *, rise: bool
-) -> tuple[Float[Tensor, "position n"], Int[Tensor, "position n"]]:
+    changes: Float[Tensor, "... token"], width: int, count: int, *, rise: bool
+) -> tuple[Float[Tensor, "... n"], Int[Tensor, "... n"]]:
     """Returns the largest or the smallest changes, and their tokens.
 
     The vocabulary is a table of stripes, each of `width` tokens. The `count` largest changes are in
     the `count` columns with the largest maxima, and finding those is one pass over the vocabulary.
     """
-    table = changes[:, : STRIPES * width].unflatten(1, (STRIPES, width))
-    best = table.amax(1) if rise else table.amin(1)
-    columns = best.topk(count, largest=rise).indices[:, None, :].expand(-1, STRIPES, -1)
-    starts = torch.arange(STRIPES, device=changes.device)[None, :, None] * width
-    remaining_ids = torch.arange(STRIPES * width, changes.shape[1], device=changes.device)
-    ids = torch.cat([(columns + starts).flatten(1), remaining_ids.expand(len(changes), -1)], dim=1)
-    values = torch.cat([table.gather(2, columns).flatten(1), changes[:, STRIPES * width :]], dim=1)
+    table = changes[..., : STRIPES * width].unflatten(-1, (STRIPES, width))
+    best = table.amax(-2) if rise else table.amin(-2)
+    columns = best.topk(count, largest=rise).indices[..., None, :]
+    columns = columns.expand(*columns.shape[:-2], STRIPES, count)
+    starts = torch.arange(0, STRIPES * width, width, device=changes.device)[:, None]
+    ids, values = (columns + starts).flatten(-2), table.gather(-1, columns).flatten(-2)
+    remaining = torch.arange(STRIPES * width, changes.shape[-1], device=changes.device)
+    if len(remaining):
+        ids = torch.cat([ids, remaining.expand(*ids.shape[:-1], -1)], dim=-1)
+        values = torch.cat([values, changes[..., STRIPES * width :]], dim=-1)
     values, locations = values.topk(count, largest=rise)
-    return values, ids.gather(1, locations)
+    return values, ids.gather(-1, locations)
 
 
 def ranks_of_all(logits: Float[Tensor, "position token"]) -> Int[Tensor, "position token"]:
-    """Returns the rank of every token: 1 + the number of tokens with a strictly larger logit."""
-    if logits.device.type == "cpu":  # numpy sorts several times as fast as torch
-        order = torch.from_numpy(np.argsort(-logits.numpy(), axis=-1))
-    else:
-        order = logits.argsort(dim=-1, descending=True)
-    ordered = logits.gather(-1, order)
-    ranks = torch.arange(1, logits.shape[-1] + 1, device=logits.device).expand(logits.shape)
-    is_tied = ordered[:, 1:] == ordered[:, :-1]
-    if bool(is_tied.any()):
-        ranks = ranks.clone()
-        ranks[:, 1:][is_tied] = 0
-        ranks = ranks.cummax(-1).values
-    return torch.empty_like(order).scatter_(-1, order, ranks)
+    """Returns the rank of every token: 1 + the number of tokens with a strictly larger logit.
+
+    The logits are float32.
+    """
+    if logits.device.type != "cpu":
+        ordered = logits.sort(dim=-1).values
+        return 1 + logits.shape[-1] - torch.searchsorted(ordered, logits, right=True)
+    ranks = np.empty(logits.shape, dtype=np.int64)
+    for row, ranks_of_row in zip(logits.numpy(), ranks, strict=True):
+        _rank(row, ranks_of_row)
+    return torch.from_numpy(ranks)
+
+
+def _rank(logits: np.ndarray, ranks: np.ndarray) -> None:
+    """Writes the rank of every token.
+
+    Numbers are sorted faster than their indices, and by numpy faster than by torch. A float32
+    leaves the last 29 bits of a float64 empty, so that they can hold the token.
+    """
+    keys = np.subtract(0.0, logits, dtype=np.float64)
+    np.clip(keys, -INFINITY, INFINITY, out=keys)
+    bits = keys.view(np.int64)
+    bits |= np.arange(len(logits))
+    keys.sort()
+    order = bits & TOKEN_BITS
+    ranks[order] = np.arange(1, len(logits) + 1)
+    bits >>= TOKEN_BITS.bit_length()
+    tied = np.flatnonzero(bits[1:] == bits[:-1]) + 1  # where a logit equals the one before
+    is_first = np.diff(tied, prepend=-1) != 1
+    ranks[order[tied]] = np.maximum.accumulate(np.where(is_first, tied, 0))
 
 
 # ---- the forwards of a batch
@@ -285,11 +312,14 @@ class ShiftComputation:
         hits: dict[str, list[Examples]] = {"promoted": [], "demoted": []}
         with torch.no_grad():
             for row, sequence in enumerate(batch.sequences):
-                change, control = Sums.empty(n_tokens), None
+                change = Sums.empty(n_tokens)
+                sums = [change]
                 if self.control is not None:
                     draw = self.control.draw_of(sequence.text)
-                    control = draws.setdefault(draw, Sums.empty(n_tokens))
-                self._compare(sequence, [arm[row] for arm in arms], change, control, hits)
+                    sums.append(draws.setdefault(draw, Sums.empty(n_tokens)))
+                logits = [arm[row].to(arms[0].device) for arm in arms]
+                kl = self._compare(sequence, logits, sums, hits)
+                self._compare_ranks(sequence, logits, sums, kl)
                 if self.is_piece(sequence):
                     pieces.append((sequence.text, change))
                 else:
@@ -321,95 +351,104 @@ class ShiftComputation:
     def _compare(
         self,
         sequence: TokenSequence,
-        arms: Sequence[Tensor],
-        change: Sums,
-        control: Sums | None,
+        arms: Sequence[Logits],
+        sums: Sequence[Sums],
         examples: dict[str, list[Examples]],
-    ) -> None:
-        """Adds what the positions of one sequence show."""
-        n_tokens, size = len(change.of_token["rank"]), chunk_size(arms[0])
+    ) -> Numbers:
+        """Adds what the positions of one sequence show, but for the ranks. Returns the KLs.
+
+        The first arm is before; `sums` are those of the others.
+        """
+        n_tokens, size, change = sums[0].n_tokens, chunk_size(arms[0]), sums[0]
+        total = torch.zeros(n_tokens, device=arms[0].device)
+        norms: list[Norms] = []
+        movers: dict[str, list[Movers]] = {name: [] for name in MOVED}
         for start in range(0, len(sequence.positions), size):
-            positions = torch.tensor(sequence.positions[start : start + size])
-            logits = [arm[positions.to(arm.device)].float() for arm in arms]
-            is_ranked = (positions + sequence.text) % self.every == 0
-            probs = logits[0].softmax(-1)
-            changes = compare_logits(logits[0], probs, logits[1])
-            _refuse_nan(changes, sequence, positions)
-            ranks = None
-            if bool(is_ranked.any()):
-                ranks = ranks_of_all(logits[0][is_ranked][:, :n_tokens])
-                after = logits[1][is_ranked][:, :n_tokens]
-                change.of_token["rank"] += _rank_deltas(ranks, after)
-            change.counts += torch.tensor([len(positions), int(is_ranked.sum())])
-            change.kl += changes.kl.sum(dtype=torch.float64).cpu()
-            change.of_token["logprob"] += changes.logprob_sum(n_tokens).double().cpu()
-            for name, movers in self._movers(change, changes.changes[:, :n_tokens]):
-                examples[name].append(_examples(movers, changes, sequence, positions))
-            if control is not None:
-                self._add_control(control, logits, probs, changes.kl, is_ranked, ranks)
+            positions = sequence.positions[start : start + size]
+            before, *others = [_logits_at(arm, positions) for arm in arms]
+            changes = subtract(others, before)
+            norms.append(measure_changes(before, before.softmax(-1), others[0], changes[0]))
+            total += changes[0, :, :n_tokens].sum(0)
+            for name, rise in MOVED.items():
+                movers[name].append(most_changed(changes[..., :n_tokens], self.top, rise=rise))
+        log_norm = torch.cat([part.log_norm for part in norms]).cpu()
+        kl = torch.cat([part.kl for part in norms]).cpu()
+        _refuse_nan(log_norm, sequence)
+        change.kl += kl.sum(dtype=torch.float64)
+        change.of_token["logprob"] += total.cpu() - log_norm.sum(dtype=torch.float64)
+        for name, parts in movers.items():
+            joined = join_movers(parts)
+            for number, arm in enumerate(sums):
+                ids = joined.ids[number][joined.is_counted[number]]
+                arm.of_token[name].index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
+            examples[name].append(_examples(joined, log_norm, sequence))
+        for arm in sums:
+            arm.counts[0] += len(sequence.positions)
+        return kl
 
-    def _movers(self, sums: Sums, changes: Tensor) -> Iterator[tuple[str, Movers]]:
-        """Adds the tokens that moved most to the sums. Yields them as "promoted" and "demoted"."""
-        for name, rise in (("promoted", True), ("demoted", False)):
-            movers = most_changed(changes, self.top, rise=rise)
-            ids = movers.ids[movers.is_counted].cpu()
-            sums.of_token[name] += torch.bincount(ids, minlength=len(sums.of_token[name]))
-            yield name, movers
-
-    def _add_control(
+    def _compare_ranks(
         self,
-        control: Sums,
-        logits: Sequence[Logits],
-        probs: Logits,
+        sequence: TokenSequence,
+        arms: Sequence[Logits],
+        sums: Sequence[Sums],
         kl: Numbers,
-        is_ranked: Bool[Tensor, " position"],
-        ranks: Tensor | None,
     ) -> None:
-        """Adds the control's movers, and where there are ranks its changes at an equal KL."""
-        before, after, n_tokens = logits[0], logits[2], len(control.of_token["rank"])
-        changes = after - before
-        if bool(changes.sum().isnan()):
-            changes = torch.where(before == after, 0.0, changes)
-        for _ in self._movers(control, changes[:, :n_tokens]):
-            pass
-        control.counts += torch.tensor([len(before), int(is_ranked.sum())])
-        if ranks is None:
-            return
-        before, probs, target = before[is_ranked], probs[is_ranked], kl[is_ranked]
-        scaled = compare_logits(before, probs, after[is_ranked], target)
-        control.kl += scaled.kl.sum(dtype=torch.float64).cpu()
-        control.of_token["logprob"] += scaled.logprob_sum(n_tokens).double().cpu()
-        after = before + scaled.changes * scaled.scale[:, None]
-        control.of_token["rank"] += _rank_deltas(ranks, after[:, :n_tokens])
+        """Adds the changes of the ranks at one position in `every`, of the control at equal KL."""
+        change, n_tokens = sums[0], sums[0].n_tokens
+        positions = torch.tensor(sequence.positions)
+        ranked = ((positions + sequence.text) % self.every == 0).nonzero().flatten()
+        size = chunk_size(arms[0])
+        for start in range(0, len(ranked), size):
+            rows = ranked[start : start + size]
+            before, after, *others = [_logits_at(arm, positions[rows].tolist()) for arm in arms]
+            ranks = ranks_of_all(before[:, :n_tokens])
+            change.of_token["rank"] += _rank_deltas(ranks, after[:, :n_tokens])
+            change.counts[1] += len(rows)
+            for other in others:  # the control
+                control, target = sums[1], kl[rows].to(before.device)
+                changes = subtract([other], before)[0]
+                norms = measure_changes(before, before.softmax(-1), other, changes, target)
+                changes *= norms.scale[:, None]
+                logprobs = changes[:, :n_tokens].sum(0).cpu()
+                control.of_token["logprob"] += logprobs - norms.log_norm.cpu().sum()
+                control.of_token["rank"] += _rank_deltas(ranks, (before + changes)[:, :n_tokens])
+                control.kl += norms.kl.cpu().sum(dtype=torch.float64)
+                control.counts[1] += len(rows)
+
+
+def _logits_at(logits: Logits, positions: Sequence[int]) -> Logits:
+    """Returns the logits at some positions in float32; successive positions are not copied."""
+    start, stop = positions[0], positions[-1] + 1
+    if stop - start == len(positions):
+        return logits[start:stop].float()
+    return logits[torch.tensor(positions, device=logits.device)].float()
 
 
 def _rank_deltas(ranks: Tensor, after: Float[Tensor, "position token"]) -> Tensor:
     """Returns the sum of rank after minus rank before over the positions."""
-    return (ranks_of_all(after) - ranks).sum(0).double().cpu()
+    return (ranks_of_all(after) - ranks).sum(0).cpu()
 
 
-def _refuse_nan(changes: LogitChanges, sequence: TokenSequence, positions: Tensor) -> None:
-    is_nan = changes.log_norm.isnan().cpu()
+def _refuse_nan(log_norm: Numbers, sequence: TokenSequence) -> None:
+    is_nan = log_norm.isnan()
     if bool(is_nan.any()):
-        position = int(positions[is_nan][0])
+        position = sequence.positions[int(is_nan.nonzero()[0])]
         raise BadEdit(
             f"the logits after position {position} of text {sequence.text} are NaN, before or "
             "after the change: no token has a rank there. Leave this text out, or use float32"
         )
 
 
-def _examples(
-    movers: Movers, changes: LogitChanges, sequence: TokenSequence, positions: Tensor
-) -> Examples:
-    """Returns the tokens that moved most, and how much their log-probabilities did."""
-    is_counted = movers.is_counted.cpu()
-    deltas = changes.logprob_deltas(movers.changes).cpu()[is_counted]
-    locations = np.full((len(positions), LOCATION), PADDING, dtype=np.int32)
+def _examples(movers: Movers, log_norm: Numbers, sequence: TokenSequence) -> Examples:
+    """Returns the tokens that the change moved most, and how much their log-probabilities did."""
+    is_counted = movers.is_counted[0]
+    deltas = (movers.changes[0] - log_norm[:, None])[is_counted]
+    locations = np.full((len(log_norm), LOCATION), PADDING, dtype=np.int32)
     locations[:, :2] = sequence.text, sequence.piece
-    locations[:, 2] = positions.numpy()
-    for row, position in enumerate(positions.tolist()):
+    locations[:, 2] = sequence.positions
+    for row, position in enumerate(sequence.positions):
         context = sequence.ids[max(0, position + 1 - CONTEXT) : position + 1]
         locations[row, LOCATION - len(context) :] = context
-    numbers = np.repeat(np.arange(len(positions)), is_counted.sum(1).numpy())
-    tokens = movers.ids.cpu()[is_counted].numpy()
+    numbers = np.repeat(np.arange(len(log_norm)), is_counted.sum(1).numpy())
+    tokens = movers.ids[0][is_counted].numpy()
     return Examples(tokens, deltas.abs().numpy(), locations[numbers])
