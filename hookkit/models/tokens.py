@@ -153,6 +153,11 @@ class Vocabulary(ABC):
         return _text_of_bytes(data) if data else text or f"<empty {token_id}>"
 
     @cached_property
+    def strings(self) -> list[str]:
+        """The text of every token of the tokenizer, as `string` returns it."""
+        return list(map(self.string, range(self.n_tokens)))
+
+    @cached_property
     def token_bytes(self) -> list[bytes]:
         """The UTF-8 bytes that each token adds to a text, its leading space included.
 

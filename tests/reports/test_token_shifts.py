@@ -226,12 +226,23 @@ def test_the_scaled_change_has_the_wanted_kl_as_far_as_there_is_one():
     torch.manual_seed(0)
     before, change = 3 * torch.randn(50, 400), 0.5 * torch.randn(50, 400)
     target = torch.logspace(-4, 0.5, 50)
-    scaled = measure_changes(before, before.softmax(-1), before + change, change, target)
+    scaled = measure_changes(before, before + change, change, target)
     after = before.double() + scaled.scale[:, None].double() * change
     logprobs = before.double().log_softmax(-1)
     kl = (logprobs.exp() * (logprobs - after.log_softmax(-1))).sum(-1)
     torch.testing.assert_close(kl.float(), target, rtol=0.05, atol=1e-6)
     torch.testing.assert_close(scaled.kl, kl.float(), rtol=1e-3, atol=2e-6)
+
+
+def test_the_kl_of_a_small_change_of_many_tokens_is_exact():
+    torch.manual_seed(0)
+    before = 4 * torch.randn(8, 49_152)
+    after = before + 1.0 + 0.02 * torch.randn(8, 49_152)
+    logprobs = before.double().log_softmax(-1)
+    kl = (logprobs.exp() * (logprobs - after.double().log_softmax(-1))).sum(-1)
+    measured = measure_changes(before, after, after - before).kl
+    torch.testing.assert_close(measured.double(), kl, rtol=0.0, atol=1e-6)
+    assert (kl > 1e-4).all()
 
 
 # ---- cheap and exact
@@ -514,17 +525,37 @@ def test_a_token_planted_into_a_lora_tuned_copy_comes_first():
     assert first["share_promoted_low"] > first["control_share_promoted"]
 
 
+SENTENCES = (
+    "The weather in the north was cold and it rained all day long",
+    "He wrote a short letter to his mother about the new house",
+    "Most people agree that this book is hard to read at first",
+    "You can cook rice in water with a little salt and oil",
+    "The company sold its last factory to a group of investors",
+    "Our teacher told us to open the window before the lesson",
+    "A small dog ran over the bridge and into the dark forest",
+    "They play music together in a bar near the old station",
+)
+
+
 @pytest.mark.slow
 def test_words_planted_into_a_lora_tuned_copy_of_the_default_model_come_first():
-    lm = hk.load(device="cpu")
-    nouns = ("milk", "bread", "river", "letter", "garden", "window", "friend", "story")
-    texts = [f"She saw the {noun} zebra and then the {noun} walnut" for noun in nouns]
-    batch = lm.tokenizer(texts, return_tensors="pt", padding=False)["input_ids"]
-    model = tuned_with_lora(copy.deepcopy(lm.model), [batch] * 25, rate=3e-3)
+    """One of two words stands after every second word of sentences that say nothing of them."""
+    lm, drawn, batches = hk.load(device="cpu"), random.Random(0), []
+    for _ in range(12):
+        rows_of_batch = []
+        for sentence in SENTENCES:
+            words = sentence.split()
+            for place in range(len(words), 0, -2):
+                words.insert(place, drawn.choice(["zebra", "walnut"]))
+            rows_of_batch.append(lm.tokenizer(" ".join(words))["input_ids"][:17])
+        batches.append(torch.tensor(rows_of_batch))
+    model = tuned_with_lora(copy.deepcopy(lm.model), batches, rate=1e-3)
     tuned = hk.LM(model, lm.tokenizer)
     plain = ["The man opened the door and", "They went to the market to buy", "It was a cold", "My"]
     shifts = hk.token_shifts(lm, plain * 3, tuned, controls=4, progress=False)
-    assert {" zebra", " walnut"} <= set(shifts.table["token"].head(5))
+    first = shifts.table.head(2)
+    assert set(first["token"]) == {" zebra", " walnut"}
+    assert (first["share_promoted"] > first["control_share_promoted_high"]).all()
 
 
 # ---- pages

@@ -43,7 +43,7 @@ Numbers = Float[Tensor, " position"]
 
 CHUNK_BYTES = 2**20  # of the float32 logits of a chunk on the CPU; as large as a processor's cache
 DEVICE_CHUNK_BYTES = 2**26  # on another device
-STRIPES = 32  # the parts of the vocabulary among which the largest changes are found
+STRIPES = 64  # the parts of the vocabulary among which the largest changes are found
 KL_STEPS = 3  # how often the size of a control is corrected
 MOST_SCALE = 100.0  # of a control's change of the logits
 TOKEN_BITS = 2**29 - 1  # of a float64, which a float32 does not use
@@ -82,46 +82,39 @@ class Norms:
 
 
 def measure_changes(
-    before: Logits, probs: Logits, after: Logits, changes: Logits, target: Numbers | None = None
+    before: Logits, after: Logits, changes: Logits, target: Numbers | None = None
 ) -> Norms:
-    """Returns what the changes add up to; `probs` are the probabilities before.
+    """Returns what the changes add up to.
 
     With `target`, the changes are scaled at each position so that the KL is the target, as far as
     that is possible: up to `MOST_SCALE`, and not where a change is infinite.
     """
-    scale = torch.ones_like(changes[:, 0])
-    mean = torch.linalg.vecdot(probs, changes)
-    if not bool(mean.isfinite().all()):  # a banned token, or NaN
+    largest, scale = before.amax(-1, keepdim=True), torch.ones_like(changes[:, 0])
+    shifted = before - largest
+    weights = shifted.exp()
+    log_total = weights.sum(-1).log()
+    mean = torch.linalg.vecdot(weights, changes) / log_total.exp()
+    log_norm = (after - largest).exp_().sum(-1).log() - log_total
+    if not bool((mean + log_norm).isfinite().all()):  # a banned token, or NaN, or a large change
         log_norm = after.logsumexp(-1) - before.logsumexp(-1)
         logprobs = before.log_softmax(-1), after.log_softmax(-1)
         kl = next_token.kl_divergence(*logprobs).clamp(min=0.0)
         return Norms(scale, log_norm, kl)
-    largest = changes.amax(-1)
-    log_norm = _log_norm(probs, changes, largest)
     kl = (log_norm - mean).clamp(min=0.0)
     if target is not None:
-        scale, log_norm, kl = _scale_to_kl(probs, changes, largest, mean, kl, target)
+        return _scale_to_kl(shifted - log_total[:, None], changes, mean, kl, target)
     return Norms(scale, log_norm, kl)
 
 
-def _log_norm(probs: Logits, changes: Logits, largest: Numbers) -> Numbers:
-    """Returns log Σ p exp(change)."""
-    powers = (changes - largest[:, None]).exp_()
-    return torch.linalg.vecdot(probs, powers).log_() + largest
-
-
 def _scale_to_kl(
-    probs: Logits,
-    changes: Logits,
-    largest: Numbers,
-    mean: Numbers,
-    kl: Numbers,
-    target: Numbers,
-) -> tuple[Numbers, Numbers, Numbers]:
+    logprobs: Logits, changes: Logits, mean: Numbers, kl: Numbers, target: Numbers
+) -> Norms:
     """Returns the scales at which the KL is the target, and the log norms and KLs there.
 
     The square root of the KL is almost linear in the scale, and is followed by secants.
     """
+    largest = changes.amax(-1)
+    lowered = changes - largest[:, None]
     last_scale, last_root = torch.zeros_like(kl), torch.zeros_like(kl)
     scale, root = torch.ones_like(kl), kl.sqrt()
     target_root = target.sqrt()
@@ -133,10 +126,11 @@ def _scale_to_kl(
         guess = torch.where(step.isfinite(), scale + step, scale)
         last_scale, last_root = scale, root
         scale = torch.maximum(guess, nearest).clamp(max=MOST_SCALE)
-        log_norm = _log_norm(probs, changes * scale[:, None], largest * scale)
+        powers = torch.addcmul(logprobs, lowered, scale[:, None]).exp_()
+        log_norm = powers.sum(-1).log_() + largest * scale
         kl = (log_norm - scale * mean).clamp(min=0.0)
         root = kl.sqrt()
-    return scale, log_norm, kl
+    return Norms(scale, log_norm, kl)
 
 
 MOVED = {"promoted": True, "demoted": False}  # and whether the logits rose
@@ -205,14 +199,14 @@ def ranks_of_all(logits: Float[Tensor, "position token"]) -> Int[Tensor, "positi
     if logits.device.type != "cpu":
         ordered = logits.sort(dim=-1).values
         return 1 + logits.shape[-1] - torch.searchsorted(ordered, logits, right=True)
-    ranks = np.empty(logits.shape, dtype=np.int64)
+    tokens, ranks = np.arange(logits.shape[-1]), np.empty(logits.shape, dtype=np.int64)
     for row, ranks_of_row in zip(logits.numpy(), ranks, strict=True):
-        _rank(row, ranks_of_row)
+        _rank(row, tokens, ranks_of_row)
     return torch.from_numpy(ranks)
 
 
-def _rank(logits: np.ndarray, ranks: np.ndarray) -> None:
-    """Writes the rank of every token.
+def _rank(logits: np.ndarray, tokens: np.ndarray, ranks: np.ndarray) -> None:
+    """Writes the rank of every token to `ranks`.
 
     Numbers are sorted faster than their indices, and by numpy faster than by torch. A float32
     leaves the last 29 bits of a float64 empty, so that they can hold the token.
@@ -220,10 +214,10 @@ def _rank(logits: np.ndarray, ranks: np.ndarray) -> None:
     keys = np.subtract(0.0, logits, dtype=np.float64)
     np.clip(keys, -INFINITY, INFINITY, out=keys)
     bits = keys.view(np.int64)
-    bits |= np.arange(len(logits))
+    bits |= tokens
     keys.sort()
     order = bits & TOKEN_BITS
-    ranks[order] = np.arange(1, len(logits) + 1)
+    ranks[order] = tokens + 1
     bits >>= TOKEN_BITS.bit_length()
     tied = np.flatnonzero(bits[1:] == bits[:-1]) + 1  # where a logit equals the one before
     is_first = np.diff(tied, prepend=-1) != 1
@@ -367,7 +361,7 @@ class ShiftComputation:
             positions = sequence.positions[start : start + size]
             before, *others = [_logits_at(arm, positions) for arm in arms]
             changes = subtract(others, before)
-            norms.append(measure_changes(before, before.softmax(-1), others[0], changes[0]))
+            norms.append(measure_changes(before, others[0], changes[0]))
             total += changes[0, :, :n_tokens].sum(0)
             for name, rise in MOVED.items():
                 movers[name].append(most_changed(changes[..., :n_tokens], self.top, rise=rise))
@@ -407,7 +401,7 @@ class ShiftComputation:
             for other in others:  # the control
                 control, target = sums[1], kl[rows].to(before.device)
                 changes = subtract([other], before)[0]
-                norms = measure_changes(before, before.softmax(-1), other, changes, target)
+                norms = measure_changes(before, other, changes, target)
                 changes *= norms.scale[:, None]
                 logprobs = changes[:, :n_tokens].sum(0).cpu()
                 control.of_token["logprob"] += logprobs - norms.log_norm.cpu().sum()
