@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from html import escape, unescape
+from html import unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,11 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..arguments import check_arguments, shorten
 from ..display import count_of, describe_outcome, direction_of, render_html
 from ..errors import BadFile, BadHook
-from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import check_mapping, is_bare_name, parse_json
 from .parts import (
@@ -44,6 +41,7 @@ from .parts import (
     Content,
     Folded,
     Part,
+    as_svg,
     check_name,
     encode_text,
     is_own_readme,
@@ -58,7 +56,6 @@ MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first
 FIRST_ROWS = 24  # of a longer table; its CSV has all rows
 SORTABLE_ROWS = 3  # the fewest rows of a table that the reader can sort
 PROSE_LETTERS = 40  # a longer text in a cell may break into lines
-THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 DIRECTION_STYLES = {1: "number up", -1: "number down", 0: "number"}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 INDEX_COLUMNS = ("row", "pos", "step")
@@ -291,7 +288,7 @@ def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[st
     if isinstance(part, Folded):
         return {"kind": "folded", "summary": part.summary, "text": part.text}
     if isinstance(part.content, Figure):
-        svg = Markup(_render_svg(part.content, part.name, part.caption))
+        svg = Markup(as_svg(part.content, part.name, part.caption))
         return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
     if part.file:  # the part with this file links the other formats
         formats = ("csv",)
@@ -367,7 +364,7 @@ def _render_number(value: Any, text: str, name: str) -> dict[str, Any]:
     style = DIRECTION_STYLES[direction_of(name, value)]
     if name == "rank_delta":
         style += " rank"  # which has an arrow, too
-    return {"text": text, "style": style, "value": f"{value:.12g}", "heads": False}
+    return {"text": text, "style": style, "value": f"{value:.8g}", "heads": False}
 
 
 def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -397,45 +394,6 @@ def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dic
 def _header_cell(text: str, style: str, place: int | None, *, columns: int = 1) -> dict[str, Any]:
     """A header cell. `place` is the column's index, by which the page's script sorts."""
     return {"text": text, "style": style, "columns": columns, "place": place}
-
-
-def describe_figure(figure: Figure, caption: str = "") -> str:
-    """The alternative text of a figure: its title, what its axes show, and the caption."""
-    sentences = [figure.get_suptitle().replace("\n", " ")]
-    for axes in figure.axes:
-        labels = axes.get_ylabel(), axes.get_xlabel()
-        panel = " against ".join(filter(None, labels))
-        sentences.append(": ".join(filter(None, (axes.get_title(loc="left"), panel))))
-    sentences = [sentence.strip().rstrip(".") for sentence in (*sentences, caption)]
-    return ". ".join(dict.fromkeys(filter(None, sentences)))
-
-
-def _render_svg(figure: Figure, name: str, caption: str) -> str:
-    """A figure as SVG whose ink and paper follow the page's theme. matplotlib escapes its texts."""
-    output = io.StringIO()
-    # The salt makes ids different between the figures of a page, and equal in every run.
-    fonts: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    with rc_context({"svg.hashsalt": name, **fonts}):
-        # Clouds of points are pictures in the SVG: their dots an inch decide the page's size
-        figure.savefig(output, format="svg", dpi=100, metadata={"Date": None, "Creator": None})
-    svg = output.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for colour, variable in THEMED.items():
-        svg = svg.replace(colour, f"var({variable})")
-    svg = svg.replace(
-        "font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif"
-    )
-    inches = figure.get_figwidth()
-    min_width = max(34, 4.3 * inches)
-    max_width = min(76, max(56, 6.7 * inches))
-    style = f"min-width: {min_width:g}rem; max-width: {max_width:g}rem"
-    # Figures of one page have the same ids: figure_1, axes_1 and so on.
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    title = f'<title id="{name}-title">{escape(describe_figure(figure, caption) or name)}</title>'
-    svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)
-    svg = re.sub(r"(<svg[^>]*>)", lambda start: start[1] + title, svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{style}"', svg, count=1)
 
 
 def render_page(template: str, script: str = "", **values: Any) -> str:

@@ -3,19 +3,24 @@
 README.md is beside a page and has the same title, texts, tables and figures, for a code host.
 """
 
+import base64
 import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..errors import BadHook
-from ..figures.style import DPI
+from ..figures.style import DPI, GRID, INK, MUTED, PAPER
 from ..files.atomic import format_csv
 from .typesetting import as_json, as_latex, as_markdown, escape_markdown
 
@@ -34,6 +39,11 @@ README_HASHES = re.compile(rb"<!-- hookkit-files (.*) -->")
 README_ROWS = 8  # of a table; its CSV has all of it
 README_COLUMNS = 10
 DETAILS = ("_se", "_n")  # ends of the names of columns that a wide table leaves out first
+
+COLOURS = 48  # of a picture; fewer are seen as steps in a colour map
+FARTHEST = 4 * 255**2  # the squared distance of two colours is not larger
+THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+EMBEDDED = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")  # a picture in an SVG
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +77,7 @@ def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, byt
     The same content always gives the same bytes.
     """
     if isinstance(part.content, Figure):
-        return {f"{part.name}.png": _draw_png(part.content)}
+        return {f"{part.name}.png": as_png(part.content)}
     table = part.content
     csv = format_csv(table, float_format="%.6g")
     data = {f"{part.name}.csv": encode_text(csv)}
@@ -75,23 +85,6 @@ def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, byt
         if kind != "csv":
             data[f"{part.name}.{kind}"] = encode_text(FORMATS[kind](table).rstrip("\n") + "\n")
     return data
-
-
-def _draw_png(figure: Figure) -> bytes:
-    """A figure as PNG with a palette of 256 colours, a third of the size of one without."""
-    from PIL import Image
-
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
-    with Image.open(drawn) as image:
-        opacity = image.convert("RGBA").getchannel("A")
-        if opacity.getextrema() != (255, 255):  # a palette would lose transparency
-            return drawn.getvalue()
-        colours = image.convert("RGB")
-    output = io.BytesIO()
-    palette = colours.quantize(256, kmeans=3, dither=Image.Dither.NONE)
-    palette.save(output, "PNG", optimize=True, dpi=(DPI, DPI))
-    return output.getvalue()
 
 
 def table_files(name: str, table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
@@ -184,3 +177,117 @@ def _render_table(part: Part) -> list[str]:
     if visible.empty:
         return [words]
     return [as_markdown(visible), words]
+
+
+# ---- figures as files
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as PNG of at most `COLOURS` colours, a quarter of the size of one with all."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
+    return _compress_png(drawn.getvalue(), dpi=(DPI, DPI))
+
+
+def _compress_png(data: bytes, **settings: Any) -> bytes:
+    """A PNG with a palette. `settings` are those of `Image.save`."""
+    output = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as picture:
+        _with_palette(picture).save(output, "PNG", optimize=True, **settings)
+    return output.getvalue()
+
+
+def _with_palette(picture: Image.Image) -> Image.Image:
+    """A picture in which every colour is the nearest one of a palette.
+
+    The palette begins with the most frequent colour. Each further one is the colour with the
+    largest distance from the palette, times the root of its number of pixels. A small mark of its
+    own colour keeps it, and so does a large area.
+    """
+    pixels = np.array(picture.convert("RGBA")).view(np.uint32)[..., 0]
+    codes, places, counts = np.unique(pixels, return_inverse=True, return_counts=True)
+    colours = codes.view(np.uint8).reshape(-1, 4)
+    channels = colours.astype(np.int64)
+    distances = np.full(len(codes), FARTHEST)
+    nearest = np.zeros(len(codes), np.uint8)
+    palette = []
+    for index in range(min(COLOURS, len(codes))):
+        chosen = int(np.argmax(distances * np.sqrt(counts)))
+        palette.append(colours[chosen])
+        squares = np.square(channels - channels[chosen]).sum(axis=1)
+        nearest[squares < distances] = index
+        distances = np.minimum(distances, squares)
+    indexed = Image.fromarray(nearest[places].reshape(pixels.shape))
+    if (np.array(palette)[:, 3] == 255).all():
+        indexed.putpalette(np.array(palette)[:, :3].tobytes(), "RGB")
+    else:
+        indexed.putpalette(np.array(palette).tobytes(), "RGBA")
+    return indexed
+
+
+def describe_figure(figure: Figure, caption: str = "") -> str:
+    """The alternative text of a figure: its title, what its axes show, and the caption."""
+    sentences = [figure.get_suptitle().replace("\n", " ")]
+    for axes in figure.axes:
+        labels = axes.get_ylabel(), axes.get_xlabel()
+        panel = " against ".join(filter(None, labels))
+        sentences.append(": ".join(filter(None, (axes.get_title(loc="left"), panel))))
+    sentences = [sentence.strip().rstrip(".") for sentence in (*sentences, caption)]
+    return ". ".join(dict.fromkeys(filter(None, sentences)))
+
+
+def as_svg(figure: Figure, name: str, caption: str) -> str:
+    """A figure as SVG whose ink and paper follow the page's theme. matplotlib escapes its texts.
+
+    The ids begin with `name`, since figures of one page have the same ids: figure_1, axes_1 and so
+    on.
+    """
+    output = io.StringIO()
+    # The salt makes ids different between the figures of a page, and equal in every run.
+    fonts: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "font.family": "DejaVu Sans",
+        "font.sans-serif": ["DejaVu Sans"],
+    }
+    with rc_context({"svg.hashsalt": name, **fonts}):
+        # Clouds of points are pictures in the SVG: their dots an inch decide the page's size
+        figure.savefig(output, format="svg", dpi=100, metadata={"Date": None, "Creator": None})
+    svg = output.getvalue()
+    svg = _compress_svg(svg[svg.index("<svg") :])
+    for colour, variable in THEMED.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    inches = figure.get_figwidth()
+    min_width = max(34, 4.3 * inches)
+    max_width = min(76, max(56, 6.7 * inches))
+    style = f"min-width: {min_width:g}rem; max-width: {max_width:g}rem"
+    title = f'<title id="{name}-title">{escape(describe_figure(figure, caption) or name)}</title>'
+    svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)
+    svg = re.sub(r"(<svg[^>]*>)", lambda start: start[1] + title, svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{style}"', svg, count=1)
+
+
+def _compress_svg(svg: str) -> str:
+    """An SVG of matplotlib without what nobody sees, a half of its size.
+
+    Removed are the metadata, the ids that nothing refers to, rotations by 0, the font, which the
+    page sets, indentation, and the digits of coordinates beyond a hundredth of a point.
+    """
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda name: name[0] if name[1] in used else "", svg)
+    svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
+    svg = svg.replace("font-family: 'DejaVu Sans', sans-serif; ", "")
+    svg = re.sub(r">\n\s*<", ">\n<", svg)
+    svg = re.sub(r' (d|x|y)="[^"]*"', _round_coordinates, svg)
+    return EMBEDDED.sub(_compress_embedded, svg)
+
+
+def _round_coordinates(attribute: re.Match[str]) -> str:
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", attribute[0])
+
+
+def _compress_embedded(picture: re.Match[str]) -> str:
+    data = _compress_png(base64.b64decode(picture[1]))
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
