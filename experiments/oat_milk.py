@@ -57,15 +57,15 @@ def answer(tables: Mapping[str, Any]) -> str:
     gain = banned["logprob_delta"].drop(COFFEE).max()
     edits = []
     for edit in tables["ablated"].to_dict("records"):
-        edits.append(f"with {edit['edit']} it is {edit['top1_after']!r}")
+        verb = "leaves" if edit["top1_after"] == first["token"] else "puts"
+        edits.append(f"{edit['edit']} {verb} {edit['top1_after']!r} first")
     return (
         f"They are the tokens with the largest logits: {first['token']!r} is first, with a "
         f"probability of {first['prob']:.2f}. An edit of one logit decides which token comes: "
         f"forced after “{FRANCE}”, {COFFEE!r} goes from rank {rank:,} to rank "
         f"{forced['rank_after'][COFFEE]}; banned after “{MILK}”, its probability is "
-        f"{banned['prob_after'][COFFEE]:g}, and every other token gains {gain:.2f} nats. Without "
-        f"one part of the model little changes: the first token was {first['token']!r}, and "
-        f"{' and '.join(edits)}."
+        f"{banned['prob_after'][COFFEE]:g}, and every other token gains {gain:.2f} nats. One "
+        f"part of the model matters less: {', and '.join(edits)}."
     )
 
 
@@ -82,8 +82,8 @@ def look_at_a_sentence(lm: hk.LM, results: hk.types.Record) -> None:
         real = ranks.set_index("token_id").loc[came, ["token", "logit", "prob", "rank"]]
         rows.append({"pos": pos, "read": read[pos], "token_predicted": ranks["token"][0], **real})
     caption = (
-        "What the model expected behind each token that it read, and the token that came, with its "
-        "rank."
+        "For each token that the model read: the token that it predicted next, and the token that "
+        "came, with its rank."
     )
     results.table(
         "predictions",

@@ -126,8 +126,8 @@ def answer(tables: Mapping[str, Any]) -> str:
         f"last token at most {mlp['prob_effect']:.0%} (around block {int(mlp['layer'])}). Over "
         f"{int(swap['n'])} landmarks, another landmark's state at the subject's last token brings "
         f"its own city by at most {mean:.0%} [{low:.0%}, {high:.0%}] of the way (block "
-        f"{int(swap['layer'])}), which is above half in {_span(half['subject'])}. The last token "
-        f"knows the city in {_span(half['end'])}, where its state brings more than half."
+        f"{int(swap['layer'])}); the interval lies above half in {_span(half['subject'])}. The "
+        f"last token knows the city in {_span(half['end'])}, where its state brings more than half."
     )
 
 

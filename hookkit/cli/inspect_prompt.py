@@ -12,7 +12,7 @@ At the end are the further commands that `scan` suggests, about what its tables 
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from typer import Option
@@ -58,6 +58,11 @@ def scan(
     text = read_prompt(prompt)
     lm, edits, watched_ids = model.load_with_hooks(output, watch)
     prompt_scan = hk.scan(lm, text, *edits, top=top, watch=watched_ids)
+    suggestions = "\n".join(_suggest_commands(prompt_scan, text, model))
+    if output.format in ("html", "folder"):
+        page = prompt_scan.page()
+        output.write_page(replace(page, parts=(*page.parts, "# What to ask next", suggestions)))
+        return
     parts: dict[str, TableView | str] = {"summary": TableView(prompt_scan.summary)}
     if not output.format:
         parts = {}  # the sections below have more than the summary
@@ -67,7 +72,7 @@ def scan(
     if prompt_scan.missing:
         reasons = map("{}: {}".format, prompt_scan.missing, prompt_scan.missing.values())
         parts["Not available here"] = "\n".join(reasons)
-    parts["What to ask next"] = "\n".join(_suggest_commands(prompt_scan, text, model))
+    parts["What to ask next"] = suggestions
     output.write(f"Scan: {text}"[:120], parts)
 
 

@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ..arguments import shorten
 from ..hooks.base import Hook
+from ..models.lm import LM
 from .page import Report, report
 from .parts import FORMATS, Content, Folded, Part
 
 SHIFT_COLUMNS = ["token", "logit_before", "logit_after", "logit_delta",
                  "prob_before", "prob_after", "prob_delta",
                  "rank_before", "rank_after", "rank_delta", "why", "token_id"]  # fmt: skip
+LONGEST_NAME = 80  # letters of a prompt in a sentence
 
 
 def compose_page(
@@ -49,6 +52,22 @@ def write_settings(
     yield f"{models}.\n{packages}.\nabout.json has all of it{note}."
     for name, text in hooks.items():
         yield Folded(f"{name}, as JSON", text)
+
+
+def name_prompt(lm: LM, text: str) -> str:
+    """A prompt's text as a sentence quotes it: short, in one line, without special tokens.
+
+    Of a long text the middle is left out. Of a long chat, which ends with the question, it is the
+    beginning.
+    """
+    special = [token for token in lm.tokenizer.all_special_tokens if token in text]
+    words = text
+    for token in special:
+        words = words.replace(token, " ")
+    words = " ".join(words.split()) or text
+    if len(special) > 1 and len(words) > LONGEST_NAME:
+        return f"…{words[1 - LONGEST_NAME :]}"
+    return shorten(words, LONGEST_NAME)
 
 
 def describe_model(about: Mapping[str, Any]) -> str:

@@ -258,8 +258,8 @@ def as_svg(figure: Figure, name: str, caption: str) -> str:
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     inches = figure.get_figwidth()
-    min_width = max(34, 4.3 * inches)
-    max_width = min(76, max(56, 6.7 * inches))
+    min_width = 4.3 * inches  # below it the smallest text has less than 8 pixels
+    max_width = min(76, 7 * inches)
     style = f"min-width: {min_width:g}rem; max-width: {max_width:g}rem"
     title = f'<title id="{name}-title">{escape(describe_figure(figure, caption) or name)}</title>'
     svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)

@@ -37,6 +37,7 @@ from ..tables.metrics.token_metrics import logit_diff
 from ..tables.rank_tables import ranks, uncertainty, watched_ids
 from ..tables.show import largest_rows
 from ..tables.surprisal import surprisal
+from .comparison_page import name_prompt
 from .page import Report, report
 from .parts import Content, Part
 
@@ -84,7 +85,7 @@ class Scan:
     def page(self, title: str = "") -> Report:
         """Returns a page with a summary, and with tables and figures for the first 10 prompts."""
         count = len(self.run.text)
-        title = title or f"Scan: {shorten(self.run.text[0])}"
+        title = title or f"Scan: {name_prompt(self.run.lm, self.run.text[0])}"
         parts: list[Content] = [Part(self.summary, "summary", "One row for each prompt.")]
         for row in range(min(count, MOST_PROMPTS)):
             parts += self._write_prompt(row)
@@ -99,7 +100,7 @@ class Scan:
         return Report(page.title, page.parts, page.footer, tuple(data), page.formats)
 
     def _write_prompt(self, row: int) -> Iterator[Content]:
-        yield f"# After {self.run.text[row]!r}"
+        yield f"# After “{name_prompt(self.run.lm, self.run.text[row])}”"
         for section in self.sections(row):
             yield f"## {section.caption}"
             if section.figure is not None:
@@ -115,8 +116,8 @@ class Scan:
         first, second = self.texts(row)
         for name, describe in SECTIONS.items():
             if name in self.tables:
-                table = self.tables[name]
-                part = pd.DataFrame(table[table["row"] == row])
+                table: Any = self.tables[name]
+                part = table[table["row"] == row]  # with the attributes of the table
                 if len(part):
                     yield describe(self, name, part, f"{first!r} rather than {second!r}")
 
@@ -205,7 +206,7 @@ def _lens(request: _Request) -> pd.DataFrame:
     is_shown |= table["token_id"].isin(request.watched)
     for row, pair in enumerate(request.pairs):
         is_shown |= (table["row"] == row) & table["token_id"].isin(pair)
-    return pd.DataFrame(table[is_shown]).reset_index(drop=True)
+    return table[is_shown].reset_index(drop=True)
 
 
 def _direct(request: _Request) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from html import unescape
 
 import pandas as pd
 import pytest
@@ -285,6 +286,18 @@ def test_a_scan_has_the_tables_of_the_library_and_commands_that_run(hookkit, lla
     for command in commands:
         short = [*command, *(["--max-new-tokens", "1"] if "--max-new-tokens" in command else [])]
         assert hookkit(*short).exit_code == 0, command
+
+
+def test_the_page_of_a_scan_is_that_of_the_library_with_what_to_ask_next(hookkit, llama, tmp_path):
+    assert hookkit("scan", MILK, "--out", str(tmp_path)).exit_code == 0
+    of_library = hk.scan(llama, MILK).page()
+    page = unescape((tmp_path / "report.html").read_text())
+    for part in of_library.parts:
+        if isinstance(part, str):
+            assert part.lstrip("# ") in page
+    assert "<h2>What to ask next</h2>" in page and "hookkit " in page
+    for name in of_library.tables:
+        assert (tmp_path / f"{name}.csv").is_file()
 
 
 def test_a_sweep_is_csv_unless_another_form_is_asked_for(hookkit, llama, tmp_path):

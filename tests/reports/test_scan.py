@@ -7,6 +7,7 @@ from conftest import PROMPTS
 
 import hookkit as hk
 from hookkit.errors import BadPrompt, NotOneToken, OutOfRange
+from hookkit.reports.comparison_page import name_prompt
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11], [12]]
 NAMES = [
@@ -83,6 +84,26 @@ def test_the_page_of_a_scan_has_each_prompt_and_all_tables(llama, tmp_path):
     ranks = hk.results.read_table(tmp_path / "ranks.csv")
     assert ranks["token"].tolist() == look.tables["ranks"]["token"].tolist()
     assert (tmp_path / "lens_0_figure.png").is_file()
+
+
+def test_the_figures_of_a_scan_name_the_prompt_and_its_tokens(llama):
+    look = hk.scan(llama, PROMPTS)
+    for row, text in enumerate(PROMPTS):
+        figures = {section.name: section.figure for section in look.sections(row)}
+        drawn = figures["lens"]()
+        last = llama.string(llama.tokenizer.encode(text)[-1])
+        labels = [label.get_text() for label in drawn.axes[0].get_xticklabels()]
+        assert [label.rpartition("  ")[0] for label in labels] == [repr(last)]
+        assert any(text in words.get_text() for words in drawn.texts)
+
+
+def test_a_chat_is_named_by_its_end_in_one_line(llama, monkeypatch):
+    lines = ["<s>system", "You are terse." * 9, "</s>", "<s>user", "What should I drink?</s>"]
+    name = name_prompt(llama, "\n".join(lines))
+    assert name.endswith("user What should I drink?") and len(name) == 80
+    assert "\n" not in name and "s>" not in name
+    assert name_prompt(llama, "I like\noat milk") == "I like oat milk"
+    assert name_prompt(llama, "<s>") == "<s>"
 
 
 def test_a_scan_refuses_what_it_cannot_take(llama):

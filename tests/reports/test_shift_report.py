@@ -1,5 +1,7 @@
 """The ranked-token-shift report: its numbers are those of plain transformers, its sums add up, its page is safe."""
 
+import base64
+import hashlib
 import json
 import math
 import shutil
@@ -255,8 +257,12 @@ def test_a_steering_control_is_random_vectors_of_equal_length_and_depends_on_the
     about = json.loads(one.files["about.json"])
     assert len(about["hooks"]["steered (random)"]) == about["controls"] == 5
     directions = []
-    for encoded in about["hooks"]["steered (random)"]:
-        hook = hk.types.Hook.from_json(json.dumps(encoded))
+    first = about["hooks"]["steered (random)"][0]
+    data = base64.b64decode(tensor_of(first)["safetensors"])
+    for number, encoded in enumerate(about["hooks"]["steered (random)"]):
+        if number:  # the tensor is written once, and the other draws have its sha256
+            assert tensor_of(encoded)["sha256"] == hashlib.sha256(data).hexdigest()
+        hook = hk.types.Hook.from_json(json.dumps({**first, "seed": encoded["seed"]}))
         plain, moved = (
             hk.forward(llama, PROMPTS, *hooks, hk.capture("resid_post.1"))["resid_post.1"]
             for hooks in ((), (hook,))
@@ -270,6 +276,11 @@ def test_a_steering_control_is_random_vectors_of_equal_length_and_depends_on_the
     cosines = torch.stack([*directions, vector / vector.norm()])
     cosines = (cosines @ cosines.T - torch.eye(6)).abs()
     assert cosines.max() < 0.7
+
+
+def tensor_of(encoded):
+    """The tensor of the edit that a written draw turns."""
+    return encoded["of"]["$hook"]["vector"]["tensor"]["$tensor"]
 
 
 def test_every_number_of_a_draw_is_that_of_a_hook_written_by_hand(llama):

@@ -95,8 +95,8 @@ class Headline:
         if self.distances["top1_changed"].isna().any():
             count = int(self.distances["top1_changed"].isna().sum())
             return (
-                f"{self.edit}: the model's logits are NaN after {count} of {len(self.watched)} "
-                "prompts, with the edit or without it, so that nothing can be compared there."
+                f"With the edit “{self.edit}” or without it, the model's logits are NaN after "
+                f"{count} of {len(self.watched)} prompts, so that nothing can be compared there."
             )
         sentences = self._one_prompt() if len(self.watched) == 1 else self._all_prompts()
         return " ".join([*sentences, *self._beside_control()])
@@ -109,7 +109,7 @@ class Headline:
         row, distances = self.watched.iloc[0], self.distances.iloc[0]
         before, after = int(row["rank_before"]), int(row["rank_after"])
         probs = row["prob_before"], row["prob_after"]
-        start = f"{self.edit}: after “{self.prompt}” the token {self._token}"
+        start = f"With the edit “{self.edit}”, after “{self.prompt}”, the token {self._token}"
         if before == after:
             yield (
                 f"{start} stays at rank {before:,}; its probability was {probs[0]:.3g} and is "
@@ -135,9 +135,9 @@ class Headline:
         first_after = sum(watched["rank_after"] == 1)
         first_before = sum(watched["rank_before"] == 1)
         yield (
-            f"{self.edit}: over {n} prompts {name} rises in {rises} and falls in {falls}. It is "
-            f"the most likely token after {first_after} of {n} prompts with the edit, and after "
-            f"{first_before} without it."
+            f"With the edit “{self.edit}”, over {n} prompts, {name} rises in {rises} and falls in "
+            f"{falls}. It is the most likely token after {first_after} of {n} prompts with the "
+            f"edit, and after {first_before} without it."
         )
         yield self._mean_change()
 

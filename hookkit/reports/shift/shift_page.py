@@ -22,7 +22,7 @@ from ...hooks.base import Hook
 from ...hooks.logits import named_tokens
 from ...models.lm import LM
 from ...models.prompt_row import row_as_json
-from ...models.prompts import Prompts, Row, as_batch, shorten
+from ...models.prompts import Prompts, Row, as_batch
 from ...models.provenance import about_model, git_commit
 from ...models.words import WordLike
 from ...sweeps.summary import mean_over_prompts
@@ -34,6 +34,7 @@ from ..comparison_page import (
     describe_model,
     hook_as_json,
     indented_json,
+    name_prompt,
     write_settings,
 )
 from ..control_draws import NO_CONTROL, ControlMaker
@@ -118,8 +119,8 @@ class ShiftTables:
         return table
 
     def prompt(self, row: int) -> str:
-        """The beginning of a prompt's text."""
-        return shorten(self.lm.text(self.rows[row]))
+        """A prompt's text, shortened."""
+        return name_prompt(self.lm, self.lm.text(self.rows[row]))
 
 
 def _write_opening(measured: ShiftTables) -> Iterable[Content]:
@@ -363,6 +364,8 @@ def _write_settings(measured: ShiftTables, about: dict[str, Any]) -> Iterable[Co
             hooks[edit.name] = "\n".join(texts)
     model = f"Model {describe_model(about)}; seed {about['seed']}"
     note = ", the hooks with their tensors; hk.types.Hook.from_json reads them back"
+    if measured.controls:
+        note += ". Of the draws of a control, the first has tensors, the others their sha256"
     return write_settings(model, about, hooks, note)
 
 
@@ -584,7 +587,9 @@ def _build_about(measured: ShiftTables, settings: dict[str, Any]) -> dict[str, A
     """The values of about.json: the model, the settings, the hooks and the prompts."""
     edit_hooks: dict[str, list[Any]] = {}
     for edit in (*measured.edits, *measured.controls):  # the draws of a control in one list
-        edit_hooks.setdefault(edit.name, []).extend(map(_json_of, edit.hooks))
+        # All draws have the tensors of the edit, so that only the first is written with them.
+        encode = hook_as_json if edit.draw else _json_of
+        edit_hooks.setdefault(edit.name, []).extend(map(encode, edit.hooks))
     return {
         **about_model(measured.lm),
         "git_commit": git_commit(),
