@@ -60,7 +60,8 @@ def name_prompt(lm: LM, text: str) -> str:
     Of a long text the middle is left out. Of a long chat, which ends with the question, it is the
     beginning.
     """
-    special = [token for token in lm.tokenizer.all_special_tokens if token in text]
+    tokens = getattr(lm.tokenizer, "all_special_tokens", ())  # a model may lack a tokenizer
+    special = [token for token in tokens if token in text]
     words = text
     for token in special:
         words = words.replace(token, " ")
