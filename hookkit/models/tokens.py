@@ -154,7 +154,7 @@ class Vocabulary(ABC):
 
     @cached_property
     def strings(self) -> list[str]:
-        """The text of every token of the tokenizer, as `string` returns it."""
+        """The text of every token, as `string` returns it."""
         return list(map(self.string, range(self.n_tokens)))
 
     @cached_property

@@ -101,7 +101,9 @@ class TextMoments:
         _add_moments(self.kl, text.kl, positions)
         for name, values in text.of_token.items():
             size = ranked if name == "rank" else positions
-            if size:
+            if name in ("promoted", "demoted"):  # of which a text has few
+                _add_few_moments(self.of_token[name], values, size)
+            elif size:
                 _add_moments(self.of_token[name], values, size)
 
     def merge(self, other: "TextMoments") -> None:
@@ -130,6 +132,12 @@ def _add_moments(moments: Tensor, values: Tensor, size: float) -> None:
     moments[1].addcmul_(values, values)
     moments[2].add_(values, alpha=size)
     moments[3] += values != 0
+
+
+def _add_few_moments(moments: Tensor, values: Tensor, size: float) -> None:
+    tokens = values.nonzero().flatten()
+    few = values[tokens]
+    moments[:, tokens] += torch.stack([few, few**2, few * size, torch.ones_like(few)])
 
 
 # ---- examples

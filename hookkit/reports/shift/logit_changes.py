@@ -90,8 +90,7 @@ def measure_changes(
     that is possible: up to `MOST_SCALE`, and not where a change is infinite.
     """
     largest, scale = before.amax(-1, keepdim=True), torch.ones_like(changes[:, 0])
-    shifted = before - largest
-    weights = shifted.exp()
+    weights = (before - largest).exp_()
     log_total = weights.sum(-1).log()
     mean = torch.linalg.vecdot(weights, changes) / log_total.exp()
     log_norm = (after - largest).exp_().sum(-1).log() - log_total
@@ -102,7 +101,8 @@ def measure_changes(
         return Norms(scale, log_norm, kl)
     kl = (log_norm - mean).clamp(min=0.0)
     if target is not None:
-        return _scale_to_kl(shifted - log_total[:, None], changes, mean, kl, target)
+        logprobs = before - largest - log_total[:, None]
+        return _scale_to_kl(logprobs, changes, mean, kl, target)
     return Norms(scale, log_norm, kl)
 
 
@@ -362,7 +362,8 @@ class ShiftComputation:
             before, *others = [_logits_at(arm, positions) for arm in arms]
             changes = subtract(others, before)
             norms.append(measure_changes(before, others[0], changes[0]))
-            total += changes[0, :, :n_tokens].sum(0)
+            changes_of_tokens = changes[0, :, :n_tokens].T
+            total.addmv_(changes_of_tokens, torch.ones_like(norms[-1].kl))
             for name, rise in MOVED.items():
                 movers[name].append(most_changed(changes[..., :n_tokens], self.top, rise=rise))
         log_norm = torch.cat([part.log_norm for part in norms]).cpu()

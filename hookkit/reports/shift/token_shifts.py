@@ -79,8 +79,7 @@ MEASURES = {  # the columns of the table, and the sums that they are made from
 def _build_table(lm: LM, sums: CorpusSums) -> pd.DataFrame:
     n_tokens = sums.texts.n_tokens
     ids = np.arange(n_tokens)
-    texts = lm.strings if lm.tokenizer is not None else list(map(lm.string, ids.tolist()))
-    table = pd.DataFrame({"token_id": ids, "token": texts})
+    table = pd.DataFrame({"token_id": ids, "token": lm.strings})
     for name in ("promoted", "demoted"):
         table[name] = sums.texts.of_token[name][0].numpy().astype(np.int64)
     columns: dict[str, Any] = {}
