@@ -234,6 +234,21 @@ def test_the_scaled_change_has_the_wanted_kl_as_far_as_there_is_one():
     torch.testing.assert_close(scaled.kl, kl.float(), rtol=1e-3, atol=2e-6)
 
 
+def test_a_change_too_large_for_exp_is_scaled_as_well():
+    torch.manual_seed(0)
+    before, change = torch.randn(4, 300), torch.zeros(4, 300)
+    change[:, 7] = torch.tensor([10.0, 60.0, 100.0, 300.0])
+    scaled = measure_changes(before, before + change, change, torch.full((4,), 0.05))
+    logprobs = before.double().log_softmax(-1)
+    after = before.double() + scaled.scale[:, None].double() * change
+    kl = (logprobs.exp() * (logprobs - after.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(scaled.kl.double(), kl, rtol=1e-3, atol=2e-6)
+    assert (scaled.scale < 1.0).all()
+    whole = measure_changes(before, before + change, change)
+    kl = (logprobs.exp() * (logprobs - (before + change).double().log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(whole.kl.double(), kl, rtol=1e-5, atol=1e-5)
+
+
 def test_the_kl_of_a_small_change_of_many_tokens_is_exact():
     torch.manual_seed(0)
     before = 4 * torch.randn(8, 49_152)

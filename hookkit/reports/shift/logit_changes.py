@@ -94,8 +94,9 @@ def measure_changes(
     log_total = weights.sum(-1).log()
     mean = torch.linalg.vecdot(weights, changes) / log_total.exp()
     log_norm = (after - largest).exp_().sum(-1).log() - log_total
-    if not bool((mean + log_norm).isfinite().all()):  # a banned token, or NaN, or a large change
+    if not bool(log_norm.isfinite().all()):  # exp is beyond float32
         log_norm = after.logsumexp(-1) - before.logsumexp(-1)
+    if not bool(mean.isfinite().all()):  # a banned token, or NaN
         logprobs = before.log_softmax(-1), after.log_softmax(-1)
         kl = next_token.kl_divergence(*logprobs).clamp(min=0.0)
         return Norms(scale, log_norm, kl)
@@ -113,8 +114,6 @@ def _scale_to_kl(
 
     The square root of the KL is almost linear in the scale, and is followed by secants.
     """
-    largest = changes.amax(-1)
-    lowered = changes - largest[:, None]
     last_scale, last_root = torch.zeros_like(kl), torch.zeros_like(kl)
     scale, root = torch.ones_like(kl), kl.sqrt()
     target_root = target.sqrt()
@@ -126,8 +125,7 @@ def _scale_to_kl(
         guess = torch.where(step.isfinite(), scale + step, scale)
         last_scale, last_root = scale, root
         scale = torch.maximum(guess, nearest).clamp(max=MOST_SCALE)
-        powers = torch.addcmul(logprobs, lowered, scale[:, None]).exp_()
-        log_norm = powers.sum(-1).log_() + largest * scale
+        log_norm = torch.addcmul(logprobs, changes, scale[:, None]).logsumexp(-1)
         kl = (log_norm - scale * mean).clamp(min=0.0)
         root = kl.sqrt()
     return Norms(scale, log_norm, kl)
