@@ -16,6 +16,7 @@ from ..hooks.capture import capture
 from ..models.lm import LM, Token
 from ..models.prompts import Prompts
 from ..runs.forward import forward
+from ..tables.distributions import add_roles
 from ..tables.metrics.metric import MetricLike
 from .backward import (
     CAPTURE_NAME,
@@ -122,4 +123,5 @@ def _table(prompt_metric: PromptMetric, attributions: Float[Tensor, "row pos"]) 
             token = prompt_metric.lm.string(token_id)
             record = {"row": row, "pos": position, "token": token, "token_id": token_id}
             records.append(record | {"attribution": float(attributions[row, position])})
-    return pd.DataFrame(records)
+    roles = [getattr(ids, "roles", ()) for ids in prompt_metric.inputs.rows]
+    return add_roles(pd.DataFrame(records), roles)

@@ -24,13 +24,12 @@ from .options import (
     GenerationOptions,
     HookedModelOptions,
     ModelOptions,
-    Prompt,
+    PromptOption,
     PromptOptions,
     Quiet,
     Texts,
     Top,
     Watch,
-    read_prompt,
 )
 from .output import OutputOptions, TableView, is_terminal, print_line, print_text, rows_as_dicts
 
@@ -63,12 +62,16 @@ def generate(
     lm, edits, _ = model.load_with_hooks(output)
     import pandas as pd
 
+    from ..models.tokens import prompt_text
+
     run = hk.generate(lm, texts, *edits, logits=False, **settings)
     if not output.format:
         for prompt, generated in zip(texts, run.generated, strict=True):
-            print_line(generated if only_new else prompt + generated)
+            is_text = isinstance(prompt, str) and not only_new
+            print_line(f"{prompt}{generated}" if is_text else generated)
         return
-    table = pd.DataFrame({"row": range(len(texts)), "prompt": texts, "generated": run.generated})
+    shown = [prompt_text(lm, row) for row in run.prompts]
+    table = pd.DataFrame({"row": range(len(texts)), "prompt": shown, "generated": run.generated})
     output.write("Generated", {"generated": TableView(table)})
 
 
@@ -211,7 +214,7 @@ BAR_WIDTH = 30  # characters of the bar for probability 1
     panel=PANEL,
 )
 def trace(
-    prompt: Prompt,
+    prompt: PromptOption,
     model: HookedModelOptions,
     generation: GenerationOptions,
     top: Top = 5,
@@ -221,7 +224,7 @@ def trace(
 ) -> None:
     """Generate, and show for each token the model's candidates and why it was chosen."""
     with exit_cleanly("the steps above were recorded"):
-        settings, text = generation.arguments(), read_prompt(prompt)
+        settings, text = generation.arguments(), prompt.read()
         output = OutputOptions(quiet=quiet)
         lm, edits, watched_ids = model.load_with_hooks(output, watch)
         recording = hk.trace(top=top, watch=watched_ids)

@@ -26,13 +26,12 @@ from .options import (
     HookedModelOptions,
     ModelOptions,
     Pos,
-    Prompt,
+    PromptOption,
     PromptOptions,
     Top,
     Watch,
     optional_token_id,
     parse_positions,
-    read_prompt,
 )
 from .output import OutputOptions, TableView
 
@@ -43,7 +42,7 @@ PANEL = "Look"
     'hookkit scan "The Eiffel Tower is in the city of" --watch " London" --out eiffel', panel=PANEL
 )
 def scan(
-    prompt: Prompt,
+    prompt: PromptOption,
     model: HookedModelOptions,
     output: OutputOptions,
     top: Top = 5,
@@ -55,10 +54,10 @@ def scan(
     figures and tables.
     """
     output.check(several=True)
-    text = read_prompt(prompt)
+    text = prompt.read()
     lm, edits, watched_ids = model.load_with_hooks(output, watch)
     prompt_scan = hk.scan(lm, text, *edits, top=top, watch=watched_ids)
-    suggestions = "\n".join(_suggest_commands(prompt_scan, text, model))
+    suggestions = "\n".join(_suggest_commands(prompt_scan, prompt, model))
     if output.format in ("html", "folder"):
         page = prompt_scan.page()
         output.write_page(replace(page, parts=(*page.parts, "# What to ask next", suggestions)))
@@ -73,7 +72,7 @@ def scan(
         reasons = map("{}: {}".format, prompt_scan.missing, prompt_scan.missing.values())
         parts["Not available here"] = "\n".join(reasons)
     parts["What to ask next"] = suggestions
-    output.write(f"Scan: {text}"[:120], parts)
+    output.write(f"Scan: {prompt_scan.prompt(0)}"[:120], parts)
 
 
 @command('hookkit ranks "I like oat milk in my" --watch " tea" --ban " coffee"', panel=PANEL)
@@ -116,7 +115,7 @@ def lens(
     output.write("Logit lens", {"lens": TableView(table, columns, figure=figure)})
 
 
-def _if_one_prompt(texts: Sequence[str], figure: Callable[[], Any]) -> Callable[[], Any] | None:
+def _if_one_prompt(texts: Sequence[Any], figure: Callable[[], Any]) -> Callable[[], Any] | None:
     """Returns the figure of a table about one prompt; a table about several prompts has none."""
     return figure if len(texts) == 1 else None
 
@@ -140,7 +139,7 @@ class LogitOptions:
     panel=PANEL,
 )
 def direct(
-    prompt: Prompt,
+    prompt: PromptOption,
     model: HookedModelOptions,
     output: OutputOptions,
     logit: LogitOptions,
@@ -150,7 +149,7 @@ def direct(
     """A token's logit as an exact sum over components. CSV and JSON have all of them."""
     from ..tables.show import largest_rows
 
-    text = read_prompt(prompt)
+    text = prompt.read()
     lm, edits, _ = model.load_with_hooks(output)
     token_id = optional_token_id(lm, logit.token)
     against_id = optional_token_id(lm, logit.against)
@@ -188,7 +187,8 @@ def surprisal(
     texts = prompts.read()
     lm, edits, _ = model.load_with_hooks(output)
     table = hk.surprisal(hk.forward(lm, texts, *edits), top=top)
-    columns = ("row", "pos", "token", "loss", "rank", "prob", "mean_loss", "alternatives")
+    names = ("row", "pos", "role", "token", "loss", "rank", "prob", "mean_loss", "alternatives")
+    columns = tuple(name for name in names if name in table)
     figure = _if_one_prompt(texts, lambda: hk.figures.surprisal_strip(table))
     output.write("Surprisal", {"surprisal": TableView(table, columns, figure=figure)})
 
@@ -196,7 +196,9 @@ def surprisal(
 # ---- what to ask next
 
 
-def _suggest_commands(scan: "hk.types.Scan", prompt: str, model: ModelOptions) -> list[str]:
+def _suggest_commands(
+    scan: "hk.types.Scan", prompt: PromptOption, model: ModelOptions
+) -> list[str]:
     """Returns questions about what the tables point at, each with the command that answers it."""
     first, second = (_option_text(scan.run.lm, token_id) for token_id in scan.pairs[0])
     first_text, second_text = scan.texts(0)
@@ -210,12 +212,13 @@ def _suggest_commands(scan: "hk.types.Scan", prompt: str, model: ModelOptions) -
         "What would it write, and why?": ["trace", "--watch", second, "--max-new-tokens", "12"],
         f"And without {first_text!r}?": ["compare", "--ban", first, "--max-new-tokens", "12"]
     }  # fmt: skip
-    separator = ["--"] if prompt.startswith("-") else []
+    separator = ["--"] if prompt.prompt.startswith("-") else []
     lines = []
     for question, words in suggestions.items():
         if words:
             command_name, *arguments = words
-            line = [command_name, *separator, prompt, *arguments, *model.words()]
+            options = [*arguments, *prompt.chat_words(), *model.words()]
+            line = [command_name, *separator, prompt.prompt, *options]
             lines += [question, _command_line(line)]
     if scan.missing:
         words = ["doctor", *model.words()]

@@ -25,10 +25,12 @@ from ..files.atomic import format_csv
 from .app import INTERRUPTED, app, command, create_program, exit_cleanly
 from .options import (
     Against,
+    ChatOptions,
     Device,
     EngineOptions,
     HookedModelOptions,
     ModelOptions,
+    PromptOption,
     PromptOptions,
     Texts,
     Top,
@@ -36,7 +38,6 @@ from .options import (
     check_result_folder,
     optional_token_id,
     parse_token,
-    read_prompt,
     token_ids,
 )
 from .output import (
@@ -196,6 +197,7 @@ def shift(
     """
     top, prompts_given = tokens.top, prompts.prompt or prompts.prompts
     unused = {"a prompt": prompts_given, "--watch": tokens.watch, "--generate": page.generate}
+    unused |= {"--chat": prompts.chat, "--system": prompts.system}
     unused["a control"] = page.arguments()["controls"]
     if corpus.check({**unused, "--movers": tokens.movers != MOVERS}):
         _shift_over_corpus(corpus, model, output, engine, {"top": top, **page.corpus_arguments()})
@@ -294,11 +296,15 @@ class MetricOptions:
 
 
 @dataclass(frozen=True)
-class PromptPair:
+class PromptPair(ChatOptions):
     """The two prompts of patching."""
 
     clean: Annotated[str, Argument(help="The prompt that is patched from.")]
     corrupted: Annotated[str, Argument(help="The prompt that is patched, of as many tokens.")]
+
+    def read(self) -> list[Any]:
+        """Returns the clean prompt and the corrupted one."""
+        return [self.as_prompt(self.clean), self.as_prompt(self.corrupted)]
 
 
 @dataclass(frozen=True)
@@ -340,7 +346,7 @@ class GridOptions:
     within=grids,
 )
 def ablations(
-    prompt: Annotated[str, Argument(help="The prompt.")],
+    prompt: PromptOption,
     what: Annotated[str, Argument(help="A site such as z or mlp_out, or block.")],
     metric: MetricOptions,
     grid: GridOptions,
@@ -350,7 +356,7 @@ def ablations(
     replacement: ReplacementOptions,
 ) -> None:
     """Each head, layer or block ablated by itself: what the token loses without it."""
-    text = read_prompt(prompt)
+    text = prompt.read()
     arguments = {**grid.arguments(output), **replacement.arguments(), "engine": engine.create()}
     lm = model.load(quiet=output.quiet)
     sweep = partial(hk.ablations, lm, [text], what, metric.metric(), **arguments)
@@ -377,9 +383,9 @@ def patching(
 ) -> None:
     """Each site of a clean prompt patched into the corrupted one: how much of the token returns."""
     arguments = {**grid.arguments(output), "direction": direction, "engine": engine.create()}
+    clean, corrupted = pair.read()
     lm = model.load(quiet=output.quiet)
-    prompts = [pair.clean], [pair.corrupted]
-    sweep = partial(hk.patching, lm, *prompts, site, metric.metric(), **arguments)
+    sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric.metric(), **arguments)
     _run_sweep(sweep, partial(_write_sweep, output), grid.save)
 
 
@@ -397,8 +403,7 @@ class AnswerOptions:
     def token_ids(self, lm: "hk.LM", pair: PromptPair) -> tuple[int, int]:
         """Returns the ids of the tokens, by default the most likely ones after the prompts."""
         named_ids = [optional_token_id(lm, text) for text in (self.token, self.against)]
-        prompts = (pair.clean, pair.corrupted)
-        first, second = map(partial(_answer, lm), prompts, named_ids)
+        first, second = map(partial(_answer, lm), pair.read(), named_ids)
         if first == second:
             raise BadHook(
                 f"both prompts are answered with {lm.string(first)!r}: "
@@ -407,7 +412,7 @@ class AnswerOptions:
         return first, second
 
 
-def _answer(lm: "hk.LM", prompt: str, token_id: int | None) -> int:
+def _answer(lm: "hk.LM", prompt: Any, token_id: int | None) -> int:
     """Returns the token, or the most likely one after the prompt if it is None."""
     if token_id is not None:
         return token_id
@@ -470,16 +475,19 @@ def patch(
     another pair: hk.stats.strongest selects on half of several pairs and measures on the other
     half.
     """
+    from ..models.prompts import tokenize
+
     shown.check()
     arguments = {"direction": direction, **grid.arguments(output)}
+    clean, corrupted = pair.read()
     lm = model.load(quiet=output.quiet)
     right, wrong = answers.token_ids(lm, pair)
     output.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
     tokens = []
     if lm.tokenizer is not None:
-        tokens = list(map(lm.string, lm.tokenizer.encode(pair.corrupted)))
+        tokens = list(map(lm.string, tokenize(lm, corrupted)))
     metric = hk.metrics.logit_diff(right, wrong)
-    sweep = partial(hk.patching, lm, [pair.clean], [pair.corrupted], site, metric, **arguments)
+    sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric, **arguments)
     _run_sweep(sweep, partial(shown.write, output, tokens), grid.save)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -17,7 +18,13 @@ from typer import Argument, Option
 import hookkit as hk
 
 from ..errors import BadFile, BadHook, BadPrompt, NotOneToken
-from ..files.untrusted import decode_text, error_message, read_hook_list, read_text
+from ..files.untrusted import (
+    decode_text,
+    error_message,
+    parse_json,
+    read_hook_list,
+    read_text,
+)
 from .output import OutputOptions, show_status
 
 if TYPE_CHECKING:
@@ -93,8 +100,44 @@ def _options_set(group: Any, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """The options by which a prompt is the user's message of a chat."""
+
+    chat: Annotated[
+        bool, Option("--chat", help="The prompt is a user's message: apply the chat template.")
+    ] = False
+    system: Annotated[
+        str | None, Option(metavar="TEXT", help="With --chat: the system message.")
+    ] = None
+
+    def as_prompt(self, text: str) -> "str | hk.types.Chat":
+        """Returns a text as the prompt that these options make of it."""
+        if self.chat:
+            return hk.chat(system=self.system, user=text)
+        if self.system is not None:
+            raise BadPrompt("--system is the first message of a chat: add --chat")
+        return text
+
+    def chat_words(self) -> list[str]:
+        """Returns these options as a command line has them."""
+        words = ["--chat"] if self.chat else []
+        return words if self.system is None else [*words, "--system", self.system]
+
+
 @dataclass(frozen=True)
-class PromptOptions:
+class PromptOption(ChatOptions):
+    """The options for the only prompt of a command."""
+
+    prompt: Prompt
+
+    def read(self) -> "str | hk.types.Chat":
+        """Returns the prompt."""
+        return self.as_prompt(read_prompt(self.prompt))
+
+
+@dataclass(frozen=True)
+class PromptOptions(ChatOptions):
     """The options for the prompts; several prompts are a batch."""
 
     prompt: Annotated[
@@ -104,12 +147,15 @@ class PromptOptions:
         ),
     ] = None
     prompts: Annotated[
-        Path | None, Option(metavar="FILE", help="A file of prompts, one a line.")
+        Path | None,
+        Option(
+            metavar="FILE", help="A file of prompts, one a line; .jsonl with 'text' or 'messages'."
+        ),
     ] = None
 
-    def read(self) -> list[str]:
+    def read(self) -> "list[str | hk.types.Chat]":
         """Returns the prompts: those of the arguments, then those of the file."""
-        prompts: list[str] = []
+        prompts: list[Any] = []
         for argument in self.prompt or []:
             if argument == "-":
                 prompts += _split_lines(_read_standard_input())
@@ -121,15 +167,39 @@ class PromptOptions:
             raise BadPrompt(
                 "there is no prompt: give a text, --prompts FILE, or - for standard input"
             )
-        return prompts
+        return list(map(self._as_prompt, prompts))
+
+    def _as_prompt(self, prompt: "str | hk.types.Chat") -> "str | hk.types.Chat":
+        if isinstance(prompt, str):
+            return self.as_prompt(prompt)
+        if self.chat or self.system is not None:
+            raise BadPrompt(f"{self.prompts} has chats already: leave --chat and --system out")
+        return prompt
 
 
-def _read_prompt_file(path: Path) -> list[str]:
+def _read_prompt_file(path: Path) -> list[Any]:
     try:
-        return _split_lines(read_text(path).replace("\r\n", "\n"))
+        lines = _split_lines(read_text(path).replace("\r\n", "\n"))
+        return lines if path.suffix != ".jsonl" else list(map(_parse_prompt, lines, count()))
     except BadFile as error:
         cause = error_message(error.__cause__ or error)
         raise BadFile(f"{str(path)!r} cannot be read as a file of prompts: {cause}") from error
+
+
+def _parse_prompt(line: str, number: int) -> "str | hk.types.Chat":
+    """Returns the prompt of a line of JSON: a text, or an object with "text" or "messages"."""
+    from ..models.chat import chat_of
+
+    value = parse_json(line, f"line {number + 1}")
+    if isinstance(value, dict) and set(value) == {"text"}:
+        value = value["text"]
+    prompt = value if isinstance(value, str) else chat_of(value, number)
+    if prompt is None:
+        raise BadPrompt(
+            f'line {number + 1} is no prompt: write a text in quotes, {{"text": …}}, or '
+            '{"messages": [{"role": "user", "content": …}]}'
+        )
+    return prompt
 
 
 def read_prompt(prompt: str) -> str:

@@ -155,10 +155,9 @@ def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
             f"{edits[0]} acted in a generate, where positions count from the prompt's end: read "
             "its text with hk.forward and the hooks that are meant there, and give that run"
         )
-    rows = run.rows
     sites = required_sites(run.lm, heads=heads, neurons=neurons)
     logits = "last" if pos == -1 else "all"
-    return forward(run.lm, rows, *edits, capture(sites, pos=pos), logits=logits)
+    return forward(run.lm, run.rows, *edits, capture(sites, pos=pos), logits=logits)
 
 
 def _parts(run: Run, cells: Cells, difference: LogitDifference) -> list[Part]:

@@ -293,6 +293,22 @@ def check_tokens(
     return tuple(tokens)
 
 
+def turn_texts(lm: Vocabulary, row: Sequence[int]) -> list[tuple[str, str]]:
+    """Returns the role and the text of each message of a chat; nothing for other prompts."""
+    turns = getattr(row, "turns", ())
+    texts: list[tuple[str, str]] = []
+    for number, role in enumerate(getattr(row, "speakers", ())):
+        ids = [token_id for token_id, turn in zip(row, turns, strict=False) if turn == number]
+        texts.append((role, lm.text(ids)))
+    return texts if turns else []
+
+
+def prompt_text(lm: Vocabulary, row: Sequence[int]) -> str:
+    """Returns a prompt as titles show it: of a chat its messages, without the template."""
+    texts = [f"{role}: {text}" for role, text in turn_texts(lm, row)]
+    return " ".join(texts) or lm.text(row)
+
+
 def describe_prompts(
     lm: Vocabulary, rows: Sequence[Sequence[int]], *, tokens: bool = False
 ) -> dict[str, list[Any]]:
@@ -303,7 +319,7 @@ def describe_prompts(
     """
     if len(rows) > MOST_PROMPTS:
         return {}
-    attrs: dict[str, list[Any]] = {"prompts": list(map(lm.text, rows))}
+    attrs: dict[str, list[Any]] = {"prompts": [prompt_text(lm, row) for row in rows]}
     if tokens and sum(map(len, rows)) <= MOST_TOKENS:
         attrs["tokens"] = [list(map(lm.string, row)) for row in rows]
     return attrs

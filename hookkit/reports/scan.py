@@ -31,6 +31,7 @@ from ..lenses.direct import direct_logits
 from ..lenses.logit_lens import lens_summary, logit_lens
 from ..models.lm import LM, Token
 from ..models.prompts import Prompts
+from ..models.tokens import prompt_text
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.metrics.token_metrics import logit_diff
@@ -82,10 +83,14 @@ class Scan:
         first, second = self.pairs[row]
         return self.run.lm.string(first), self.run.lm.string(second)
 
+    def prompt(self, row: int) -> str:
+        """Returns a prompt as a sentence quotes it; of a chat its messages."""
+        return name_prompt(self.run.lm, prompt_text(self.run.lm, self.run.prompts[row]))
+
     def page(self, title: str = "") -> Report:
         """Returns a page with a summary, and with tables and figures for the first 10 prompts."""
         count = len(self.run.text)
-        title = title or f"Scan: {name_prompt(self.run.lm, self.run.text[0])}"
+        title = title or f"Scan: {self.prompt(0)}"
         parts: list[Content] = [Part(self.summary, "summary", "One row for each prompt.")]
         for row in range(min(count, MOST_PROMPTS)):
             parts += self._write_prompt(row)
@@ -100,7 +105,7 @@ class Scan:
         return Report(page.title, page.parts, page.footer, tuple(data), page.formats)
 
     def _write_prompt(self, row: int) -> Iterator[Content]:
-        yield f"# After “{name_prompt(self.run.lm, self.run.text[row])}”"
+        yield f"# After “{self.prompt(row)}”"
         for section in self.sections(row):
             yield f"## {section.caption}"
             if section.figure is not None:
@@ -126,7 +131,7 @@ class Scan:
         for number in range(min(3, len(self.pairs))):
             line = self.summary.iloc[number]
             lines.append(
-                f"  {shorten(self.run.text[number])!r} → {line['token']!r} ({line['prob']:.1%}), "
+                f"  {self.prompt(number)!r} → {line['token']!r} ({line['prob']:.1%}), "
                 f"then {line['top2']!r} ({line['top2_prob']:.1%})"
             )
         calls = ("hk.show(scan.summary)", "scan.tables[name]", "scan.write(folder)")
@@ -349,7 +354,7 @@ def _direct_section(scan: Scan, name: str, table: Any, choice: str) -> Section:
 def _surprisal_section(scan: Scan, name: str, table: Any, choice: str) -> Section:
     mean_loss = f"{table['loss'].mean():.3g}"
     caption = f"What each token of the prompt cost (nats; {mean_loss} on average)"
-    columns: Any = table[["pos", "token", "loss", "rank", "alternatives"]]
+    columns: Any = table[[*_position_columns(table), "loss", "rank", "alternatives"]]
     draw = partial(figures.surprisal_strip, table, row=table["row"].iloc[0])
     return Section(name, caption, columns, draw)
 
@@ -361,7 +366,12 @@ def _attention_section(scan: Scan, name: str, table: Any, choice: str) -> Sectio
 
 def _attribution_section(scan: Scan, name: str, table: Any, choice: str) -> Section:
     caption = f"Which tokens speak for {choice} (gradient times input, in logits)"
-    return Section(name, caption, table[["pos", "token", "attribution"]])
+    return Section(name, caption, table[[*_position_columns(table), "attribution"]])
+
+
+def _position_columns(table: pd.DataFrame) -> list[str]:
+    """Returns the columns that say where a token is, with its role in a chat."""
+    return [name for name in ("pos", "role", "token") if name in table]
 
 
 SECTIONS: Mapping[str, Callable[[Scan, str, Any, str], Section]] = {

@@ -114,6 +114,13 @@ class Run:
         return [self.lm.text(row[:length]) for row, length in rows]
 
     @cached_property
+    def roles(self) -> list[tuple[str, ...]]:
+        """Who said each token of each row: "user", "assistant" …, or "template" for the template's
+        own tokens. A row that is no chat has none; what a chat model wrote is the assistant's.
+        """
+        return [getattr(row, "roles", ()) for row in self.rows]
+
+    @cached_property
     def generated(self) -> list[str]:
         """The text that the model wrote after each prompt; empty for a forward.
 

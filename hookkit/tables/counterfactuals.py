@@ -103,9 +103,8 @@ class Comparison:
         rows = range(2 * self.count)
         capture = Capture(LOGITS, Where(step=EVERY_STEP), name="hookkit.compare")
         forces = [_force_tokens(texts[row % self.count], row) for row in rows]
-        prompts = [self.run.tokens[row, : self.run.prompt_lengths[row]].tolist() for row in rows]
         run = generate(
-            self.run.lm, prompts, *self._hooks, capture, *forces, logits=False,
+            self.run.lm, list(self.run.prompts), *self._hooks, capture, *forces, logits=False,
             max_new_tokens=max(map(len, texts)), do_sample=False, eos_token_id=None,
         )  # fmt: skip
         logits = run.captured("logits", capture.name).values
@@ -297,9 +296,8 @@ def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
             f"step={step!r} was asked for, and row {row} has steps 0 to {end - start - 1}"
         )
     tokens = [*run.tokens[row, start : start + step].tolist(), run.lm.token(token)]
-    prompts = [run.tokens[n, :length].tolist() for n, length in enumerate(run.prompt_lengths)]
     trace = None if run.recorded is None else run.recorded.settings
     return generate(
-        run.lm, prompts, *run.hooks, _force_tokens(tokens, row), logits=run.settings["logits"],
-        trace=trace, seed=run.settings.get("seed"), **run.arguments,
+        run.lm, list(run.prompts), *run.hooks, _force_tokens(tokens, row),
+        logits=run.settings["logits"], trace=trace, seed=run.settings.get("seed"), **run.arguments,
     )  # fmt: skip

@@ -5,11 +5,12 @@ decoding. Sums over the vocabulary are taken in float64.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -196,7 +197,22 @@ def scenario(first: float, second: float) -> str:
     return "uncertain"
 
 
+def add_roles(table: pd.DataFrame, roles: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """Returns a table with a column `role`, after `pos`, if a prompt is a chat.
+
+    It says who said the token at each position: a role, "template", or "" in other prompts.
+    """
+    if not any(roles):
+        return table
+    values: list[Any] = []
+    for row, pos in zip(table["row"], table["pos"], strict=True):
+        row_roles = roles[row]
+        values.append(row_roles[pos] if row_roles else "")
+    table = table.copy()
+    table.insert(list(table.columns).index("pos") + 1, "role", values)
+    return table
+
+
 def prompts_of_run(run: Run) -> dict[str, list[Any]]:
     """Returns the texts of a run's prompts, for the `attrs` of its tables."""
-    rows = zip(run.tokens.tolist(), run.prompt_lengths, strict=True)
-    return describe_prompts(run.lm, [row[:length] for row, length in rows])
+    return describe_prompts(run.lm, [run.prompts[number] for number in run.prompt_rows])

@@ -32,7 +32,14 @@ from ..models.next_token import NO_RANK, divergences
 from ..models.positions import IndicesLike, PosLike
 from ..models.words import WordLike, check_words, token_ids
 from ..runs.run import Run
-from .distributions import Distribution, distributions, prompts_of_run, scenario, token_texts
+from .distributions import (
+    Distribution,
+    add_roles,
+    distributions,
+    prompts_of_run,
+    scenario,
+    token_texts,
+)
 
 Pair: TypeAlias = tuple[Distribution, Distribution]
 
@@ -258,7 +265,7 @@ def uncertainty(
         row, position = distribution.location["row"], distribution.location["pos"]
         (token,) = token_texts(run.lm, [int(run.tokens[row, position])])
         table_rows.append({**distribution.location, "read": token, **_uncertainty(distribution)})
-    return pd.DataFrame(table_rows)
+    return add_roles(pd.DataFrame(table_rows), run.roles)
 
 
 def _uncertainty(distribution: Distribution) -> dict[str, object]:

@@ -34,6 +34,7 @@ from ..errors import BadHook, BadPrompt, EmptySelection, OutOfRange
 from ..hooks.base import Constant, Hook
 from ..hooks.capture import Capture
 from ..hooks.values import FromPrompt, FromRun, Reference
+from ..models.chat import Chat
 from ..models.lm import LM
 from ..models.next_token import rank_among, ranks_for_table, token_logits, top_tokens, values_at
 from ..models.positions import IndicesLike, Span
@@ -50,7 +51,7 @@ from ..models.prompts import (
 from ..models.sites import Site
 from ..runs.forward import forward
 from ..runs.run import Run
-from .distributions import selected_rows, token_texts
+from .distributions import add_roles, selected_rows, token_texts
 from .rank_tables import add_deltas
 
 # default number of tokens in a window: 200 MB of logits for 49,152 tokens of vocabulary
@@ -92,7 +93,7 @@ def surprisal(run: Run, *, rows: IndicesLike = None, top: int = 0) -> pd.DataFra
         ids = run.tokens[row].cpu()[predicted[columns]]
         numbers = _token_numbers(run.lm, captured.values[row], columns, ids, top)
         parts.append(numbers.assign(row=row, pos=predicted[columns].tolist()))
-    return _surprisal_table(run.lm, parts)
+    return add_roles(_surprisal_table(run.lm, parts), run.roles)
 
 
 def _check_top(top: int) -> None:
@@ -212,7 +213,8 @@ def surprisal_shift(
     """
     before, after = _as_surprisal(before, rows), _as_surprisal(after, rows)
     _check_same_tokens(before, after)
-    table = pd.DataFrame(before[TOKEN_COLUMNS]).copy()
+    columns = [name for name in (*TOKEN_COLUMNS, "role") if name in before]
+    table = pd.DataFrame(before[columns]).copy()
     for name in COMPARED:
         table[f"{name}_before"], table[f"{name}_after"] = before[name], after[name]
     table = add_deltas(table, COMPARED)
@@ -326,7 +328,8 @@ def token_losses(
     lengths = [len(window.ids) for window in windows]
     for batch in batches_by_length(lengths, batch_tokens, one_length=lm.config is None):
         parts += _score_batch(lm, [windows[index] for index in batch], hooks, top)
-    return _surprisal_table(lm, parts)
+    roles = [getattr(row, "roles", ()) for row in rows]
+    return add_roles(_surprisal_table(lm, parts), roles)
 
 
 def _score_batch(
@@ -350,6 +353,11 @@ def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], li
     for text in check_prompts(texts):
         if isinstance(text, str) and text and lm.tokenizer is not None:
             text = lm.continuation(text)
+        if isinstance(text, Chat):
+            raise BadPrompt(
+                f"{text!r} cannot follow the prompts in prefix=: give the answer as a text, and "
+                "the chat as the prefix"
+            )
         contents.append(text)
     rows, prompts = as_rows(lm, contents), as_rows(lm, prefix)
     if len(prompts) not in (1, len(rows)):

@@ -129,7 +129,7 @@ def _measure(
     """The divergence of each draw from the first model, for these prompts."""
     table: Any = sweep(
         runs.before.lm,
-        [list(runs.rows[row]) for row in batch],
+        [runs.rows[row] for row in batch],
         {"draw": range(len(draws))},
         lambda draw: draws[draw],
         [KL(None)],

@@ -215,10 +215,9 @@ def run_prompts(
 
     For a forward that begins at block `start`, the captures before it are taken from `unedited`.
     """
-    prompts = list(rows)
     computed = [site for site in sites if site.layer is None or site.layer >= start]
     captures = [_capture_last(computed, details)] if computed else []
-    run = forward(lm, prompts, *edit.hooks, *captures, logits="last")
+    run = forward(lm, list(rows), *edit.hooks, *captures, logits="last")
     last_logits = run.captured_logits()
     logits = last_logits.values[:, 0].detach().float().cpu()
     assert last_logits.positions is not None
@@ -394,13 +393,12 @@ def texts_of(
     counted from 0; empty where none differs), both (the text up to there), then_before, then_after
     (the texts from there on).
     """
-    prompts = list(rows)
     settings = {"max_new_tokens": count, "do_sample": False, "logits": False}
-    before = generate(lm, prompts, *base_hooks, **settings)
+    before = generate(lm, list(rows), *base_hooks, **settings)
     records = []
     for edit in edits:
-        after = generate(lm, prompts, *base_hooks, *edit.hooks, **settings)
-        for row in range(len(prompts)):
+        after = generate(lm, list(rows), *base_hooks, *edit.hooks, **settings)
+        for row in range(len(rows)):
             records.append({"row": row, "edit": edit.name} | _compare_texts(before, after, row))
     return pd.DataFrame(records).astype({"first_difference": "Int64"})
 

@@ -24,6 +24,7 @@ from ...models.lm import LM
 from ...models.prompt_row import row_as_json
 from ...models.prompts import Prompts, Row, as_batch
 from ...models.provenance import about_model, git_commit
+from ...models.tokens import prompt_text, turn_texts
 from ...models.words import WordLike
 from ...sweeps.summary import mean_over_prompts
 from ...tables.intervals import MIN_FOR_INTERVAL
@@ -119,8 +120,8 @@ class ShiftTables:
         return table
 
     def prompt(self, row: int) -> str:
-        """A prompt's text, shortened."""
-        return name_prompt(self.lm, self.lm.text(self.rows[row]))
+        """A prompt's text, shortened; of a chat its messages."""
+        return name_prompt(self.lm, prompt_text(self.lm, self.rows[row]))
 
 
 def _write_opening(measured: ShiftTables) -> Iterable[Content]:
@@ -254,6 +255,10 @@ def _write_points(mean: float, points: Iterable[float]) -> str:
 def _write_prompt(measured: ShiftTables, row: int, *, with_figures: bool) -> Iterable[Content]:
     """The section of one prompt, with figures if `with_figures`."""
     yield f"# “{measured.prompt(row)}”"
+    turns = turn_texts(measured.lm, measured.rows[row])
+    if turns:
+        caption = "The messages of the chat, without the tokens of its template."
+        yield Part(pd.DataFrame(turns, columns=["role", "text"]), f"chat_{row}", caption)
     yield "## The watched tokens"
     caption = (
         f"Prompt {row}. Every edit, and every control's first draw. The token that was first "
