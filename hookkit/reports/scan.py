@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .. import figures
-from ..arguments import check_arguments, check_integer, shorten
+from ..arguments import check_arguments, check_integer
 from ..attributions.input_tokens import token_attribution
 from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import EmptySelection, MissingSite, Unsupported
