@@ -27,16 +27,21 @@ from ..hooks.edits import edit, scale, steer
 from ..hooks.logit_shifts import ban
 from ..hooks.logits import force
 from ..models.lm import LM
-from ..models.padding import padding_scheme
-from ..models.prompt_row import Row, join_inputs
+from ..models.padding import can_pad, forward_inputs, padding_scheme
+from ..models.prompt_row import Row
 from ..models.prompts import as_batch, continue_row
 from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, Site
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.manager import attach
+from ..runs.run import Run
 from .study import Finding, Law, Study, default_prompts, relative_difference, representative_layers
 
-OUTPUTS = (("z", "attn_out"), ("mlp_post", "mlp_out"))  # a projection's input, and its output
+OUTPUTS = (
+    ("z", "attn_out"),
+    ("cross_z", "cross_out"),
+    ("mlp_post", "mlp_out"),
+)  # a projection's input, and its output
 
 
 def _sites_except(*names: str) -> tuple[str, ...]:
@@ -63,15 +68,23 @@ def _captures(study: Study) -> Iterator[Finding]:
 
 
 def _residual_sum(study: Study) -> Iterator[Finding]:
-    """resid_pre + attn_out + mlp_out is resid_post, and resid_pre + attn_out is resid_mid."""
+    """resid_pre + attn_out + mlp_out is resid_post, and resid_pre + attn_out is resid_mid.
+
+    In an encoder-decoder, cross_out is added between attn_out and mlp_out.
+    """
     run = study.run
     for layer in study.layers_with("attn_out", "mlp_out"):
         total = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"] + run[f"mlp_out.{layer}"]
+        if layer in study.layers_with("cross_out"):
+            total = total + run[f"cross_out.{layer}"]
         for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
             yield study.compare(name, total, run[f"resid_post.{layer}"])
     for layer in study.layers_with("attn_out", "resid_mid"):
         middle = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"]
         yield study.compare("resid_mid", middle, run[f"resid_mid.{layer}"])
+    for layer in study.layers_with("resid_mid", "cross_out", "cross_mid"):
+        after_cross = run[f"resid_mid.{layer}"] + run[f"cross_out.{layer}"]
+        yield study.compare("cross_mid", after_cross, run[f"cross_mid.{layer}"])
 
 
 def _projections(study: Study) -> Iterator[tuple[Site, Site, Tensor]]:
@@ -105,14 +118,17 @@ def _unembedding(study: Study) -> Iterator[Finding]:
 
 def _attention_pattern(study: Study) -> Iterator[Finding]:
     """A pattern sums to 1 (to less with an attention sink) and is 0 at keys after the query."""
-    for layer in study.layers_with("pattern"):
-        pattern = study.run[f"pattern.{layer}"].float()
+    for name, layer in itertools.product(("pattern", "cross_pattern"), study.layers):
+        if not study.lm.layout.find(name, layer):
+            continue
+        pattern = study.run[f"{name}.{layer}"].float()
         is_later = torch.ones(pattern.shape[-2:], dtype=torch.bool).triu(1).to(pattern.device)
-        yield Finding("pattern", float(pattern.masked_select(is_later).abs().sum()), 0.0)
+        if name == "pattern":
+            yield Finding(name, float(pattern.masked_select(is_later).abs().sum()), 0.0)
         is_text = study.run.mask.cpu()[:, None].expand(-1, pattern.shape[1], -1)
         sums = pattern.sum(-1).cpu()[is_text]
-        yield Finding("pattern", max(0.0, float(sums.max()) - 1), study.tolerance)
-        yield Finding("pattern", float(sums.min()), 0.0, at_least=True)
+        yield Finding(name, max(0.0, float(sums.max()) - 1), study.tolerance)
+        yield Finding(name, float(sums.min()), 0.0, at_least=True)
 
 
 # A model that is edited.
@@ -210,7 +226,9 @@ CACHED_EDITS = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
 def _padded_batch(study: Study) -> Iterator[Finding]:
     """A row has the same values alone and in a batch padded on the right or left, at every site."""
     rows = as_batch(study.lm, study.prompts).rows
-    padded_values = (study.run, _left_padded_values(study, rows))
+    padded_values: list[Run | dict[Site, Tensor]] = [study.run]
+    if can_pad(study.lm, "left", rows):
+        padded_values.append(_left_padded_values(study, rows))
     for number, row in enumerate(rows):
         alone = forward(study.lm, [row], capture(study.sites))
         for site, values in itertools.product(study.sites_named(BY_ROW), padded_values):
@@ -229,12 +247,11 @@ def _left_padded_values(study: Study, rows: Sequence[Row]) -> dict[Site, Tensor]
     mask = pad_sequence(ones, batch_first=True, padding_side="left")
     padded_ids = pad_sequence(ids, batch_first=True, padding_side="left")
     inputs = {"input_ids": padded_ids, "attention_mask": mask}
-    others = join_inputs(rows, mask.shape[1], "left")
-    inputs |= {name: values.to(study.lm.device) for name, values in others.items()}
     # Some models give each patch of an image its position themselves.
     offset = padding_scheme(study.lm, "left", rows).positions
     if offset is not None:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + offset
+    inputs = forward_inputs(study.lm, rows, inputs, mask.shape[1], "left")
     with attach(study.lm, capture(study.sites)) as manager, torch.no_grad():
         study.lm.model(**inputs, use_cache=False)
     return {site: manager[site] for site in study.sites}
@@ -310,13 +327,14 @@ def _module_state(lm: LM) -> list[tuple[int, ...]]:
     return states
 
 
+SUMMED = ("resid_pre", "attn_out", "resid_mid", "cross_mid", "mlp_out", "resid_post")
 LAWS = [
     Law("nothing", _no_hooks, ("logits",)),
     Law("looking", _captures, ("logits",)),
-    Law("sum", _residual_sum, ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")),
-    Law("projection", _output_projection, ("z", "mlp_post")),
+    Law("sum", _residual_sum, SUMMED),
+    Law("projection", _output_projection, ("z", "cross_z", "mlp_post")),
     Law("unembedding", _unembedding, ("final_norm",)),
-    Law("pattern", _attention_pattern, ("pattern",)),
+    Law("pattern", _attention_pattern, ("pattern", "cross_pattern")),
     Law("identity", _patch_with_itself, tuple(AXES)),
     Law("reaches", _edit_has_effect, tuple(AXES)),
     Law("there and back", _opposite_vectors, STEERED),

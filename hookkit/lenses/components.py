@@ -28,7 +28,11 @@ from .model_end import Cells
 Map = Callable[[Tensor], Tensor]
 
 # What a block adds: the site, its kind, and the site by which it can be split.
-ADDITIONS = (("attn_out", "attention", "z"), ("mlp_out", "mlp", "mlp_post"))
+ADDITIONS = (
+    ("attn_out", "attention", "z"),
+    ("cross_out", "attention", "cross_z"),
+    ("mlp_out", "mlp", "mlp_post"),
+)
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -150,11 +154,12 @@ def has_site(layout: Layout, name: str, layer: int | None) -> bool:
 
 def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     """Returns the sites to capture: the stream into and out of each block, and what blocks add."""
-    inner = ["z"] * heads + ["mlp_post"] * neurons
+    has_cross = "cross_z" in lm.layout.names
+    inner = ["z"] * heads + ["cross_z"] * (heads and has_cross) + ["mlp_post"] * neurons
     for name in inner:
         lm.expand(name)  # raises if no block has it
     sites = [Site("embed"), Site("pos_embed")]
-    for name in ["resid_pre", "attn_out", "mlp_out", "resid_post", *inner]:
+    for name in ["resid_pre", "attn_out", "cross_out", "mlp_out", "resid_post", *inner]:
         sites += [Site(name, layer) for layer in range(lm.n_layers)]
     return [site for site in sites if has_site(lm.layout, site.name, site.layer)]
 
@@ -217,7 +222,7 @@ def _split(stream: ResidualStream, site: Site, inner: Site) -> Iterator[Part]:
     outward, offset = _after_projection(stream, site, project, flat, added)
     direction = vector_jacobian_product(project, flat, outward).double()
     shares, offset = (direction * flat.double()).to(along.device), offset.to(along.device)
-    if inner.name == "z":
+    if inner.name in ("z", "cross_z"):
         by_head = shares.unflatten(1, (values.shape[1], -1)).sum(-1)
         for head in range(by_head.shape[1]):
             yield Part(f"{inner}.{head}", "head", layer, by_head[:, head], head)

@@ -114,7 +114,17 @@ def _modules_inside(blocks: Sequence[torch.nn.Module]) -> set[torch.nn.Module]:
 
 def _inputs(lm: LM, rows: int) -> dict[str, Any]:
     ids = torch.full((rows, 1), pad_id(lm), device=lm.device)
-    return {"input_ids": ids, **lm.accepted(use_cache=False, return_dict=True)}
+    settings = lm.accepted(use_cache=False, return_dict=True)
+    if not lm.two_texts:
+        return {"input_ids": ids, **settings}
+    from transformers.modeling_outputs import BaseModelOutput
+
+    # what the decoder reads of a source does not matter after its blocks
+    width = lm.layout.stacks["encoder"].sizes["d_model"] or 1
+    dtype = getattr(lm.root, "dtype", None)
+    states = torch.zeros(rows, 1, width, dtype=dtype, device=lm.device)
+    encoder_outputs = BaseModelOutput(last_hidden_state=states)  # pyright: ignore
+    return {"decoder_input_ids": ids, "encoder_outputs": encoder_outputs, **settings}
 
 
 def _skip_hooks_inside_blocks(hook_block: HookBlock) -> None:

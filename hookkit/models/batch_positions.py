@@ -64,6 +64,8 @@ class SequenceBatch:
     start: int = 0  # the first column that this batch reads itself; earlier ones are in a cache
     n_read: int = 0  # columns below this one have been read
     head: int | None = None  # the first column for which logits were computed
+    # For an encoder-decoder, what its encoder reads.
+    source: "SequenceBatch | None" = None
     # The decided tokens by model row and column.
     decided: dict[tuple[int, int], DecidedToken] = field(default_factory=dict)
     _positions: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
@@ -220,6 +222,7 @@ class ForwardPass:
     head: range  # the columns that the unembedding computes, counted from `past`
     n_read: int  # the number of columns that were read before this forward
     placed: bool = True  # False for an encoder-decoder: tensors may belong to either of two texts
+    source: "ForwardPass | None" = None  # for an encoder-decoder, the forward of its encoder
     end: int | None = None  # the first column that is not filled yet, where tensors have more room
     _by_key_count: dict[int, "ForwardPass"] = field(default_factory=dict)
     _selections: dict[tuple[int, bool, bool], Selection | None] = field(default_factory=dict)
@@ -243,6 +246,11 @@ class ForwardPass:
                 self.text, self.number, first, self.rows, count, range(count), self.n_read, end=end
             )
         return self._by_key_count[count]
+
+    def source_keys(self, cells: "Selection") -> list[tuple[int, int, int]]:
+        """Returns the same as `keys`, for attention to the source of an encoder-decoder."""
+        assert self.source is not None
+        return self.source.keys(cells, self.source.width)
 
     def keys(self, cells: "Selection", count: int) -> list[tuple[int, int, int]]:
         """Returns where each row's own keys are among `count` columns of keys.

@@ -6,6 +6,7 @@ reads through views of that tensor where it can, so that what it writes goes int
 tensor (or a copy).
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -20,6 +21,7 @@ from .batch_positions import ForwardPass, Selection
 from .families.schema import AxisSplit, Family, ModuleLocation, split_axis
 from .sites import (
     AXES,
+    CROSS_SITES,
     QUERY_KEY_SITES,
     SITES_WITH_KEY_HEADS,
     SITES_WITHOUT_LAYER,
@@ -33,14 +35,16 @@ from .sites import (
 class Layout:
     """The module locations of one model's sites.
 
-    `root` is the model and `config` its configuration, or None. The `LM` owns the layout. The
-    fields after `family` are caches; `verified` belongs to `hookkit.models.attention`, and `views`
+    `root` is the model and `config` its configuration, or None. `stacks` are the layouts of its
+    other lists of blocks, such as an encoder. The `LM` owns the layout. The fields after `stacks`
+    are caches; `verified` belongs to `hookkit.models.attention`, and `views`
     to `view_of`.
     """
 
     root: nn.Module
     config: Any
     family: Family
+    stacks: Mapping[str, "Layout"] = field(default_factory=dict)
     _locations: dict[tuple[str, int | None], ModuleLocation | None] = field(default_factory=dict)
     _sizes: dict[int | None, dict[str, int | None]] = field(default_factory=dict)
     verified: dict[nn.Module, set[str]] = field(default_factory=dict)
@@ -141,6 +145,8 @@ class Layout:
         if isinstance(site, ModuleSite):
             self.submodule(site.path)
             return ModuleLocation(site.path, site.side, site.item)
+        if site.stack:
+            return self.of_stack(site).location(replace(site, stack=""))
         family = self.family
         if site.name not in self.names:
             raise MissingSite(
@@ -172,26 +178,41 @@ class Layout:
                 f"{site} was asked for, and {site.name!r} has {heads} {word}: 0 to {heads - 1}"
             )
 
+    def of_stack(self, site: Site) -> "Layout":
+        """Returns the layout of the stack of a site. Raises `MissingSite` if there is no such."""
+        if not site.stack:
+            return self
+        if site.stack not in self.stacks:
+            raise MissingSite(
+                f"{site} was asked for, and this {self.family.name} model has no {site.stack}"
+            )
+        return self.stacks[site.stack]
+
     def cut(self, site: Site) -> AxisSplit | None:
         """Returns which part of the tensor's last axis a site is; None if it is the whole axis."""
         location = self.location(site)
         if not location.cut:
             return None
-        return split_axis(location, self.sizes_of(site.layer))
+        return split_axis(location, self.of_stack(site).sizes_of(site.layer))
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Returns the sizes of a site's axes after batch and pos.
 
         The size of query and key is 0, because it depends on the number of tokens.
         """
+        if site.stack:
+            return self.of_stack(site).shape(replace(site, stack=""))
         part = self.cut(site)
         if part is not None:
             is_one_of_heads = site.head is not None and part.inner is not None
             return part.shape[1:] if is_one_of_heads else part.shape
         # Some models project between the embedding and the residual stream.
         if site.name in ("embed", "final_norm"):
-            module = self.submodule(self.location(site).path)
+            location = self.location(site)
+            module = self.submodule(location.path)
             width = _read_int(module, "embedding_dim", "out_features")
+            if location.side == "input":
+                width = _input_size(module)
             if width is not None:
                 return (width,)
         sizes = dict(self.sizes_of(site.layer))
@@ -201,6 +222,8 @@ class Layout:
 
     def factor(self, site: Site) -> float:
         """Returns the number by which the module's tensor is multiplied to give the site."""
+        if site.stack:
+            return self.of_stack(site).factor(replace(site, stack=""))
         location = self.location(site)
         factor = 1.0
         if location.times:
@@ -231,7 +254,12 @@ class Layout:
 
     def describe(self) -> pd.DataFrame:
         """Returns the table of all sites, one row each; see `LM.describe`."""
-        return pd.DataFrame(list(map(self._describe_site, AXES)))
+        names = [name for name in AXES if name in self.names or name not in CROSS_SITES]
+        tables = [pd.DataFrame(list(map(self._describe_site, names)))]
+        for stack, layout in self.stacks.items():
+            table = layout.describe()
+            tables.append(table.assign(site=stack + "." + table["site"]))
+        return pd.concat(tables, ignore_index=True)
 
     def _describe_site(self, name: str) -> dict[str, object]:
         sizes = " ".join(str(self.sizes.get(axis) or axis) for axis in AXES[name].split())
@@ -246,14 +274,26 @@ class Layout:
         return row | facts
 
 
-def text_config(config: Any) -> Any:
-    """Returns the configuration of the stack that writes text.
+def text_config(config: Any, stack: str = "decoder") -> Any:
+    """Returns the configuration of the stack that writes text, or of the encoder.
 
     For a model that reads images or sound too, it is a part of the model's configuration.
     """
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "get_text_config"):
+    if not hasattr(config, "get_text_config"):
         return config
-    return config.get_text_config()
+    if not getattr(config, "is_encoder_decoder", False):
+        return config.get_text_config()
+    if stack == "encoder":
+        part = config.get_text_config(encoder=True)
+        encoder = getattr(config, "encoder", None)
+        return encoder if hasattr(encoder, "num_hidden_layers") else part
+    part = config.get_text_config(decoder=True)
+    # T5 names the number of the decoder's blocks in its own way.
+    n_blocks = getattr(config, "num_decoder_layers", None)
+    if n_blocks is not None and n_blocks != part.num_hidden_layers:
+        part = copy.deepcopy(part)
+        part.num_hidden_layers = n_blocks
+    return part
 
 
 def _read_int(config: Any, *names: str) -> int | None:
@@ -405,12 +445,18 @@ class AttentionView(HeadFirstView):
     """
 
     scores: bool = False
+    cross: bool = False  # True if the keys are those of an encoder-decoder's source
+
+    def _keys(
+        self, cells: Selection, forward: ForwardPass, count: int
+    ) -> list[tuple[int, int, int]]:
+        return forward.source_keys(cells) if self.cross else forward.keys(cells, count)
 
     def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
         unseen = unseen_value(raw.dtype, self.scores)
         if self.scores:
             raw = raw.masked_fill(is_hidden(raw), unseen)
-        spans = forward.keys(cells, raw.shape[-1])
+        spans = self._keys(cells, forward, raw.shape[-1])
         width = max(last for _, last, _ in spans)
         if set(spans) == {(0, width, 0)}:
             return raw[..., :width]
@@ -423,7 +469,7 @@ class AttentionView(HeadFirstView):
         self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
     ) -> Tensor:
         result = raw.clone()
-        for row, (first, last, column) in enumerate(forward.keys(cells, raw.shape[-1])):
+        for row, (first, last, column) in enumerate(self._keys(cells, forward, raw.shape[-1])):
             result[row, ..., column : column + last - first] = new[row, ..., first:last]
         return result
 
@@ -485,7 +531,9 @@ def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> Site
     if location.flat:
         return FlatView(site.head)
     if location.side == "inside" and site.name in QUERY_KEY_SITES:
-        return AttentionView(site.head, scores=site.name == "scores")
+        return AttentionView(
+            site.head, scores=site.name.endswith("scores"), cross=site.name in CROSS_SITES
+        )
     if location.side == "inside":
         return HeadFirstView(site.head, keys=location.item != "query")
     cut = layout.cut(site)

@@ -239,6 +239,11 @@ class LM(Vocabulary):
         return ()
 
     @cached_property
+    def encoder(self) -> nn.Module | None:
+        """The encoder of an encoder-decoder whose sites are known, else None."""
+        return _call_method(self.root, "get_encoder") if self.family.stacks else None
+
+    @cached_property
     def ranks(self) -> Ranks | None:
         """The processes of tensor parallelism; None if this process has the whole model."""
         return find_ranks(self.root)
@@ -276,7 +281,10 @@ class LM(Vocabulary):
     @cached_property
     def layout(self) -> Layout:
         """The locations of the family's sites in this model's modules."""
-        return Layout(self.root, text_config(self.config), self.family)
+        stacks: dict[str, Layout] = {}
+        for stack, family in self.family.stacks.items():
+            stacks[stack] = Layout(self.root, text_config(self.config, stack), family)
+        return Layout(self.root, text_config(self.config), self.family, stacks)
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -396,10 +404,11 @@ class LM(Vocabulary):
         expanded: list[AnySite] = []
         for site in as_sites(sites):
             if isinstance(site, Site) and site.every_layer:
-                if site.name not in self.layout.names:
-                    self.location(Site(site.name, 0))  # raises, with the reason
-                layers = self.layout.layers(site.name) or []
-                expanded += [Site(site.name, layer) for layer in layers]
+                layout = self.layout.of_stack(site)
+                if site.name not in layout.names:
+                    self.location(replace(site, layer=0))  # raises, with the reason
+                layers = layout.layers(site.name) or []
+                expanded += [replace(site, layer=layer) for layer in layers]
             else:
                 self.location(site)
                 expanded.append(site)

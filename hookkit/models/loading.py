@@ -24,7 +24,7 @@ from .cache import DEFAULT, PACKAGE, VERSION, default_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
 from .layout import text_config
 from .lm import LM
-from .tiny_multimodal import MULTIMODAL
+from .tiny_settings import ENCODER_DECODERS, MULTIMODAL
 
 TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "local_files_only", "gguf_file")
 # parts of the names of exception classes
@@ -396,8 +396,9 @@ def tiny(
 
 
 def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    if model_type in MULTIMODAL:
-        return copy.deepcopy(MULTIMODAL[model_type]) | changes
+    whole_settings = MULTIMODAL.get(model_type) or ENCODER_DECODERS.get(model_type)
+    if whole_settings is not None:
+        return copy.deepcopy(whole_settings) | changes
     settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
     settings |= FAMILIES.get(model_type, {}) | changes
     for name, value in list(settings.items()):

@@ -26,7 +26,7 @@ from ..errors import Unsupported
 from .batch_positions import Side, pad_batch
 from .lm import LM, logits_of
 from .overrides import Overrides, enter_padding_trial, in_padding_trial
-from .prompt_row import Row, has_inputs, input_names, join_inputs
+from .prompt_row import Row, has_inputs, input_names, join_inputs, join_sources
 
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -59,10 +59,26 @@ class PaddingScheme:
         return inputs
 
 
-def can_pad(lm: LM, side: Side) -> bool:
+def forward_inputs(
+    lm: LM, rows: Sequence[Row], own: Mapping[str, Tensor], width: int, side: Side
+) -> dict[str, Tensor]:
+    """Returns the arguments of a forward of these rows, which are padded to `width` on one side.
+
+    `own` are the arguments made of their token ids; an encoder-decoder's decoder reads them.
+    """
+    others = join_inputs(rows, width, side)
+    if lm.two_texts:
+        own = {f"decoder_{name}": values for name, values in own.items()}
+        pad_token_id = getattr(lm.config, "pad_token_id", None)
+        others |= join_sources(rows, pad_token_id or 0)
+    moved = {name: values.to(lm.device) for name, values in others.items()}
+    return {**own, **moved}
+
+
+def can_pad(lm: LM, side: Side, rows: Sequence[Row] = ()) -> bool:
     """True if a row that is padded on this side has the numbers of the row alone."""
     try:
-        padding_scheme(lm, side)
+        padding_scheme(lm, side, rows)
     except Unsupported:
         return False
     return True
@@ -100,7 +116,8 @@ def check_generation(
     # "paged" packs prompts into one row, which hooks refuse
     if cache in ("dynamic", "dynamic_full", "paged"):
         cache = None
-    if (padded, chunk_kind, cache) == (False, None, None) and _position_offset(lm) is None:
+    is_plain = (padded, chunk_kind, cache) == (False, None, None)
+    if is_plain and _position_offset(lm) is None and not lm.two_texts:
         return
     if padded:
         _trial_result(lm, _generation_problem, True, None, None, rows=rows)
@@ -116,6 +133,11 @@ def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
     return min(chunk, 3), min(width % chunk, 2)
 
 
+def _lengths(row: Row) -> tuple[int, int]:
+    """Returns the number of tokens of a row, and of an encoder-decoder's source."""
+    return len(row), len(getattr(row, "source", None) or ())
+
+
 def _trial_result(
     lm: LM, trial: Callable[..., Any], *arguments: Any, rows: Sequence[Row] = ()
 ) -> Any:
@@ -125,11 +147,11 @@ def _trial_result(
     """
     attention = getattr(lm.config, "_attn_implementation", None)
     key = trial, *arguments, attention, getattr(lm.root, "dtype", None), lm.adapters
-    key = *key, input_names(rows)
+    key = *key, input_names(rows), len(set(map(len, rows))) > 1
     if key not in lm.trial_results:
         own_rows = _trial_rows(lm)
         if input_names(rows):
-            own_rows = [max(rows, key=len), min(rows, key=len)]
+            own_rows = [max(rows, key=_lengths), min(rows, key=_lengths)]
         lm.trial_results[key] = trial(lm, own_rows, *arguments)
     if isinstance(lm.trial_results[key], str):
         raise Unsupported(lm.trial_results[key])
@@ -179,7 +201,7 @@ def _first_right_scheme(lm: LM, rows: list[Row], side: Side) -> PaddingScheme | 
 def _possible_schemes(lm: LM, side: Side) -> list[PaddingScheme]:
     """Returns the schemes that a model may need, the most likely first."""
     with_positions = []
-    if "position_ids" in lm.takes:
+    if ("decoder_position_ids" if lm.two_texts else "position_ids") in lm.takes:
         offset = _position_offset(lm)
         if offset is not None:
             with_positions.append(PaddingScheme(offset))
@@ -213,8 +235,8 @@ def _padding_difference(
     """Returns the largest relative difference between rows of a padded batch and the rows alone."""
     ids, positions = pad_batch(rows, 0, side)
     width = ids.shape[1]
-    others = _other_inputs(lm, rows, width, side)
-    logits = _forward(lm, scheme.inputs(ids.to(lm.device), positions, width) | others)
+    own = scheme.inputs(ids.to(lm.device), positions, width)
+    logits = _forward(lm, forward_inputs(lm, rows, own, width, side))
     is_real = (positions >= 0).to(logits.device)
     differences: list[float] = []
     for row, expected in enumerate(alone):
@@ -321,17 +343,17 @@ def _generated_logits(
     if cache is not None:
         # a cache may reserve room for the tokens to come
         options |= {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": 4}
+    mask = (positions >= 0).long().to(lm.device)
+    own = {"input_ids": ids.to(lm.device), "attention_mask": mask}
     output = type(root).generate(
         root,
-        input_ids=ids.to(lm.device),
-        attention_mask=(positions >= 0).long().to(lm.device),
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
-        **_other_inputs(lm, rows, ids.shape[1], "left"),
+        **forward_inputs(lm, rows, own, ids.shape[1], "left"),
         **options,
     )
     return output.logits[0]
@@ -357,13 +379,7 @@ def _other_row(row: Row) -> Row:
 
 def _forward_unpadded(lm: LM, rows: list[Row]) -> Tensor:
     ids = torch.tensor(rows, device=lm.device)
-    return _forward(lm, {"input_ids": ids} | _other_inputs(lm, rows, ids.shape[1], "right"))
-
-
-def _other_inputs(lm: LM, rows: list[Row], width: int, side: Side) -> dict[str, Tensor]:
-    """Returns what the model reads besides ids and mask, on its device."""
-    joined = join_inputs(rows, width, side)
-    return {name: values.to(lm.device) for name, values in joined.items()}
+    return _forward(lm, forward_inputs(lm, rows, {"input_ids": ids}, ids.shape[1], "right"))
 
 
 def _forward(lm: LM, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments import describe
 from ..errors import BadPrompt, Unsupported
-from .batch_positions import Side
+from .batch_positions import Side, pad_batch
 
 Row: TypeAlias = tuple[int, ...]
 
@@ -33,12 +33,15 @@ class PromptRow(tuple[int, ...]):
     per_token  other arguments with one value for each token, such as token_type_ids
     turns      in a chat, the number of each token's message; None for the template's own tokens
     speakers   in a chat, the role of each message: "user", "assistant", …
+    source     for an encoder-decoder, the token ids that the encoder reads; the row itself is what
+               the decoder reads
     """
 
     inputs: Mapping[str, Tensor]
     per_token: Mapping[str, Tensor]
     turns: tuple[int | None, ...]
     speakers: tuple[str, ...]
+    source: Row | None
 
     def __new__(
         cls,
@@ -47,18 +50,20 @@ class PromptRow(tuple[int, ...]):
         per_token: Mapping[str, Tensor] | None = None,
         turns: Sequence[int | None] = (),
         speakers: Sequence[str] = (),
+        source: Row | None = None,
     ) -> "PromptRow":
         row = super().__new__(cls, ids)
         row.inputs = inputs or {}
         row.per_token = per_token or {}
         row.turns = tuple(turns)
         row.speakers = tuple(speakers)
+        row.source = source
         return row
 
     @property
     def has_inputs(self) -> bool:
         """True if the model reads more than the token ids."""
-        return bool(self.inputs or self.per_token)
+        return bool(self.inputs or self.per_token) or self.source is not None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -69,6 +74,8 @@ class PromptRow(tuple[int, ...]):
     def __eq__(self, other: object) -> bool:
         """True for the same ids with the same other inputs."""
         if not isinstance(other, tuple) or not super().__eq__(other):
+            return False
+        if self.source != getattr(other, "source", None):
             return False
         return _equal_inputs(self.inputs, getattr(other, "inputs", {})) and _equal_inputs(
             self.per_token, getattr(other, "per_token", {})
@@ -92,6 +99,8 @@ def input_names(rows: Sequence[Row]) -> tuple[str, ...]:
     for row in rows:
         if isinstance(row, PromptRow):
             names |= row.inputs.keys() | row.per_token.keys()
+            if row.source is not None:
+                names.add("input_ids")
     return tuple(sorted(names))
 
 
@@ -104,6 +113,8 @@ def row_as_json(row: Row) -> list[Any]:
     """Returns the token ids of a row, and the digest of each other input after them."""
     facts: list[Any] = list(row)
     if isinstance(row, PromptRow):
+        if row.source is not None:
+            facts.append({"source": list(row.source)})
         for name, values in sorted({**row.inputs, **row.per_token}.items()):
             numbers = values.detach().cpu().float().contiguous().numpy()
             digest = hashlib.sha256(numbers.tobytes()).hexdigest()
@@ -116,7 +127,8 @@ def crop_row(row: Row, length: int) -> Row:
     if not isinstance(row, PromptRow):
         return row[:length]
     per_token = {name: values[:length] for name, values in row.per_token.items()}
-    return PromptRow(row[:length], row.inputs, per_token, row.turns[:length], row.speakers)
+    turns = row.turns[:length]
+    return PromptRow(row[:length], row.inputs, per_token, turns, row.speakers, row.source)
 
 
 def piece_of_row(row: Row, head: int, start: int, stop: int) -> Row:
@@ -157,7 +169,7 @@ def extend_row(row: Row, ids: Sequence[int], fills: Mapping[str, int] | None = N
         if speakers[-1] != "assistant":
             speakers = (*speakers, "assistant")
         turns = (*turns, *[len(speakers) - 1] * len(ids))
-    return PromptRow((*row, *ids), row.inputs, per_token, turns, speakers)
+    return PromptRow((*row, *ids), row.inputs, per_token, turns, speakers, row.source)
 
 
 # ---- from what a processor returned to rows
@@ -177,7 +189,8 @@ def split_inputs(
     tensors = {name: _as_tensor(name, values) for name, values in others.items()}
     per_token, inputs = {}, {}
     for name, values in tensors.items():
-        is_per_token = tuple(values.shape[:2]) == (len(rows), width) and values.ndim == 2
+        has_columns = tuple(values.shape) == (len(rows), width)
+        is_per_token = has_columns and not name.startswith("decoder_")
         (per_token if is_per_token else inputs)[name] = values
     parts = _divide(inputs, len(rows))
     result: list[Row] = []
@@ -264,3 +277,12 @@ def _pad_per_token(name: str, rows: Sequence[Row], width: int, side: Side) -> Te
             start = 0 if side == "right" else width - len(values)
             joined[number, start : start + len(values)] = values
     return joined
+
+
+def join_sources(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """Returns the ids and the mask of the sources of an encoder-decoder, padded on the right."""
+    sources = [getattr(row, "source", None) for row in rows]
+    if None in sources:
+        return {}
+    ids, positions = pad_batch([source or () for source in sources], pad, "right")
+    return {"input_ids": ids, "attention_mask": (positions >= 0).long()}

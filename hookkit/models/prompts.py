@@ -17,7 +17,7 @@ from .batch_positions import pad_batch
 from .batch_positions import pad_rows as pad_rows
 from .chat import Chat, chat_of, render
 from .lm import LM
-from .padding import padding_scheme
+from .padding import forward_inputs, padding_scheme
 from .positions import AUDIO, IMAGE, At, Named, Role, TextPart, Turn
 from .prompt_row import (
     PromptRow,
@@ -25,7 +25,6 @@ from .prompt_row import (
     extend_row,
     has_inputs,
     input_names,
-    join_inputs,
     split_inputs,
 )
 
@@ -185,6 +184,9 @@ def _row_of_mapping(item: Any, number: int) -> Row:
 def _rows_of_mapping(inputs: Any) -> list[Any]:
     """Returns the rows of ids, without padding, of a mapping that a tokenizer returned."""
     _check_keys(inputs)
+    if "input_ids" not in inputs:  # a model that reads sound and writes text
+        sounds = as_items(inputs["input_features"]) or []
+        return split_inputs([()] * len(sounds), [()] * len(sounds), 0, inputs)
     rows: list[Any] = list(check_prompts(inputs["input_ids"]))
     if str in map(type, rows):
         raise BadPrompt(
@@ -218,7 +220,7 @@ def _rows_of_mask(mask: object) -> list[Any]:
 
 
 def _check_keys(inputs: Any) -> None:
-    if "input_ids" not in inputs:
+    if "input_ids" not in inputs and "input_features" not in inputs:
         keys = ", ".join(map(repr, map(str, inputs))) or "nothing"
         raise BadPrompt(
             f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, "
@@ -285,19 +287,14 @@ class Batch:
 
     @property
     def padded(self) -> bool:
-        """True if the rows differ in length."""
-        return len(set(self.lengths)) > 1
+        """True if the rows, or their sources, differ in length."""
+        sources = [getattr(row, "source", None) or () for row in self.rows]
+        return len(set(self.lengths)) > 1 or len(set(map(len, sources))) > 1
 
     @property
     def mask(self) -> Bool[Tensor, "batch pos"]:
         """True for real tokens."""
         return (self.positions >= 0).to(self.ids.device)
-
-    @property
-    def other_inputs(self) -> dict[str, Tensor]:
-        """The arguments of a forward besides ids and mask, such as those for images."""
-        joined = join_inputs(self.rows, self.ids.shape[1], self.side)
-        return {name: values.to(self.ids.device) for name, values in joined.items()}
 
     def inputs(self, lm: LM) -> dict[str, Tensor]:
         """Returns the arguments of a forward.
@@ -305,11 +302,10 @@ class Batch:
         A padded batch has a mask too, and what else the model needs so that a padded row gives the
         same numbers as the row alone. Raises `Unsupported` for a model in which nothing does so.
         """
-        if not self.padded:
-            return {"input_ids": self.ids} | self.other_inputs
-        scheme = padding_scheme(lm, self.side, self.rows)
-        ids_and_mask = scheme.inputs(self.ids, self.positions, self.ids.shape[1])
-        return ids_and_mask | self.other_inputs
+        width, own = self.ids.shape[1], {"input_ids": self.ids}
+        if self.padded:
+            own = padding_scheme(lm, self.side, self.rows).inputs(self.ids, self.positions, width)
+        return forward_inputs(lm, self.rows, own, width, self.side)
 
 
 def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -> Batch:
@@ -340,9 +336,48 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
         row = tokenize(lm, content)
         from_tokenizer = isinstance(content, str | Chat) or isinstance(prompts, Mapping)
         _check_ids(lm, number, row, from_tokenizer=from_tokenizer)
+        source = getattr(row, "source", None)
+        if source is not None:
+            _check_ids(lm, number, source, from_tokenizer=from_tokenizer)
         _check_inputs(lm, number, row)
         rows.append(row)
     return rows
+
+
+def _with_source(lm: LM, row: Row) -> Row:
+    """Returns the row of an encoder-decoder whose encoder reads these tokens.
+
+    The decoder reads `decoder_input_ids` if the prompt has them, else its start token alone.
+    """
+    if getattr(row, "source", None) is not None:
+        return row
+    inputs = dict(getattr(row, "inputs", {}))
+    decoder_ids = inputs.pop("decoder_input_ids", None)
+    mask = inputs.pop("decoder_attention_mask", None)
+    if decoder_ids is None and "input_features" in inputs and row:
+        return row  # a row of a run, whose ids are the decoder's
+    ids: list[int] = [_start_token(lm)]
+    if decoder_ids is not None:
+        ids = decoder_ids.flatten().tolist()
+    if mask is not None:
+        ids = list(compress(ids, mask.flatten().tolist()))
+    per_token = getattr(row, "per_token", {})
+    source = None if "input_features" in inputs else tuple(row)
+    return PromptRow(ids, inputs, per_token, source=source)
+
+
+def _start_token(lm: LM) -> int:
+    """Returns the token with which a decoder begins."""
+    generation = getattr(lm.root, "generation_config", None)
+    for config in (generation, lm.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token_id = getattr(config, name, None)
+            if isinstance(token_id, int):
+                return token_id
+    raise BadPrompt(
+        f"{type(lm.root).__name__} says no decoder_start_token_id: give decoder_input_ids with the "
+        "prompts, {'input_ids': …, 'decoder_input_ids': …}"
+    )
 
 
 def batches_by_length(
@@ -378,9 +413,15 @@ def pad_id(lm: LM) -> int:
 def tokenize(lm: LM, content: str | Chat | Row) -> Row:
     """Returns the token ids of a text with the tokenizer's own special tokens, or of a chat.
 
-    Raises `BadPrompt` for a text that already begins with a special token which the tokenizer puts
-    before every text, so that the model would read it twice.
+    For an encoder-decoder they are the source of the row that is returned. Raises `BadPrompt` for a
+    text that already begins with a special token which the tokenizer puts before every text, so
+    that the model would read it twice.
     """
+    row = _tokenize(lm, content)
+    return _with_source(lm, row) if lm.two_texts else row
+
+
+def _tokenize(lm: LM, content: str | Chat | Row) -> Row:
     if isinstance(content, Chat):
         rendering = render(lm.tokenizer, content)
         return PromptRow(rendering.ids, turns=rendering.turns, speakers=content.roles)

@@ -4,8 +4,10 @@
     hk.Site("z", 9, 3)                          head 3 of block 9, before the output projection
     hk.module("model.layers.3.mlp.gate_proj")   the output of any module
 
-As text these are "resid_post.6", "z.9.3" and "model.layers.3.mlp.gate_proj:output". A layered name
-without a layer, such as "resid_post", stands for every layer.
+    hk.Site("z", 2, stack="encoder")            all heads of block 2 of an encoder-decoder's encoder
+
+As text these are "resid_post.6", "z.9.3", "model.layers.3.mlp.gate_proj:output" and "encoder.z.2".
+A layered name without a layer, such as "resid_post", stands for every layer.
 """
 
 from __future__ import annotations
@@ -38,6 +40,15 @@ AXES: dict[str, str] = {
     "z": "batch pos head d_head",
     "attn_out": "batch pos d_model",
     "resid_mid": "batch pos d_model",
+    "cross_in": "batch pos d_model",
+    "cross_q": "batch pos head d_head",
+    "cross_k": "batch pos kv_head d_head",
+    "cross_v": "batch pos kv_head d_head",
+    "cross_scores": "batch head query key",
+    "cross_pattern": "batch head query key",
+    "cross_z": "batch pos head d_head",
+    "cross_out": "batch pos d_model",
+    "cross_mid": "batch pos d_model",
     "mlp_in": "batch pos d_model",
     "router_logits": "batch pos expert",
     "experts": "batch pos choice",
@@ -51,11 +62,15 @@ AXES: dict[str, str] = {
     "logits": "batch pos vocab",
 }
 SITES_WITHOUT_LAYER = frozenset({"embed", "pos_embed", "final_norm", "lm_head", "logits"})
-SITES_WITH_HEADS = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "scores", "pattern"})
-SITES_WITH_KEY_HEADS = frozenset({"k", "v", "k_rot"})
+CROSS_SITES = frozenset(name for name in AXES if name.startswith("cross_"))
+SITES_WITH_HEADS = frozenset(name for name, axes in AXES.items() if "head" in axes)
+SITES_WITH_KEY_HEADS = frozenset({"k", "v", "k_rot", "cross_k", "cross_v"})
 # Their positions are queries, each with a number for every key.
-QUERY_KEY_SITES = frozenset({"scores", "pattern"})
+QUERY_KEY_SITES = frozenset({"scores", "pattern", "cross_scores", "cross_pattern"})
+# Their positions, or those of their keys, are the source's, which an encoder reads.
+SOURCE_SITES = frozenset({"cross_k", "cross_v"})
 LOGIT_SITES = frozenset({"lm_head", "logits"})
+STACKS = ("encoder",)  # other lists of blocks than the one that writes text
 
 
 @check_fields
@@ -63,15 +78,22 @@ LOGIT_SITES = frozenset({"lm_head", "logits"})
 class Site:
     """A named activation: `Site("z", 9, 3)` is head 3 of `z` in block 9.
 
-    Layers and heads count from 0.
+    Layers and heads count from 0. `stack` is "encoder" for a site in the encoder of an
+    encoder-decoder, whose positions are those of the source; "" is the stack that writes text.
     """
 
     name: str
     layer: int | None = None
     head: int | None = None
+    stack: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        if self.stack and self.stack not in STACKS:
+            raise UnknownSite(
+                f"stack={self.stack!r} of {self.name!r} is unknown: say {' or '.join(STACKS)}, or "
+                "leave it out"
+            )
         object.__setattr__(self, "layer", _read_index(self.name, "layer", self.layer))
         object.__setattr__(self, "head", _read_index(self.name, "head", self.head))
         if self.layer is not None and self.name in SITES_WITHOUT_LAYER:
@@ -96,6 +118,11 @@ class Site:
         return axes.replace("kv_head ", "").replace("head ", "", 1)
 
     @property
+    def reads_source(self) -> bool:
+        """True if the positions are those of an encoder-decoder's source."""
+        return self.stack == "encoder" or self.name in SOURCE_SITES
+
+    @property
     def every_layer(self) -> bool:
         """True for a layered name without a layer, which stands for all of them."""
         return self.layer is None and self.name not in SITES_WITHOUT_LAYER
@@ -104,7 +131,7 @@ class Site:
         return render_html(f"site {self}", {"axes": self.axes})
 
     def __str__(self) -> str:
-        parts = (self.name, self.layer, self.head)
+        parts = (self.stack or None, self.name, self.layer, self.head)
         return ".".join(str(part) for part in parts if part is not None)
 
 
@@ -198,13 +225,17 @@ def parse_site(text: str) -> AnySite:
     """
     if ":" in text:
         return _parse_module(text)
-    name, *numbers = text.split(".")
+    stack, _, rest = text.partition(".")
+    if stack not in STACKS:
+        stack, rest = "", text
+    name, *numbers = rest.split(".")
     if len(numbers) > 2 or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
         hint = "a path of the module tree is meant? Write hk.module(path, side='output')"
         raise UnknownSite(
             f"{text!r} does not name a site; sites look like 'resid_post.6' or 'z.9.3' ({hint})"
         )
-    return Site(name, *map(int, numbers))
+    layer, head = [*map(int, numbers), None, None][:2]
+    return Site(name, layer, head, stack)
 
 
 def _parse_module(text: str) -> ModuleSite:

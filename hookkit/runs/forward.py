@@ -55,8 +55,8 @@ def outside_inference_mode(function: Callable[Arguments, Result]) -> Callable[Ar
 
 
 def refuse_two_texts(lm: LM) -> None:
-    """Raises `Unsupported` for an encoder-decoder."""
-    if lm.two_texts:
+    """Raises `Unsupported` for an encoder-decoder whose sites are unknown."""
+    if lm.two_texts and not lm.family.stacks:
         raise Unsupported(
             f"{type(lm.root).__name__} is an encoder-decoder, which reads one text and writes "
             "another: run it yourself in a block of hk.attach, with hooks at hk.module(path)"
@@ -133,7 +133,7 @@ def _check_logits(lm: LM) -> None:
 def _batch_of(lm: LM, prompts: Prompts, option: LogitsOption) -> Batch:
     """The prompts, padded on the left if only the last logits are computed and the model can."""
     batch = as_batch(lm, prompts)
-    if option == "last" and (not batch.padded or can_pad(lm, "left")):
+    if option == "last" and (not batch.padded or can_pad(lm, "left", batch.rows)):
         batch = as_batch(lm, list(batch.rows), side="left")
     if batch.padded and lm.config is not None:
         batch.inputs(lm)  # raises if a padded row would not give the same numbers as the row alone

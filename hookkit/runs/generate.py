@@ -24,7 +24,7 @@ from ..hooks.capture import Capture, Captured, CaptureLast
 from ..models.lm import LM
 from ..models.model_setup import warn_of_dropout
 from ..models.overrides import PROGRESS
-from ..models.padding import check_generation
+from ..models.padding import check_generation, forward_inputs
 from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site, Sites
@@ -156,8 +156,8 @@ def generate_with_tracer(
 
 def _inputs(lm: LM, batch: Batch, config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The prompts; a tokenizer for stop strings, and a pad token if the model has none."""
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
-    inputs |= batch.other_inputs
+    own = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    inputs: dict[str, Any] = {**forward_inputs(lm, batch.rows, own, batch.ids.shape[1], "left")}
     if config.stop_strings and "tokenizer" not in arguments:
         inputs["tokenizer"] = lm.tokenizer
     if config.pad_token_id is None and not {"generation_config", "pad_token_id"} & set(arguments):

@@ -56,6 +56,11 @@ class BoundHook:
     overflow_flags: list[Tensor] = field(default_factory=list)  # of the current forward
     last_pass: Any = None  # the last forward in which the hook did something
 
+    @property
+    def reads_source(self) -> bool:
+        """True if the hook's positions are those of an encoder-decoder's source."""
+        return isinstance(self.site, Site) and self.site.reads_source
+
 
 @dataclass(eq=False)
 class HookPoint:
@@ -66,6 +71,11 @@ class HookPoint:
     actions: list[BoundHook]
     reads_input: bool = False  # True if an edit of the output also needs the module's input
     copies_output: bool = False  # True if all that is done is to copy a whole output tensor
+
+    @property
+    def reads_source(self) -> bool:
+        """True if the tensor has the positions of an encoder-decoder's source."""
+        return any(bound_hook.reads_source for bound_hook in self.actions)
 
     def add(self, bound_hook: BoundHook, location: ModuleLocation) -> None:
         """Adds a hook, whose site is at this location in the tensor."""
@@ -205,7 +215,7 @@ def apply_hook(
     on. `module_input` is for edits that need it. The tensor itself is written to only at a shared
     location, where the block reads it twice.
     """
-    if not forward_pass.placed:
+    if not forward_pass.placed and isinstance(bound_hook.site, ModuleSite):
         return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
     view = bound_hook.view
     forward_pass = view.call(forward_pass, tensor)
@@ -272,7 +282,7 @@ def _put(
         # modules may take a view of what they are called with, which needs a contiguous tensor
         return new.contiguous() if tensor.is_contiguous() else new
     laid_out = view.batch_view(tensor, forward_pass)
-    expanded = _with_batch_axis(laid_out, forward_pass.rows)
+    expanded = _with_batch_axis(laid_out, forward_pass.shape)
     source = tensor if expanded is laid_out else expanded
     copy = source.clone(memory_format=torch.contiguous_format)
     selection.scatter(view.view(view.batch_view(copy, forward_pass)), new)
@@ -404,8 +414,14 @@ def _count_firing(bound_hook: BoundHook, forward_pass: ForwardPass) -> None:
     bound_hook.fired += 1
 
 
-def _with_batch_axis(tensor: Tensor, rows: int) -> Tensor:
-    """Expands a tensor that is the same for all rows, such as position embeddings [1, pos, d]."""
+def _with_batch_axis(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Expands a tensor that is the same for all rows, such as position embeddings [1, pos, d].
+
+    `shape` is the numbers of rows and positions; the first axis may be missing.
+    """
+    rows, width = shape
+    if tensor.ndim == 2 and tensor.shape[0] == width:
+        tensor = tensor[None]
     if tensor.ndim > 1 and tensor.shape[0] == 1 and rows > 1:
         return tensor.expand(rows, *tensor.shape[1:])
     return tensor
@@ -419,8 +435,9 @@ def _with_positions(
     full = bound_hook.view.batch_view(tensor, forward_pass)
     if full.shape[:2] == forward_pass.shape:
         return full
-    full = _with_batch_axis(full, rows)
     is_module = isinstance(bound_hook.site, ModuleSite)
+    if full.ndim > 2 or not is_module:
+        full = _with_batch_axis(full, forward_pass.shape)
     if full.shape[:2] in ((rows, width), (rows, len(forward_pass.head))):
         is_head_first = full.ndim > 3 and full.shape[2] == width != full.shape[1]
         return None if is_module and is_head_first else full  # [batch, head, pos, d_head]

@@ -113,6 +113,8 @@ class HookBlock:
 
     def _start_anew(self) -> None:
         modules = (*self._wrappers, self.lm.root, *self.lm.decoder)
+        if self.lm.encoder is not None:
+            modules = (*modules, self.lm.encoder)
         self.strategy = self._make_strategy()
         self.dispatcher = HookDispatcher(self.lm, self.strategy, modules, attached=self._attached)
 

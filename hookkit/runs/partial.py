@@ -231,6 +231,9 @@ class SharedForward:
             forget(hook_point.actions)
         return self._whole_pass
 
+    def begin_source(self, arguments: Mapping[str, Any]) -> None:
+        """Nothing: a sweep runs no encoder by itself."""
+
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
         for hook_point in self._hook_points.values():
             settle(hook_point.actions)

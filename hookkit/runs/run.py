@@ -337,8 +337,13 @@ class CaptureStore:
             hook, site = bound_hook.hook, bound_hook.site
             if not isinstance(hook, Capture) or bound_hook.observer is not observers:
                 continue
-            if any(_acts_before_end(chunk.cells, ending) for chunk in chunks):
-                join = partial(_join_chunks, hook, site, list(chunks), text, ending)
+            own_text, own_ending = text, ending
+            if text.source is not None and bound_hook.reads_source and chunks:
+                assert chunks[0].cells is not None
+                own_text = chunks[0].cells.text
+                own_ending = _plain_ending(own_text)
+            if any(_acts_before_end(chunk.cells, own_ending) for chunk in chunks):
+                join = partial(_join_chunks, hook, site, list(chunks), own_text, own_ending)
                 slots.append(LazyCapture(site, hook.name, join))
             elif chunks:  # all that was captured is the padding of rows that had ended
                 ended.append(site)
@@ -406,7 +411,7 @@ def _join_chunks(
     first = chunks[0]
     if first.cells is None:
         return Captured(site, hook.where, first.values, None, (), (), hook.name)
-    is_scores = isinstance(site, Site) and site.name == "scores"
+    is_scores = isinstance(site, Site) and site.name.endswith("scores")
     fill = unseen_value(first.values.dtype, is_scores)
     values, positions, final_rows = join_chunks(chunks, ending, fill)
     values = swap_head_and_query(site, values) if first.leaf is None else first.leaf
@@ -449,6 +454,8 @@ def _unreached_message(
 ) -> str | None:
     """The message for the first position of a hook that the text did not reach; None if none."""
     for bound_hook in one_per_selection(bound_hooks):
+        if bound_hook.reads_source:
+            continue
         positions_by_prompt = text.selected_positions(bound_hook.where)
         for number, row in enumerate(ending.prompts):
             if ending.limits is None:
@@ -468,9 +475,10 @@ def _unreached_message(
 
 def one_per_selection(bound_hooks: Iterable[BoundHook]) -> Iterable[BoundHook]:
     """Returns one bound hook for each selection: a hook selects the same at all its sites."""
-    by_selection: dict[tuple[int, bool], BoundHook] = {}
+    by_selection: dict[tuple[int, bool, bool], BoundHook] = {}
     for bound_hook in bound_hooks:
-        by_selection[id(bound_hook.where), bound_hook.head] = bound_hook
+        key = id(bound_hook.where), bound_hook.head, bound_hook.reads_source
+        by_selection[key] = bound_hook
     return by_selection.values()
 
 

@@ -91,6 +91,11 @@ class TextHooks:
             self._pending = set(self.bound_hooks)
         return forward_pass
 
+    def begin_source(self, arguments: Mapping[str, Any]) -> ForwardPass | None:
+        if self.tracker.generation is None or self._generate_thread != get_ident():
+            return None
+        return self.tracker.begin_source(arguments)
+
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
         self.tracker.end_forward(forward_pass, output)
         settle(self.bound_hooks)
@@ -110,6 +115,8 @@ class TextHooks:
         *,
         recomputing: bool,
     ) -> Tensor:
+        if forward_pass.source is not None and hook_point.reads_source:
+            forward_pass = forward_pass.source
         if recomputing:
             return _apply_again(hook_point, forward_pass, tensor, module_input)
         if hook_point is self._traced_point:
@@ -191,7 +198,7 @@ class TextHooks:
 
         To it belong the calls of the model's own methods that this thread makes in `scope`.
         """
-        if self.lm.two_texts:
+        if self.lm.two_texts and not self.lm.family.stacks:
             raise Unsupported(
                 f"generate of an encoder-decoder ({type(self.lm.root).__name__}) runs its two "
                 "parts by themselves: call the model with input_ids and decoder_input_ids in the "
@@ -264,6 +271,9 @@ def _check_text(
 ) -> None:
     """Raises if a hook names a position that the text of its first forward cannot have."""
     text = forward_pass.text
+    if forward_pass.source is not None:
+        of_source = [bound_hook for bound_hook in bound_hooks if bound_hook.reads_source]
+        check_positions(of_source, replace(forward_pass.source, source=None), None)
     if text.start:
         _check_cached(bound_hooks, text)
     if text.final or generation is not None:
@@ -283,6 +293,8 @@ def check_positions(
     """
     text = forward_pass.text
     for bound_hook in one_per_selection(bound_hooks):
+        if forward_pass.source is not None and bound_hook.reads_source:
+            continue
         first, end = _possible_columns(bound_hook, forward_pass, generation)
         for row, positions in enumerate(text.selected_positions(bound_hook.where)):
             if positions is not None:

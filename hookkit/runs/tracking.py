@@ -9,7 +9,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,12 +57,14 @@ class PositionTracker:
     forwards: int = 0
     generation: Generation | None = None  # while `generate` runs
     expected: SequenceBatch | None = None  # a text whose columns are known before its forward
+    sources: Sequence[Sequence[int] | None] = ()  # of the expected prompts
     caches: "Caches" = field(default_factory=lambda: Caches())
 
     def begin_forward(self, arguments: Mapping[str, Any]) -> tuple[ForwardPass, bool]:
         """Returns the forward that begins with these arguments; True if it begins a new text."""
+        source = None
         if self.two_texts:
-            arguments = {"input_ids": _first_tensor(arguments.values())}
+            source, arguments = arguments, _decoder_arguments(arguments)
         rows, width = _rows_and_width(arguments)
         cache = cache_in(arguments)
         past = columns_in(cache, self.caches.text_of(cache))
@@ -77,7 +79,15 @@ class PositionTracker:
         if text.head is None and head:
             text.head = past + head.start
         forward_pass = ForwardPass(
-            text, self.forwards, past, rows, width, head, text.n_read, placed=not self.two_texts
+            text,
+            self.forwards,
+            past,
+            rows,
+            width,
+            head,
+            text.n_read,
+            placed=not self.two_texts,
+            source=None if source is None else self._source_pass(source, text, rows),
         )
         text.n_read = max(text.n_read, past + width)
         self.forwards += 1
@@ -86,7 +96,7 @@ class PositionTracker:
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
         """Notes the cache that a forward returned, from which a later one may go on."""
         text = forward_pass.text
-        if text.begun and not text.final and not self.two_texts:
+        if text.begun and not text.final:
             self.caches.note(cache_of(output), text, forward_pass.past + forward_pass.width)
 
     def expect(self, batch: Batch) -> None:
@@ -98,6 +108,58 @@ class PositionTracker:
         self.expected = SequenceBatch(
             columns, batch.lengths, batch.rows.__getitem__, self.find, final=True
         )
+        self.sources = [getattr(row, "source", None) for row in batch.rows]
+
+    def begin_source(self, arguments: Mapping[str, Any]) -> ForwardPass:
+        """Returns the forward in which `generate` runs the encoder, before it runs the decoder."""
+        assert self.text is not None
+        rows, _ = _rows_and_width(arguments)
+        source = self._source_pass(arguments, self.text, rows)
+        return ForwardPass(
+            self.text, self.forwards, 0, rows, 0, range(0), 0, placed=False, source=source
+        )
+
+    def _source_pass(
+        self, arguments: Mapping[str, Any], text: SequenceBatch, rows: int
+    ) -> ForwardPass:
+        """Returns the forward over the source, which has as many rows as the decoder."""
+        if text.source is None:
+            text.source = self._source_text(arguments)
+        count = len(text.source.lengths)
+        source = text.source
+        if rows != count * source.expand:
+            source = replace(source, expand=rows // count, _positions={})
+            text.source = source
+        width = max(columns[-1] + 1 for columns in source.columns)
+        return ForwardPass(source, self.forwards, 0, rows, width, range(width), 0)
+
+    def _source_text(self, arguments: Mapping[str, Any]) -> SequenceBatch:
+        """Returns the text that the encoder reads, from the arguments of the model or of it."""
+        ids, features = arguments.get("input_ids"), arguments.get("input_features")
+        outputs, mask = arguments.get("encoder_outputs"), arguments.get("attention_mask")
+        if isinstance(features, Tensor):  # two frames of sound are one position
+            rows, width, mask = features.shape[0], (features.shape[-1] + 1) // 2, None
+        elif outputs is not None and not isinstance(ids, Tensor):
+            rows, width = outputs[0].shape[:2]
+        else:
+            rows, width = _rows_and_width(arguments)
+        columns: list[Columns] = [range(width)] * rows
+        lengths = [width] * rows
+        if isinstance(mask, Tensor):
+            columns, lengths = columns_of_mask(mask.bool(), generating=False)
+            columns = [_closed(row, width) for row in columns]
+        known = list(self.sources)
+        self.sources = ()
+
+        def prompt(row: int) -> tuple[int, ...]:
+            own = known[row] if len(known) == rows else None
+            if own is not None:
+                return tuple(own)
+            if not isinstance(ids, Tensor):
+                return (-1,) * lengths[row]
+            return tuple(ids[row, list(columns[row])].tolist())
+
+        return SequenceBatch(columns, lengths, prompt, self.find, final=True)
 
     def begin_generation(self, plan: Generation) -> SequenceBatch:
         """Returns the text of a call of `generate`, to which the next forwards belong."""
@@ -238,6 +300,28 @@ def _note_source(text: SequenceBatch, source: SequenceBatch | None, rows: int) -
         text.before, text.before_rows = source, range(rows)
     elif len(source.lengths) == 1:
         text.before, text.before_rows = source, [0] * rows
+
+
+def _decoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of an encoder-decoder that its decoder reads, by their plain names."""
+    names = {"input_ids", "attention_mask", "inputs_embeds", "position_ids"}
+    given = {name: arguments.get(f"decoder_{name}") for name in names}
+    if given["input_ids"] is None and given["inputs_embeds"] is None:
+        if "encoder_hidden_states" not in arguments and arguments.get("labels") is not None:
+            raise Unsupported(
+                "the model makes the decoder's ids from labels, so its positions are unknown: give "
+                "decoder_input_ids"
+            )
+        given["input_ids"] = _first_tensor(arguments.values())  # the decoder was called by itself
+    others = {name: value for name, value in arguments.items() if name not in names}
+    return {**others, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _closed(columns: Columns, width: int) -> Columns:
+    """Returns the columns of a text that no forward goes on with."""
+    if isinstance(columns, range):
+        return range(columns.start, min(columns.stop, width))
+    return columns
 
 
 def _first_tensor(values: Iterable[Any]) -> Tensor | None:

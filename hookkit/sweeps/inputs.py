@@ -16,8 +16,8 @@ from torch import Tensor
 from ..errors import OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
-from ..models.padding import padding_scheme
-from ..models.prompt_row import crop_row, has_inputs, join_inputs
+from ..models.padding import forward_inputs, padding_scheme
+from ..models.prompt_row import crop_row, has_inputs, input_names
 from ..models.prompts import (
     Prompts,
     Row,
@@ -121,15 +121,14 @@ class SweepInputs:
         ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
         ids = ids.to(lm.device)
         lengths = torch.tensor(list(map(len, run_rows)))
-        others = join_inputs(run_rows, columns, "left")
-        others = {name: values.to(lm.device) for name, values in others.items()}
-        if width < columns and others:
+        if width < columns and input_names(run_rows):
             raise Unsupported("a prompt with an image is read at once, and not after a cache")
-        if bool((lengths == columns).all()):
-            return {"input_ids": ids[:, -width:]} | others
-        positions = torch.arange(columns) - (columns - lengths[:, None])
-        scheme = padding_scheme(lm, "left", run_rows)
-        return scheme.inputs(ids, positions.clamp(min=-1), width) | others
+        own = {"input_ids": ids[:, -width:]}
+        if not bool((lengths == columns).all()):
+            positions = torch.arange(columns) - (columns - lengths[:, None])
+            scheme = padding_scheme(lm, "left", run_rows)
+            own = scheme.inputs(ids, positions.clamp(min=-1), width)
+        return forward_inputs(lm, run_rows, own, columns, "left")
 
 
 def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:

@@ -124,7 +124,7 @@ class FirstEffect:
         lm = self.inputs.lm
         if isinstance(site, ModuleSite):
             return block_of_module(lm, site.path)
-        if site.name in ("embed", "pos_embed"):
+        if site.stack or site.name in ("embed", "pos_embed"):
             return INPUT
         return lm.n_layers - 1 if site.layer is None else site.layer
 

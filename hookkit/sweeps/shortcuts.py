@@ -154,9 +154,15 @@ def _describe_error(error: Exception) -> str:
     return f"a trial raised {type(error).__name__}: {error}".split("\n")[0]
 
 
+def _read_length(row: Row) -> int:
+    """Returns how many tokens an encoder-decoder's encoder reads, or else the decoder."""
+    return len(getattr(row, "source", None) or row)
+
+
 def _trial_inputs(lm: LM, prompts: Sequence[Row] = ()) -> SweepInputs:
     if input_names(prompts):
-        longest, shortest = max(prompts, key=len), min(prompts, key=len)
+        # the sources of an encoder-decoder are padded where they differ in length
+        longest, shortest = max(prompts, key=_read_length), min(prompts, key=_read_length)
         own_rows = (longest, shortest, longest)
         return SweepInputs(lm, own_rows, own_rows, (1,) * len(own_rows))
     ids = (number**3 * 7919 % lm.n_tokens for number in count(3))

@@ -30,7 +30,7 @@ from ..hooks.base import Hook
 from ..models.lm import LM
 from ..models.model_setup import user_stacklevel, warn_of_dropout
 from ..models.prompts import Prompts, as_batch
-from ..models.sites import ModuleSite
+from ..models.sites import CROSS_SITES, QUERY_KEY_SITES, ModuleSite, Site
 from ..models.tokens import describe_prompts
 from ..runs.engines.ray import EngineLike, Ray, read_engine
 from ..runs.hook_points import BoundHook, HookPoint
@@ -106,7 +106,7 @@ def sweep_plan(
     >>> sweep_plan(lm, prompt, {"layer": range(30)}, hooks, prob(" coffee")).forwards
     2
     """
-    if lm.two_texts or lm.config is None:
+    if (lm.two_texts and not lm.family.stacks) or lm.config is None:
         raise Unsupported(
             f"a sweep needs a causal language model, and this is a {type(lm.root).__name__}"
         )
@@ -131,13 +131,26 @@ def _extend_inputs(
 ) -> SweepInputs:
     """Returns the inputs with all positions and logits that the hooks have to receive."""
     hook_points = chain(base_hook_points, *[cell.hook_points for cell in cells])
-    bound_hooks = bound_hooks_of(hook_points)
+    bound_hooks = list(bound_hooks_of(hook_points))
+    for bound in bound_hooks:
+        _refuse_source_positions(bound)
     # what is cropped may be a part of an image
     if inputs.has_images or any(_needs_cropped_positions(bound, inputs) for bound in bound_hooks):
         inputs = inputs.uncropped()
     if any(_needs_all_logits(lm, bound) for bound in bound_hooks):
         inputs = replace(inputs, all_logits=True)
     return inputs
+
+
+def _refuse_source_positions(bound: BoundHook) -> None:
+    """Raises `Unsupported` for a site whose positions or keys are those of a source."""
+    site = bound.site
+    is_cross = isinstance(site, Site) and site.name in CROSS_SITES & QUERY_KEY_SITES
+    if bound.reads_source or is_cross:
+        raise Unsupported(
+            f"{site} has positions of the source, and a sweep edits what the decoder reads: run "
+            "hk.forward with each hook; cross_z.L.H is a head's attention to the source"
+        )
 
 
 def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:

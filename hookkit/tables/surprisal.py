@@ -367,6 +367,8 @@ def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], li
         )
     if len(prompts) == 1:
         prompts = prompts * len(rows)
+    if lm.two_texts:  # a text is what the decoder writes
+        rows = [getattr(row, "source", None) or row for row in rows]
     refuse_inputs(rows, "token_losses with prefix=")
     joined = list(map(partial(continue_row, lm), prompts, rows))
     return joined, list(map(len, prompts))

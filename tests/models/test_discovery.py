@@ -13,7 +13,7 @@ from hookkit.errors import BadHook, MissingSite, UnknownKeyword, UnknownSite
 from hookkit.models.discovery.discover import discover_family
 from hookkit.models.families.table import FAMILIES
 from hookkit.models.loading import EXPERTS, LATENT, SLIDING
-from hookkit.models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES
+from hookkit.models.sites import AXES, CROSS_SITES, LOGIT_SITES, QUERY_KEY_SITES
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 200], [31, 41, 59]]
 ROUTED = {
@@ -164,7 +164,7 @@ def test_the_same_place_in_other_configurations_of_a_family():
 @pytest.mark.parametrize("model_type", UNKNOWN)
 def test_what_is_offered_of_an_unknown_family(model_type):
     lm = made(model_type)
-    assert set(AXES) - set(lm.layout.names) == UNKNOWN[model_type][1]
+    assert set(AXES) - CROSS_SITES - set(lm.layout.names) == UNKNOWN[model_type][1]
     for name in AXES:
         everywhere = (
             lm.layout.layers(name) in (None, list(range(lm.n_layers)))

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...arguments import as_number
+from ..families.encoder_decoders import ENCODER_DECODERS
 from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS
 from ..layout import Layout, text_config
-from ..sites import AXES, SITES_WITHOUT_LAYER
+from ..sites import AXES, CROSS_SITES, SITES_WITHOUT_LAYER
 from .attention_sites import (
     HEADED,
     UNPROVED,
@@ -31,7 +32,7 @@ from .attention_sites import (
 from .block_sites import Block, locate_mlp_sites, locate_residual_sites
 from .dry_run import ROWS, WIDTH, ModuleCall, Recording, dry_run, equal_values, is_sum, scale_factor
 
-LAYER_SITES = tuple(name for name in AXES if name not in SITES_WITHOUT_LAYER)
+LAYER_SITES = tuple(name for name in AXES if name not in SITES_WITHOUT_LAYER | CROSS_SITES)
 MODULES = "name its modules with hk.module(path)"
 
 
@@ -43,7 +44,10 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     """
     kind, model_type = type(model).__name__, getattr(config, "model_type", None)
     if getattr(config, "is_encoder_decoder", False):
-        reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
+        row = ENCODER_DECODERS.get(str(model_type))
+        if row is not None:
+            return replace(row if isinstance(row, Family) else row(config), name=model_type)
+        reason = f"no row of hookkit's table has the encoder-decoder {model_type!r}; {MODULES}"
         return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
     if head is None:
         return Family("module", {}, dict.fromkeys(AXES, _why_no_head(kind, model_type)))

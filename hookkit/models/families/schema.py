@@ -104,6 +104,14 @@ SizeCorrections: TypeAlias = Callable[[Any, int | None], Mapping[str, int | None
 """Returns size corrections for a configuration and a block's number (None: any block)."""
 
 
+CROSS_SITES = ("in", "q", "k", "v", "scores", "pattern", "z", "out", "mid")
+NO_SOURCE: Mapping[str, str] = {
+    f"cross_{name}": "these blocks attend to no other text: they are those of no encoder-decoder's "
+    "decoder"
+    for name in CROSS_SITES
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """The facts about one family.
@@ -116,6 +124,7 @@ class Family:
     sizes       sizes for which the family's configuration has other names than most
     exceptions  laws ("sum"), or laws at one site ("batch scores"), that do not hold for the family,
                 with the reasons
+    stacks      the rows of other lists of blocks, such as the encoder of an encoder-decoder
     found       True if the row was derived by a dry run of the model and is not in the table
     """
 
@@ -126,7 +135,12 @@ class Family:
     attention: Literal["interface", "own"] = "interface"
     sizes: SizeCorrections = lambda config, layer: {}
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, "Family"] = field(default_factory=dict)
     found: bool = False
+
+    def __post_init__(self) -> None:
+        if self.locations.keys().isdisjoint(NO_SOURCE):
+            object.__setattr__(self, "missing", {**NO_SOURCE, **self.missing})
 
     def at(self, site: str, layer: int | None) -> list[ModuleLocation]:
         """Returns the possible locations of a site in a block, with full paths."""

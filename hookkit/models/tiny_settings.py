@@ -1,7 +1,9 @@
-"""The settings with which `hk.tiny` makes small models that read images or sound.
+"""The settings with which `hk.tiny` makes small models that read images or sound, and
+encoder-decoders.
 
-The text model has the sizes of the other small models. Images have 8 times 8 pixels in patches of
-4 times 4, and token 9 stands for them. Nothing here imports torch.
+The text model has the sizes of the other small models. An encoder has 3 blocks, its decoder 2.
+Images have 8 times 8 pixels in patches of 4 times 4, and token 9 stands for them. Nothing here
+imports torch.
 """
 
 from collections.abc import Mapping
@@ -182,4 +184,52 @@ MULTIMODAL: Mapping[str, dict[str, Any]] = {
     },
     "smolvlm": IDEFICS,
 }
-"""The settings of each model type's configuration."""
+"""The settings of the configuration of each type of model that reads images or sound."""
+
+# ---- encoder-decoders
+
+START: dict[str, Any] = {
+    "vocab_size": 320,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    **START,
+}
+BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 128,
+    **START,
+}
+PADDED = {"pad_token_id": 3}
+TWO_BLOCKS = {"num_hidden_layers": 2, "layer_types": SLIDING["layer_types"][:2]}
+
+ENCODER_DECODERS: Mapping[str, dict[str, Any]] = {
+    **dict.fromkeys(("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus"), BART),
+    "m2m_100": BART | {"pad_token_id": 1, "eos_token_id": 2},  # positions count from the pad id
+    "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
+    "t5": T5,
+    "t5gemma": {
+        "encoder": TEXT | SLIDING | PADDED,
+        "decoder": TEXT | SLIDING | PADDED | TWO_BLOCKS,
+        **START,
+        **PADDED,
+    },
+    "umt5": T5,
+    "whisper": BART | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
+}
+"""The settings of the configuration of each encoder-decoder."""
