@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..models.layout import is_hidden
 from ..models.lm import LM
+from ..models.prompts import start_token
 from ..models.sites import QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
 from ..runs.dispatch import forward_of_site
 from ..runs.forward import forward
@@ -135,8 +137,11 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max()) / size
 
 
-def default_prompts(lm: LM) -> list[list[int]]:
-    """Returns three prompts of token ids that are spread over the vocabulary, always the same."""
+def default_prompts(lm: LM) -> list[Any]:
+    """Returns three prompts of token ids that are spread over the vocabulary, always the same.
+
+    For an encoder-decoder they are the sources, and the decoder has read four tokens of each.
+    """
     n_tokens = lm.n_tokens
     if not n_tokens:
         raise BadPrompt(f"the vocabulary of {lm!r} is not known: give prompts, rows of token ids")
@@ -144,7 +149,20 @@ def default_prompts(lm: LM) -> list[list[int]]:
     prompts = []
     for length in PROMPT_LENGTHS:
         prompts.append([number**3 * 7919 % n_tokens for number in islice(numbers, length)])
+    if lm.two_texts and lm.family.stacks:
+        return [_with_decoder_ids(lm, source) for source in prompts]
     return prompts
+
+
+def _with_decoder_ids(lm: LM, source: list[int]) -> dict[str, Tensor]:
+    """Returns a prompt of an encoder-decoder with four tokens that its decoder has read."""
+    inputs = {"input_ids": torch.tensor([source])}
+    if "input_features" in lm.takes:
+        generator = torch.Generator().manual_seed(len(source))
+        shape = 1, lm.config.num_mel_bins, 2 * lm.config.max_source_positions
+        inputs = {"input_features": torch.randn(shape, generator=generator)}
+    written = [start_token(lm), *(number + 1 for number in source)] * 4
+    return {**inputs, "decoder_input_ids": torch.tensor([written[:4]]) % (lm.n_tokens or 1)}
 
 
 def representative_layers(lm: LM) -> list[int]:

@@ -356,7 +356,7 @@ def _with_source(lm: LM, row: Row) -> Row:
     mask = inputs.pop("decoder_attention_mask", None)
     if decoder_ids is None and "input_features" in inputs and row:
         return row  # a row of a run, whose ids are the decoder's
-    ids: list[int] = [_start_token(lm)]
+    ids: list[int] = [start_token(lm)]
     if decoder_ids is not None:
         ids = decoder_ids.flatten().tolist()
     if mask is not None:
@@ -366,7 +366,7 @@ def _with_source(lm: LM, row: Row) -> Row:
     return PromptRow(ids, inputs, per_token, source=source)
 
 
-def _start_token(lm: LM) -> int:
+def start_token(lm: LM) -> int:
     """Returns the token with which a decoder begins."""
     generation = getattr(lm.root, "generation_config", None)
     for config in (generation, lm.config):

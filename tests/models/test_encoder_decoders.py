@@ -342,3 +342,14 @@ def test_a_prompt_without_its_source_raises():
     assert torch.equal(hk.forward(lm, equally_long).logits[0], plain_logits(lm, equally_long))
     row = as_batch(lm, prompt(lm, 1)).rows[0]
     assert len(row.source) == 6 and row != as_batch(lm, prompt(lm, 2)).rows[0]
+
+
+def test_the_doctor_finds_nothing_wrong(lm):
+    checkup = hk.doctor(lm, layers=[1])
+    if "input_features" in lm.takes:
+        assert {problem.split("'")[1] for problem in checkup.problems} <= {
+            "writing",
+            "without cache",
+        }
+        return
+    assert not checkup.problems, checkup.problems
