@@ -33,6 +33,8 @@ class TextPart(Enum):
     def __repr__(self) -> str:
         return self.name
 
+    __str__ = __repr__
+
 
 PROMPT = TextPart.PROMPT
 GENERATED = TextPart.GENERATED

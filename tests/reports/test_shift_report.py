@@ -25,6 +25,7 @@ from hookkit.reports.shift import before_after as resuming
 from hookkit.reports.shift.before_after import add_deltas
 from hookkit.reports.shift.headline import FEW_PROMPTS
 from hookkit.reports.shift.inside import most_moved
+from hookkit.reports.shift.named_edits import Edit, table_of
 from hookkit.reports.shift.shift_page import ShiftTables
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
@@ -852,3 +853,17 @@ def test_the_first_sentences_are_about_all_prompts_and_stand_beside_the_control(
 def test_an_edit_is_not_named_as_the_run_without_it(llama):
     with pytest.raises(BadHook, match="an edit is named 'base_hooks'"):
         hk.shift_report(llama, [[5, 6, 7]], {"base_hooks": hk.ablate("z.1")})
+
+
+@pytest.mark.parametrize(
+    ("pos", "words"),
+    [
+        (hk.IMAGE, "at the tokens of images"),
+        (hk.PROMPT, "at every token of the prompt"),
+        (hk.at("oat"), "at the tokens of at('oat')"),
+        (-1, "at the last position"),
+    ],
+)
+def test_an_edit_is_told_in_words(pos, words):
+    edits = [Edit("it", (hk.ablate("resid_post.1", pos=pos),))]
+    assert table_of(edits)["does"].iloc[0].endswith(words)

@@ -14,6 +14,7 @@ from ...hooks.base import Hook
 from ...hooks.capture import Capture
 from ...hooks.edits import Knockout
 from ...hooks.logits import LogitEdit
+from ...models.positions import TextPart, is_named
 from ...models.prompts import shorten
 from ...sweeps.cells import Randomised
 from ..control_draws import DRAWS, ControlMaker
@@ -21,6 +22,13 @@ from ..control_draws import DRAWS, ControlMaker
 Hooks: TypeAlias = Hook | Sequence[Hook]
 Controls: TypeAlias = int | Mapping[str, Hooks] | None
 
+PARTS = {
+    TextPart.PROMPT: "every token of the prompt",
+    TextPart.GENERATED: "every generated token",
+    TextPart.TEMPLATE: "the tokens that the chat's template added",
+    TextPart.IMAGE: "the tokens of images",
+    TextPart.AUDIO: "the tokens of sound",
+}
 DESCRIPTIONS = {
     "ablate": "replaces what is at",
     "patch": "puts what another run had at",
@@ -178,6 +186,10 @@ def _describe_layers(layers: list[int]) -> str:
 def _describe_pos(pos: object) -> str:
     if pos is None:
         return "every position"
+    if isinstance(pos, TextPart):
+        return PARTS[pos]
+    if is_named(pos):
+        return f"the tokens of {pos!r}"
     return "the last position" if pos == -1 else f"position {pos}"
 
 
