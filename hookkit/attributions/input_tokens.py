@@ -14,7 +14,7 @@ from ..arguments import check_arguments
 from ..errors import BadHook, Unsupported
 from ..hooks.capture import capture
 from ..models.lm import LM, Token
-from ..models.prompts import Prompts
+from ..models.prompts import Prompts, placeholder_ids
 from ..runs.forward import forward
 from ..tables.distributions import add_roles
 from ..tables.metrics.metric import MetricLike
@@ -73,6 +73,7 @@ def token_attribution(
         raise Unsupported(
             "loss reads a continuation after the prompt: take hk.metrics.logprob of its first token"
         )
+    _refuse_images(prompt_metric)
     path = path_points(20 if steps is None else steps, "middle")
     result = compute_gradients(prompt_metric, EMBED)
     embeddings = result.values[EMBED].values.detach()
@@ -95,6 +96,17 @@ def token_attribution(
     table.attrs["metric"] = result.metric.tolist()
     table.attrs["baseline"] = baseline_metric.tolist()
     return table
+
+
+def _refuse_images(prompt_metric: PromptMetric) -> None:
+    """Raises `Unsupported` for prompts with images, which take the place of their embeddings."""
+    placeholders = placeholder_ids(prompt_metric.lm)
+    for row, ids in enumerate(prompt_metric.inputs.rows):
+        if placeholders.intersection(ids):
+            raise Unsupported(
+                f"prompt {row} has an image or sound, which takes the place of its tokens' "
+                "embeddings, so that these say nothing of it: see hk.attribution at resid_pre"
+            )
 
 
 def _baseline_embeddings(

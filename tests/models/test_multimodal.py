@@ -1,6 +1,8 @@
 """Models that read images and sound: the other inputs of a prompt, and the sites of their text model."""
 
+import copy
 import functools
+import pickle
 
 import pandas as pd
 import pytest
@@ -365,3 +367,14 @@ def test_image_features_that_are_added_between_blocks_are_no_part_of_attention_o
     expected = float(plain_logits(lm, inputs)[at_image.nonzero()[0], 37])
     assert abs(parts["logit"].sum() - expected) < 1e-4
     assert (parts["component"] == "between.0.1").any() == (name == "qwen3_vl")
+
+
+def test_attributions_to_embeddings_that_an_image_replaces_are_refused():
+    with pytest.raises(Unsupported, match="takes the place of its tokens' embeddings"):
+        hk.token_attribution(model_of("llava"), [image_prompt("llava", 1)], hk.metrics.logit(3))
+
+
+def test_prompts_with_images_survive_a_copy():
+    """Workers of Ray get prompts as copies."""
+    row = as_batch(model_of("qwen3_vl"), image_prompt("qwen3_vl", 1)).rows[0]
+    assert pickle.loads(pickle.dumps(row)) == row and copy.deepcopy(row) == row
