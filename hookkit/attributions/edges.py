@@ -193,6 +193,8 @@ def check_stream_is_sum(lm: LM, result: SiteGradients) -> None:
     last = result.values[Site("resid_post", lm.n_layers - 1)].values
     if not _is_close(total, last):
         reason = lm.family.exceptions.get("sum", "something else writes into it, or scales it")
+        if lm.family.stream_norms:
+            reason = "its blocks normalise the stream itself"
         raise Unsupported(
             f"the stream of this {lm.family.name} model is not the sum of its embedding and of "
             "what attention and MLPs add, so that it has no edges between them: "

@@ -227,7 +227,7 @@ def _notes(lm: LM) -> list[str]:
     unused = (lm.sizes["vocab"] or 0) - lm.n_tokens
     modules = list(lm.root.modules())
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-    notes = _tokenizer_notes(lm.tokenizer)
+    notes = _masked_notes(lm) if lm.is_masked else _tokenizer_notes(lm.tokenizer)
     if unused > 0:
         notes.append(f"{unused} rows of the vocabulary are no token: they are never ranked")
     if lm.root.training and has_dropout:
@@ -240,6 +240,16 @@ def _notes(lm: LM) -> list[str]:
             "gradient checkpointing is on: inner hooks have to stand until after the backward pass"
         )
     return notes + _missing_site_notes(lm)
+
+
+def _masked_notes(lm: LM) -> list[str]:
+    """Returns notes on a masked language model, in place of those on the padding of generate."""
+    mask = getattr(lm.tokenizer, "mask_token", None) or "[MASK]"
+    return [
+        "it is a masked language model: it reads a whole text at once, in both directions, and "
+        "writes none. The laws about writing are not about it. Hooks on logits and tables need "
+        f"the position of a mask, such as pos=hk.at({mask!r})"
+    ]
 
 
 def _tokenizer_notes(tokenizer: Any) -> list[str]:

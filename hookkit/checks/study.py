@@ -109,6 +109,19 @@ class Study:
         size = float(self.run[site].float().std()) or 1.0
         return size * torch.randn(self.lm.shape(site), generator=torch.Generator().manual_seed(0))
 
+    def norm_stream(self, values: Tensor, site: Site) -> Tensor:
+        """Returns the values after the norm of the stream at a site, if the family has one there.
+
+        Padding stays zero.
+        """
+        path = self.lm.family.stream_norms.get(site.name)
+        if path is None:
+            return values
+        block = self.lm.family.block.format(layer=site.layer)
+        with torch.no_grad():
+            normed = self.lm.submodule(f"{block}{path}")(values)
+        return normed.masked_fill(~self.run.mask[..., None].to(normed.device), 0)
+
     def project_to_stream(self, values: Tensor, source: Site, target: Site) -> Tensor:
         """Returns what the layer adds to the residual stream at `target` for values of `source`.
 
@@ -201,8 +214,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Law:
-    """A law: its name, the function that checks it, and every site that it may report."""
+    """A law: its name, the function that checks it, and every site that it may report.
+
+    A `causal` law is about models that write a text from left to right, and not about masked ones.
+    """
 
     name: str
     check: Callable[[Study], Iterator[Finding]]
     sites: tuple[str, ...]
+    causal: bool = False

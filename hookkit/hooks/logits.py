@@ -2,7 +2,8 @@
 
 Logit edits act on the logits that the model returns, after any soft-cap or scaling, and before the
 decoding rules of `generate`. By default they act at the prompt's last position and at every
-generated step; with `when=`, at those of them where a condition on the logits holds.
+generated step; a masked language model writes nothing, and needs `pos=`. With `when=`, they act
+where a condition on the logits holds too.
 
 `Decisions` makes `generate` take the forced tokens in every decoding mode. Rules of transformers
 (temperature, top_p, suppress_tokens …) are overruled. A constraint of the caller
@@ -48,6 +49,12 @@ class LogitEdit(EditHook):
     takes_words: ClassVar[bool] = False
     takes_several: ClassVar[bool] = False  # tokens in a row
     takes_step: ClassVar[bool] = True
+
+    def placed(self, lm: LM) -> Where:
+        """Returns the hook's positions or steps. `Unsupported` for a step of a masked model."""
+        if self.where.step is not None:
+            lm.refuse_next_token()
+        return self.where
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -211,6 +218,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_words=True, takes_se
 
     def placed(self, lm: LM) -> Where:
         """A word that begins at step 3 acts at steps 3, 4 … until its last token."""
+        super().placed(lm)
         waits_for_condition = self.when is not None and self.where.step == EVERY_STEP
         if not isinstance(self.token, Word) or waits_for_condition:
             return self.where

@@ -296,10 +296,12 @@ def _attention(
     compute_fused = functools.partial(fused, module, query, key, value, attention_mask, **settings)
     if not interception.needs("scores", "pattern"):
         return compute_fused()
-    # an encoder's attention, and attention to the source, have no mask if nothing is padded
-    mask = None
-    if attention_mask is not None or getattr(module, "is_causal", True):
-        mask = _additive_mask(attention_mask, query, key, settings.get("sliding_window"))
+    mask = attention_mask
+    is_causal = settings.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if mask is not None or is_causal:
+        mask = _additive_mask(mask, query, key, settings.get("sliding_window"))
     compute_eager = functools.partial(eager, module, query, key, value, mask, **settings)
     mode = _SoftmaxMode(interception.replace, query.dtype, key_count=key.shape[2])
     if fused is eager:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 from ..arguments import check_arguments
 from ..errors import BadHook, UnknownSite, did_you_mean
 from .families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
-from .families.table import FAMILIES
+from .families.table import TABLE
 from .layout import Layout
 from .lm import LM
 from .sites import check_name
@@ -110,6 +110,7 @@ def family(
         attention=attention or base.attention,
         sizes=_correct_sizes(base, sizes or {}),
         exceptions={**base.exceptions, **(exceptions or {})},
+        stream_norms=base.stream_norms,
     )
     if isinstance(like, LM):
         _check_paths(like, row, added)
@@ -128,12 +129,12 @@ def _base_row(like: str | Family | LM | None) -> Family:
         return like.family
     if isinstance(like, Family):
         return like
-    if like not in FAMILIES:
+    if like not in TABLE:
         raise BadHook(
-            f"like={like!r} is no model type of hookkit's table{did_you_mean(like, FAMILIES)} "
-            f"Give one of {', '.join(FAMILIES)}; or a row; or the model, hk.LM(model)"
+            f"like={like!r} is no model type of hookkit's table{did_you_mean(like, TABLE)} "
+            f"Give one of {', '.join(TABLE)}; or a row; or the model, hk.LM(model)"
         )
-    row = FAMILIES[like]
+    row = TABLE[like]
     if isinstance(row, Family):
         return row
     raise BadHook(

@@ -207,7 +207,7 @@ class Layout:
             is_one_of_heads = site.head is not None and part.inner is not None
             return part.shape[1:] if is_one_of_heads else part.shape
         # Some models project between the embedding and the residual stream.
-        if site.name in ("embed", "final_norm"):
+        if site.name in ("embed", "pos_embed", "final_norm"):
             location = self.location(site)
             module = self.submodule(location.path)
             width = _read_int(module, "embedding_dim", "out_features")
@@ -215,6 +215,9 @@ class Layout:
                 width = _input_size(module)
             if width is not None:
                 return (width,)
+            weight: Any = getattr(module, "weight", None)
+            if getattr(weight, "ndim", 0) == 1:  # a norm that is narrower than the stream
+                return tuple(weight.shape)
         sizes = dict(self.sizes_of(site.layer))
         sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of sites inside attention
         axes = site.axes.removeprefix("batch ").removeprefix("pos ").split()
@@ -294,6 +297,14 @@ def text_config(config: Any, stack: str = "decoder") -> Any:
         part = copy.deepcopy(part)
         part.num_hidden_layers = n_blocks
     return part
+
+
+def is_masked_lm(model: nn.Module) -> bool:
+    """True for a masked language model: it reads a whole text at once and fills its masks."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_named_so = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return is_named_so and not hasattr(model, "generate")
 
 
 def _read_int(config: Any, *names: str) -> int | None:

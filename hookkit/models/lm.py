@@ -35,7 +35,7 @@ from .devices import (
 )
 from .discovery.discover import resolve_family
 from .families.schema import Family, ModuleLocation
-from .layout import Layout, text_config
+from .layout import Layout, is_masked_lm, text_config
 from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
 from .sites import AXES, SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike, as_sites
 from .tokens import Token as Token
@@ -272,6 +272,23 @@ class LM(Vocabulary):
     def two_texts(self) -> bool:
         """True for an encoder-decoder: it reads one text and writes another."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @cached_property
+    def is_masked(self) -> bool:
+        """True for a masked language model, such as BERT, which fills masks and writes no text."""
+        return is_masked_lm(self.root)
+
+    def refuse_next_token(self) -> None:
+        """Raises `Unsupported` for a masked language model.
+
+        It is for functions whose default is the position that chooses the next token.
+        """
+        if self.is_masked:
+            mask = getattr(self.tokenizer, "mask_token", None) or "[MASK]"
+            raise Unsupported(
+                f"{type(self.root).__name__} is a masked language model, which writes no next "
+                f"token: say which token of the text is meant, such as pos=hk.at({mask!r})"
+            )
 
     def head_path(self) -> str | None:
         """Returns the path of the output embedding, or None if the model has none."""

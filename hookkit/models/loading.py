@@ -165,6 +165,8 @@ def auto_class(config: Any) -> Any:
             return transformers.AutoModelForSpeechSeq2Seq
         return transformers.AutoModelForSeq2SeqLM
     is_encoder = getattr(config, "is_decoder", None) is False
+    if type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        is_encoder = True
     if is_encoder and type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING:
         return transformers.AutoModelForMaskedLM
     return transformers.AutoModelForCausalLM
@@ -289,6 +291,14 @@ SLIDING: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 GRANITE = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
+# Special tokens of masked language models; the padding's id counts positions in RoBERTa.
+MASKED: dict[str, Any] = {
+    "pad_token_id": 1,
+    "cls_token_id": 0,
+    "sep_token_id": 2,
+    "eos_token_id": 2,
+    "mask_token_id": 4,
+}
 STATE_SPACE_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", ".D")  # keep their initial values
 
 # What a family needs besides the sizes. None removes a setting.
@@ -332,6 +342,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 4},
     "minicpm3": {**LATENT, "dim_model_base": 16},
     "llama4_text": {**EXPERTS, **HEADS, "intermediate_size_mlp": 48},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_biased_input": False,
+        "position_buckets": 4,
+    },
+    "electra": {"embedding_size": 16},
+    "albert": {"embedding_size": 16},
+    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
     "ministral": {**SLIDING, **HEADS},
     "mistral": {"sliding_window": 6},
     "mixtral": EXPERTS,
@@ -351,6 +371,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "modernbert": {"local_attention": 6, "global_attn_every_n_layers": 2},
+    "xmod": {"default_language": "en_XX"},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 
@@ -400,11 +422,20 @@ def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]
     if whole_settings is not None:
         return copy.deepcopy(whole_settings) | changes
     settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
+    if _is_masked_type(model_type, default_config):
+        settings |= MASKED
     settings |= FAMILIES.get(model_type, {}) | changes
     for name, value in list(settings.items()):
         if value is None and name != "pad_token_id":
             del settings[name]
     return settings
+
+
+def _is_masked_type(model_type: str, config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_masked = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return is_masked and not getattr(config, "is_encoder_decoder", False)
 
 
 def _randomize_weights(model: torch.nn.Module) -> None:
@@ -414,5 +445,5 @@ def _randomize_weights(model: torch.nn.Module) -> None:
             if weight.ndim > 1:
                 weight.normal_(std=0.3)
             elif not name.endswith(STATE_SPACE_PARAMETERS):
-                is_scale = any(word in name for word in ("norm", "ln_", "ln1", "ln2"))
+                is_scale = any(word in name.lower() for word in ("norm", "ln_", "ln1", "ln2"))
                 weight.normal_(mean=float(is_scale), std=0.1)

@@ -205,6 +205,12 @@ def _checked_config(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> A
 def _check_names(lm: LM, arguments: Mapping[str, Any]) -> None:
     from transformers import GenerationConfig, GenerationMixin
 
+    if lm.is_masked:
+        raise Unsupported(
+            f"{type(lm.root).__name__} has no generate(): it is a masked language model, which "
+            "reads a whole text and writes none. Run hk.forward, and read hk.ranks(run, "
+            "pos=hk.at('[MASK]'))"
+        )
     if not isinstance(lm.root, GenerationMixin):
         raise Unsupported(
             f"{type(lm.root).__name__} has no generate(): give a causal language model of "

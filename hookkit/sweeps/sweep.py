@@ -65,6 +65,7 @@ from .journal import Journal, hooks_as_json, open_journal
 from .plan import Plan, first_position, memory_budget
 from .shortcuts import LIMITS, has_rows, no_shortcuts, reads_ahead, shortcuts
 
+READS_AHEAD = "the model reads ahead: what it says at a position depends on later tokens too"
 METRIC_SUFFIXES = ("", "_before", "_delta", "_target", "_effect")  # of a metric's columns
 
 
@@ -117,6 +118,8 @@ def sweep_plan(
     cells = create_cells(lm, grid, hooks, inputs)
     cells += create_controls(lm, cells, control, inputs, draws=draws, seed=control_seed)
     base_hook_points = tuple(bind_hooks(lm, as_hooks(base_hooks), inputs, References(lm)))
+    if reads_ahead(lm, inputs.rows):
+        inputs = _whole_prompts(lm, inputs)
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
     _check_names(cells[0], column_names(metric_values), _draw_column(control))
     allowed = _allowed_shortcuts(lm, inputs)
@@ -124,6 +127,16 @@ def sweep_plan(
         cell.alone = allowed.why.get("batch") or _reason_alone(lm, cell)
     budget = memory_budget(lm, memory)
     return Plan(lm, tuple(cells), inputs, metric_values, base_hook_points, allowed, budget)
+
+
+def _whole_prompts(lm: LM, inputs: SweepInputs) -> SweepInputs:
+    """Returns the inputs with whole prompts, for a model that reads ahead."""
+    if inputs.has_continuation:
+        raise Unsupported(
+            f"{type(lm.root).__name__} reads ahead, and what it says at a token depends on the "
+            "token itself: the loss of a continuation has no meaning for it"
+        )
+    return inputs.uncropped()
 
 
 def _extend_inputs(
@@ -198,12 +211,10 @@ def _check_names(cell: Cell, metric_names: Sequence[str], draw_column: Sequence[
 
 
 def _allowed_shortcuts(lm: LM, inputs: SweepInputs) -> Shortcuts:
-    """Returns what the model allows: nothing if it has hooks of the user's, which see batches."""
+    """Returns what the model allows: nothing if it reads ahead, or if it has hooks of the user's,
+    which see batches."""
     if reads_ahead(lm, inputs.rows):
-        raise Unsupported(
-            "this model reads ahead: what it says at a position depends on later tokens; use "
-            "hk.forward"
-        )
+        return no_shortcuts(READS_AHEAD)
     modules = find_user_hooks(lm.model)
     if not modules:
         return shortcuts(lm, inputs.rows)

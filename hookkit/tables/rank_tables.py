@@ -57,7 +57,8 @@ def ranks(
     """The most likely next tokens at a position, and the watched tokens whatever their rank.
 
     Columns: row, pos, token, token_id, logit, logprob, prob, rank. The table has one row for each
-    token, ordered by rank. `pos` is the prompt's last position by default; `step` counts generated
+    token, ordered by rank. `pos` is the prompt's last position by default (a masked language model
+    needs that of a mask, pos=hk.at("[MASK]")); `step` counts generated
     tokens (0 is the first after the prompt), and is then a column too. `top=None` gives the whole
     vocabulary, `top=0` only the watched tokens.
 
@@ -67,7 +68,7 @@ def ranks(
     1   morning     2
     2       tea     5
     """
-    pos = _default_pos(pos, step)
+    pos = _default_pos(run.lm, pos, step)
     watched = watched_ids(run.lm, watch)
     _check_top(top, least=0 if watched else 1)
     parts = []
@@ -79,9 +80,12 @@ def ranks(
     return table.sort_values(["row", "pos", "rank", "token_id"], ignore_index=True)
 
 
-def _default_pos(pos: PosLike, step: IndicesLike) -> PosLike:
+def _default_pos(lm: LM, pos: PosLike, step: IndicesLike) -> PosLike:
     """Returns the prompt's last position if neither a position nor a step is selected."""
-    return -1 if pos is None and step is None else pos
+    if pos is not None or step is not None:
+        return pos
+    lm.refuse_next_token()
+    return -1
 
 
 @check_arguments
@@ -107,7 +111,7 @@ def rank_shift(
     Positions are counted in each run's own text, so that pos=-1 compares the two prompts' last
     tokens. `pos` in the table is that of `after`.
     """
-    pos = _default_pos(pos, step)
+    pos = _default_pos(after.lm, pos, step)
     pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
     edited = [*named_tokens(before.lm, before.hooks), *named_tokens(after.lm, after.hooks)]
     watched = watched_ids(after.lm, watch)
@@ -220,7 +224,8 @@ def shift_summary(
     _delta; top1_before, top1_after, top1_changed; top_overlap (how many of the first `top` tokens
     are still among them).
     """
-    pairs = _pairs(before, after, pos=_default_pos(pos, step), step=step, rows=rows)
+    pos = _default_pos(after.lm, pos, step)
+    pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
     return summary_table(pairs, top)
 
 

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import check_arguments, check_integer
-from ..errors import BadHook, BadPrompt, EmptySelection, OutOfRange
+from ..errors import BadHook, BadPrompt, EmptySelection, OutOfRange, Unsupported
 from ..hooks.base import Constant, Hook
 from ..hooks.capture import Capture
 from ..hooks.values import FromPrompt, FromRun, Reference
@@ -83,6 +83,7 @@ def surprisal(run: Run, *, rows: IndicesLike = None, top: int = 0) -> pd.DataFra
     2   learning  3.07     5
     """
     _check_top(top)
+    _refuse_masked(run.lm)
     captured = run.captured_logits()
     assert captured.positions is not None
     parts = []
@@ -94,6 +95,16 @@ def surprisal(run: Run, *, rows: IndicesLike = None, top: int = 0) -> pd.DataFra
         numbers = _token_numbers(run.lm, captured.values[row], columns, ids, top)
         parts.append(numbers.assign(row=row, pos=predicted[columns].tolist()))
     return add_roles(_surprisal_table(run.lm, parts), run.roles)
+
+
+def _refuse_masked(lm: LM) -> None:
+    """Raises `Unsupported` for a masked language model."""
+    if lm.is_masked:
+        raise Unsupported(
+            f"{type(lm.root).__name__} is a masked language model: its logits are for the token at "
+            "the same position, which it has read, and not for the next one. Put a mask in the "
+            "token's place, and read hk.ranks(run, pos=…, watch=token)"
+        )
 
 
 def _check_top(top: int) -> None:
@@ -312,6 +323,7 @@ def token_losses(
     >>> table.groupby("row")["loss"].mean().round(1).tolist()
     [3.0, 4.8]
     """
+    _refuse_masked(lm)
     rows, firsts = _rows(lm, texts, prefix)
     length, step = _window_sizes(lm, window, stride)
     meaning = "how many tokens a forward may have,"

@@ -6,7 +6,6 @@ with the same values.
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
 
 import hookkit as hk
 from hookkit.errors import BadHook, MissingSite, UnknownKeyword, UnknownSite
@@ -296,18 +295,6 @@ def test_the_row_is_found_out_once_and_only_when_it_is_asked_for(monkeypatch):
     assert lm.family is lm.family and "found out by a dry run" in repr(lm)
     assert runs == [1]
     assert hk.LM(hk.tiny("llama").model).family.found is False
-
-
-def test_an_encoder_is_not_run():
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    bert = BertForMaskedLM(BertConfig(vocab_size=32, **sizes)).eval()
-    bert.forward = None
-    assert hk.LM(bert).layout.names == ["lm_head", "logits"]
 
 
 # ---- a row by hand

@@ -1,7 +1,6 @@
 """The table of families: every row's places are in the model, and what is missing says why."""
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM
 
 import hookkit as hk
 from hookkit.models.families.table import FAMILIES
@@ -21,14 +20,3 @@ def test_every_place_is_in_the_model_and_every_site_has_a_place_or_a_reason(mode
             )
     for site in lm.sites():
         lm.submodule(lm.location(site).path)
-
-
-def test_a_model_that_is_no_causal_language_model_has_head_and_logits():
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    bert = hk.LM(BertForMaskedLM(BertConfig(vocab_size=32, **sizes)).eval())
-    assert hk.forward(bert, [[1, 2, 3]], hk.capture("lm_head")).logits.shape == (1, 3, 32)

@@ -346,11 +346,22 @@ def _locate_input(attention: Attention) -> ModuleLocation | str:
 
 
 def _locate_z(attention: Attention) -> ModuleLocation | str:
-    """Locates z at the input of the last projection, if it reads the heads' weighted values."""
-    projections = attention.projections
-    if projections and _are_weighted_values(attention, projections[-1].input_by_token):
-        return projections[-1].location("input", cut="head d_head")
+    """Locates z at the input of the last projection, if it reads the heads' weighted values.
+
+    In BERT, that projection is in the module after attention.
+    """
+    for projection in (*attention.projections[-1:], *_projections_after(attention)):
+        if _are_weighted_values(attention, projection.input_by_token):
+            return projection.location("input", cut="head d_head")
     return UNPROVED + "the last projection of attention does not read the heads' outputs in order"
+
+
+def _projections_after(attention: Attention) -> Iterator[ModuleCall]:
+    """Yields the matrices beside the attention module that read its output."""
+    call = attention.call
+    for later in call.parent.linear_calls:
+        if later.start > call.end and later.runs_once and equal_values(later.input, call.output):
+            yield later
 
 
 def _are_weighted_values(attention: Attention, tensor: Tensor | None) -> bool:

@@ -1,7 +1,8 @@
 """Finds what a block adds to the residual stream, and the sites of its MLP, by value.
 
 Attention's term A and the MLP's term M are the module outputs for which resid_pre + A + M is
-resid_post. The MLP's last matrix reads its neurons, and its activation what they were before.
+resid_post, or whose sums with the stream are what two norms of the stream read. The MLP's last
+matrix reads its neurons, and its activation what they were before.
 """
 
 import itertools
@@ -65,6 +66,8 @@ class Block:
     attention: Attention | None = None
     sites: FoundSites = field(default_factory=dict)
     exceptions: dict[str, str] = field(default_factory=dict)
+    stream_norms: dict[str, str] = field(default_factory=dict)
+    attention_term: Term | None = None
     mlp_term: Term | None = None
 
     @property
@@ -75,6 +78,13 @@ class Block:
     def attention_end(self) -> int:
         """When attention ended, or 0 if there is none."""
         return self.attention.call.end if self.attention else 0
+
+    @property
+    def mlp_begin(self) -> int:
+        """The time after which the MLP runs: attention and its part of the stream are done."""
+        if self.attention_term is None:
+            return self.attention_end
+        return max(self.attention_end, self.attention_term.calls[-1].end)
 
     def stream_tensors(
         self, side: Literal["input", "output"]
@@ -94,6 +104,8 @@ def locate_residual_sites(block: Block) -> None:
     terms = _possible_terms(block)
     inputs = list(block.stream_tensors("input"))
     pair = _find_pair(block, terms)
+    if pair is None and _locate_normed_stream(block, terms):
+        return
     if pair is not None:
         attention_term, mlp_term = pair
         mid = [block.pre, attention_term.value]
@@ -101,7 +113,7 @@ def locate_residual_sites(block: Block) -> None:
         return
     else:
         attention_term, mlp_term, mid = _find_separate_terms(block, terms, inputs)
-    block.mlp_term = mlp_term
+    block.attention_term, block.mlp_term = attention_term, mlp_term
     _locate_term(block, "attn_out", attention_term)
     _locate_term(block, "mlp_out", mlp_term)
     _locate_resid_mid(block, inputs, mid, attention_term)
@@ -159,6 +171,48 @@ def _may_be_pair(block: Block, first: Term, second: Term) -> bool:
 def _may_be_attention_term(block: Block, term: Term) -> bool:
     """True if attention returns it, or it comes after attention."""
     return term.is_from(block.attention_call) or term.start > block.attention_end
+
+
+def _locate_normed_stream(block: Block, terms: list[Term]) -> bool:
+    """True if two norms of the stream read its sums with A and with M, and the last is resid_post.
+
+    It locates attn_out, mlp_out and resid_mid, which is the output of the first norm.
+    """
+    if block.attention is None:
+        return False
+    last_norms = [call for call in _stream_norms(block) if equal_values(call.output, block.post)]
+    for first, last in itertools.product(_stream_norms(block), last_norms):
+        middle = first.output_by_token
+        if middle is None or first.start >= last.start:
+            continue
+        attention_term = _find_addend(block, terms, block.pre, first)
+        mlp_term = _find_addend(block, terms, middle, last)
+        if attention_term is None or mlp_term is None:
+            continue
+        block.attention_term, block.mlp_term = attention_term, mlp_term
+        _locate_term(block, "attn_out", attention_term)
+        _locate_term(block, "mlp_out", mlp_term)
+        block.sites["resid_mid"] = first.location()
+        for site, norm in (("resid_mid", first), ("resid_post", last)):
+            block.stream_norms[site] = norm.path.removeprefix(block.call.path)
+        return True
+    return False
+
+
+def _stream_norms(block: Block) -> list[ModuleCall]:
+    """Returns the calls after attention that map a sum to something of the stream's shape."""
+    calls = dict(block.stream_tensors("output"))
+    return [call for call in calls if call.start > block.attention_end and not call.has_matrix]
+
+
+def _find_addend(block: Block, terms: list[Term], stream: Tensor, norm: ModuleCall) -> Term | None:
+    """Returns the term after attention whose sum with the stream a norm reads."""
+    for term in terms:
+        if term.start >= norm.start or not _may_be_attention_term(block, term):
+            continue
+        if norm.input_by_token is not None and is_sum([stream, term.value], norm.input_by_token):
+            return term
+    return None
 
 
 def _locate_only_term(block: Block, terms: list[Term]) -> bool:
@@ -321,13 +375,19 @@ def _mlp_of_term(block: Block, term: Term, candidates: list[ModuleCall]) -> Modu
         return None
     for call in reversed(candidates):
         if term.is_from(call) or _runs_between(block, call, term):
-            return call
+            return call if _may_read_stream(block, call) else None
     return None
+
+
+def _may_read_stream(block: Block, call: ModuleCall) -> bool:
+    """False if what a module reads is wider or narrower than the stream."""
+    value = call.input_by_token
+    return value is None or value.shape[-1] == block.pre.shape[-1]
 
 
 def _runs_between(block: Block, call: ModuleCall, term: Term) -> bool:
     """True if a call starts after attention and does not end after the term."""
-    return block.attention_end < call.start < call.end <= term.calls[-1].end
+    return block.mlp_begin < call.start < call.end <= term.calls[-1].end
 
 
 def _calls_without_mlp_module(block: Block) -> list[ModuleCall]:

@@ -1,4 +1,4 @@
-"""Discovery of the sites of a causal language model that is not in the table of families.
+"""Discovery of the sites of a language model that is not in the table of families.
 
 A dry run records one block of each kind. What is proved about it by value gives the locations of
 all blocks. `resolve_family` returns the family of any model: from the table, by discovery, or one
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ...arguments import as_number
 from ..families.encoder_decoders import ENCODER_DECODERS
+from ..families.encoders import ENCODERS
 from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS
-from ..layout import Layout, text_config
+from ..layout import Layout, is_masked_lm, text_config
 from ..sites import AXES, CROSS_SITES, SITES_WITHOUT_LAYER
 from .attention_sites import (
     HEADED,
@@ -52,7 +53,8 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     if head is None:
         return Family("module", {}, dict.fromkeys(AXES, _why_no_head(kind, model_type)))
     text = text_config(config)
-    row = FAMILIES.get(str(getattr(text, "model_type", None)))
+    rows = ENCODERS if is_masked_lm(model) else FAMILIES
+    row = rows.get(str(getattr(text, "model_type", None)))
     if row is not None:
         family = replace(row if isinstance(row, Family) else row(text), name=model_type)
         if text is config:
@@ -85,9 +87,9 @@ def _why_no_head(kind: str, model_type: str | None) -> str:
 
 
 def _try_discovery(model: nn.Module, config: Any) -> Family | str:
-    """Returns the family of a causal language model, or the reason why discovery has none."""
+    """Returns the family of a language model, or the reason why discovery has none."""
     reason = _why_not_causal(type(model).__name__, config)
-    if reason:
+    if reason and not is_masked_lm(model):
         return reason
     try:
         return discover_family(model, config)
@@ -116,7 +118,7 @@ def _why_not_causal(kind: str, config: Any) -> str:
 
 
 def discover_family(model: nn.Module, config: Any) -> Family:
-    """Returns the family of a causal language model, found by a dry run of a few tokens.
+    """Returns the family of a language model, found by a dry run of a few tokens.
 
     A site is offered if the run proves it by value: `resid_pre + attn_out + mlp_out` is
     `resid_post`, the value of a head is part of a projection's output, and so on. All others are
@@ -135,8 +137,10 @@ def discover_family(model: nn.Module, config: Any) -> Family:
         else:
             locations[name] = site
     exceptions: dict[str, str] = {}
+    stream_norms: dict[str, str] = {}
     for block in blocks_of_kinds.values():
         exceptions |= block.exceptions
+        stream_norms |= block.stream_norms
     family = Family(
         getattr(config, "model_type", None) or "unknown",
         locations,
@@ -144,6 +148,7 @@ def discover_family(model: nn.Module, config: Any) -> Family:
         block=path,
         attention=attention_style,
         exceptions=exceptions,
+        stream_norms=stream_norms,
         found=True,
     )
     layout = Layout(model, config, family)

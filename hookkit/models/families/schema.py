@@ -125,6 +125,8 @@ class Family:
     exceptions  laws ("sum"), or laws at one site ("batch scores"), that do not hold for the family,
                 with the reasons
     stacks      the rows of other lists of blocks, such as the encoder of an encoder-decoder
+    stream_norms  where a block normalises the stream itself after an addition: by the site that is
+                the stream then ("resid_mid", "resid_post"), the path of that norm in the block
     found       True if the row was derived by a dry run of the model and is not in the table
     """
 
@@ -136,6 +138,7 @@ class Family:
     sizes: SizeCorrections = lambda config, layer: {}
     exceptions: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, "Family"] = field(default_factory=dict)
+    stream_norms: Mapping[str, str] = field(default_factory=dict)
     found: bool = False
 
     def __post_init__(self) -> None:

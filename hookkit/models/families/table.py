@@ -9,6 +9,7 @@ its row. Nothing here imports torch.
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from .encoders import ENCODERS
 from .others import (
     CODEGEN,
     GPT2,
@@ -270,6 +271,10 @@ FAMILIES: Mapping[str, Row] = {
     "mamba": MAMBA,
     "mamba2": MAMBA,
 }
+"""The rows of models that write text."""
+
+TABLE: Mapping[str, Row] = {**FAMILIES, **ENCODERS}
+"""All rows: masked language models too."""
 
 IN_AN_IMAGE = "attention sees all patches of an image from each of them, also the later ones"
 MULTIMODAL_EXCEPTIONS: Mapping[str | None, Mapping[str, str]] = {

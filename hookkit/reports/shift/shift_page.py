@@ -17,6 +17,7 @@ import torch
 
 from ...arguments import check_arguments, check_integer
 from ...display import count_of
+from ...errors import Unsupported
 from ...figures import reports as figures
 from ...hooks.base import Hook
 from ...hooks.logits import named_tokens
@@ -434,6 +435,12 @@ def shift_report(
     check_integer(generate, "generate", least=0)
     check_integer(details, "details", least=1)
     check_integer(figures, "figures", least=0)
+    if lm.is_masked:
+        raise Unsupported(
+            f"a shift report is about the token after each prompt, and {type(lm.root).__name__} is "
+            "a masked language model, which writes none: compare two runs at a mask with "
+            "hk.rank_shift(before, after, pos=hk.at('[MASK]'))"
+        )
     all_edits = named_edits(edits)
     all_base_hooks = as_edit_hooks(base_hooks, "base_hooks")
     n_draws = count_draws(controls)
