@@ -495,13 +495,23 @@ def test_a_sweep_inside_a_block_is_refused(lm):
             )
 
 
-def test_a_model_that_reads_ahead_is_refused():
+def test_a_sweep_of_a_model_that_reads_ahead_runs_whole_prompts():
     lm = hk.tiny("gemma3_text", config={"use_bidirectional_attention": True})
-    with pytest.raises(hk.errors.Unsupported, match="reads ahead"):
-        hk.sweep(
-            lm,
-            [[5, 6, 7]],
-            {"layer": [0]},
-            lambda layer: hk.ablate(hk.Site("attn_out", layer)),
-            METRICS,
-        )
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+
+    def steer(pos):
+        return hk.steer("resid_post.0", torch.arange(32.0), pos=pos)
+
+    table = hk.sweep(lm, prompts, {"pos": [0, 2]}, steer, hk.metrics.logit(7), pos=1)
+    for cell in table.to_dict(orient="records"):
+
+        def add(module, args, output, pos=cell["pos"]):
+            added = torch.arange(32.0).view(1, 1, -1)
+            return output.index_add(1, torch.tensor([pos]), added)
+
+        handle = lm.model.model.layers[0].register_forward_hook(add)
+        with torch.no_grad():
+            expected = lm.model(torch.tensor([prompts[cell["row"]]])).logits[0, 1, 7]
+        handle.remove()
+        assert cell["logit"] == pytest.approx(float(expected), abs=1e-4)
+        assert abs(cell["logit_delta"]) > 1e-4  # the edit at position 2 too
