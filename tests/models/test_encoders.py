@@ -64,6 +64,13 @@ def lm() -> hk.LM:
     return hk.tiny("roberta", tokenizer=tokenizer())
 
 
+def made(name: str) -> hk.LM:
+    """The tiny model; "esm absolute" has an embedding of positions, which begin at padding_idx + 1."""
+    if name == "esm absolute":
+        return hk.tiny("esm", config={"position_embedding_type": "absolute"})
+    return hk.tiny(name)
+
+
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert found.shape == expected.shape
     return float((found - expected).abs().max()) / max(1e-3, float(expected.abs().max()))
@@ -113,9 +120,9 @@ def test_every_site_holds_what_the_weights_and_transformers_own_outputs_give(mod
         assert torch.equal(run["pos_embed"][0], table.weight[first : first + len(IDS)])
 
 
-@pytest.mark.parametrize("model_type", [*ENCODERS, *UNLISTED])
+@pytest.mark.parametrize("model_type", [*ENCODERS, *UNLISTED, "esm absolute"])
 def test_every_law_holds_or_the_exception_stands_in_the_row(model_type):
-    lm = hk.tiny(model_type)
+    lm = made(model_type)
     assert lm.is_masked and lm.family.found == (model_type in UNLISTED)
     proof = hk.check_laws(lm)
     broken = proof[~proof["holds"] & ~proof["note"].str.startswith("exception: ")]
@@ -178,9 +185,9 @@ def test_an_edit_of_the_stream_does_what_a_hand_written_hook_does(model_type):
 # ---- padding
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("model_type", [*ENCODERS, "esm absolute"])
 def test_a_padded_row_has_the_logits_of_the_row_alone(model_type):
-    lm = hk.tiny(model_type)
+    lm = made(model_type)
     everywhere, last = hk.forward(lm, ROWS).logits, hk.forward(lm, ROWS, logits="last").logits
     assert can_pad(lm, "left") and can_pad(lm, "right")
     for number, row in enumerate(ROWS):
