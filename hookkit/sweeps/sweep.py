@@ -109,7 +109,7 @@ def sweep_plan(
     """
     if (lm.two_texts and not lm.family.stacks) or lm.config is None:
         raise Unsupported(
-            f"a sweep needs a language model of transformers, and this is a {type(lm.root).__name__}"
+            f"a sweep needs a language model with named sites, and this is {type(lm.root).__name__}"
         )
     metric_values = as_metrics(metrics)
     inputs = read_inputs(lm, prompts, metric_values, pos)

@@ -766,7 +766,7 @@ def test_an_edit_at_any_module_acts_in_the_rows_of_its_cell(kind, site, alone):
 
 
 def test_a_module_that_is_no_language_model_is_refused():
-    with pytest.raises(hk.errors.Unsupported, match="needs a language model of transformers"):
+    with pytest.raises(hk.errors.Unsupported, match="needs a language model with named sites"):
         hk.sweep(hk.LM(nn.Linear(3, 3)), PROMPTS, {"n": [0]}, lambda n: hk.ban(5), METRIC)
 
 
