@@ -40,7 +40,9 @@ README_ROWS = 8  # of a table; its CSV has all of it
 README_COLUMNS = 10
 DETAILS = ("_se", "_n")  # ends of the names of columns that a wide table leaves out first
 
-COLOURS = 48  # of a picture; fewer are seen as steps in a colour map
+COLOURS = 48  # of a picture, at most; fewer are seen as steps in a colour map
+FEW_COLOURS = 16  # of a cloud of points in an SVG, which has shades of one or two colours
+NOTICED = 8000  # a squared distance of colours times the root of a number of pixels; see below
 FARTHEST = 4 * 255**2  # the squared distance of two colours is not larger
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 EMBEDDED = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")  # a picture in an SVG
@@ -183,26 +185,26 @@ def _render_table(part: Part) -> list[str]:
 
 
 def as_png(figure: Figure) -> bytes:
-    """A figure as PNG of at most `COLOURS` colours, a quarter of the size of one with all."""
+    """A figure as PNG of at most `COLOURS` colours, a fifth of the size of one with all."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
-    return _compress_png(drawn.getvalue(), dpi=(DPI, DPI))
+    return _compress_png(drawn.getvalue(), COLOURS, dpi=(DPI, DPI))
 
 
-def _compress_png(data: bytes, **settings: Any) -> bytes:
-    """A PNG with a palette. `settings` are those of `Image.save`."""
+def _compress_png(data: bytes, most: int, **settings: Any) -> bytes:
+    """A PNG with a palette of at most `most` colours. `settings` are those of `Image.save`."""
     output = io.BytesIO()
     with Image.open(io.BytesIO(data)) as picture:
-        _with_palette(picture).save(output, "PNG", optimize=True, **settings)
+        _with_palette(picture, most).save(output, "PNG", optimize=True, **settings)
     return output.getvalue()
 
 
-def _with_palette(picture: Image.Image) -> Image.Image:
+def _with_palette(picture: Image.Image, most: int) -> Image.Image:
     """A picture in which every colour is the nearest one of a palette.
 
     The palette begins with the most frequent colour. Each further one is the colour with the
-    largest distance from the palette, times the root of its number of pixels. A small mark of its
-    own colour keeps it, and so does a large area.
+    largest squared distance from the palette, times the root of its number of pixels, until that
+    is less than `NOTICED`. A small mark of its own colour keeps it, and so does a large area.
     """
     pixels = np.array(picture.convert("RGBA")).view(np.uint32)[..., 0]
     codes, places, counts = np.unique(pixels, return_inverse=True, return_counts=True)
@@ -211,8 +213,11 @@ def _with_palette(picture: Image.Image) -> Image.Image:
     distances = np.full(len(codes), FARTHEST)
     nearest = np.zeros(len(codes), np.uint8)
     palette = []
-    for index in range(min(COLOURS, len(codes))):
-        chosen = int(np.argmax(distances * np.sqrt(counts)))
+    for index in range(min(most, len(codes))):
+        weighted = distances * np.sqrt(counts)
+        chosen = int(np.argmax(weighted))
+        if weighted[chosen] < NOTICED:
+            break
         palette.append(colours[chosen])
         squares = np.square(channels - channels[chosen]).sum(axis=1)
         nearest[squares < distances] = index
@@ -289,5 +294,5 @@ def _round_coordinates(attribute: re.Match[str]) -> str:
 
 
 def _compress_embedded(picture: re.Match[str]) -> str:
-    data = _compress_png(base64.b64decode(picture[1]))
+    data = _compress_png(base64.b64decode(picture[1]), FEW_COLOURS)
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"

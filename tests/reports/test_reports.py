@@ -1,5 +1,6 @@
 """Reports: one page that stands by itself, with its files beside it, and nothing in it that runs."""
 
+import io
 import itertools
 import re
 from html.parser import HTMLParser
@@ -8,7 +9,9 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
 import hookkit as hk
 from hookkit.errors import BadHook
@@ -236,3 +239,39 @@ def test_all_texts_contrast_with_what_is_behind_them_in_light_in_dark_and_in_pri
             for paper in ("paper", "page"):
                 pair = sorted([luminance(theme[text]), luminance(theme[paper])])
                 assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (text, paper, theme)
+
+
+def test_a_picture_has_few_colours_and_no_mark_of_its_own_colour_is_lost(tmp_path):
+    axes = (drawn := Figure(figsize=(6, 4))).subplots()
+    points = np.random.default_rng(0).normal(size=(2, 20000))
+    axes.scatter(*points, s=3, color="#0a78bf", alpha=0.35, linewidths=0, rasterized=True)
+    axes.scatter([0], [6], color="#d55e00", s=12)
+    hk.report("x", Part(drawn, "cloud")).write(tmp_path)
+    full = io.BytesIO()
+    drawn.savefig(full, dpi=150)
+    exact, written = (Image.open(file) for file in (full, tmp_path / "cloud.png"))
+    assert len(written.getcolors()) <= 48 and written.info["dpi"][0] == pytest.approx(150, abs=1)
+    before, after = (np.array(image.convert("RGB")).astype(int) for image in (exact, written))
+    errors = np.abs(after - before).max(axis=-1)
+    orange = (before == (0xD5, 0x5E, 0x00)).all(axis=-1)
+    white = (before == 255).all(axis=-1)
+    assert orange.sum() > 30 and errors[orange].max() == 0 and errors[white].max() == 0
+    assert errors.max() < 60 and np.sqrt((errors**2).mean()) < 8
+    assert (tmp_path / "cloud.png").stat().st_size < len(full.getvalue()) / 3
+
+
+def test_an_svg_is_small_and_its_texts_points_and_references_are_all_there(tmp_path):
+    axes = (drawn := figure("A title")).axes[0]
+    axes.set_xlabel("3.14159265 of what")
+    axes.set_ylabel("x", rotation=30)
+    raw = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        drawn.savefig(raw, format="svg")
+    page = hk.report("x", Part(drawn, "drawn")).html()
+    svg = page[page.index("<svg") : page.index("</svg>")]
+    for mark in ("<path", "<use", "<text", "rotate(-30"):
+        assert svg.count(mark) == raw.getvalue().count(mark), mark
+    assert ">3.14159265 of what<" in svg
+    ids = set(re.findall(r'id="([^"]+)"', svg))
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg)) == ids - {"drawn-title"}
+    assert len(svg) < 0.7 * len(raw.getvalue())
