@@ -23,6 +23,7 @@ SEED, COUNT = 0, 22  # pairs; of each length more than one, for the control
 SITES = ["resid_pre", "attn_out", "mlp_out"]
 # Those of which the answer is made
 TABLES = ("places", "heads", "strongest", "control", "beyond", "writer", "path")
+VALUES = ["logit_diff", "logit_diff_effect"]  # of which tables have means
 TOP = 5  # heads that are looked at more closely
 BACK = "What one clean value brings back: 0 nothing, 1 all of it"
 TAKES = "What one corrupted output does on one path alone: 1 is as corrupted"
@@ -72,7 +73,7 @@ def where(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> None:
     results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
     means = results.table(
         "places",
-        hk.stats.mean_over_prompts(table),
+        hk.stats.mean_over_prompts(table, by=["site", "layer", "pos"], values=VALUES),
         caption="Effect: 0 corrupted, 1 as clean; 95 % intervals.",
     )
     results.figure(
@@ -104,7 +105,7 @@ def which_heads(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> p
     )
     results.table(
         "heads",
-        hk.stats.mean_over_prompts(table),
+        hk.stats.mean_over_prompts(table, by=["layer", "head"], values=VALUES),
         caption="Every head, with 95 % intervals over the pairs.",
     )
     best = hk.stats.strongest(table, top=TOP)
@@ -152,7 +153,9 @@ def readers(
         caption="From head to logits.",
     )
     results.table(
-        "writers", hk.stats.mean_over_prompts(direct), caption="The direct effect of every head."
+        "writers",
+        hk.stats.mean_over_prompts(direct, by=["layer", "head"], values=VALUES),
+        caption="The direct effect of every head.",
     )
     best = hk.stats.strongest(direct, top=1, toward="up")
     results.table(

@@ -30,7 +30,9 @@ def main() -> None:
             lm, clean, corrupted, "resid_post", metric,
             pos=list(range(COUNTRY, LAST + 1)), control="resample", draws=2,
         )  # fmt: skip
-        means: Any = hk.stats.mean_over_prompts(table)
+        means: Any = hk.stats.mean_over_prompts(
+            table, by=["layer", "pos", "control"], values=["prob", "prob_effect"]
+        )
         results.table("means", means, caption=f"Means of {len(clean)} countries, 95 % intervals.")
         title = "How much of the capital's probability one state brings back (1: all of it)"
         tokens = [repr(lm.string(token)) for token in lm.encode(clean[0])]

@@ -87,7 +87,11 @@ def swapped(lm: hk.LM, results: hk.types.Record) -> None:
     )
     means = results.table(
         "swapped",
-        hk.stats.mean_over_prompts(table),
+        hk.stats.mean_over_prompts(
+            table,
+            by=["site", "layer", "pos"],
+            values=["logit_diff", "logit_diff_effect", "rank", "rank_effect"],
+        ),
         caption=f"{len(pairs)} pairs of landmarks; 95 % intervals.",
     )
     results.text(f"{pairs.note}.")
