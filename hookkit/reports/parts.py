@@ -263,7 +263,7 @@ def as_svg(figure: Figure, name: str, caption: str) -> str:
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     inches = figure.get_figwidth()
-    min_width = 4.3 * inches  # below it the smallest text has less than 8 pixels
+    min_width = max(4.3 * inches, min(34, 5.5 * inches))  # the smallest text has 8 to 10 pixels
     max_width = min(76, 7 * inches)
     style = f"min-width: {min_width:g}rem; max-width: {max_width:g}rem"
     title = f'<title id="{name}-title">{escape(describe_figure(figure, caption) or name)}</title>'
