@@ -40,9 +40,9 @@ README_ROWS = 8  # of a table; its CSV has all of it
 README_COLUMNS = 10
 DETAILS = ("_se", "_n")  # ends of the names of columns that a wide table leaves out first
 
-COLOURS = 48  # of a picture, at most; fewer are seen as steps in a colour map
+COLOURS = 64  # of a picture, at most; fewer are seen as steps in a colour map
 FEW_COLOURS = 16  # of a cloud of points in an SVG, which has shades of one or two colours
-NOTICED = 8000  # a squared distance of colours times the root of a number of pixels; see below
+NOTICED = 7  # a squared distance of colours times the root of a share of the pixels; see below
 FARTHEST = 4 * 255**2  # the squared distance of two colours is not larger
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 EMBEDDED = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")  # a picture in an SVG
@@ -203,7 +203,7 @@ def _with_palette(picture: Image.Image, most: int) -> Image.Image:
     """A picture in which every colour is the nearest one of a palette.
 
     The palette begins with the most frequent colour. Each further one is the colour with the
-    largest squared distance from the palette, times the root of its number of pixels, until that
+    largest squared distance from the palette, times the root of its share of the pixels, until that
     is less than `NOTICED`. A small mark of its own colour keeps it, and so does a large area.
     """
     pixels = np.array(picture.convert("RGBA")).view(np.uint32)[..., 0]
@@ -214,7 +214,7 @@ def _with_palette(picture: Image.Image, most: int) -> Image.Image:
     nearest = np.zeros(len(codes), np.uint8)
     palette = []
     for index in range(min(most, len(codes))):
-        weighted = distances * np.sqrt(counts)
+        weighted = distances * np.sqrt(counts / pixels.size)
         chosen = int(np.argmax(weighted))
         if weighted[chosen] < NOTICED:
             break
