@@ -32,6 +32,7 @@ ANSWERED = {
     "one_decision": "one_decision",
     "softmax_and_temperature": "softmax_and_temperature",
     "steer_a_mood": "steer_a_mood",
+    "system_prompt_or_vector": "system_prompt_or_vector",
     "where_is_paris": "where_is_paris",
     "benchmarks.attention": "benchmarks_attention",
     "benchmarks.gradients": "benchmarks_gradients",
@@ -152,6 +153,19 @@ def test_the_layer_of_the_grid_is_where_the_last_token_overtakes_the_country():
     assert f"At layer {layer}:" in experiment.answer(tables)
     means["prob_effect"] = means["prob_effect"].where(means["layer"] != 5, 0.05 * means["pos"])
     assert "At layer 5:" in experiment.answer(tables)
+
+
+def test_a_system_prompt_or_a_vector_says_no_where_the_table_says_so():
+    experiment = importlib.import_module("experiments.system_prompt_or_vector")
+    means = tables_of("system_prompt_or_vector")["means"]
+    means = means.assign(gain_low=0.1, control_largest=means["log10_rise"] - 0.1)
+    for low, high, words in ((0.1, 0.4, "The vector"), (-0.4, -0.1, "The system prompt"), (-0.1, 0.1, "No difference")):  # fmt: skip
+        table = means.assign(vector_minus_prompt_low=low, vector_minus_prompt_high=high)
+        assert experiment.answer({"means": table}).startswith(words)
+    one = means.assign(gain_low=[-0.1, 0.1])
+    assert experiment.answer({"means": one}).startswith("Only the vector is beyond its control")
+    none = means.assign(control_largest=means["log10_rise"] + 0.1)
+    assert experiment.answer({"means": none}).startswith("Neither works: none is beyond")
 
 
 def test_a_vector_of_mood_answers_yes_if_both_words_move_beyond_the_control():
