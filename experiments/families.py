@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import hookkit as hk
 from hookkit.figures.style import GRID, INK, PAPER
-from hookkit.models.families.table import FAMILIES
+from hookkit.models.families.table import FAMILIES, RECENT
 
 STATES = {  # and the colour of each
     "proved": "#3b7a57",
@@ -43,7 +43,8 @@ def main() -> None:
         summary = summed(table, checked)
         results.text(
             f"{len(FAMILIES)} model types of transformers {transformers.__version__}, each as a "
-            "random model of three blocks in float32. The largest difference is a part of the "
+            f"random model of three or four blocks in float32. The first {len(RECENT)} are those "
+            "since the end of 2024. The largest difference is a part of the "
             "largest value at the site, over all laws that compare two ways to compute it."
         )
         results.answer(answer({"sites": table, "families": summary}))

@@ -14,6 +14,7 @@ of their own behind the MLP and multiply the stream by a scalar.
 """
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,19 +82,31 @@ POST_NORM = replace(
 SANDWICH = replace(POST_NORM, before_attn="input_layernorm", before_mlp="pre_feedforward_layernorm")
 LATENT = replace(LLAMA, layout="latent", qkv="kv_a_proj_with_mqa")
 COHERE = replace(LLAMA, parallel=True, before_mlp="input_layernorm")
+ROUTER = replace(LLAMA, router="router")
+BAMBA = replace(ROUTER, final="final_layernorm", before_mlp="pre_ff_layernorm", mlp="feed_forward")
+SHARED_MLP = replace(ROUTER, mlp="block_sparse_moe")
 MAMBA = Names(body="backbone", embed="embeddings", final="norm_f", before_attn="norm")
 
 ALIKE: dict[Names, tuple[str, ...]] = {
     LLAMA: (
         "llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "gemma",
         "olmo", "olmoe", "granite", "smollm3", "helium", "stablelm", "seed_oss", "ernie4_5", "hunyuan_v1_dense",
+        "cwm", "internlm3", "iquestcoder", "ministral3", "minimax_m2", "hy_v3", "glm4_moe", "ernie4_5_moe", "dots1",
+        "exaone_moe", "solar_open", "mellum", "laguna", "flint", "granite_swa", "bitnet", "doge", "qwen3_5_text",
+        "qwen3_5_moe_text", "mimo_v2_flash",
     ),
     GPT2: ("gpt2", "gpt_bigcode"),
-    SANDWICH: ("gemma2", "gemma3_text", "gemma4_text"),
-    POST_NORM: ("olmo2", "olmo3", "exaone4"),
-    COHERE: ("cohere", "cohere2"),
-    LATENT: ("deepseek_v2", "deepseek_v3", "minicpm3"),
-    MAMBA: ("mamba", "mamba2"),
+    SANDWICH: ("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+    POST_NORM: ("olmo2", "olmo3", "exaone4", "flex_olmo"),
+    COHERE: ("cohere", "cohere2", "cohere2_moe"),
+    LATENT: (
+        "deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v32", "mistral4", "axk1",
+        "axk2", "youtu", "kimi_linear", "bailing_hybrid",
+    ),
+    MAMBA: ("mamba", "mamba2", "falcon_mamba"),
+    ROUTER: ("phimoe", "aria_text"),
+    BAMBA: ("bamba", "jamba", "falcon_h1"),
+    SHARED_MLP: ("granitemoeshared", "granitemoe_swa", "granitemoehybrid"),
 }  # fmt: skip
 
 FAMILIES: dict[str, Names] = {kind: names for names, kinds in ALIKE.items() for kind in kinds} | {
@@ -132,9 +145,33 @@ FAMILIES: dict[str, Names] = {kind: names for names, kinds in ALIKE.items() for 
         LLAMA, final="embedding_norm", before_attn="operator_norm", out="out_proj", before_mlp="ffn_norm",
         mlp="feed_forward", gate="w1", up="w3", act=None, down="w2",
     ),
+    "hunyuan_v1_moe": replace(LLAMA, router="gate.wg"),
+    "afmoe": replace(
+        SANDWICH, before_mlp="pre_mlp_layernorm", after_mlp="post_mlp_layernorm", router="router.gate"
+    ),
+    "hyperclovax": replace(LLAMA, after_attn="post_norm1", after_mlp="post_norm2"),
+    "jais2": replace(LLAMA, gate="up_proj", up=None),
+    "nanochat": replace(LLAMA, gate="fc1", up=None, act="activation_fn", down="fc2"),
+    "vaultgemma": replace(LLAMA, before_mlp="pre_feedforward_layernorm"),
+    "lfm2_moe": replace(
+        LLAMA, final="embedding_norm", before_attn="operator_norm", out="out_proj", before_mlp="ffn_norm",
+        mlp="feed_forward", gate="w1", up="w3", act=None, down="w2",
+    ),
+    "lfm3": replace(
+        LLAMA, final="embedding_norm", before_attn="operator_norm", after_attn="post_operator_norm",
+        before_mlp="ffn_norm", mlp="feed_forward", gate="w1", up="w3", act=None, down="w2", after_mlp="post_ffn_norm",
+    ),
+    "llama4_text": replace(LLAMA, mlp="feed_forward", router="router", act="activation_fn"),
+    "minimax": LLAMA,
+    "olmo_hybrid": LLAMA,
+    "recurrent_gemma": replace(
+        LLAMA, final="final_norm", before_attn="temporal_pre_norm", attn="temporal_block",
+        before_mlp="channel_pre_norm", mlp="mlp_block",
+    ),
+    "nemotron_h": Names(embed="embeddings", final="norm_f", before_attn="norm", attn="mixer", before_mlp="norm", mlp="mixer", gate="up_proj", up=None),
 }  # fmt: skip
 
-NO_ROTARY = ("gpt2", "gpt_bigcode", "opt")
+NO_ROTARY = ("gpt2", "gpt_bigcode", "opt", "jamba", "nemotron_h", "granitemoehybrid")
 
 
 def names_of(config: Any) -> Names:
@@ -154,11 +191,33 @@ def names_of(config: Any) -> Names:
     return names
 
 
-def multiplier(config: Any) -> float:
+def multiplier(config: Any, part: str = "mlp") -> float:
     """What a block multiplies a contribution with before it adds it."""
-    if config.model_type == "minicpm3":
+    kind = config.model_type
+    if kind == "minicpm3":
         return config.scale_depth / math.sqrt(config.num_hidden_layers)
-    return config.residual_multiplier if config.model_type in ("granite", "granitemoe") else 1.0
+    if kind == "falcon_h1" and part == "attn":
+        return config.attention_out_multiplier
+    return config.residual_multiplier if kind.startswith(("granite", "hyperclovax")) else 1.0
+
+
+def stream_multiplier(config: Any, layer: int, part: str) -> float:
+    """What a block multiplies the stream with before it adds attention's part or the MLP's."""
+    if config.model_type != "minimax":
+        return 1.0
+    if part == "mlp":
+        return config.mlp_alpha_factor
+    is_linear = config.layer_types[layer] == "linear_attention"
+    return config.linear_attn_alpha_factor if is_linear else config.full_attn_alpha_factor
+
+
+def heads_of(config: Any, layer: int) -> int:
+    if config.model_type == "laguna":
+        return config.num_attention_heads_per_layer[layer]
+    return config.num_attention_heads
+
+
+OTHER_MIXERS = "DeltaAttention$|LightningAttention$|RecurrentBlock$|Mamba2Mixer$|MLP$|MoE$"
 
 
 class Block:
@@ -166,9 +225,26 @@ class Block:
 
     def __init__(self, model: nn.Module, layer: int) -> None:
         self.names = names = names_of(model.config)
+        if (
+            model.config.model_type == "olmo_hybrid"
+        ):  # whose blocks with attention have norms after it
+            is_full = model.config.layer_types[layer] == "full_attention"
+            self.names = names = POST_NORM if is_full else LLAMA
         self.whole = whole = model.get_submodule(names.body).get_submodule(names.blocks)[layer]
         has = lambda module, path: bool(path) and hasattr(module, path.split(".")[0])  # noqa: E731
         inside = lambda module, path: module.get_submodule(path) if has(module, path) else None  # noqa: E731
+        if getattr(whole, "self_attn", 0) is None:  # granitemoehybrid's blocks with another mixer
+            names = replace(names, attn="")
+        if getattr(whole, "block_sparse_moe", 0) is None:
+            names = replace(
+                names,
+                mlp="shared_mlp",
+                gate="input_linear",
+                up="input_linear",
+                act="activation",
+                down="output_linear",
+            )
+            self.names = names
         self.before_attn, self.before_mlp = (
             inside(whole, names.before_attn),
             inside(whole, names.before_mlp),
@@ -178,9 +254,13 @@ class Block:
             inside(whole, names.after_mlp),
         )
         self.attn = inside(whole, names.attn)
+        if re.search(OTHER_MIXERS, type(self.attn).__name__):
+            self.attn = None  # another mixer, or the MLP, under the same name
         self.out = inside(self.attn, names.out) if self.attn else None
         self.qkv = inside(self.attn, names.qkv) if self.attn else None
         self.mlp = whole if names.mlp == "" else inside(whole, names.mlp)
+        if names.mlp == names.attn and not re.search("(MLP|MoE)$", type(self.mlp).__name__):
+            self.mlp = None
         self.experts = inside(self.mlp, "experts") if self.mlp else None
         self.dense = self.mlp is not None and self.experts is None
         self.down = self.mlp.get_submodule(names.down) if self.dense else None
@@ -220,27 +300,33 @@ def projected(reads: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def queries_keys_values(
-    block: Block, config: Any, reads: Tensor, seen: "Seen"
+    block: Block, config: Any, layer: int, reads: Tensor, seen: "Seen"
 ) -> dict[str, Tensor]:
     """q, k and v as the projections give them, from the weights; k is not there with latent attention."""
-    heads, attn = config.num_attention_heads, block.attn
+    heads, attn = heads_of(config, layer), block.attn
     if block.names.layout == "latent":
         width = config.qk_nope_head_dim + config.qk_rope_head_dim
-        last = attn.q_b_proj if attn.q_proj is None else attn.q_proj
-        q = projected(seen.before[last][0], last.weight.unflatten(0, (heads, width)), None)
+        names = ("q_gate_proj", "q_b_proj", "q_proj")
+        last = next(filter(None, (getattr(attn, name, None) for name in names)))
+        # in axk2, each head's query is followed by its output gate
+        matrix = last.weight.unflatten(0, (heads, -1))[:, :width]
+        q = projected(seen.before[last][0], matrix, None)
         matrix = attn.kv_b_proj.weight.unflatten(0, (heads, -1))[:, config.qk_nope_head_dim :]
-        return {"q": q, "v": projected(seen.after[attn.kv_a_layernorm][0], matrix, None)}
+        latent = seen.after[attn.kv_a_layernorm][0].reshape(*reads.shape[:2], -1)
+        return {"q": q, "v": projected(latent, matrix, None)}
     if block.names.layout == "separate":
-        width = block.out.weight.shape[1] // heads
         found = {}
         for name in "qkv":  # gemma4 may read its values off the keys' projection, or keys and values off another block
             if not hasattr(attn, f"{name}_proj"):
                 continue
+            width = block.out.weight.shape[1] // heads
+            if config.model_type == "mimo_v2_flash" and name != "v":
+                width = config.head_dim
             matrix, bias = weight(getattr(attn, f"{name}_proj") or attn.k_proj)
             matrix = matrix.unflatten(0, (-1, width))
             bias = None if bias is None else bias.unflatten(0, (-1, width))
-            if (
-                name == "q" and config.model_type == "qwen3_next"
+            if name == "q" and config.model_type.startswith(
+                ("qwen3_next", "qwen3_5")
             ):  # each head's query is followed by its output gate
                 matrix, bias = matrix[::2], None if bias is None else bias[::2]
             found[name] = projected(reads, matrix, bias)
@@ -339,9 +425,10 @@ def watched(model: nn.Module) -> Iterator[Seen]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None = None,
         **how: Any,
     ):
+        mask = attention_mask
         output, pattern = eager(module, query, key, value, mask, **how)
         seen.calls[module] = {
             "q": query,
@@ -370,7 +457,7 @@ def attention_sites(
     block: Block, config: Any, layer: int, reads: Tensor, seen: Seen
 ) -> dict[str, Tensor]:
     """The sites inside attention."""
-    found = queries_keys_values(block, config, reads, seen)
+    found = queries_keys_values(block, config, layer, reads, seen)
     call = seen.calls.get(block.attn)
     if call is None:
         found["scores"] = own_scores(config, layer, found["q"], found["k"])
@@ -378,17 +465,17 @@ def attention_sites(
         found["pattern"] = found["scores"].softmax(-1) if own is None else own
     else:
         q, k = call["q"].transpose(1, 2), call["k"].transpose(1, 2)
-        if config.model_type not in NO_ROTARY:
+        is_rope = getattr(config, "position_embedding_type", None) == "rope"
+        if config.model_type not in NO_ROTARY or is_rope:
             found |= {"q_rot": q, "k_rot": k}
         scores, cap = products(q, k) * call["scaling"], call.get("softcap")
         scores = scores if cap is None else cap * torch.tanh(scores / cap)
         found["scores"] = scores if call["mask"] is None else scores + call["mask"]
         found["pattern"] = call["pattern"]
-    found["z"] = seen.before[block.out][0].unflatten(-1, (config.num_attention_heads, -1))
+    found["z"] = seen.before[block.out][0].unflatten(-1, (heads_of(config, layer), -1))
     out = linear(found["z"].flatten(2), *weight(block.out))
-    found["attn_out"] = (out if block.after_attn is None else block.after_attn(out)) * multiplier(
-        config
-    )
+    out = out if block.after_attn is None else block.after_attn(out)
+    found["attn_out"] = out * multiplier(config, "attn")
     return found
 
 
@@ -404,6 +491,7 @@ def mlp_sites(block: Block, config: Any, reads: Tensor) -> dict[str, Tensor]:
         pre = linear(reads, matrix, bias)
         other = None if names.up is None else linear(reads, *weight(mlp.get_submodule(names.up)))
     post = act(pre) if other is None else act(pre) * other
+    post = mlp.ffn_sub_norm(post) if hasattr(mlp, "ffn_sub_norm") else post
     out = linear(post, *weight(block.down))
     out = (out if block.after_mlp is None else block.after_mlp(out)) * multiplier(config)
     return {"mlp_pre": pre, "mlp_post": post, "mlp_out": out}
@@ -412,9 +500,11 @@ def mlp_sites(block: Block, config: Any, reads: Tensor) -> dict[str, Tensor]:
 def expert_sites(block: Block, reads: Tensor, seen: Seen) -> dict[str, Tensor]:
     """The router's numbers from its weights; the choice as the experts are given it."""
     router = block.mlp.get_submodule(block.names.router)
+    logits = linear(reads, *weight(router))
+    if len(seen.before[block.experts]) == 1:  # llama4's experts are given all tokens
+        return {"router_logits": logits}
     _, chosen, weights = seen.before[block.experts]
     by_token = lambda x: x.reshape(1, reads.shape[1], -1)  # noqa: E731
-    logits = linear(reads, *weight(router))
     return {
         "router_logits": logits,
         "experts": by_token(chosen),
@@ -423,7 +513,9 @@ def expert_sites(block: Block, reads: Tensor, seen: Seen) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def sites(model: nn.Module, ids: list[int]) -> dict[str, Tensor]:
+def sites(  # noqa: C901  one statement for each thing that a family may have or not
+    model: nn.Module, ids: list[int]
+) -> dict[str, Tensor]:
     """Every site that a family truly has, of one prompt: "resid_post.1", "q.0", "final_norm"."""
     config, names = model.config, names_of(model.config)
     body = model.get_submodule(names.body)
@@ -444,19 +536,36 @@ def sites(model: nn.Module, ids: list[int]) -> dict[str, Tensor]:
             no_norm = block.before_attn is None
             here["attn_in"] = here["resid_pre"] if no_norm else seen.after[block.before_attn][0]
             here |= attention_sites(block, config, layer, here["attn_in"], seen)
+        elif block.mlp is None or names.mlp != names.attn:  # another mixer
+            here["attn_in"] = seen.after[block.before_attn][0]
         if block.mlp is not None:
             no_norm = block.before_mlp is None
-            if not names.parallel:
-                entered = block.mlp.get_submodule(names.gate) if no_norm else block.before_mlp
+            if not names.parallel and names.mlp != names.attn:
+                first = names.gate if block.dense else names.router
+                entered = block.mlp.get_submodule(first) if no_norm else block.before_mlp
                 here["resid_mid"] = stream(seen.before[entered][0])
             here["mlp_in"] = (
                 here["resid_mid"] if no_norm else stream(seen.after[block.before_mlp][0])
             )
+        before_mlp = here.get("resid_mid", here["resid_pre"] + here.get("attn_out", 0))
+        if config.model_type == "minimax":  # the normed stream is the one that goes on
+            before_mlp = here["mlp_in"]
         if block.dense:
             here |= mlp_sites(block, config, here["mlp_in"])
         elif block.experts is not None:
             here |= expert_sites(block, here["mlp_in"], seen)
-            here["mlp_out"] = here["resid_post"] - here["resid_mid"]
+            alpha = stream_multiplier(config, layer, "mlp")
+            here["mlp_out"] = here["resid_post"] - alpha * before_mlp
+        if "attn_in" in here and "attn_out" not in here:
+            before = here["attn_in"] if config.model_type == "minimax" else here["resid_pre"]
+            alpha = stream_multiplier(config, layer, "attn")
+            here["attn_out"] = here.get("resid_mid", here["resid_post"]) - alpha * before
+        if block.experts is not None and getattr(block.whole, "shared_mlp", None) is not None:
+            here.pop("mlp_out")  # the sum of two modules' outputs
+        if config.model_type in ("mamba", "mamba2", "falcon_mamba"):
+            here.pop("attn_in"), here.pop("attn_out")
+        if block.attn is None and config.model_type == "lfm3":
+            here.pop("attn_in")
         found |= {f"{name}.{layer}": value for name, value in here.items()}
     normed = seen.after[final][0]
     found["final_norm"] = (
@@ -464,6 +573,8 @@ def sites(model: nn.Module, ids: list[int]) -> dict[str, Tensor]:
     )
     found["lm_head"] = linear(found["final_norm"], *weight(model.lm_head))
     found["logits"] = result.logits
+    if config.model_type == "nanochat":  # whose one norm is called at both ends of the stream
+        found.pop("final_norm")
     return found
 
 
@@ -472,7 +583,7 @@ def embedding_sites(config: Any, body: nn.Module, ids: list[int]) -> dict[str, T
     kind, names = config.model_type, names_of(config)
     scale = (
         config.hidden_size**0.5
-        if kind.startswith("gemma")
+        if kind.startswith(("gemma", "vaultgemma"))
         else config.scale_emb
         if kind == "minicpm3"
         else 1.0
@@ -486,15 +597,26 @@ def embedding_sites(config: Any, body: nn.Module, ids: list[int]) -> dict[str, T
     return found
 
 
+def is_other_mixer(model: nn.Module, site: str) -> bool:
+    """True for what is added by a block's mixer that is no attention, which is not edited here."""
+    name, _, layer = site.partition(".")
+    return name == "attn_out" and Block(model, int(layer)).attn is None
+
+
 def place(model: nn.Module, name: str, layer: int) -> tuple[nn.Module | None, str, float]:
     """The module and side where a site can be changed, and what its numbers are multiplied with afterwards."""
     if name == "final_norm":
         return model.lm_head, "in", 1.0
     block, factor = Block(model, layer), multiplier(model.config)
+    attn_factor = multiplier(model.config, "attn")
     mlp_end = block.mlp if block.experts is not None else block.down
     return {
         "resid_post": (block.whole, "out", 1.0),
-        "attn_out": (block.out if block.after_attn is None else block.after_attn, "out", factor),
+        "attn_out": (
+            block.out if block.after_attn is None else block.after_attn,
+            "out",
+            attn_factor,
+        ),
         "mlp_out": (mlp_end if block.after_mlp is None else block.after_mlp, "out", factor),
         "z": (block.out, "in", 1.0),
         "mlp_post": (block.down, "in", 1.0),
@@ -510,7 +632,7 @@ def edited(
     module, side, factor = place(model, name, int(layer or 0))
     if module is None:
         raise KeyError(f"{model.config.model_type} has no {site}")
-    heads = (model.config.num_attention_heads,) if name == "z" else ()
+    heads = (heads_of(model.config, int(layer or 0)),) if name == "z" else ()
 
     def new(value: Tensor) -> Tensor:
         return (change(value.reshape(1, len(ids), *heads, -1) * factor) / factor).reshape(

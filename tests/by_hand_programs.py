@@ -82,7 +82,7 @@ def mixer(block: Block) -> nn.Module | None:
     return next(
         (
             getattr(block.whole, name)
-            for name in ("linear_attn", "conv")
+            for name in ("linear_attn", "conv", "mamba", "self_attn")
             if hasattr(block.whole, name)
         ),
         None,
@@ -107,7 +107,7 @@ def boundary(model: nn.Module, site: str, layer: int | None) -> Boundary | None:
             return Boundary(attention, "in")
         ends = (block.after_attn, block.out, attention)
         return Boundary(
-            next(end for end in ends if end is not None), "out", factor=multiplier(config)
+            next(end for end in ends if end is not None), "out", factor=multiplier(config, "attn")
         )
     return None if block.mlp is None else _inside_mlp(block, config, site)
 
@@ -137,7 +137,7 @@ def _inside_mlp(block: Block, config: Any, site: str) -> Boundary | None:
     if site == "mlp_out":
         ends = (block.after_mlp, block.down, block.mlp)
         return Boundary(
-            next(end for end in ends if end is not None), "out", factor=multiplier(config)
+            next(end for end in ends if end is not None), "out", factor=multiplier(config, "attn")
         )
     if gate is None:
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from random_programs import FUNCTIONS, TOLERANCE, Draws, V, code, made
-from tiny_families import ALL
+from tiny_families import PROGRAMMED
 from torch import Tensor
 
 import hookkit as hk
@@ -238,7 +238,7 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--families", nargs="*", default=ALL)
+    parser.add_argument("--families", nargs="*", default=PROGRAMMED)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     started, total, each = time.time(), 0, -(-asked.count // len(asked.families))

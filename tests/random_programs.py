@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 from by_hand_programs import HEADED, INSIDE, Act, Hand, boundary, site_values
-from tiny_families import ALL, NOT_BY_HAND, made
+from tiny_families import PROGRAMMED, made
 from torch import Tensor
 
 import hookkit as hk
 from hookkit.errors import BadEdit
 
-NAMES = [name for name in ALL if name not in NOT_BY_HAND]
+NAMES = PROGRAMMED
 WAYS = ("forward", "attach", "generate", "sweep")
 TOLERANCE = 3e-4  # of the largest value, in float32
 STEPS = 4

@@ -30,12 +30,20 @@ from ..models.lm import LM
 from ..models.padding import can_pad, forward_inputs, padding_scheme
 from ..models.prompt_row import Row
 from ..models.prompts import as_batch, continue_row
-from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, Site
+from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.manager import attach
 from ..runs.run import Run
-from .study import Finding, Law, Study, default_prompts, relative_difference, representative_layers
+from .study import (
+    EDITED_SITES,
+    Finding,
+    Law,
+    Study,
+    default_prompts,
+    relative_difference,
+    representative_layers,
+)
 
 OUTPUTS = (
     ("z", "attn_out"),
@@ -70,22 +78,28 @@ def _captures(study: Study) -> Iterator[Finding]:
 def _residual_sum(study: Study) -> Iterator[Finding]:
     """resid_pre + attn_out + mlp_out is resid_post, and resid_pre + attn_out is resid_mid.
 
-    In an encoder-decoder, cross_out is added between attn_out and mlp_out. Where a family
-    normalises the stream itself, each sum is compared after that norm.
+    In an encoder-decoder, cross_out is added between attn_out and mlp_out. A block of one part adds
+    only this part. Where a family normalises the stream itself, each sum is compared after that
+    norm.
     """
     run = study.run
-    for layer in study.layers_with("attn_out", "mlp_out"):
-        middle = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"]
-        middle = study.norm_stream(middle, Site("resid_mid", layer))
+    for layer in study.layers_with("resid_pre", "resid_post"):
+        has_middle = layer in study.layers_with("resid_mid")
+        added = [name for name in ("attn_out", "mlp_out") if layer in study.layers_with(name)]
+        total = run[f"resid_pre.{layer}"]
+        if "attn_out" in added:
+            total = total + run[f"attn_out.{layer}"]
+            total = study.norm_stream(total, Site("resid_mid", layer))
+            if has_middle:
+                yield study.compare("resid_mid", total, run[f"resid_mid.{layer}"])
         if layer in study.layers_with("cross_out"):
-            middle = middle + run[f"cross_out.{layer}"]
-        total = study.norm_stream(middle + run[f"mlp_out.{layer}"], Site("resid_post", layer))
-        for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
-            yield study.compare(name, total, run[f"resid_post.{layer}"])
-    for layer in study.layers_with("attn_out", "resid_mid"):
-        middle = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"]
-        middle = study.norm_stream(middle, Site("resid_mid", layer))
-        yield study.compare("resid_mid", middle, run[f"resid_mid.{layer}"])
+            total = total + run[f"cross_out.{layer}"]
+        if "mlp_out" in added:
+            total = total + run[f"mlp_out.{layer}"]
+        if len(added) == 2 or (added and not has_middle):
+            total = study.norm_stream(total, Site("resid_post", layer))
+            for name in ("resid_pre", *added, "resid_post"):
+                yield study.compare(name, total, run[f"resid_post.{layer}"])
     for layer in study.layers_with("resid_mid", "cross_out", "cross_mid"):
         after_cross = run[f"resid_mid.{layer}"] + run[f"cross_out.{layer}"]
         yield study.compare("cross_mid", after_cross, run[f"cross_mid.{layer}"])
@@ -191,18 +205,19 @@ def _steered_stream(study: Study) -> Iterator[Finding]:
 def _equivalent_sites(study: Study) -> Iterator[tuple[Site, Site]]:
     """Yields pairs of sites at which the same vector has the same effect."""
     norms = study.lm.family.stream_norms
-    for layer in study.layers_with("attn_out", "resid_mid"):
-        if "resid_mid" not in norms:
-            yield Site("attn_out", layer), Site("resid_mid", layer)
-    for layer in study.layers_with("mlp_out"):
+    with_middle = study.layers_with("resid_mid")
+    for layer in study.layers_with("attn_out", "resid_post"):
+        after = "resid_mid" if layer in with_middle else "resid_post"
+        if after not in norms:
+            yield Site("attn_out", layer), Site(after, layer)
+    for layer in study.layers_with("mlp_out", "resid_post"):
         if "resid_post" in norms:
             continue
         yield Site("mlp_out", layer), Site("resid_post", layer)
-        if "resid_mid" not in study.lm.layout.names and study.layers_with("attn_out"):
-            yield Site("attn_out", layer), Site("resid_post", layer)
     last = study.lm.n_layers - 1
-    for layer in filter(lambda layer: layer != last, study.layers_with("resid_post")):
-        yield Site("resid_post", layer), Site("resid_pre", layer + 1)
+    for layer in study.layers_with("resid_post"):
+        if layer != last:
+            yield Site("resid_post", layer), Site("resid_pre", layer + 1)
 
 
 def _all_heads(study: Study) -> Iterator[Finding]:
@@ -274,7 +289,7 @@ def _left_padded_values(study: Study, rows: Sequence[Row]) -> dict[Site, Tensor]
 
 def _generated_values(study: Study) -> Iterator[Finding]:
     """With the cache, generation has the values of a forward pass over the text, at every site."""
-    generated = generate(study.lm, study.prompts, capture(study.sites), **GENERATION)
+    generated = generate(study.lm, study.generated_prompts, capture(study.sites), **GENERATION)
     prompts = as_batch(study.lm, study.prompts).rows
     for row, length in enumerate(generated.lengths):
         written = generated.tokens[row, generated.prompt_lengths[row] : length - 1].tolist()
@@ -295,17 +310,18 @@ def _edit_without_cache(study: Study) -> Iterator[Finding]:
     for name in CACHED_EDITS:
         if layer in study.layers_with(name):
             hooks = [scale(Site(name, layer), 1.5, pos=slice(0, -1)), ban(0)]
-            cached = generate(study.lm, study.prompts, *hooks, use_cache=True, **GENERATION)
-            uncached = generate(study.lm, study.prompts, *hooks, use_cache=False, **GENERATION)
+            prompts = study.generated_prompts
+            cached = generate(study.lm, prompts, *hooks, use_cache=True, **GENERATION)
+            uncached = generate(study.lm, prompts, *hooks, use_cache=False, **GENERATION)
             # token 0 is banned
             yield study.compare(name, cached.logits[..., 1:], uncached.logits[..., 1:], 5)
 
 
 def _hooks_by_row(study: Study) -> Iterator[Finding]:
     """Rows with different hooks in one batch have the logits of single runs."""
-    if not study.layers_with("resid_post"):
+    if not any(map(study.layers_with, EDITED_SITES)):
         return
-    site = Site("resid_post", study.layers[len(study.layers) // 2])
+    site = study.edited_site(study.layers[len(study.layers) // 2])
     vector = study.random_vector(site)
     makers: list[Callable[[int], Hook]] = [
         lambda row: steer(site, vector, rows=row, pos=-1),
@@ -317,7 +333,7 @@ def _hooks_by_row(study: Study) -> Iterator[Finding]:
     for row, make in enumerate(makers):
         alone = forward(study.lm, [prompts[row]], make(0))
         together = batch_logits[row, : len(prompts[row])]
-        yield study.compare("resid_post", together, alone.logits[0], 3)
+        yield study.compare(site.name, together, alone.logits[0], 3)
 
 
 def _model_is_restored(study: Study) -> Iterator[Finding]:
@@ -362,7 +378,7 @@ LAWS = [
     Law("batch", _padded_batch, BY_ROW),
     Law("writing", _generated_values, (*GENERATED_SITES, "logits"), causal=True),
     Law("without cache", _edit_without_cache, CACHED_EDITS, causal=True),
-    Law("rows", _hooks_by_row, ("resid_post",)),
+    Law("rows", _hooks_by_row, EDITED_SITES),
     Law("left as found", _model_is_restored, ()),
 ]
 UNFINISHED = "this law ended in an error, and was not checked at this site to the end"
@@ -402,8 +418,10 @@ def _layers_to_check(lm: LM, layers: Iterable[int] | None) -> list[int]:
     if layers is None:
         return representative_layers(lm)
     numbers = check_integers(layers, "layers", least=0, meaning="the blocks to try,")
+    names = (name for name in lm.layout.names if name not in SITES_WITHOUT_LAYER)
+    name = next(names, "resid_post")
     for layer in numbers:
-        lm.location(Site("resid_post", layer))  # raises for a layer that the model does not have
+        lm.location(Site(name, layer))  # raises for a layer that the model does not have
     return numbers
 
 

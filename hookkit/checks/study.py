@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadPrompt
+from ..errors import BadPrompt, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..models.layout import is_hidden
 from ..models.lm import LM
-from ..models.prompts import start_token
+from ..models.padding import check_generation, padding_scheme
+from ..models.prompts import as_batch, start_token
 from ..models.sites import QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
 from ..runs.dispatch import forward_of_site
 from ..runs.forward import forward
 from ..runs.run import Run
 
+EDITED_SITES = ("resid_post", "mlp_in")
 PROMPT_LENGTHS = (7, 2, 5)  # of the default prompts, in tokens
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """The largest difference allowed in each dtype, as a fraction of the largest value."""
@@ -64,6 +66,25 @@ class Study:
         for name in names:
             layers = [layer for layer in layers if self.lm.layout.find(name, layer)]
         return layers
+
+    def edited_site(self, layer: int) -> Site:
+        """Returns the site of a layer that a law edits which could take any site."""
+        names = (name for name in EDITED_SITES if layer in self.layers_with(name))
+        return Site(next(names), layer)
+
+    @cached_property
+    def generated_prompts(self) -> list:
+        """The prompts to generate from: one if the model reads padding on the left as text.
+
+        `generate` then refuses several prompts, because they have several lengths.
+        """
+        try:
+            rows = as_batch(self.lm, self.prompts).rows
+            padding_scheme(self.lm, "left", rows)
+            check_generation(self.lm, padded=True, chunk=None, width=0, rows=rows)
+        except Unsupported:
+            return self.prompts[:1]
+        return self.prompts
 
     @cached_property
     def plain_run(self) -> Run:

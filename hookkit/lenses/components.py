@@ -154,6 +154,7 @@ def has_site(layout: Layout, name: str, layer: int | None) -> bool:
 
 def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     """Returns the sites to capture: the stream into and out of each block, and what blocks add."""
+    lm.location(Site("resid_post", lm.n_layers - 1))  # raises if there are several streams
     has_cross = "cross_z" in lm.layout.names
     inner = ["z"] * heads + ["cross_z"] * (heads and has_cross) + ["mlp_post"] * neurons
     for name in inner:

@@ -291,6 +291,9 @@ def _attention(
     query = interception.replace("query", query)
     key = interception.replace("key", key)
     value = interception.replace("value", value)
+    selected = settings.get("indices")
+    if selected is not None and interception.implementation in ("eager", "sdpa"):
+        attention_mask = _only_selected(attention_mask, settings.pop("indices"))
     # transformers 5.0 has no get_interface
     fused: Any = ALL_ATTENTION_FUNCTIONS.get(interception.implementation, eager)
     compute_fused = functools.partial(fused, module, query, key, value, attention_mask, **settings)
@@ -376,6 +379,19 @@ def _additive_mask(mask: Any, query: Tensor, key: Tensor, window: int | None) ->
     if window is not None:
         visible = visible & (key_positions > query_positions - window)
     return _to_additive(visible, query.dtype)
+
+
+def _only_selected(mask: Tensor, indices: Tensor) -> Tensor:
+    """Returns a mask that also hides the keys that an indexer did not select for a query.
+
+    Sparse attention selects keys [batch, query, choice]. For eager attention and sdpa, the module
+    would do the same before it calls them, but it asks for their names, which are replaced.
+    """
+    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device)
+    hidden = hidden.scatter(-1, indices.long()[:, None], False)
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def _causal_mask(scores: Tensor) -> Tensor:

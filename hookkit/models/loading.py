@@ -22,6 +22,7 @@ from ..arguments import check_arguments
 from ..errors import BadHook, DownloadFailed, ModelNotFound, did_you_mean
 from .cache import DEFAULT, PACKAGE, VERSION, default_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
+from .families.small_configs import EXPERTS, FAMILIES, MASKED, SHARED_SETTINGS, SIZES
 from .layout import text_config
 from .lm import LM
 from .tiny_settings import ENCODER_DECODERS, MULTIMODAL
@@ -169,6 +170,9 @@ def auto_class(config: Any) -> Any:
         is_encoder = True
     if is_encoder and type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING:
         return transformers.AutoModelForMaskedLM
+    is_multimodal = type(config) in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if is_multimodal and type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForMultimodalLM  # mistral4, which reads text only
     return transformers.AutoModelForCausalLM
 
 
@@ -256,125 +260,7 @@ def _hidden_progress_bars() -> Iterator[None]:
 
 # ---- small random models
 
-# 3 blocks, d_model 32, 4 heads of 8, 2 key-value heads. Settings that a family lacks are left out.
-SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-}
-LATENT: dict[str, Any] = {  # multi-head latent attention
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "num_key_value_heads": 4,
-}
-DEEPSEEK = EXPERTS | LATENT
-DEEPSEEK |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-SLIDING: dict[str, Any] = {
-    "sliding_window": 6,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
-GRANITE = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
-# Special tokens of masked language models; the padding's id counts positions in RoBERTa.
-MASKED: dict[str, Any] = {
-    "pad_token_id": 1,
-    "cls_token_id": 0,
-    "sep_token_id": 2,
-    "eos_token_id": 2,
-    "mask_token_id": 4,
-}
 STATE_SPACE_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", ".D")  # keep their initial values
-
-# What a family needs besides the sizes. None removes a setting.
-HEADS = {"head_dim": 8}
-FEED_FORWARD_ELSEWHERE = {"num_key_value_heads": None, "intermediate_size": None}
-FAMILIES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("ernie4_5", "gemma", "glm", "glm4", "helium", "hunyuan_v1_dense", "seed_oss"), HEADS
-    ),
-    "codegen": {"rotary_dim": 4},
-    "cohere2": {**SLIDING, **HEADS},
-    "deepseek_v2": DEEPSEEK,
-    "deepseek_v3": DEEPSEEK,
-    "exaone4": SLIDING,
-    "falcon": FEED_FORWARD_ELSEWHERE,
-    "gemma2": {**SLIDING, **HEADS, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
-    "gemma3_text": {**SLIDING, **HEADS, "query_pre_attn_scalar": 8},
-    "gemma4_text": {
-        **SLIDING,
-        **HEADS,
-        # the last one must be full
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        "global_head_dim": 16,
-        "vocab_size_per_layer_input": 320,
-        "hidden_size_per_layer_input": 8,
-    },
-    "gpt_neo": {
-        "num_layers": 3,
-        "attention_types": [[["global", "local", "global"], 1]],
-        "window_size": 6,
-        "num_hidden_layers": None,
-    },
-    "gpt_oss": {**EXPERTS, **SLIDING, **HEADS},
-    "gptj": {"rotary_dim": 4},
-    "granite": {**GRANITE, "attention_multiplier": 0.4},
-    "granitemoe": {**EXPERTS, **GRANITE},
-    "lfm2": {
-        "layer_types": ["full_attention", "conv", "full_attention"],
-        "block_auto_adjust_ff_dim": False,
-    },
-    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 4},
-    "minicpm3": {**LATENT, "dim_model_base": 16},
-    "llama4_text": {**EXPERTS, **HEADS, "intermediate_size_mlp": 48},
-    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "deberta-v2": {
-        "relative_attention": True,
-        "pos_att_type": ["c2p", "p2c"],
-        "position_biased_input": False,
-        "position_buckets": 4,
-    },
-    "electra": {"embedding_size": 16},
-    "albert": {"embedding_size": 16},
-    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
-    "ministral": {**SLIDING, **HEADS},
-    "mistral": {"sliding_window": 6},
-    "mixtral": EXPERTS,
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128},
-    "olmo3": SLIDING,
-    "olmoe": EXPERTS,
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, **FEED_FORWARD_ELSEWHERE},
-    "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0]},
-    "qwen3": {"head_dim": 16},  # wider than d_model / heads
-    "qwen3_moe": {**EXPERTS, **HEADS, "mlp_only_layers": [0]},
-    "qwen3_next": {
-        **EXPERTS,
-        **HEADS,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
-    "modernbert": {"local_attention": 6, "global_attn_every_n_layers": 2},
-    "xmod": {"default_language": "en_XX"},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
-}
 
 
 @check_arguments
@@ -421,10 +307,12 @@ def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]
     whole_settings = MULTIMODAL.get(model_type) or ENCODER_DECODERS.get(model_type)
     if whole_settings is not None:
         return copy.deepcopy(whole_settings) | changes
-    settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
-    if _is_masked_type(model_type, default_config):
-        settings |= MASKED
-    settings |= FAMILIES.get(model_type, {}) | changes
+    settings: dict[str, Any] = {}
+    masked = MASKED if _is_masked_type(model_type, default_config) else {}
+    for name, value in {**SIZES, **masked, **FAMILIES.get(model_type, {})}.items():
+        if name not in SHARED_SETTINGS or hasattr(default_config, name):
+            settings[name] = value
+    settings |= changes
     for name, value in list(settings.items()):
         if value is None and name != "pad_token_id":
             del settings[name]
@@ -447,3 +335,8 @@ def _randomize_weights(model: torch.nn.Module) -> None:
             elif not name.endswith(STATE_SPACE_PARAMETERS):
                 is_scale = any(word in name.lower() for word in ("norm", "ln_", "ln1", "ln2"))
                 weight.normal_(mean=float(is_scale), std=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # which experts a token has, in a hash router
+                buffer.copy_(torch.arange(buffer.numel()).view_as(buffer) % EXPERTS["num_experts"])
+            elif name.endswith("layer_scalar"):  # what multiplies the stream after a block
+                buffer.fill_(0.7)

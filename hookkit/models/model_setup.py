@@ -178,6 +178,7 @@ def _gives_gradient(layer: nn.Module, width: int) -> bool:
         probe = torch.zeros(1, width, dtype=dtype, device=device_of(layer), requires_grad=True)
         try:
             output = layer.forward(probe)
+            output = output[0] if isinstance(output, tuple) else output  # of a router
         # a layer of another library cannot be called so, or its weights are offloaded
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
             return True

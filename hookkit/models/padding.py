@@ -13,6 +13,7 @@ It runs without gradients and in evaluation mode, and it calls neither the user'
 hookkit's.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -287,7 +288,7 @@ def _generation_problem(
         )
     noise = _relative_difference(together[0], alone[1])
     limit = _limit(lm, alone[1], noise)
-    from_forward = _relative_difference(alone[1], expected)
+    from_forward = _relative_difference(alone[1][0], expected)
     if from_forward > limit:
         return (
             f"transformers' generate counts the positions of {name} in another way than its "
@@ -334,10 +335,13 @@ def _chunked_rows(
 def _generated_logits(
     lm: LM, rows: list[Row], chunk: int | None, cache: str | None = None
 ) -> Tensor:
-    """Returns the logits [row, vocab] of the first generated token, for rows padded on the left."""
+    """Returns the logits [row, 2, vocab] of two generated tokens, for rows padded on the left.
+
+    The second token reads the cache, which may count padding in another way than the prompt.
+    """
     ids, positions = pad_batch(rows, 0, "left")
     root: Any = lm.root
-    options: dict[str, Any] = {"max_new_tokens": 1}
+    options: dict[str, Any] = {"max_new_tokens": 2}
     if chunk is not None:
         options["prefill_chunk_size"] = chunk
     if cache is not None:
@@ -353,10 +357,13 @@ def _generated_logits(
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
+        # a row writes its last token again, whatever the others do; no token ends the text
+        prefix_allowed_tokens_fn=lambda row, text: [rows[row][-1]],
+        eos_token_id=None,
         **forward_inputs(lm, rows, own, ids.shape[1], "left"),
         **options,
     )
-    return output.logits[0]
+    return torch.stack(output.logits[:2], dim=1)
 
 
 # ---- rows, logits and conditions of all trials
@@ -389,11 +396,15 @@ def _forward(lm: LM, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _relative_difference(logits: Tensor, expected: Tensor) -> float:
-    """Returns the norm of the difference over that of `expected`, each with its mean removed."""
+    """Returns the norm of the difference over that of `expected`, each with its mean removed.
+
+    It is infinite if a logit is not a number.
+    """
     logits, expected = logits.float(), expected.float()
     logits = logits - logits.mean(-1, keepdim=True)
     expected = expected - expected.mean(-1, keepdim=True)
-    return float((logits - expected).norm() / expected.norm().clamp(min=1e-12))
+    difference = float((logits - expected).norm() / expected.norm().clamp(min=1e-12))
+    return math.inf if math.isnan(difference) else difference
 
 
 def _limit(lm: LM, values: Tensor, noise: float) -> float:

@@ -457,9 +457,13 @@ def columns_in(cache: Any, entry: tuple[SequenceBatch, int] | None) -> int:
 def _columns_by_itself(cache: Any) -> int | None:
     """The columns that a cache says it has; None if it has some and does not count them."""
     try:
-        return int(cache.get_seq_length())
+        columns = int(cache.get_seq_length())
     except ValueError:  # a state-space model's cache does not count
         return None if cache.has_previous_state() else 0
+    if columns == 0 and getattr(cache, "linear_cache", None):
+        # MiniMax: the first block keeps no keys, and the cache counts those of the first block
+        return max(int(layer.get_seq_length()) for layer in cache.layers)
+    return columns
 
 
 def _columns_of_tensors(cache: Any) -> int | None:

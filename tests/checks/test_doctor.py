@@ -149,7 +149,7 @@ def test_a_model_with_adapters_is_proved():
 
 
 def test_a_family_that_was_found_out_is_proved_like_any_other():
-    checkup = hk.doctor(hk.tiny("vaultgemma"))
+    checkup = hk.doctor(hk.tiny("biogpt"))
     assert checkup.healthy, checkup.problems
     assert checkup.sites.set_index("site").loc["attn_out", "proved"]
 

@@ -10,12 +10,10 @@ from tiny_families import ALL, NOT_BY_HAND, made
 
 import hookkit as hk
 from hookkit.checks.laws import LAWS
-from hookkit.errors import MissingSite
+from hookkit.errors import MissingSite, Unsupported
 from hookkit.models.layout import is_hidden
 
 IDS = [5, 9, 17, 200, 33, 41, 7, 90, 12]
-# What stands beside attention in a block without it; by hand it is the stream behind it less the stream before it.
-MIXERS = {"qwen3_next": (0, 2), "lfm2": (1,)}
 
 
 @pytest.fixture(scope="module", params=ALL)
@@ -50,14 +48,7 @@ def test_every_site_holds_what_plain_transformers_has_there(case):
     expected = by_hand_families.sites(lm.model, IDS)
     run = hk.forward(lm, [IDS], hk.capture(lm.sites()))
     mine = {str(site) for site in lm.sites()}
-    beside = {
-        f"{site}.{layer}" for layer in MIXERS.get(name, ()) for site in ("attn_in", "attn_out")
-    }
-    assert mine - set(expected) == beside
-    assert set(expected) - mine == set()
-    for layer in MIXERS.get(name, ()):
-        added = expected[f"resid_mid.{layer}"] - expected[f"resid_pre.{layer}"]
-        assert apart(run[f"attn_out.{layer}"], added) < 1e-5
+    assert mine == set(expected)
     for site, value in expected.items():
         found = run.logits if site == "logits" else run[site]
         if site.startswith("experts."):
@@ -72,6 +63,7 @@ def test_every_site_holds_what_plain_transformers_has_there(case):
                 "bloom",
                 "falcon alibi",
                 "gpt_oss",
+                "mimo_v2_flash",
             ):  # known up to a number for each query
                 found, value = (
                     x - (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
@@ -121,7 +113,7 @@ def test_an_edit_does_what_a_hand_written_edit_does(case):
             or lm.layout.find(site.partition(".")[0], 1) is None
         ):
             continue
-        if f"{site}" in {f"attn_out.{layer}" for layer in MIXERS.get(name, ())}:
+        if by_hand_families.is_other_mixer(lm.model, site):
             continue
 
         def change(values: torch.Tensor) -> torch.Tensor:
@@ -185,7 +177,7 @@ def test_patterns_while_generating_are_those_of_the_whole_text_in_every_way_of_d
 def test_a_site_that_only_some_blocks_have_is_there_in_those_and_refused_in_words_elsewhere():
     lm = hk.tiny("qwen3_next")
     assert [site.layer for site in lm.sites("pattern")] == [1]
-    with pytest.raises(MissingSite, match=re.escape("a gated delta rule), which has no pattern")):
+    with pytest.raises(MissingSite, match=re.escape("a gated delta rule), without a pattern")):
         lm.sites("pattern", layers=[0])
 
 
@@ -195,3 +187,144 @@ def test_a_multiplier_that_the_user_changes_between_two_runs_is_the_one_that_cou
     before = hk.forward(lm, [IDS], hook)["attn_out.1"]
     lm.model.model.layers[1].residual_multiplier *= 2
     assert torch.equal(hk.forward(lm, [IDS], hook)["attn_out.1"], 2 * before)
+
+
+# Families whose blocks are of a kind of their own: what is at each site, module by module. A path begins in the block,
+# and "in" and "out" are its sides; attention's input may be a keyword.
+MODULE_BY_MODULE = {
+    "gemma3n_text": {
+        "attn_in": "self_attn in",
+        "q": "self_attn.q_proj out",
+        "k": "self_attn.k_proj out",
+        "v": "self_attn.v_proj out",
+        "z": "self_attn.o_proj in",
+        "attn_out": "post_attention_layernorm out",
+        "mlp_in": "pre_feedforward_layernorm out",
+        "mlp_pre": "mlp.gate_proj out",
+        "mlp_post": "mlp.down_proj in",
+        "mlp_out": "post_feedforward_layernorm out",
+    },
+    "deepseek_v4": {
+        "attn_in": "input_layernorm out",
+        "q": "self_attn.q_b_proj out",
+        "attn_out": "self_attn.o_b_proj out",
+        "mlp_in": "post_attention_layernorm out",
+        "mlp_out": "mlp out",
+    },
+    "diffllama": {
+        "resid_pre": "input_layernorm in",
+        "attn_in": "input_layernorm out",
+        "q": "self_attn.q_proj out",
+        "k": "self_attn.k_proj out",
+        "attn_out": "self_attn.o_proj out",
+        "resid_mid": "post_attention_layernorm in",
+        "mlp_in": "post_attention_layernorm out",
+        "mlp_pre": "mlp.gate_proj out",
+        "mlp_post": "mlp.down_proj in",
+        "mlp_out": "mlp.down_proj out",
+    },
+    "zamba": {
+        "q": "shared_transf.self_attn.q_proj out",
+        "k": "shared_transf.self_attn.k_proj out",
+        "v": "shared_transf.self_attn.v_proj out",
+        "z": "shared_transf.self_attn.o_proj in",
+    },
+    "zamba2": {
+        "q": "shared_transformer.self_attn.q_proj out",
+        "k": "shared_transformer.self_attn.k_proj out",
+        "v": "shared_transformer.self_attn.v_proj out",
+        "z": "shared_transformer.self_attn.o_proj in",
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODULE_BY_MODULE)
+def test_a_family_of_its_own_kind_has_at_each_site_what_plain_hooks_see_there(name):
+    lm = made(name)
+    sites = MODULE_BY_MODULE[name]
+    blocks = lm.model.get_submodule("model").layers
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+    for layer, block in enumerate(blocks):
+        for site, place in sites.items():
+            path, side = place.split()
+            if path.split(".")[0] not in dict(block.named_children()):
+                continue
+
+            def before(module, args, kwargs, key=f"{site}.{layer}"):
+                seen[key] = (args or tuple(kwargs.values()))[0].clone()
+
+            def after(module, args, output, key=f"{site}.{layer}"):
+                seen[key] = (output[0] if isinstance(output, tuple) else output).clone()
+
+            module = dict(block.named_modules()).get(path)
+            if module is None:
+                continue
+            if side == "in":
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(after))
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([IDS]), use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    run = hk.forward(lm, [IDS], hk.capture(lm.sites([*sites])))
+    assert torch.equal(run.logits, logits)
+    assert {str(site) for site in lm.sites([*sites])} == {*seen}
+    for site in lm.sites([*sites]):
+        expected = seen[str(site)]
+        assert torch.equal(run[site].flatten(2), expected.reshape(1, len(IDS), -1)), site
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "diffllama", "zamba2"])
+def test_an_edit_of_a_family_of_its_own_kind_does_what_a_hand_written_hook_does(name):
+    lm = made(name)
+    paths = {
+        "gemma3n_text": "model.layers.1.mlp.down_proj",
+        "diffllama": "model.layers.1.mlp.down_proj",
+        "zamba2": "model.layers.1.shared_transformer.self_attn.o_proj",
+    }
+    site = "z.1" if name == "zamba2" else "mlp_post.1"
+    handle = lm.model.get_submodule(paths[name]).register_forward_pre_hook(
+        lambda module, args: (args[0] * 1.5 + 0.25, *args[1:])
+    )
+    with torch.no_grad():
+        expected = lm.model(torch.tensor([IDS]), use_cache=False).logits
+    handle.remove()
+    edited = hk.forward(lm, [IDS], hk.edit(site, lambda values: values * 1.5 + 0.25)).logits
+    assert apart(edited, expected) < 2e-6
+
+
+def test_keys_that_an_indexer_leaves_out_have_no_share_of_the_pattern():
+    lm = made("deepseek_v32")
+    chosen: dict[int, torch.Tensor] = {}
+    handles = [
+        block.self_attn.indexer.register_forward_hook(
+            lambda module, args, output, layer=layer: chosen.update({layer: output})
+        )
+        for layer, block in enumerate(lm.model.model.layers)
+    ]
+    run = hk.forward(lm, [IDS], hk.capture("pattern"))
+    with torch.no_grad():
+        plain = lm.model(torch.tensor([IDS]), use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(run.logits, plain)
+    for layer, indices in chosen.items():
+        left_out = torch.ones(1, len(IDS), len(IDS), dtype=torch.bool).scatter(-1, indices, False)
+        pattern = run[f"pattern.{layer}"]
+        assert left_out.any() and (pattern.masked_select(left_out[:, None]) == 0).all()
+        assert torch.allclose(pattern.sum(-1), torch.ones(()))
+
+
+def test_prompts_of_several_lengths_are_refused_where_a_state_takes_in_the_padding():
+    for name in ("recurrent_gemma", "minimax", "deepseek_v4"):
+        lm = made(name)
+        with pytest.raises(Unsupported, match="padded on the left"):
+            hk.generate(lm, [IDS, IDS[:4]], max_new_tokens=2, do_sample=False)
+        alone = hk.generate(lm, [IDS[:4]], max_new_tokens=3, do_sample=False, eos_token_id=None)
+        with torch.no_grad():
+            text = lm.model.generate(
+                torch.tensor([IDS[:4]]), max_new_tokens=3, do_sample=False, eos_token_id=None
+            )
+        assert alone.tokens.tolist() == text.tolist()

@@ -3,9 +3,9 @@
 import by_hand_families
 import pytest
 import torch
+from tiny_families import ONE_OF_EACH
 
 import hookkit as hk
-from hookkit.models.families.table import FAMILIES
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 WITHOUT_HEADS = {"mamba", "mamba2"}
@@ -32,6 +32,7 @@ def assert_sums(table, logits, limit=1e-4):
 
 ADDED_BESIDE = {  # what a family's blocks add beside attention and MLP, read from transformers' code
     "gemma4_text": {"rest.0", "rest.1", "rest.2"},
+    **{kind: {"rest.0", "rest.1", "rest.2"} for kind in ("falcon_h1", "granitemoehybrid")},
     "mamba": {"block.0", "block.1", "block.2"},
     "mamba2": {"block.0", "block.1", "block.2"},
 }
@@ -72,7 +73,7 @@ def assert_nothing_is_balanced(lm, table, token):
     assert set(rows) - in_blocks == expected
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(ONE_OF_EACH))
 def test_the_sum_is_the_logit_in_every_family(family):
     lm = uneven(family)
     run = hk.forward(lm, IDS)
@@ -88,7 +89,7 @@ def test_the_sum_is_the_logit_in_every_family(family):
     assert len(table.groupby(["row", "pos"])) == 9
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(ONE_OF_EACH))
 def test_heads_sum_to_attention_and_neurons_to_the_mlp_in_every_family(family):
     lm = uneven(family)
     run = hk.forward(lm, IDS)
@@ -394,3 +395,12 @@ def test_the_default_models_logit_is_its_sum(smol):
         part = table[(table["row"] == row) & (table["kind"] != "residual")]
         assert part["logit"].sum() == pytest.approx(said, abs=1e-4)
         assert (part["kind"] == "head").sum() == 270
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "deepseek_v4"])
+def test_a_model_of_several_streams_has_no_sum_and_no_lens(family):
+    lm = hk.tiny(family)
+    with pytest.raises(hk.errors.MissingSite, match="several residual streams"):
+        hk.direct_logits(hk.forward(lm, IDS[:1]), 7)
+    with pytest.raises(hk.errors.MissingSite, match="several residual streams"):
+        hk.logit_lens(lm, IDS[:1])

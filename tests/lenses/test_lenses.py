@@ -3,11 +3,11 @@
 import pandas as pd
 import pytest
 import torch
+from tiny_families import ONE_OF_EACH
 from torch.nn import functional
 
 import hookkit as hk
 from hookkit.lenses import readout as reading
-from hookkit.models.families.table import FAMILIES
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 
@@ -46,7 +46,7 @@ def asked(table, row, pos, site):
     return part.sort_values("token_id")
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(ONE_OF_EACH))
 def test_the_last_layer_of_the_lens_is_what_the_model_says_in_every_family(family):
     lm = hk.tiny(family)
     logits = hk.forward(lm, IDS).logits

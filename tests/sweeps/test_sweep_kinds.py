@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_families import ONE_OF_EACH, PROGRAMMED
 
 import hookkit as hk
 from hookkit.errors import BadHook, EmptySelection, HookkitError
-from hookkit.models.families.table import FAMILIES
 
 LONG, SHORT = [5, 6, 7, 8, 9, 10, 11, 12], [20, 21]
 
@@ -234,7 +234,7 @@ def test_a_function_may_give_numbers_that_do_not_lie_in_the_order_of_the_axes(fa
     assert torch.equal(run.logits, plain.logits)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(ONE_OF_EACH))
 def test_an_embedding_that_is_changed_under_every_cell_reaches_rows_that_join_later(family):
     """Blocks of some families read more than the stream, and what they read is made of the embedding."""
     lm = hk.tiny(family)
@@ -432,7 +432,7 @@ def test_random_grids_give_what_forwards_with_their_hooks_give():
     """Cells of several hooks, of any site and position, under others; the error of a forward is the sweep's too."""
     from random_grids import differences
 
-    names = random.Random(0).sample(sorted(FAMILIES), 8)
+    names = random.Random(1).sample(sorted(set(ONE_OF_EACH) & set(PROGRAMMED)), 8)
     assert not [words for name in names for words in differences(name, range(3))]
 
 

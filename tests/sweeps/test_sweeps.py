@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tiny_families import ONE_OF_EACH
 
 import hookkit as hk
-from hookkit.models.families.table import FAMILIES
 from hookkit.sweeps.plan import FirstEffect
 from hookkit.sweeps.shortcuts import shortcuts
 
@@ -40,7 +40,7 @@ def assert_equal_to_the_loop(lm, prompts, table, hooks, axes, *, base_hooks=(), 
         assert found["logit_diff"].tolist() == pytest.approx(wanted, abs=limit), at
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(ONE_OF_EACH))
 def test_patching_in_every_family_equals_a_loop_of_whole_forwards(family):
     lm = hk.tiny(family)
     clean, corrupted = texts(lm)
@@ -63,7 +63,7 @@ def test_patching_in_every_family_equals_a_loop_of_whole_forwards(family):
     assert table["logit_diff_delta"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", sorted(name for name in FAMILIES if "mamba" not in name))
+@pytest.mark.parametrize("family", sorted(name for name in ONE_OF_EACH if "mamba" not in name))
 def test_heads_in_every_family_equal_a_loop_of_whole_forwards(family):
     lm = hk.tiny(family)
     clean, corrupted = texts(lm)

@@ -23,6 +23,10 @@ from .dry_run import (
 
 HEADED = ("q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z")
 UNPROVED = "hookkit could not prove where it is: "
+SEVERAL_ATTENTIONS = (
+    "the module of this block computes attention several times in one forward, and a hook cannot "
+    "tell its calls apart"
+)
 
 FoundSites: TypeAlias = dict[str, ModuleLocation | str]
 """By site: its location, or the reason why it has none."""
@@ -50,6 +54,12 @@ class Attention:
     @property
     def projections(self) -> list[ModuleCall]:
         return [call for call in self.call.linear_calls if call.runs_once]
+
+    @property
+    def output_width(self) -> int | None:
+        """The number of values that attention gives for each token."""
+        output = self.call.output_by_token
+        return None if output is None else output.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,9 @@ def locate_attention_sites(attention: Attention, attention_error: str) -> FoundS
     sites["z"] = _locate_z(attention)
     for name in ("scores", "pattern"):
         sites[name] = ModuleLocation(attention.call.path, "inside", name)
-        if not attention.has_scores:
+        if attention.call.attends_again:
+            sites[name] = SEVERAL_ATTENTIONS
+        elif not attention.has_scores:
             reason = "the softmax of this attention was not seen, or not by head"
             sites[name] = UNPROVED + (attention_error or reason)
     return sites
@@ -276,6 +288,8 @@ def locate_rotated_sites(attention: Attention, any_rotates: bool) -> FoundSites:
         return {**OWN_ATTENTION} if attention.rotates else {**NOT_ROTARY}
     if not any_rotates:
         return {**NOT_ROTARY}
+    if attention.call.attends_again:
+        return dict.fromkeys(("q_rot", "k_rot"), SEVERAL_ATTENTIONS)
     path = attention.call.path
     sites: FoundSites = {
         "q_rot": ModuleLocation(path, "inside", "query"),
@@ -339,8 +353,10 @@ def _as_heads(tensor: Tensor | None, target: Tensor) -> Tensor | None:
 
 def _locate_input(attention: Attention) -> ModuleLocation | str:
     value = attention.call.input_by_token
+    # as wide as what attention adds to the stream; some read the token's embedding too
+    is_like_stream = value is not None and value.shape[-1] == attention.output_width
     for projection in attention.projections:
-        if equal_values(projection.input, value):
+        if is_like_stream and equal_values(projection.input, value):
             return attention.call.location("input")
     return UNPROVED + "no projection of attention reads what the module is given first"
 

@@ -18,7 +18,7 @@ from ...arguments import as_number
 from ..families.encoder_decoders import ENCODER_DECODERS
 from ..families.encoders import ENCODERS
 from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
-from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS
+from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS, TEXT_MODELS
 from ..layout import Layout, is_masked_lm, text_config
 from ..sites import AXES, CROSS_SITES, SITES_WITHOUT_LAYER
 from .attention_sites import (
@@ -53,8 +53,9 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     if head is None:
         return Family("module", {}, dict.fromkeys(AXES, _why_no_head(kind, model_type)))
     text = text_config(config)
-    rows = ENCODERS if is_masked_lm(model) else FAMILIES
-    row = rows.get(str(getattr(text, "model_type", None)))
+    text_type = str(getattr(text, "model_type", None))
+    rows = ENCODERS if is_masked_lm(model) else {**FAMILIES, **TEXT_MODELS}
+    row = rows.get(text_type)
     if row is not None:
         family = replace(row if isinstance(row, Family) else row(text), name=model_type)
         if text is config:
@@ -75,6 +76,9 @@ def decoder_path(model: nn.Module) -> str:
         inner = getattr(decoder, "get_decoder", lambda: None)()
         if not isinstance(inner, nn.Module) or inner is decoder:
             break
+        decoder = inner
+    inner = getattr(decoder, "model", None)  # Llama 4 gives the decoder with its head
+    if not hasattr(decoder, "layers") and isinstance(inner, nn.Module):
         decoder = inner
     return next(path for path, module in model.named_modules() if module is decoder)
 
@@ -440,9 +444,10 @@ def _corrected_sizes(
     by_kind: dict[int, dict[str, int | None]] = {kind: {} for kind in kinds}
     for kind, block in blocks.items():
         configured, measured = layout.sizes_of(kind), _measured_sizes(block)
-        by_kind[kind] = {
-            name: size for name, size in measured.items() if configured.get(name) != size
-        }
+        corrected = {name for name, size in measured.items() if configured.get(name) != size}
+        if "d_head" in corrected:  # the layout reads the other widths of a head from this one
+            corrected |= {"d_qk", "d_v"}
+        by_kind[kind] = {name: measured[name] for name in corrected}
     general = dict(ChainMap(*by_kind.values()))  # the sizes of the first block that has them
 
     def sizes(config: Any, layer: int | None) -> dict[str, int | None]:

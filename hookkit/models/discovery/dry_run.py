@@ -71,6 +71,7 @@ class ModuleCall:
     inner: list["ModuleCall"] = field(default_factory=list)
     function_calls: list[FunctionCall] = field(default_factory=list)
     attention_tensors: dict[str, Tensor] = field(default_factory=dict)  # of `intercept_tensors`
+    attends_again: bool = False  # its attention is computed more than once
     runs_once: bool = False  # a hook on the module fires once in a forward
 
     @property
@@ -267,7 +268,9 @@ class _Recorder(RemovableMode):
 
     def record_attention(self, name: str, tensor: Tensor) -> Tensor:
         """Records a tensor inside attention and returns it unchanged."""
-        self.stack[-1].attention_tensors[name] = tensor.detach().clone()
+        call = self.stack[-1]
+        call.attends_again = call.attends_again or name in call.attention_tensors
+        call.attention_tensors[name] = tensor.detach().clone()
         return tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
