@@ -182,7 +182,8 @@ def default_prompts(lm: LM) -> list[Any]:
     numbers = iter(range(3, 3 + sum(PROMPT_LENGTHS)))
     prompts = []
     for length in PROMPT_LENGTHS:
-        prompts.append([number**3 * 7919 % n_tokens for number in islice(numbers, length)])
+        ids = [number**3 * 7919 % n_tokens for number in islice(numbers, length)]
+        prompts.append([_not_padding(lm, token_id) for token_id in ids])
     if lm.two_texts and lm.family.stacks:
         return [_with_decoder_ids(lm, source) for source in prompts]
     return prompts
@@ -197,6 +198,16 @@ def _with_decoder_ids(lm: LM, source: list[int]) -> dict[str, Tensor]:
         inputs = {"input_features": torch.randn(shape, generator=generator)}
     written = [start_token(lm), *(number + 1 for number in source)] * 4
     return {**inputs, "decoder_input_ids": torch.tensor([written[:4]]) % (lm.n_tokens or 1)}
+
+
+def _not_padding(lm: LM, token_id: int) -> int:
+    """Returns a token's id, or the next one in place of the padding of a masked language model.
+
+    RoBERTa counts no position for a token with the id of the padding.
+    """
+    if lm.is_masked and token_id == getattr(lm.config, "pad_token_id", None):
+        return token_id + 1
+    return token_id
 
 
 def representative_layers(lm: LM) -> list[int]:

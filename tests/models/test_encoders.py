@@ -283,6 +283,10 @@ def test_the_lens_of_the_last_layer_gives_the_logits_of_the_model(model_type):
     assert last["logit"].tolist() == pytest.approx(expected["logit"].tolist(), abs=1e-4)
 
 
+def test_the_laws_put_no_padding_into_a_text_of_a_small_vocabulary(lm):
+    assert hk.check_laws(lm, layers=[1]).query("law == 'batch'")["holds"].all()
+
+
 def test_a_checkup_says_that_the_model_is_a_masked_one():
     checkup = hk.doctor(hk.tiny("roberta"))
     assert checkup.healthy and checkup.sites.query("blocks != ''")["proved"].all()
