@@ -111,8 +111,8 @@ def examples(lm: hk.LM, made: dict[str, hk.types.Pairs]) -> pd.DataFrame:
     rows = []
     for name, pairs in made.items():
         texts = [
-            text if isinstance(text, str) else lm.text(text)
-            for text in (pairs.clean[0], pairs.corrupted[0])
+            lm.text(prompt) if isinstance(prompt, tuple) else str(prompt)
+            for prompt in (pairs.clean[0], pairs.corrupted[0])
         ]
         labels = ", ".join(f"{label} {places[0]}" for label, places in pairs.labels.items())
         rows.append((name, *texts, pairs.answers[0], pairs.wrong[0], labels))
