@@ -5,7 +5,7 @@ laws are run on it: a site is proved where all that name it hold in every block 
 answered if nothing is left that is there and not proved, but for the exceptions that the table
 gives a reason for.
 
-python -m experiments.families        three minutes on two cores; writes results/families/
+python -m experiments.families        eight minutes on two cores; writes results/families/
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,11 @@ from tqdm import tqdm
 
 import hookkit as hk
 from hookkit.figures.style import GRID, INK, PAPER
+from hookkit.models.families.encoders import ENCODERS
 from hookkit.models.families.table import FAMILIES, RECENT
+from hookkit.models.tiny_settings import ENCODER_DECODERS, MULTIMODAL
+
+MODEL_TYPES = (*FAMILIES, *MULTIMODAL, *ENCODER_DECODERS, *ENCODERS)
 
 STATES = {  # and the colour of each
     "proved": "#3b7a57",
@@ -37,15 +41,18 @@ def main() -> None:
     with hk.record("results/families", title="Model families", question=question) as results:
         checked = {
             model_type: hk.doctor(hk.tiny(model_type))
-            for model_type in tqdm(FAMILIES, disable=None)
+            for model_type in tqdm(MODEL_TYPES, disable=None)
         }
         table = pd.concat([rows_of(model_type, checkup) for model_type, checkup in checked.items()])
         summary = summed(table, checked)
         results.text(
-            f"{len(FAMILIES)} model types of transformers {transformers.__version__}, each as a "
-            f"random model of three or four blocks in float32. The first {len(RECENT)} are those "
-            "since the end of 2024. The largest difference is a part of the "
-            "largest value at the site, over all laws that compare two ways to compute it."
+            f"{len(MODEL_TYPES)} model types of transformers {transformers.__version__}, each as "
+            f"a random model of two to four blocks in float32: {len(FAMILIES)} decoders, of which "
+            f"the first {len(RECENT)} are those since the end of 2024, {len(MULTIMODAL)} that read "
+            f"images or sound too (here with text), {len(ENCODER_DECODERS)} encoder-decoders "
+            f"(their decoders), and {len(ENCODERS)} masked models. The largest difference is a "
+            "part of the largest value at the site, over all laws that compare two ways to "
+            "compute it."
         )
         results.answer(answer({"sites": table, "families": summary}))
         results.figure("coverage", coverage(table), caption="Family by site.")

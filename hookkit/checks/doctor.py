@@ -19,7 +19,7 @@ from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import HookkitError
 from ..models.devices import count_parameters
 from ..models.lm import LM
-from ..models.sites import AXES
+from ..models.sites import AXES, CROSS_SITES
 from .laws import UNFINISHED, check_laws
 
 MAX_PROBLEMS = 3  # that the text of a checkup shows
@@ -118,7 +118,8 @@ def _describe_broken_law(row: Any) -> str:
 
 
 def _site_table(lm: LM, laws: pd.DataFrame) -> pd.DataFrame:
-    table = pd.DataFrame([_site_row(lm, name, laws) for name in AXES])
+    names = [name for name in AXES if lm.two_texts or name not in CROSS_SITES]
+    table = pd.DataFrame([_site_row(lm, name, laws) for name in names])
     description = lm.describe().set_index("site")
     if "place" in description:
         table.insert(2, "place", description.loc[table["site"], "place"].tolist())
