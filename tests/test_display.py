@@ -315,6 +315,7 @@ def outcomes(lm, folder):
 
     hk.forward(lm, prompts, hk.edit("z.1", keep))
     yield "EditContext", contexts[0]
+    yield "Chat", hk.chat(user=long_text, system=long_text)
 
 
 def test_the_repr_of_an_outcome_says_what_it_holds_in_a_few_lines(llama, tmp_path):

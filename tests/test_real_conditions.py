@@ -808,14 +808,14 @@ TWO_TEXTS = {
 
 @pytest.mark.parametrize("kind", TWO_TEXTS)
 def test_an_encoder_decoder_says_what_it_is_and_what_can_be_done(kind):
-    lm = hk.LM(TWO_TEXTS[kind][0]())
-    assert set(lm.describe()["missing"]) == {
-        f"{kind} is an encoder-decoder, and named sites are those of decoders; name its modules with hk.module(path)"
-    }
+    model = TWO_TEXTS[kind][0]()
+    assert hk.LM(model).layout.names  # its type is in the table
+    model.config.model_type = "mine"
+    lm = hk.LM(model)
+    reason = "no row of hookkit's table has the encoder-decoder 'mine'"
+    assert set(lm.describe()["missing"]) == {f"{reason}; name its modules with hk.module(path)"}
     assert kind in repr(lm)
-    with pytest.raises(
-        MissingSite, match=f"{kind} is an encoder-decoder, and named sites are those of decoders"
-    ):
+    with pytest.raises(MissingSite, match=reason):
         hk.attach(lm, hk.capture("resid_post.1"))
     for run in (hk.forward, hk.generate):
         with pytest.raises(
@@ -873,6 +873,7 @@ def test_what_has_no_meaning_in_an_encoder_decoder_is_refused():
         ):
             model(**given)
     layer = hk.capture(hk.module("decoder.block.1"))
+    model.config.model_type = "mine"  # the table has no row of this type
     with (
         pytest.raises(Unsupported, match=r"generate of an encoder-decoder .* runs its two parts"),
         hk.attach(model, layer),

@@ -475,8 +475,6 @@ def patch(
     another pair: hk.stats.strongest selects on half of several pairs and measures on the other
     half.
     """
-    from ..models.prompts import tokenize
-
     shown.check()
     arguments = {"direction": direction, **grid.arguments(output)}
     clean, corrupted = pair.read()
@@ -485,6 +483,8 @@ def patch(
     output.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
     tokens = []
     if lm.tokenizer is not None:
+        from ..models.prompts import tokenize
+
         tokens = list(map(lm.string, tokenize(lm, corrupted)))
     metric = hk.metrics.logit_diff(right, wrong)
     sweep = partial(hk.patching, lm, [clean], [corrupted], site, metric, **arguments)

@@ -148,7 +148,8 @@ def _trial_result(
     """
     attention = getattr(lm.config, "_attn_implementation", None)
     key = trial, *arguments, attention, getattr(lm.root, "dtype", None), lm.adapters
-    key = *key, input_names(rows), len(set(map(len, rows))) > 1
+    names = input_names(rows)
+    key = *key, names, bool(names) and len(set(map(len, rows))) > 1
     if key not in lm.trial_results:
         own_rows = _trial_rows(lm)
         if input_names(rows):
@@ -398,9 +399,11 @@ def _forward(lm: LM, inputs: Mapping[str, Tensor]) -> Tensor:
 def _relative_difference(logits: Tensor, expected: Tensor) -> float:
     """Returns the norm of the difference over that of `expected`, each with its mean removed.
 
-    It is infinite if a logit is not a number.
+    It is infinite if a logit is not a number, but for those that are none in `expected` either.
     """
     logits, expected = logits.float(), expected.float()
+    is_number = expected.isfinite().all(-1, keepdim=True)
+    logits, expected = logits.where(is_number, 0), expected.where(is_number, 0)
     logits = logits - logits.mean(-1, keepdim=True)
     expected = expected - expected.mean(-1, keepdim=True)
     difference = float((logits - expected).norm() / expected.norm().clamp(min=1e-12))

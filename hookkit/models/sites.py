@@ -74,7 +74,7 @@ STACKS = ("encoder",)  # other lists of blocks than the one that writes text
 
 
 @check_fields
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, repr=False)
 class Site:
     """A named activation: `Site("z", 9, 3)` is head 3 of `z` in block 9.
 
@@ -86,6 +86,10 @@ class Site:
     layer: int | None = None
     head: int | None = None
     stack: str = ""
+
+    def __repr__(self) -> str:
+        stack = f", stack={self.stack!r}" if self.stack else ""
+        return f"Site(name={self.name!r}, layer={self.layer}, head={self.head}{stack})"
 
     def __post_init__(self) -> None:
         check_name(self.name)
