@@ -21,7 +21,7 @@ from ..hooks.capture import capture
 from ..models.layout import is_hidden
 from ..models.lm import LM
 from ..models.padding import check_generation, padding_scheme
-from ..models.prompts import as_batch, start_token
+from ..models.prompts import as_batch, placeholder_ids, start_token
 from ..models.sites import QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
 from ..runs.dispatch import forward_of_site
 from ..runs.forward import forward
@@ -183,10 +183,18 @@ def default_prompts(lm: LM) -> list[Any]:
     prompts = []
     for length in PROMPT_LENGTHS:
         ids = [number**3 * 7919 % n_tokens for number in islice(numbers, length)]
-        prompts.append([_not_padding(lm, token_id) for token_id in ids])
+        prompts.append([_as_text(lm, token_id) for token_id in ids])
     if lm.two_texts and lm.family.stacks:
         return [_with_decoder_ids(lm, source) for source in prompts]
+    if placeholder_ids(lm) and "token_type_ids" in lm.takes:
+        return list(map(_with_token_types, prompts))
     return prompts
+
+
+def _with_token_types(ids: list[int]) -> dict[str, Tensor]:
+    """Returns a prompt of a model that reads images, with the types that its processor gives."""
+    row = torch.tensor([ids])
+    return {"input_ids": row, "token_type_ids": torch.zeros_like(row)}
 
 
 def _with_decoder_ids(lm: LM, source: list[int]) -> dict[str, Tensor]:
@@ -200,13 +208,16 @@ def _with_decoder_ids(lm: LM, source: list[int]) -> dict[str, Tensor]:
     return {**inputs, "decoder_input_ids": torch.tensor([written[:4]]) % (lm.n_tokens or 1)}
 
 
-def _not_padding(lm: LM, token_id: int) -> int:
-    """Returns a token's id, or the next one in place of the padding of a masked language model.
+def _as_text(lm: LM, token_id: int) -> int:
+    """Returns a token's id, or the next one that stands for no image and is no padding.
 
     RoBERTa counts no position for a token with the id of the padding.
     """
-    if lm.is_masked and token_id == getattr(lm.config, "pad_token_id", None):
-        return token_id + 1
+    others = placeholder_ids(lm)
+    if lm.is_masked:
+        others.add(getattr(lm.config, "pad_token_id", None) or 0)
+    while token_id in others:
+        token_id += 1
     return token_id
 
 
