@@ -14,7 +14,8 @@ from ..arguments import check_arguments
 from ..errors import BadHook, Unsupported
 from ..hooks.capture import capture
 from ..models.lm import LM, Token
-from ..models.prompts import Prompts, placeholder_ids
+from ..models.named_positions import placeholder_ids
+from ..models.prompts import Prompts
 from ..runs.forward import forward
 from ..tables.distributions import add_roles
 from ..tables.metrics.metric import MetricLike

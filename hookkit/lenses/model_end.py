@@ -19,8 +19,9 @@ from ..hooks.base import Hook
 from ..hooks.capture import Captured
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
+from ..models.named_positions import find_positions
 from ..models.overrides import MethodReplacement, skip_hooks
-from ..models.prompts import Row, find_positions, pad_id
+from ..models.prompts import Row, pad_id
 from ..models.sites import Site
 from ..runs.dispatch import find_input
 from ..runs.hook_points import BoundHook, HookPoint, build_hook_points

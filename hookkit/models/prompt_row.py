@@ -19,10 +19,10 @@ from .batch_positions import Side, pad_batch
 
 Row: TypeAlias = tuple[int, ...]
 
-GRID = (
-    "_grid_thw"  # the end of the name of an input with the patches of each image: t, height, width
-)
+# Inputs with a value per token. Others may have as many columns by chance, as masks of sound do.
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "langs")
 TEMPLATE_ROLE = "template"  # the role of the tokens that a chat template added
+# Inputs with the patches of each image [time, height, width], and where all patches are.
 VALUES_OF_GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
 
 
@@ -180,17 +180,16 @@ def split_inputs(
 ) -> list[Row]:
     """Returns the rows with the other inputs that a processor returned for them.
 
-    `columns` are those of each row's tokens among the `width` columns of the processor's ids. An
-    input with this shape has a value per token. Of the others, one row has all; several rows have
-    one entry each, and what cannot be divided so raises `BadPrompt`.
+    `columns` are those of each row's tokens among the `width` columns of the processor's ids. Of
+    inputs without a value per token, one row has all; several rows have one entry each, and what
+    cannot be divided so raises `BadPrompt`.
     """
     if not others:
         return list(rows)
     tensors = {name: _as_tensor(name, values) for name, values in others.items()}
     per_token, inputs = {}, {}
     for name, values in tensors.items():
-        has_columns = tuple(values.shape) == (len(rows), width)
-        is_per_token = has_columns and not name.startswith("decoder_")
+        is_per_token = name in PER_TOKEN and tuple(values.shape) == (len(rows), width)
         (per_token if is_per_token else inputs)[name] = values
     parts = _divide(inputs, len(rows))
     result: list[Row] = []
@@ -214,23 +213,29 @@ def _as_tensor(name: str, values: Any) -> Tensor:
 
 def _divide(inputs: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """Returns the inputs of each of `count` rows."""
-    if count == 1 or not inputs:
-        return [dict(inputs)] * count
-    sizes: dict[str, list[int]] = {}
+    if count == 1:
+        return [dict(inputs)]
+    divided: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, values in inputs.items():
-        sizes[name] = [1] * values.shape[0] if values.ndim else []
-    for grid, name in VALUES_OF_GRIDS.items():
-        if grid in inputs and name in inputs:
-            sizes[name] = inputs[grid].prod(-1).tolist()
-    for name, lengths in sizes.items():
-        if len(lengths) != count or sum(lengths) != inputs[name].shape[0]:
+        sizes = _entries_by_row(name, inputs)
+        if len(sizes) != count or sum(sizes) != values.shape[0]:
             raise BadPrompt(
-                f"the prompts are {count} rows with {name!r} of shape "
-                f"{list(inputs[name].shape)}, which cannot be divided among the rows: give a list, "
-                "with what the processor returns for each prompt"
+                f"the prompts are {count} rows with {name!r} of shape {list(values.shape)}, which "
+                "cannot be divided among the rows: give a list, with what the processor returns "
+                "for each prompt"
             )
-    divided = {name: inputs[name].split(lengths) for name, lengths in sizes.items()}
-    return [{name: parts[row] for name, parts in divided.items()} for row in range(count)]
+        for row, part in zip(divided, values.split(sizes), strict=True):
+            row[name] = part
+    return divided
+
+
+def _entries_by_row(name: str, inputs: Mapping[str, Tensor]) -> list[int]:
+    """Returns how many entries of the first axis of an input each row has, if each has an image."""
+    for grid, values_name in VALUES_OF_GRIDS.items():
+        if name == values_name and grid in inputs:
+            return inputs[grid].prod(-1).tolist()
+    values = inputs[name]
+    return [1] * values.shape[0] if values.ndim else []
 
 
 # ---- from rows to the inputs of a batch
@@ -256,10 +261,10 @@ def _names(inputs: Iterable[Mapping[str, Tensor]]) -> list[str]:
 
 
 def _concatenate(name: str, parts: Sequence[Tensor]) -> Tensor:
-    if len({part.ndim for part in parts}) > 1:
-        shapes = ", ".join(str(list(part.shape)) for part in parts)
+    shapes = [tuple(part.shape[1:]) for part in parts]
+    if len(set(map(len, shapes))) > 1:
         raise BadPrompt(f"the prompts have {name!r} of shapes {shapes}: give one number of axes")
-    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
+    sizes = list(map(max, zip(*shapes, strict=True)))
     padded: list[Tensor] = []
     for part in parts:
         filled = part.new_zeros(part.shape[0], *sizes)

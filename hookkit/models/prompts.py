@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import chain, compress, count, groupby
+from itertools import compress, count, groupby
 from typing import Any, TypeAlias
 
 from jaxtyping import Bool, Int
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..arguments import as_bool, as_integer, as_items, as_number, describe, is_mapping
 from ..arguments import shorten as shorten
-from ..errors import BadPrompt, OutOfRange, Unsupported
+from ..errors import BadPrompt, Unsupported
 from .batch_positions import Side as Side
 from .batch_positions import pad_batch
 from .batch_positions import pad_rows as pad_rows
 from .chat import Chat, chat_of, render
 from .lm import LM
+from .named_positions import placeholder_ids
 from .padding import forward_inputs, padding_scheme
-from .positions import AUDIO, IMAGE, At, Named, Role, TextPart, Turn
 from .prompt_row import (
     PromptRow,
     Row,
@@ -35,11 +35,6 @@ Prompts: TypeAlias = Prompt | Sequence[Prompt]
 MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that hookkit itself reads in a mapping
 # Inputs that hookkit makes, or that take the place of the ids.
 REFUSED_INPUTS = ("position_ids", "inputs_embeds", "labels", "past_key_values", "cache_position")
-# The configuration's names of the ids that stand for an image, a video or sound in a prompt.
-PLACEHOLDERS = {
-    IMAGE: ("image_token_id", "image_token_index", "video_token_id"),
-    AUDIO: ("audio_token_id", "audio_token_index"),
-}
 # The token types of text that follows the prompt, by model type.
 TYPES_OF_CONTINUATION = {"gemma3": 0, "gemma4": 0, "paligemma": 1}
 PROMPT_FORMS = "give texts, chats, or rows of token ids"
@@ -332,6 +327,7 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
 def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
     """Returns the prompts as rows of token ids of the vocabulary, of any length."""
     rows: list[Row] = []
+    placeholders = placeholder_ids(lm)
     for number, content in enumerate(check_prompts(prompts)):
         row = tokenize(lm, content)
         from_tokenizer = isinstance(content, str | Chat) or isinstance(prompts, Mapping)
@@ -339,7 +335,7 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
         source = getattr(row, "source", None)
         if source is not None:
             _check_ids(lm, number, source, from_tokenizer=from_tokenizer)
-        _check_inputs(lm, number, row)
+        _check_inputs(lm, number, row, placeholders)
         rows.append(row)
     return rows
 
@@ -463,7 +459,7 @@ def _check_ids(lm: LM, number: int, row: Row, *, from_tokenizer: bool) -> None:
     )
 
 
-def _check_inputs(lm: LM, number: int, row: Row) -> None:
+def _check_inputs(lm: LM, number: int, row: Row, placeholders: set[int]) -> None:
     """Raises if the model would not read an input of a row, or lacks what a token stands for."""
     ignored = [name for name in input_names([row]) if name not in lm.takes]
     if ignored:
@@ -472,20 +468,13 @@ def _check_inputs(lm: LM, number: int, row: Row) -> None:
             f"{type(lm.root).__name__} has no such parameter. Leave it out, for example with "
             f"inputs.pop({ignored[0]!r})"
         )
-    missing = placeholder_ids(lm).intersection(row)
+    missing = placeholders.intersection(row)
     if missing and not getattr(row, "inputs", {}):
         raise BadPrompt(
             f"prompt {number} has token {min(missing)}, which stands for an image, a video or "
             "sound, and came without it: give what the model's processor returns for the text and "
             "its images. If it was given, this function cannot use it"
         )
-
-
-def placeholder_ids(lm: LM, *parts: TextPart) -> set[int]:
-    """Returns the token ids that stand for images and videos or for sound (default: for both)."""
-    names = chain.from_iterable(PLACEHOLDERS[part] for part in parts or PLACEHOLDERS)
-    ids = {getattr(lm.config, name, None) for name in names}
-    return {token_id for token_id in ids if isinstance(token_id, int)}
 
 
 def continue_row(lm: LM, row: Row, ids: Sequence[int]) -> Row:
@@ -505,90 +494,3 @@ def refuse_inputs(rows: Iterable[Any], function: str) -> None:
                 f"{function} reads token ids only, and prompt {number} has "
                 f"{input_names([row])[0]!r} too"
             )
-
-
-def find_positions(lm: LM, row: Sequence[int], place: Named) -> Row:
-    """Returns the positions of a row's tokens that cover a text, that a role says, or that stand
-    for an image."""
-    if isinstance(place, At):
-        return positions_of_text(lm, row, place)
-    if place in PLACEHOLDERS:
-        return _positions_of_placeholders(lm, row, place)
-    turns, speakers = getattr(row, "turns", ()), getattr(row, "speakers", ())
-    if not turns:
-        what = "is no chat" if not speakers else "is a chat whose messages its template changes"
-        raise OutOfRange(
-            f"{place!r} was asked for, and {shorten(lm.text(row))!r} {what}, so it is not known "
-            "who says its tokens: give hk.chat(user='…'), or positions as numbers or hk.at('text')"
-        )
-    wanted = _messages_at(place, speakers)
-    positions = [position for position, turn in enumerate(turns) if turn in wanted]
-    if not positions:
-        raise OutOfRange(
-            f"{place!r} was asked for, and it has no token in {shorten(lm.text(row))!r}"
-        )
-    return tuple(positions)
-
-
-def _positions_of_placeholders(lm: LM, row: Sequence[int], part: TextPart) -> Row:
-    ids = placeholder_ids(lm, part)
-    positions = tuple(position for position, token_id in enumerate(row) if token_id in ids)
-    if not positions:
-        raise OutOfRange(
-            f"{part!r} was asked for, and {shorten(lm.text(row))!r} has no token that stands for "
-            f"{part.value}"
-        )
-    return positions
-
-
-def _messages_at(place: Role | Turn | Any, speakers: Sequence[str]) -> Sequence[int | None]:
-    """Returns the numbers of the messages of a role or a turn; None for the template."""
-    numbers: list[Any] = [None]
-    which = None
-    if isinstance(place, Role):
-        numbers = [turn for turn, speaker in enumerate(speakers) if speaker == place.name]
-        which = place.which
-    elif isinstance(place, Turn):
-        numbers, which = list(range(len(speakers))), place.number
-    if numbers and which is None:
-        return numbers
-    if which is None or not -len(numbers) <= which < len(numbers):
-        raise OutOfRange(
-            f"{place!r} was asked for, and the chat's messages are from {', '.join(speakers)}, in "
-            "this order"
-        )
-    return [numbers[which]]
-
-
-def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:
-    """Returns the positions of the tokens of a row that cover a text."""
-    if min(row, default=0) < 0:
-        raise Unsupported(
-            f"{at!r}: the model was given embeddings, whose tokens are unknown; give positions "
-            "as numbers"
-        )
-    # A token begins where the text of the tokens before it ends. Half a character decodes to "�".
-    prefixes = [lm.text(row[: end + 1]) for end in range(len(row))]
-    starts = [0] + [len(prefix.rstrip("�")) for prefix in prefixes[:-1]]
-    ends = list(map(len, prefixes))
-    first = _occurrence(prefixes[-1], at)
-    last = first + len(at.text)
-    return tuple(n for n in range(len(row)) if starts[n] < last and ends[n] > first)
-
-
-def _occurrence(text: str, at: At) -> int:
-    """Returns the index at which the occurrence that `at` means begins in a text."""
-    starts = [start for start in range(len(text)) if text.startswith(at.text, start)]
-    if not starts:
-        raise OutOfRange(f"{at!r} was asked for, and {shorten(text)!r} does not have it")
-    if at.which is None and len(starts) > 1:
-        raise OutOfRange(
-            f"{at.text!r} occurs {len(starts)} times in {shorten(text)!r}: say which, "
-            f"at({at.text!r}, which=0) for the first or which=-1 for the last"
-        )
-    which = at.which or 0
-    if not -len(starts) <= which < len(starts):
-        raise OutOfRange(
-            f"{at!r} was asked for, and it occurs {len(starts)} times in {shorten(text)!r}"
-        )
-    return starts[which]

@@ -17,9 +17,9 @@ from ..hooks.capture import CapturedChunk
 from ..hooks.logits import Decisions, Force
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
+from ..models.named_positions import find_positions
 from ..models.overrides import CURRENT_SCOPES, Scope
 from ..models.positions import PositionRange
-from ..models.prompts import find_positions
 from ..models.sites import Site
 from .generation import (
     Generation,

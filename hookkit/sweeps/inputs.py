@@ -16,17 +16,10 @@ from torch import Tensor
 from ..errors import OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
+from ..models.named_positions import find_positions
 from ..models.padding import forward_inputs, padding_scheme
 from ..models.prompt_row import crop_row, has_inputs, input_names
-from ..models.prompts import (
-    Prompts,
-    Row,
-    as_batch,
-    continue_row,
-    find_positions,
-    pad_id,
-    pad_rows,
-)
+from ..models.prompts import Prompts, Row, as_batch, continue_row, pad_id, pad_rows
 from ..tables.metrics.metric import Loss, Measure, Metric, MetricInput
 
 Values: TypeAlias = dict[tuple[int, int], list[float]]
@@ -67,8 +60,8 @@ class SweepInputs:
         return len(self.rows)
 
     @property
-    def has_images(self) -> bool:
-        """True if a prompt has more inputs than token ids, such as those of an image."""
+    def has_more_than_tokens(self) -> bool:
+        """True if a prompt has more than token ids, such as an image or a source."""
         return any(map(has_inputs, self.rows))
 
     @property
@@ -122,7 +115,9 @@ class SweepInputs:
         ids = ids.to(lm.device)
         lengths = torch.tensor(list(map(len, run_rows)))
         if width < columns and input_names(run_rows):
-            raise Unsupported("a prompt with an image is read at once, and not after a cache")
+            raise Unsupported(
+                "a prompt with more than token ids is read at once, and not after a cache"
+            )
         own = {"input_ids": ids[:, -width:]}
         if not bool((lengths == columns).all()):
             positions = torch.arange(columns) - (columns - lengths[:, None])

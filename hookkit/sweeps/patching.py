@@ -27,8 +27,9 @@ from ..hooks.capture import Captured, CapturedChunk, Captures, LazyCapture, capt
 from ..hooks.edits import steer
 from ..models.batch_positions import Selection
 from ..models.lm import LM
+from ..models.named_positions import positions_of_text
 from ..models.positions import At, IndicesLike, at
-from ..models.prompts import Prompts, Row, as_batch, as_rows, positions_of_text
+from ..models.prompts import Prompts, Row, as_batch, as_rows
 from ..models.sites import SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike
 from ..runs.forward import forward
 from ..runs.hook_points import build_hook_points

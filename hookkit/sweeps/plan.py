@@ -34,8 +34,8 @@ from ..hooks.ablation import Ablate
 from ..hooks.capture import Captured
 from ..hooks.values import FromRun
 from ..models.lm import LM
+from ..models.named_positions import find_positions
 from ..models.positions import Where, is_named, resolve_positions
-from ..models.prompts import find_positions
 from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.hook_points import BoundHook, HookPoint
 from ..tables.metrics.metric import Measure, Metric
@@ -144,7 +144,7 @@ class FirstEffect:
         if key not in self._common_prefixes:
             is_same = map(eq, self.inputs.rows[row], source_ids)
             n_same = len(list(takewhile(bool, is_same)))
-            if self.inputs.has_images:
+            if self.inputs.has_more_than_tokens:
                 n_same = 0  # the same tokens may stand for different images
             end = min(n_same, self._first_position(self.base, row))
             self._common_prefixes[key] = source_ids, end

@@ -130,8 +130,8 @@ def _try_each(inputs: SweepInputs, shared: Shortcuts, expected: Tensor) -> Short
         why["last" if last else "grow"] = reason
     else:
         return no_shortcuts(why["grow"])
-    why["prefix"] = "a prompt with an image is read at once"
-    if not inputs.has_images:
+    why["prefix"] = "a prompt with more than token ids is read at once"
+    if not inputs.has_more_than_tokens:
         why["prefix"] = _difference(inputs, replace(allowed, prefix=True), expected)
     allowed = replace(allowed, prefix=not why["prefix"])
     for name in ("grow", "last", "prefix"):

@@ -148,7 +148,9 @@ def _extend_inputs(
     for bound in bound_hooks:
         _refuse_source_positions(bound)
     # what is cropped may be a part of an image
-    if inputs.has_images or any(_needs_cropped_positions(bound, inputs) for bound in bound_hooks):
+    if inputs.has_more_than_tokens or any(
+        _needs_cropped_positions(bound, inputs) for bound in bound_hooks
+    ):
         inputs = inputs.uncropped()
     if any(_needs_all_logits(lm, bound) for bound in bound_hooks):
         inputs = replace(inputs, all_logits=True)

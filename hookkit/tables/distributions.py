@@ -19,6 +19,7 @@ from ..errors import EmptySelection, OutOfRange
 from ..hooks.capture import Captured
 from ..models import next_token
 from ..models.lm import LM
+from ..models.named_positions import find_positions
 from ..models.positions import (
     IndicesLike,
     PosLike,
@@ -28,7 +29,6 @@ from ..models.positions import (
     resolve_positions,
     resolve_rows,
 )
-from ..models.prompts import find_positions
 from ..models.tokens import describe_prompts
 from ..runs.run import Run
 

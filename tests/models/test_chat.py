@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 import hookkit as hk
 from hookkit.errors import BadHook, BadPrompt, OutOfRange
 from hookkit.models.chat import Chat
-from hookkit.models.prompts import as_rows, find_positions
+from hookkit.models.named_positions import find_positions
+from hookkit.models.prompts import as_rows
 
 TEMPLATES = {
     path.stem: path.read_text() for path in Path(__file__).with_name("chat_templates").iterdir()

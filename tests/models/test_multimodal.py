@@ -370,3 +370,13 @@ def test_prompts_with_images_survive_a_copy():
     """Workers of Ray get prompts as copies."""
     row = as_batch(model_of("qwen3_vl"), image_prompt("qwen3_vl", 1)).rows[0]
     assert pickle.loads(pickle.dumps(row)) == row and copy.deepcopy(row) == row
+
+
+def test_sound_with_as_many_frames_as_the_prompt_has_tokens_is_no_input_per_token():
+    lm = model_of("qwen2_audio")
+    first = image_prompt("qwen2_audio", 1, before=15, after=15)
+    first["feature_attention_mask"][:, 36:] = 0
+    first["input_ids"] = first["input_ids"][:, first["input_ids"].shape[1] - 40 :]
+    assert first["input_ids"].shape == first["feature_attention_mask"].shape == (1, 40)
+    row = as_batch(lm, {**first, "attention_mask": torch.ones(1, 40)}).rows[0]
+    assert set(row.inputs) == {"input_features", "feature_attention_mask"} and not row.per_token

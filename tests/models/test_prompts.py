@@ -7,8 +7,9 @@ from conftest import PROMPTS
 
 import hookkit as hk
 from hookkit.errors import BadPrompt, OutOfRange
+from hookkit.models.named_positions import positions_of_text
 from hookkit.models.positions import At
-from hookkit.models.prompts import as_batch, positions_of_text
+from hookkit.models.prompts import as_batch
 
 
 def test_every_way_to_write_a_prompt_reads_the_same_tokens(llama):

@@ -36,17 +36,10 @@ from ...errors import BadPrompt, EmptySelection, NotOneToken, OutOfRange, TooFew
 from ...hooks.base import set_field
 from ...models.chat import Chat
 from ...models.lm import LM, Token
+from ...models.named_positions import positions_of_text
 from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.positions import At
-from ...models.prompts import (
-    Prompts,
-    Row,
-    as_batch,
-    check_prompt,
-    positions_of_text,
-    shorten,
-    tokenize,
-)
+from ...models.prompts import Prompts, Row, as_batch, check_prompt, shorten, tokenize
 from ...models.tokens import check_token
 from ...runs.forward import forward
 from ...tables.metrics.token_metrics import LogitDiff, logit_diff

@@ -27,6 +27,7 @@ from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import parse_json
 from ...models.chat import KEYS, Chat
 from ...models.lm import LM
+from ...models.named_positions import find_positions
 from ...models.positions import (
     GENERATED,
     Named,
@@ -42,7 +43,6 @@ from ...models.prompts import (
     batches_by_length,
     check_prompt,
     check_prompts,
-    find_positions,
     is_token_row,
     refuse_non_prompts,
     shorten,

@@ -27,15 +27,9 @@ from ...hooks.base import Hook
 from ...hooks.capture import capture
 from ...models import next_token
 from ...models.lm import LM
+from ...models.named_positions import find_positions
 from ...models.positions import Where
-from ...models.prompts import (
-    Prompts,
-    Row,
-    as_batch,
-    batches_by_length,
-    find_positions,
-    shorten,
-)
+from ...models.prompts import Prompts, Row, as_batch, batches_by_length, shorten
 from ...models.sites import AXES, LOGIT_SITES, AnySite, Site, Sites, SitesLike, as_sites
 from ...runs.forward import forward
 from ...runs.run import Run
