@@ -31,6 +31,7 @@ from .hooks.logit_shifts import restrict as restrict
 from .hooks.logit_shifts import set_rank as set_rank
 from .hooks.logit_shifts import swap as swap
 from .hooks.logits import force as force
+from .hooks.probe import load_probe as load_probe
 from .hooks.text import format_hook as format_hook
 from .hooks.text import load_hooks as load_hooks
 from .hooks.text import parse_hook as parse_hook

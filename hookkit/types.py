@@ -10,6 +10,7 @@ from .data.harvest.harvest import Harvest
 from .data.harvest.statistics import Statistics
 from .hooks.base import EditContext, Hook
 from .hooks.capture import Captured
+from .hooks.probe import Probe
 from .hooks.vector import Vectors
 from .hooks.when import Condition
 from .lenses.tuned_lens import TunedLens
@@ -47,6 +48,7 @@ __all__ = [
     "ModuleSite",
     "Pairs",
     "Plan",
+    "Probe",
     "Record",
     "Report",
     "Run",

@@ -31,6 +31,7 @@ CALLS: dict[str, dict[str, object]] = {
     "heat_map": {"y": "layer", "named": 3},
     "kl": {"pos": -1},
     "load": {"trust_remote_code": False},
+    "load_probe": {"any_model": False},
     "load_vector": {"any_model": False},
     "logit_bars": {"top": 20},
     "logit_lens": {"sites": "resid_post", "pos": -1, "top": 5, "choose": "layer"},

@@ -58,6 +58,7 @@ VALUE_TYPES: dict[str, str] = {
     "FromPrompt": "hookkit.hooks.values:FromPrompt",
     "Reference": "hookkit.hooks.values:Reference",
     "Condition": "hookkit.hooks.when:Condition",
+    "Probe": "hookkit.hooks.probe:Probe",
     "Word": "hookkit.models.words:Word",
 }
 
@@ -119,6 +120,8 @@ def _encode(value: Any, tensors: str) -> Any:
             return {"$part": value.value}
         case tuple():
             return [_encode(item, tensors) for item in value]
+        case dict():
+            return {"$mapping": value}
         case Tensor():
             return {"$tensor": tensor_as_json(value, tensors)}
     return _encode_object(value, tensors)
@@ -230,6 +233,8 @@ def _decode_object(value: dict[str, Any]) -> Any:
             return as_sites(list(map(_decode_site, sites)))
         case {"$site": site}:
             return _decode_site(site)
+        case {"$mapping": dict() as mapping}:
+            return mapping
         case {"$part": part}:
             return TextPart(part)
         case {"$chat": chat}:

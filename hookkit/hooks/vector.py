@@ -323,18 +323,19 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
         raise BadFile(f"{name} has no site, norm or about: give a file that Vector.save wrote")
     about = check_mapping(header["about"], f"what {name} says about itself", "method")
     if not any_model:
-        _check_same_model(about, describe_model(lm))
+        check_same_model("vector", about, describe_model(lm))
     vector = Vector(parse_site(header["site"]), tensors["vector"], header["norm"], about)
     lm.expand(vector.site)  # raises for an unknown site
     return vector
 
 
-def _check_same_model(about: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+def check_same_model(noun: str, about: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Raises `OtherModel` if a vector or a probe was made with another model, or does not say."""
     missing = [name for name in SAME if name not in about]
     if problems := missing or differences(about, model):
         verb = "says nothing of" if missing else "differs in"
         raise OtherModel(
-            f"the vector was made with {about.get('model', 'a model without a name')}, and this is "
+            f"the {noun} was made with {about.get('model', 'a model without a name')}, and this is "
             f"{model['model']}; it {verb} {', '.join(problems)}: load it with its own model, or "
             "say any_model=True if that is meant"
         )

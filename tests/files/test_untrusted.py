@@ -158,6 +158,7 @@ def test_a_safetensors_file_that_lies_is_refused_by_every_reader(tmp_path, llama
     for read in (
         hk.results.load_tensors,
         lambda path: hk.load_vector(llama, path),
+        lambda path: hk.load_probe(llama, path),
         hk.load_lens,
         hk.results.load_statistics,
         lambda path: hk.parse_hook(f"steer:{path}", lm=llama),
@@ -175,6 +176,12 @@ def test_words_in_a_vector_a_lens_and_statistics_that_are_none_are_refused(tmp_p
         hk.results.save_tensors(ones, tmp_path / "v.safetensors", about={"vector": words})
         with pytest.raises(HookkitError):
             hk.load_vector(llama, tmp_path / "v.safetensors", any_model=True)
+        header = words.replace('"about"', '"bias": 0.5, "about"')
+        hk.results.save_tensors(
+            {"direction": torch.ones(32)}, tmp_path / "p.safetensors", about={"probe": header}
+        )
+        with pytest.raises(HookkitError):
+            hk.load_probe(llama, tmp_path / "p.safetensors", any_model=True)
         hk.results.save_tensors(
             ones, tmp_path / "l.safetensors", about={"history": words, "about": words}
         )
