@@ -71,6 +71,7 @@ from .reports.shift.token_shifts import token_shifts as token_shifts
 from .runs.engines.ray import Ray as Ray
 from .runs.forward import forward as forward
 from .runs.generate import generate as generate
+from .runs.logits_processor import logits_processor as logits_processor
 from .runs.manager import attach as attach
 from .runs.trace import trace as trace
 from .steering.directions import fit_vector as fit_vector
