@@ -158,6 +158,12 @@ class Layout:
                 f"{site} was asked for, and the model has {self.n_layers} layers: "
                 f"0 to {self.n_layers - 1}"
             )
+        if site.every_layer:
+            raise UnknownSite(
+                f"{site} is in several blocks, and one is needed: say "
+                f"'{site}.LAYER', or give lm.sites({site.name!r}) where "
+                "several are taken"
+            )
         location = self.find(site.name, site.layer)
         if location is None:
             raise MissingSite(

@@ -37,7 +37,17 @@ from .discovery.discover import resolve_family
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, is_masked_lm, text_config
 from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
-from .sites import AXES, SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike, as_sites
+from .sites import (
+    AXES,
+    SITES_WITHOUT_LAYER,
+    AnySite,
+    ModuleSite,
+    Site,
+    Sites,
+    SitesLike,
+    as_site,
+    as_sites,
+)
 from .tokens import Token as Token
 from .tokens import Vocabulary
 
@@ -431,16 +441,26 @@ class LM(Vocabulary):
                 expanded.append(site)
         return as_sites(expanded)
 
-    def shape(self, site: Site) -> tuple[int, ...]:
-        """Returns the sizes of a site's axes after batch and pos."""
-        return self.layout.shape(site)
+    def shape(self, site: Site | str) -> tuple[int, ...]:
+        """Returns the sizes of a site's axes after batch and pos.
 
-    def location(self, site: AnySite) -> ModuleLocation:
+        >>> lm.shape("z.9"), lm.shape("z.9.3")
+        ((9, 64), (64,))
+        """
+        one_site = as_site(site)
+        if isinstance(one_site, ModuleSite):
+            raise Unsupported(
+                f"the shape of {one_site} is known in a forward only: capture it, and read "
+                "run[site].shape"
+            )
+        return self.layout.shape(one_site)
+
+    def location(self, site: AnySite | str) -> ModuleLocation:
         """Returns the module location of a site.
 
         Raises `MissingSite` or `OutOfRange` if the model does not have it.
         """
-        return self.layout.location(site)
+        return self.layout.location(as_site(site))
 
     def submodule(self, path: str) -> nn.Module:
         """Returns the module at a path. Raises `UnknownSite` with similar paths for others."""

@@ -270,10 +270,10 @@ def tiny(
     """Returns a random model of a family with 3 blocks, d_model 32, 4 heads and 320 tokens.
 
     It is in float32 and evaluation mode. `model_type` is the name in transformers ("llama",
-    "gpt_neox", "qwen3_moe"); `config` changes or adds settings of its configuration. Weights are
-    normal with a standard deviation of 0.3, so that no activation is near zero. Without a
-    tokenizer, prompts are token ids. Raises `ModelNotFound` for a type that transformers does not
-    have or that cannot be made small.
+    "gpt_neox", "qwen3_moe"). `config` changes or adds settings of its configuration; None takes
+    one away. Weights are normal with a standard deviation of 0.3, so that no activation is near
+    zero. Without a tokenizer, prompts are token ids. Raises `ModelNotFound` for a type that
+    transformers does not have or that cannot be made small.
 
     >>> tiny("gpt_neox").n_layers
     3
@@ -305,17 +305,22 @@ def tiny(
 
 def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]) -> dict[str, Any]:
     whole_settings = MULTIMODAL.get(model_type) or ENCODER_DECODERS.get(model_type)
-    if whole_settings is not None:
-        return copy.deepcopy(whole_settings) | changes
-    settings: dict[str, Any] = {}
-    masked = MASKED if _is_masked_type(model_type, default_config) else {}
-    for name, value in {**SIZES, **masked, **FAMILIES.get(model_type, {})}.items():
-        if name not in SHARED_SETTINGS or hasattr(default_config, name):
-            settings[name] = value
-    settings |= changes
+    if whole_settings is None:
+        whole_settings = _decoder_settings(model_type, default_config)
+    settings = copy.deepcopy(whole_settings) | changes
     for name, value in list(settings.items()):
         if value is None and name != "pad_token_id":
             del settings[name]
+    return settings
+
+
+def _decoder_settings(model_type: str, default_config: Any) -> dict[str, Any]:
+    """The settings of a small model of one stack, by the names that its configuration has."""
+    masked = MASKED if _is_masked_type(model_type, default_config) else {}
+    settings: dict[str, Any] = {}
+    for name, value in {**SIZES, **masked, **FAMILIES.get(model_type, {})}.items():
+        if name not in SHARED_SETTINGS or hasattr(default_config, name):
+            settings[name] = value
     return settings
 
 

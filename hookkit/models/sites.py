@@ -304,7 +304,7 @@ def as_sites(sites: SitesLike) -> Sites:
         )
     if isinstance(sites, str | Site | ModuleSite):
         sites = [sites]
-    selected = tuple(map(_as_site, sites))
+    selected = tuple(map(as_site, sites))
     if not selected:
         raise EmptySelection(
             "no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')"
@@ -315,7 +315,8 @@ def as_sites(sites: SitesLike) -> Sites:
     return Sites(selected)
 
 
-def _as_site(item: object) -> AnySite:
+def as_site(item: object) -> AnySite:
+    """Returns the site that a name or a site means. Raises `UnknownSite` for any other value."""
     if isinstance(item, str):
         return parse_site(item)
     if not isinstance(item, Site | ModuleSite):

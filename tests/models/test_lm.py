@@ -110,3 +110,17 @@ def test_a_model_without_a_head_says_so():
         hk.LM(nn.Linear(2, 2)).sites("logits")
     with pytest.raises(MissingSite, match="the model has no unembedding head"):
         hk.LM(tiny("llama").model).sites("resid_post")
+
+
+def test_a_model_takes_the_name_of_a_site_wherever_it_takes_a_site():
+    lm = hk.tiny("llama")
+    assert lm.shape("z.1") == (4, 8) and lm.shape("z.1.2") == (8,)
+    assert lm.location("mlp_out.1") == lm.location(hk.Site("mlp_out", 1))
+    with pytest.raises(hk.errors.UnknownSite, match="mlp_ot"):
+        lm.shape("mlp_ot.1")
+    with pytest.raises(hk.errors.UnknownSite, match="5 is not a site"):
+        lm.location(5)
+    with pytest.raises(hk.errors.UnknownSite, match="one is needed: say 'k.LAYER'"):
+        lm.shape("k")
+    with pytest.raises(hk.errors.Unsupported, match="in a forward only"):
+        lm.shape(hk.module("model.layers.0"))

@@ -258,3 +258,9 @@ def test_a_wrapper_for_several_devices_says_where_the_model_is(wrapper):
 def test_prompts_are_still_refused_where_a_module_takes_no_mask():
     with pytest.raises(BadPrompt, match="takes no mask"):
         hk.forward(hk.LM(nn.Sequential(nn.Embedding(50, 4))), ROWS, hk.capture(hk.module("0")))
+
+
+def test_a_setting_that_is_none_is_taken_away_from_a_small_model():
+    whole = hk.tiny("bart", config={"max_position_embeddings": None})
+    assert whole.model.config.max_position_embeddings == 1024  # the default of transformers
+    assert hk.tiny("llama", config={"num_key_value_heads": None}).shape("k.0") == (4, 8)
