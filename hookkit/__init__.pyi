@@ -78,6 +78,7 @@ from .steering.directions import fit_vector as fit_vector
 from .steering.directions import mean_difference as mean_difference
 from .steering.directions import principal_direction as principal_direction
 from .steering.doses import dose_response as dose_response
+from .steering.probes import fit_probe as fit_probe
 from .sweeps.grids import ablations as ablations
 from .sweeps.patching import causal_tracing as causal_tracing
 from .sweeps.patching import patching as patching

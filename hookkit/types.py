@@ -25,6 +25,7 @@ from .reports.shift.corpus_page import TokenShifts
 from .runs.manager import HookManager
 from .runs.run import Run
 from .runs.trace import Trace
+from .steering.probes import Probes
 from .sweeps.plan import Plan
 from .tables.counterfactuals import Comparison
 from .tables.decoding import Stream
@@ -49,6 +50,7 @@ __all__ = [
     "Pairs",
     "Plan",
     "Probe",
+    "Probes",
     "Record",
     "Report",
     "Run",

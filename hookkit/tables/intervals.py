@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import fdtri, ndtr, ndtri, stdtrit
 
 MIN_FOR_BOOTSTRAP = 30  # with fewer values a mean has a t interval
@@ -364,3 +364,87 @@ def _interpolate(ordered: Float[np.ndarray, "cell draw"], shares: Numbers) -> Nu
     low = np.take_along_axis(ordered, first, axis=1)
     high = np.take_along_axis(ordered, np.minimum(first + 1, last), axis=1)
     return (low + (index - first) * (high - low))[:, 0]
+
+
+# ---- areas under ROC curves
+
+
+@dataclass(frozen=True, eq=False)
+class Auroc:
+    """An area under the ROC curve of held-out scores, with its interval.
+
+    `influence` is each cluster's first-order share of the error: their squares sum to `error`².
+    """
+
+    value: float
+    low: float
+    high: float
+    error: float
+    influence: Float[np.ndarray, " cluster"]
+
+
+def auroc(
+    scores: Float[np.ndarray, " text"],
+    is_positive: Bool[np.ndarray, " text"],
+    folds: Int[np.ndarray, " text"],
+    clusters: Int[np.ndarray, " text"],
+    confidence: float = 0.95,
+) -> Auroc:
+    """Returns the share of pairs of a positive and a negative text, both of one fold, in which the
+    positive one scores higher, ties as one half.
+
+    Scores of different folds come from different fits and are not compared. The standard error is
+    that of DeLong et al. (1988), over clusters of texts that depend on each other (Obuchowski
+    1997), times the factor of Nadeau and Bengio (2003) for fits that share their texts. The
+    interval is Wilson's, with as many answers as would give this error, but at most those of Hanley
+    and McNeil's (1982) model of the area; so it has a width if no pair is wrong (as Newcombe 2006,
+    method 5). Each fold needs texts of both labels. In simulations of 5 folds, 40 to 300 texts and
+    areas of 0.5 to 0.93, 96 to 100 % of the intervals have the expected area.
+    """
+    wins, pairs = np.zeros(len(scores)), np.zeros(len(scores))
+    n_folds = len(np.unique(folds))
+    for fold in np.unique(folds):
+        positives = np.flatnonzero((folds == fold) & is_positive)
+        negatives = np.flatnonzero((folds == fold) & ~is_positive)
+        higher = np.sign(scores[positives][:, None] - scores[negatives][None, :]) / 2 + 0.5
+        wins[positives], pairs[positives] = higher.sum(axis=1), len(negatives)
+        wins[negatives], pairs[negatives] = higher.sum(axis=0), len(positives)
+    value = wins[is_positive].sum() / pairs[is_positive].sum()
+    index = np.unique(clusters, return_inverse=True)[1]
+    sums = np.bincount(index, wins - value * pairs) / pairs[is_positive].sum()
+    positive = len(np.unique(index[is_positive]))
+    negative = len(np.unique(index[~is_positive]))
+    smaller = min(positive, negative)
+    shared_fits = 1 + n_folds / (n_folds - 1) if n_folds > 1 else 1.0
+    influence = sums * np.sqrt(smaller / (smaller - 1) * shared_fits)
+    error = float(np.sqrt((influence**2).sum()))
+    mean_count = (positive + negative) / 2
+    curvature = (1 - value) / (2 - value) + value / (1 + value)
+    answers = positive * negative / (1 + (mean_count - 1) * curvature)
+    if error > 0:
+        answers = min(answers, value * (1 - value) / error**2)
+    z = _t_quantile(len(sums) - 1, confidence)
+    middle = (value + z**2 / (2 * answers)) / (1 + z**2 / answers)
+    half = (
+        z * np.sqrt(value * (1 - value) / answers + z**2 / (4 * answers**2)) / (1 + z**2 / answers)
+    )
+    low, high = float(max(middle - half, 0.0)), float(min(middle + half, 1.0))
+    return Auroc(float(value), low, high, error, influence)
+
+
+def auroc_difference(first: Auroc, second: Auroc) -> tuple[float, float]:
+    """Returns the limits of the difference of two areas, first minus second, of the same texts.
+
+    They are those of both areas, squared and added, less what the two have in common (Newcombe
+    1998; Zou and Donner 2008).
+    """
+    difference = first.value - second.value
+    product = first.error * second.error
+    shared = float((first.influence * second.influence).sum()) / product if product > 0 else 0.0
+    limits = []
+    for one, other in (
+        (first.value - first.low, second.high - second.value),
+        (first.high - first.value, second.value - second.low),
+    ):
+        limits.append(np.sqrt(max(one**2 + other**2 - 2 * shared * one * other, 0.0)))
+    return float(difference - limits[0]), float(difference + limits[1])

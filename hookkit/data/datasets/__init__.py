@@ -1,9 +1,12 @@
-"""Prompt pairs for experiments, made from templates for a model's tokenizer.
+"""Prompt pairs for experiments, made from templates for a model's tokenizer; texts with labels.
 
 pairs = hk.datasets.indirect_object(lm, 50)
 pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong
+table = hk.datasets.labelled("96_spam_is", 200)   # columns text and label, for hk.fit_probe
 """
 
+from .labelled_texts import labelled as labelled
+from .labelled_texts import labelled_names as labelled_names
 from .pairs import Pairs as Pairs
 from .tasks import capitals as capitals
 from .tasks import greater_than as greater_than
@@ -18,6 +21,8 @@ __all__ = [
     "greater_than",
     "indirect_object",
     "induction",
+    "labelled",
+    "labelled_names",
     "landmarks",
     "successor",
 ]
