@@ -294,6 +294,7 @@ HOW_TO_GET = {
     "TunedLens": "a lens, hk.train_lens(…) or hk.load_lens(folder)",
     "Probe": "a probe, hk.fit_probe(…).best or hk.load_probe(lm, path)",
     "Vector": "a vector, hk.mean_difference(…) or hk.load_vector(lm, path)",
+    "Dictionary": "a dictionary, hk.load_dictionary(folder)",
     "Record": "hk.record(folder)",
     "PathLike": "a pathlib.Path",
     "Module": "a model, any nn.Module",

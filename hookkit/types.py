@@ -8,6 +8,7 @@ from .checks.doctor import Checkup
 from .data.datasets.pairs import Pairs
 from .data.harvest.harvest import Harvest
 from .data.harvest.statistics import Statistics
+from .features.dictionary import Dictionary
 from .hooks.base import EditContext, Hook
 from .hooks.capture import Captured
 from .hooks.probe import Probe
@@ -37,6 +38,7 @@ __all__ = [
     "Checkup",
     "Comparison",
     "Condition",
+    "Dictionary",
     "Difference",
     "EditContext",
     "Gradients",

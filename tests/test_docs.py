@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import typer
+from dictionaries import fitted
 from pages import GUIDE, ROOT, commands, links, new_session, run_command, run_page
 from shown import Checker
 from test_house import MODULES
@@ -49,7 +50,7 @@ def swept(lm: hk.LM):
 
 
 @pytest.fixture(scope="module")
-def words(smol):
+def words(smol, tmp_path_factory):
     """What an example may take as given."""
     torch.manual_seed(0)
     lm = smol
@@ -59,6 +60,8 @@ def words(smol):
     run = hk.forward(lm, "I like oat milk in my", hk.capture("resid_post.6"))
     other = hk.forward(lm, "She takes green tea with", hk.capture("resid_post.6"))
     inputs = lm.tokenizer("I like oat milk in my", return_tensors="pt")
+    folder = fitted(lm, tmp_path_factory.mktemp("dictionary"))
+    given |= {"folder": folder, "dictionary": hk.load_dictionary(folder)}
     return given | {"hk": hk, "torch": torch, "lm": lm, "run": run, "other": other, "inputs": inputs,
                     "prompt": "I like oat milk in my", "clean": CLEAN, "corrupted": CORRUPTED, "table": swept(lm),
                     "vector": torch.randn(576), "direction": torch.randn(576)}  # fmt: skip

@@ -25,6 +25,7 @@ ROOMS = {
     "attributions": "Attribution",
     "lenses": "Lenses and logits",
     "steering": "Directions",
+    "features": "Dictionaries of features",
     "data": "Corpora",
     "reports": "Reports and results",
     "checks": "Checks",

@@ -46,8 +46,10 @@ class Capture(Hook, verb="capture", takes_step=True):
     grad: bool = False
     dtype: str | None = None
     device: str | None = None
+    sparse: bool = False
 
     def check(self) -> None:
+        set_field(self, "sparse", _check_sparse(self.sparse, self.grad, self.sites))
         if self.name is not None:
             check_text(self.name, "name", "a name that tells two captures of one site apart")
         grad = as_bool(self.grad)
@@ -84,6 +86,22 @@ def _dtype_name(dtype: object, sites: Sites) -> str:
     return name
 
 
+def _check_sparse(sparse: object, grad: object, sites: Sites) -> bool:
+    """Returns whether values are kept sparse. Raises `BadHook` where they are not mostly zero."""
+    value = as_bool(sparse)
+    if value is None:
+        raise BadHook(f"sparse={describe(sparse)}: give True or False")
+    for site in sites if value else ():
+        if not isinstance(site, Site) or not site.of_features or site.head is not None:
+            raise BadHook(
+                f"sparse=True keeps the values that are not zero, for all features of a dictionary "
+                f"such as 'feat.resid_post.12', and {site} has few zeros: leave sparse out"
+            )
+    if value and grad:
+        raise BadHook("a gradient is of every feature: leave sparse=True or grad=True out")
+    return value
+
+
 def _device_name(device: object) -> str:
     try:
         torch_device = torch.device(str(device))
@@ -117,6 +135,7 @@ def capture(
     grad: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    sparse: bool = False,
 ) -> Capture:
     """Keeps a copy of the values at these sites: `run["resid_post.6"]`, of shape [row, pos, ...].
 
@@ -127,13 +146,17 @@ def capture(
     `torch.autograd.grad(f(run.logits), run["resid_post.6"])` works; a forward then runs with
     gradients.
 
+    With `sparse=True`, for the features of a dictionary, the values are a sparse COO tensor
+    [row, pos, feature] that holds those which are not zero. Each forward computes all features, and
+    keeps no more of them.
+
     >>> print(capture("resid_post.6", pos=-1))
     capture(resid_post.6, pos=-1)
     """
     dtype_text = None if dtype is None else str(dtype)
     device_text = None if device is None else str(device)
     where = as_where(pos, rows, step)
-    return Capture(as_sites(sites), where, name, grad, dtype_text, device_text)
+    return Capture(as_sites(sites), where, name, grad, dtype_text, device_text, sparse)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,7 +210,10 @@ class Captured:
         values, site = self.by_position, self.site
         if not isinstance(site, Site) or site.head is not None or head >= values.shape[2]:
             raise NotCaptured(f"{site} was captured, which has no head {head} to take")
-        return replace(self, site=Site(site.name, site.layer, head), values=values[:, :, head])
+        part = values.select(2, head)
+        if part.is_sparse:
+            part = part.to_dense()
+        return replace(self, site=replace(site, head=head), values=part)
 
     def row(self, prompt: int) -> int:
         """Returns the index of a prompt's values. A capture of one row serves every prompt."""
@@ -290,7 +316,7 @@ class Captures:
         if slot := self._slot(key, name, key):
             return slot.captured()
         if isinstance(key, Site) and key.head is not None:
-            all_heads = self._slot(Site(key.name, key.layer), name, key)
+            all_heads = self._slot(replace(key, head=None), name, key)
             if all_heads is not None:
                 return all_heads.captured().head(key.head)
         label = str(key) if name is None else f"{key} named {name!r}"
@@ -418,11 +444,14 @@ def join_chunks(
     if len(chunks) == 1 and ending.limits is None:
         cells = _cells(chunks[0])
         return chunks[0].values, cells.positions, cells.rows
+    if chunks[0].values.is_sparse:
+        return _join_sparse_chunks(chunks, ending)
     width = max(chunk.values.shape[-1] for chunk in chunks)
     all_values, all_positions = [], []
     for chunk in chunks:
         values, chunk_positions = _for_final_rows(chunk, ending.sources(chunk.call))
-        if missing := width - values.shape[-1]:
+        missing = width - values.shape[-1]
+        if missing and values.ndim > 2:  # one feature has the axes row and pos alone
             values = nn.functional.pad(values, (0, missing), value=unseen)
         all_values.append(values)
         all_positions.append(chunk_positions)
@@ -430,6 +459,44 @@ def join_chunks(
     if ending.limits is not None:
         positions = positions.masked_fill(positions >= torch.tensor(ending.limits)[:, None], -1)
     return _without_gaps(torch.cat(all_values, dim=1), positions)
+
+
+def _join_sparse_chunks(
+    chunks: list[CapturedChunk], ending: SequenceEnd
+) -> tuple[Tensor, Tensor, list[int]]:
+    """`join_chunks` for sparse values [row, pos, feature].
+
+    The cells of all chunks are numbered from 1, and the numbers are joined; 0 is an empty cell.
+    """
+    numbered, count = [], 1
+    for chunk in chunks:
+        shape = chunk.values.shape[:2]
+        numbers = torch.arange(count, count + shape.numel()).reshape(shape)
+        numbered.append(replace(chunk, values=numbers))
+        count += shape.numel()
+    numbers, positions, rows = join_chunks(numbered, ending, 0)
+    flat = [_cells_of_sparse(chunk.values) for chunk in chunks]
+    nothing = flat[0].values()[:0]
+    empty = _sparse(nothing.new_zeros(2, 0, dtype=torch.long), nothing, (1, flat[0].shape[1]))
+    cells = torch.cat([empty, *flat])
+    joined = cells.index_select(0, numbers.flatten().to(cells.device)).coalesce()
+    cell, feature = joined.indices()
+    row_and_pos = torch.stack([cell // numbers.shape[1], cell % numbers.shape[1], feature])
+    size = (*numbers.shape, joined.shape[1])
+    return _sparse(row_and_pos, joined.values(), size), positions, rows
+
+
+def _cells_of_sparse(values: Tensor) -> Tensor:
+    """Returns sparse values [row, pos, feature] as [cell, feature]."""
+    row, pos, feature = values.indices()
+    width = values.shape[1]
+    indices = torch.stack([row * width + pos, feature])
+    return _sparse(indices, values.values(), (values.shape[0] * width, values.shape[2]))
+
+
+def _sparse(indices: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Returns a sparse tensor whose indices are in order; torch warns if nothing is said of it."""
+    return torch.sparse_coo_tensor(indices, values, size, is_coalesced=True, check_invariants=False)
 
 
 def _for_final_rows(chunk: CapturedChunk, sources: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -190,6 +190,11 @@ class ProjectOut(EditHook, verb="project_out", bare=("direction",)):
 
     def change(self, binding: Binding) -> Change:
         width = self.direction.tensor.shape[-1]
+        if binding.shape == ():
+            raise BadHook(
+                f"{binding.site} is one number at each position, which has no direction to take "
+                "out: use hk.ablate, or project out of all features together"
+            )
         if binding.shape is not None and binding.shape[-1] != width:
             raise BadHook(
                 f"the direction has {width} numbers, and the last axis of {binding.site} has "

@@ -8,7 +8,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -174,6 +174,8 @@ def _captured(source: FromRun | FromPrompt | Reference, binding: Binding) -> Cap
     else:
         captured = next(part for part in source.sources if part.site == binding.site)
     positions_of(captured)  # raises if there are none
+    if captured.values.is_sparse:
+        captured = replace(captured, values=captured.values.to_dense())
     return captured
 
 

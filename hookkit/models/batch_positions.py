@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress, count
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import OutOfRange, Unsupported
 from .positions import NO_END, Named, PositionRange, Where, resolve_positions, resolve_rows
+from .sites import Site
 
 Columns = range | tuple[int, ...]
 Side: TypeAlias = Literal["left", "right"]
@@ -224,6 +225,10 @@ class ForwardPass:
     placed: bool = True  # False for an encoder-decoder: tensors may belong to either of two texts
     source: "ForwardPass | None" = None  # for an encoder-decoder, the forward of its encoder
     end: int | None = None  # the first column that is not filled yet, where tensors have more room
+    # The tensors at the sites that transcoders read, for the hooks at what they write.
+    read_by_transcoders: dict[Site, Tensor] = field(default_factory=dict)
+    # What hooks have changed so far at the features of the current hook point, by dictionary.
+    feature_edits: dict[Site, Any] = field(default_factory=dict)
     _by_key_count: dict[int, "ForwardPass"] = field(default_factory=dict)
     _selections: dict[tuple[int, bool, bool], Selection | None] = field(default_factory=dict)
 

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from ..errors import MissingSite, OutOfRange, UnknownSite, did_you_mean
 from .batch_positions import ForwardPass, Selection
+from .dictionaries import SiteDictionary, find_dictionary
 from .families.schema import AxisSplit, Family, ModuleLocation, split_axis
 from .sites import (
     AXES,
     CROSS_SITES,
+    FEATURE_AXES,
     QUERY_KEY_SITES,
     SITES_WITH_KEY_HEADS,
     SITES_WITHOUT_LAYER,
@@ -36,15 +38,16 @@ class Layout:
     """The module locations of one model's sites.
 
     `root` is the model and `config` its configuration, or None. `stacks` are the layouts of its
-    other lists of blocks, such as an encoder. The `LM` owns the layout. The fields after `stacks`
-    are caches; `verified` belongs to `hookkit.models.attention`, and `views`
-    to `view_of`.
+    other lists of blocks, such as an encoder, and `dictionaries` those of the LM by the site of
+    their features. The `LM` owns the layout. The fields after `dictionaries` are caches; `verified`
+    belongs to `hookkit.models.attention`, and `views` to `view_of`.
     """
 
     root: nn.Module
     config: Any
     family: Family
     stacks: Mapping[str, "Layout"] = field(default_factory=dict)
+    dictionaries: Mapping[Site, SiteDictionary] = field(default_factory=dict)
     _locations: dict[tuple[str, int | None], ModuleLocation | None] = field(default_factory=dict)
     _sizes: dict[int | None, dict[str, int | None]] = field(default_factory=dict)
     verified: dict[nn.Module, set[str]] = field(default_factory=dict)
@@ -122,11 +125,21 @@ class Layout:
 
     def layers(self, name: str) -> list[int] | None:
         """Returns the blocks that have a site; None for a site that exists once in the model."""
+        if name in FEATURE_AXES:
+            return self.layers_of_features(Site(name))
         if name in SITES_WITHOUT_LAYER:
             if self.find(name, None) is None:
                 return []
             return None
         return [layer for layer in range(self.n_layers) if self.find(name, layer) is not None]
+
+    def layers_of_features(self, site: Site) -> list[int]:
+        """Returns the blocks that have a dictionary at the site of these features."""
+        layers: list[int] = []
+        for other in self.dictionaries:
+            if other.layer is not None and replace(other, layer=None) == site:
+                layers.append(other.layer)
+        return sorted(layers)
 
     def find(self, name: str, layer: int | None) -> ModuleLocation | None:
         """Returns the first location of a site in a block whose module exists, or None."""
@@ -145,6 +158,8 @@ class Layout:
         if isinstance(site, ModuleSite):
             self.submodule(site.path)
             return ModuleLocation(site.path, site.side, site.item)
+        if site.of_features:
+            return self.location(find_dictionary(self.dictionaries, site).site)
         if site.stack:
             return self.of_stack(site).location(replace(site, stack=""))
         family = self.family
@@ -206,6 +221,9 @@ class Layout:
 
         The size of query and key is 0, because it depends on the number of tokens.
         """
+        if site.of_features:
+            n_features = find_dictionary(self.dictionaries, site).n_features
+            return (n_features,) if site.head is None else ()
         if site.stack:
             return self.of_stack(site).shape(replace(site, stack=""))
         part = self.cut(site)
@@ -268,6 +286,8 @@ class Layout:
         for stack, layout in self.stacks.items():
             table = layout.describe()
             tables.append(table.assign(site=stack + "." + table["site"]))
+        if self.dictionaries:
+            tables.append(pd.DataFrame(list(map(self._describe_features, self.dictionaries))))
         return pd.concat(tables, ignore_index=True)
 
     def _describe_site(self, name: str) -> dict[str, object]:
@@ -281,6 +301,13 @@ class Layout:
         module = location.path.replace(f".{layers[0]}", ".{layer}", 1) or "(the model)"
         facts = {"layers": len(layers), "module": module, "side": location.side, "editable": True}
         return row | facts
+
+    def _describe_features(self, site: Site) -> dict[str, object]:
+        location, count = self.location(site), self.dictionaries[site].n_features
+        sizes = site.axes.replace("feature", str(count))
+        row: dict[str, object] = {"site": str(site), "axes": site.axes, "sizes": sizes}
+        row |= {"layers": 1, "module": location.path, "side": location.side}
+        return row | {"editable": True, "missing": ""}
 
 
 def text_config(config: Any, stack: str = "decoder") -> Any:
@@ -525,6 +552,8 @@ def full_sizes(layout: Layout, site: AnySite, location: ModuleLocation) -> dict[
     """
     if not isinstance(site, Site):
         return _module_sizes(layout, location)
+    if site.of_features:
+        site = find_dictionary(layout.dictionaries, site).site
     shape = layout.shape(replace(site, head=None))
     if location.side == "inside" and not location.flat:
         return {1: shape[0]}
@@ -545,6 +574,8 @@ def _module_sizes(layout: Layout, location: ModuleLocation) -> dict[int, int] | 
 def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
     if not isinstance(site, Site):
         return SiteView()
+    if site.of_features:
+        return _build_feature_view(layout, site, location)
     if location.flat:
         return FlatView(site.head)
     if location.side == "inside" and site.name in QUERY_KEY_SITES:
@@ -557,3 +588,21 @@ def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> Site
     if cut is not None:
         return FusedView(site.head, cut=cut)
     return SiteView(site.head, layout.factor(site))
+
+
+def _build_feature_view(layout: Layout, site: Site, location: ModuleLocation) -> SiteView:
+    dictionary = find_dictionary(layout.dictionaries, site)
+    source = dictionary.reads
+    source_view = None
+    if source != dictionary.site:
+        source_view = view_of(layout, source, layout.location(source))
+    base = _build_view(layout, dictionary.site, location)
+    return dictionary.view(base, source_view, site.head)
+
+
+def source_of_features(layout: Layout, site: AnySite) -> Site | None:
+    """Returns the site that a transcoder reads, whose features these are; None for other sites."""
+    if not isinstance(site, Site) or not site.of_features:
+        return None
+    dictionary = find_dictionary(layout.dictionaries, site)
+    return None if dictionary.reads == dictionary.site else dictionary.reads

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_fields, check_integers, check_keywords, describe
+from ..arguments import as_bool, check_fields, check_integers, check_keywords, describe
 from ..display import first_rows, render_html
 from ..errors import BadArgument, BadHook, HookkitError, Unsupported
 from .devices import (
@@ -33,6 +33,7 @@ from .devices import (
     storage_under_path,
     weight_storages,
 )
+from .dictionaries import SiteDictionary, by_feature_site
 from .discovery.discover import resolve_family
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, is_masked_lm, text_config
@@ -91,7 +92,7 @@ class SiteNames:
         """Completions after `lm.sites["`: every name, and every layer of each."""
         names = self._lm.layout.names
         all_sites = map(str, self._lm.expand(names))
-        return list(dict.fromkeys([*names, *all_sites]))
+        return list(dict.fromkeys([*names, *all_sites, *map(str, self._lm.layout.dictionaries)]))
 
     def __repr__(self) -> str:
         names = ", ".join(self._lm.layout.names)
@@ -196,6 +197,7 @@ class LM(Vocabulary):
     tokenizer: Any = None
     name: str = ""
     row: Family | None = None
+    dictionaries: tuple[SiteDictionary, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -223,7 +225,8 @@ class LM(Vocabulary):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the fields only: a copy computes the rest again."""
-        return {name: getattr(self, name) for name in ("model", "tokenizer", "name", "row")}
+        names = ("model", "tokenizer", "name", "row", "dictionaries")
+        return {name: getattr(self, name) for name in names}
 
     @cached_property
     def wrapping(self) -> tuple[nn.Module, ...]:
@@ -311,7 +314,8 @@ class LM(Vocabulary):
         stacks: dict[str, Layout] = {}
         for stack, family in self.family.stacks.items():
             stacks[stack] = Layout(self.root, text_config(self.config, stack), family)
-        return Layout(self.root, text_config(self.config), self.family, stacks)
+        dictionaries = by_feature_site(self.dictionaries)
+        return Layout(self.root, text_config(self.config), self.family, stacks, dictionaries)
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -384,6 +388,8 @@ class LM(Vocabulary):
         text = f"{name}: {family}, {size}, on {self.device}"
         if self.adapters:
             text += f"; adapters: {', '.join(self.adapters)}"
+        if self.dictionaries:
+            text += f"; dictionaries: {', '.join(map(str, self.dictionaries))}"
         return f"LM({text})"
 
     def _repr_html_(self) -> str:
@@ -396,6 +402,43 @@ class LM(Vocabulary):
         return render_html(repr(self), facts, rows, most=len(table))
 
     # ---- its sites
+
+    def with_dictionaries(
+        self, *dictionaries: SiteDictionary, replace: bool = False, check: bool = True
+    ) -> LM:
+        """Returns an LM of the same model whose dictionaries' features are sites: "feat.SITE".
+
+        Nothing is put on the model. `feat.resid_post.12` has the axes batch, pos and feature, and
+        `feat.resid_post.12.7` is one feature. Edits there add the change of each feature times its
+        decoder direction to the site, so that what the dictionary does not explain is kept, and a
+        feature that does not change adds nothing.
+
+        With `replace=True` the reconstruction is put in place of the site's values wherever an edit
+        of its features acts, without the error; printing the LM shows what this costs in loss.
+
+        Each dictionary is checked: its widths and its place, the name of its model, and in a first
+        forward over a short text its share of active features and its reconstruction error. A share
+        above a half, no active feature, or an error as large as the values themselves raises
+        `OtherModel` with these figures, because a setting that is read wrongly shows so.
+        `check=False` leaves the model's name and the forward out, for a dictionary that is not
+        trained, such as a random one as a control.
+
+        >>> lm.with_dictionaries(dictionary).sites["feat.resid_post.12"]
+        1 site: feat.resid_post.12
+        """
+        for item in dictionaries:
+            if not hasattr(item, "prepared"):
+                raise BadArgument(
+                    f"with_dictionaries takes dictionaries, hk.load_dictionary(…), and was given "
+                    f"{describe(item)}"
+                )
+        for name, value in (("replace", replace), ("check", check)):
+            if as_bool(value) is None:
+                raise BadArgument(f"{name}={describe(value)}: give True or False")
+        prepared = [item.prepared(self, replace=replace, check=check) for item in dictionaries]
+        together = (*self.dictionaries, *prepared)
+        by_feature_site(together)  # raises for two of one site
+        return LM(self.model, self.tokenizer, self.name, self.row, together)
 
     @property
     def sites(self) -> SiteNames:
@@ -430,7 +473,12 @@ class LM(Vocabulary):
         """Returns the selection with every layer written out, checked against this model."""
         expanded: list[AnySite] = []
         for site in as_sites(sites):
-            if isinstance(site, Site) and site.every_layer:
+            if isinstance(site, Site) and site.every_layer and site.of_features:
+                layers = self.layout.layers_of_features(site)
+                if not layers:
+                    self.location(site)  # raises, with the reason
+                expanded += [replace(site, layer=layer) for layer in layers]
+            elif isinstance(site, Site) and site.every_layer:
                 layout = self.layout.of_stack(site)
                 if site.name not in layout.names:
                     self.location(replace(site, layer=0))  # raises, with the reason

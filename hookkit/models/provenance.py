@@ -21,7 +21,7 @@ def about_model(lm: LM) -> dict[str, Any]:
     """Returns the model's name, revision, class, dtype, device, attention, size and versions."""
     config = lm.config
     dtypes = {str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()}
-    return {
+    about = {
         "model": lm.name or getattr(config, "_name_or_path", "") or type(lm.root).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "class": type(lm.root).__name__,
@@ -33,6 +33,9 @@ def about_model(lm: LM) -> dict[str, Any]:
         "parameters": count_parameters(lm.root),
         "versions": versions(),
     }
+    if lm.dictionaries:
+        about["dictionaries"] = [dictionary.about() for dictionary in lm.dictionaries]
+    return about
 
 
 def versions() -> dict[str, str]:

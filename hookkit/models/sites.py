@@ -6,8 +6,11 @@
 
     hk.Site("z", 2, stack="encoder")            all heads of block 2 of an encoder-decoder's encoder
 
-As text these are "resid_post.6", "z.9.3", "model.layers.3.mlp.gate_proj:output" and "encoder.z.2".
-A layered name without a layer, such as "resid_post", stands for every layer.
+    hk.Site("feat.resid_post", 12, 7)           feature 7 of the dictionary of `resid_post.12`
+
+As text these are "resid_post.6", "z.9.3", "model.layers.3.mlp.gate_proj:output", "encoder.z.2" and
+"feat.resid_post.12.7". A layered name without a layer, such as "resid_post", stands for every
+layer.
 """
 
 from __future__ import annotations
@@ -70,6 +73,15 @@ QUERY_KEY_SITES = frozenset({"scores", "pattern", "cross_scores", "cross_pattern
 # Their positions, or those of their keys, are the source's, which an encoder reads.
 SOURCE_SITES = frozenset({"cross_k", "cross_v"})
 LOGIT_SITES = frozenset({"lm_head", "logits"})
+# The features of a dictionary at a site, "feat.resid_post". An LM has them `with_dictionaries`.
+FEATURE_PREFIX = "feat."
+SITES_OF_DICTIONARIES = (
+    *("resid_pre", "attn_in", "q", "k", "v", "z", "attn_out", "resid_mid"),
+    *("mlp_in", "mlp_pre", "mlp_post", "mlp_out", "resid_post"),
+)
+FEATURE_AXES = dict.fromkeys(
+    map(FEATURE_PREFIX.__add__, SITES_OF_DICTIONARIES), "batch pos feature"
+)
 STACKS = ("encoder",)  # other lists of blocks than the one that writes text
 
 
@@ -78,7 +90,8 @@ STACKS = ("encoder",)  # other lists of blocks than the one that writes text
 class Site:
     """A named activation: `Site("z", 9, 3)` is head 3 of `z` in block 9.
 
-    Layers and heads count from 0. `stack` is "encoder" for a site in the encoder of an
+    Layers and heads count from 0. At the features of a dictionary, such as "feat.resid_post",
+    `head` is the number of a feature. `stack` is "encoder" for a site in the encoder of an
     encoder-decoder, whose positions are those of the source; "" is the stack that writes text.
     """
 
@@ -105,21 +118,36 @@ class Site:
                 f"{self.name!r} exists once in the model and has no layer {self.layer}: "
                 "leave it out"
             )
-        if self.head is not None and self.name not in SITES_WITH_HEADS:
+        has_parts = self.of_features or self.name in SITES_WITH_HEADS
+        if self.head is not None and not has_parts:
             names = ", ".join(sorted(SITES_WITH_HEADS))
             raise UnknownSite(f"{self.name!r} has no heads; the sites with heads are {names}")
         if self.head is not None and self.layer is None:
+            part = "feature" if self.of_features else "head"
             raise UnknownSite(
-                f"head {self.head} of {self.name!r} needs a layer: Site({self.name!r}, layer, head)"
+                f"{part} {self.head} of {self.name!r} needs a layer: "
+                f"Site({self.name!r}, layer, {part})"
             )
 
     @property
     def axes(self) -> str:
-        """The names of the axes, without the head axis if the site is one head."""
-        axes = AXES[self.name]
+        """The names of the axes, without the head axis if the site is one head or feature."""
+        axes = axes_of(self.name)
         if self.head is None:
             return axes
+        if self.of_features:
+            return axes.removesuffix(" feature")
         return axes.replace("kv_head ", "").replace("head ", "", 1)
+
+    @property
+    def of_features(self) -> bool:
+        """True for the features of a dictionary."""
+        return self.name.startswith(FEATURE_PREFIX)
+
+    @property
+    def base_name(self) -> str:
+        """The name; of features, that of the site which their dictionary splits."""
+        return self.name.removeprefix(FEATURE_PREFIX)
 
     @property
     def reads_source(self) -> bool:
@@ -143,11 +171,21 @@ def check_name(name: object) -> None:
     """Raises `UnknownSite` for what is not the name of a site."""
     if not isinstance(name, str):
         raise UnknownSite(f"a site's name is a text such as 'resid_post', and not {describe(name)}")
-    if name not in AXES:
+    if name.startswith(FEATURE_PREFIX) and name not in FEATURE_AXES:
+        raise UnknownSite(
+            f"there is no site {name!r}: the sites that may have a dictionary are "
+            f"{', '.join(SITES_OF_DICTIONARIES)}"
+        )
+    if name not in AXES and name not in FEATURE_AXES:
         raise UnknownSite(
             f"there is no site {name!r}{did_you_mean(name, AXES)} The sites are: "
             f"{', '.join(AXES)}. Any other tensor is hk.module(path, side='output')."
         )
+
+
+def axes_of(name: str) -> str:
+    """Returns the names of the axes of a site, or of the features of a dictionary."""
+    return FEATURE_AXES.get(name) or AXES[name]
 
 
 def _read_index(name: str, word: str, index: object) -> int | None:
@@ -232,14 +270,15 @@ def parse_site(text: str) -> AnySite:
     stack, _, rest = text.partition(".")
     if stack not in STACKS:
         stack, rest = "", text
-    name, *numbers = rest.split(".")
+    prefix = FEATURE_PREFIX if rest.startswith(FEATURE_PREFIX) else ""
+    name, *numbers = rest.removeprefix(prefix).split(".")
     if len(numbers) > 2 or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
         hint = "a path of the module tree is meant? Write hk.module(path, side='output')"
         raise UnknownSite(
             f"{text!r} does not name a site; sites look like 'resid_post.6' or 'z.9.3' ({hint})"
         )
     layer, head = [*map(int, numbers), None, None][:2]
-    return Site(name, layer, head, stack)
+    return Site(prefix + name, layer, head, stack)
 
 
 def _parse_module(text: str) -> ModuleSite:

@@ -29,7 +29,7 @@ from ..models.overrides import (
     has_open_scope,
     in_padding_trial,
 )
-from ..models.sites import AnySite, Site
+from ..models.sites import AnySite
 from .hook_points import HookPoint
 from .tracking import arguments_by_name
 
@@ -360,7 +360,7 @@ class HookDispatcher:
         ranks = self.lm.ranks
         if ranks is None:
             return self._apply_to_whole(hook_point, module_input, tensor)
-        site = hook_point.actions[0].site if hook_point.actions else Site("logits")
+        site = hook_point.site
         sizes = full_sizes(self.lm.layout, site, self.lm.location(site))
         location = hook_point.location
         key = location.path, location.side, location.item

@@ -23,7 +23,7 @@ from ..hooks.capture import Capture, Captured, CapturedChunk, CaptureLast, swap_
 from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.families.schema import ModuleLocation
-from ..models.layout import SiteView, view_of
+from ..models.layout import SiteView, source_of_features, view_of
 from ..models.lm import LM, refuse_no_gradient
 from ..models.positions import Where
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Site
@@ -71,18 +71,36 @@ class HookPoint:
     actions: list[BoundHook]
     reads_input: bool = False  # True if an edit of the output also needs the module's input
     copies_output: bool = False  # True if all that is done is to copy a whole output tensor
+    transcoded: set[Site] = field(default_factory=set)  # sites here that transcoders read
 
     @property
     def reads_source(self) -> bool:
         """True if the tensor has the positions of an encoder-decoder's source."""
-        return any(bound_hook.reads_source for bound_hook in self.actions)
+        return any(item.reads_source for item in (*self.actions, *self.transcoded))
+
+    @property
+    def site(self) -> AnySite:
+        """One of the sites in the tensor; the logits if a trace alone reads it."""
+        if self.actions:
+            return self.actions[0].site
+        return next(iter(self.transcoded), Site("logits"))
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """Called before the hooks act here in a forward."""
+        forward_pass.feature_edits.clear()
+
+    def end(self, forward_pass: ForwardPass, tensor: Tensor) -> None:
+        """Called with the tensor that the hooks leave, which transcoders read."""
+        for site in self.transcoded:
+            forward_pass.read_by_transcoders[site] = tensor
 
     def add(self, bound_hook: BoundHook, location: ModuleLocation) -> None:
         """Adds a hook, whose site is at this location in the tensor."""
         hook = bound_hook.hook
         if isinstance(hook, EditHook) and hook.reads_input:
             self.reads_input = True
-        self.copies_output = not self.actions and _is_copy(bound_hook, location)
+        is_alone = not self.actions and not self.transcoded
+        self.copies_output = is_alone and _is_copy(bound_hook, location)
         self.actions.append(bound_hook)
 
 
@@ -126,7 +144,19 @@ def build_hook_points(
                 observer=number >= len(hooks),
             )
             hook_points[tensor].add(bound_hook, location)
+            source = source_of_features(lm.layout, site)
+            if source is not None:
+                _add_transcoded(lm, source, hook_points)
     return in_order_of_registration(hook_points.values())
+
+
+def _add_transcoded(lm: LM, source: Site, hook_points: dict[ModuleLocation, HookPoint]) -> None:
+    """Adds a site that a transcoder reads to the hook point of its tensor."""
+    tensor = lm.location(source).tensor
+    if tensor not in hook_points:
+        hook_points[tensor] = HookPoint(lm.submodule(tensor.path), tensor, [])
+    hook_points[tensor].copies_output = False
+    hook_points[tensor].transcoded.add(source)
 
 
 def in_order_of_registration(hook_points: Iterable[HookPoint]) -> list[HookPoint]:
@@ -308,13 +338,19 @@ def _capture(
         bound_hook.pieces.append(CapturedChunk(number, selection, values, leaf))
         # the model continues with the stored values, so that they get a gradient
         return bound_hook.view.write(values.clone(), None, raw, selection, forward_pass)
-    is_copy = selection.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
+    if capture.sparse:
+        values = values.detach().to_sparse()
+    is_copy = capture.sparse or selection.scattered or _has_own_memory(values, raw)
     stored = _stored_copy(values, capture, is_copy)
     if isinstance(capture, CaptureLast) and bound_hook.pieces:
         previous = bound_hook.pieces.pop()
         bound_hook.pieces += previous.of_rows(forward_pass.text.ended_rows())
     bound_hook.pieces.append(CapturedChunk(number, selection, stored))
     return None
+
+
+def _has_own_memory(values: Tensor, raw: Tensor) -> bool:
+    return values is not raw and values.data_ptr() != raw.data_ptr()
 
 
 def _leaf_with_gradient(bound_hook: BoundHook, values: Tensor) -> Tensor:

@@ -296,8 +296,9 @@ class HookManager(HookBlock):
             return
         for hook_point in self.hook_points:
             if is_in_checkpointed_block(root, hook_point.location.path):
+                hook = next((action.hook for action in hook_point.actions), "a transcoder's input")
                 raise Unsupported(
-                    f"{hook_point.actions[0].hook} stands in a block with gradient checkpointing, "
+                    f"{hook} stands in a block with gradient checkpointing, "
                     "which runs again in backward(), without the hook: call "
                     "model.gradient_checkpointing_disable() or model.eval(), or run the model and "
                     "backward() inside a block of hk.attach"

@@ -130,6 +130,7 @@ class SharedForward:
                 shared = HookPoint(hook_point.module, location, [])
                 self._hook_points[location] = shared
             shared.reads_input |= hook_point.reads_input
+            shared.transcoded |= hook_point.transcoded
             shared.actions.extend(hook_point.actions)
             hooks_by_cell.setdefault(shared, []).append((lane, hook_point.actions))
 
@@ -300,12 +301,14 @@ def _apply_in_cell(
     module_input: Tensor | None,
 ) -> Tensor:
     """Returns the rows of a cell after its hooks."""
+    hook_point.begin(lane.call)
     for bound_hook in bound_hooks:
         try:
             _, tensor = apply_hook(bound_hook, hook_point, lane.call, tensor, module_input)
         except Exception as error:
             error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, in a sweep")
             raise
+    hook_point.end(lane.call, tensor)
     return tensor
 
 

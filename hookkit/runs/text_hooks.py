@@ -117,8 +117,11 @@ class TextHooks:
     ) -> Tensor:
         if forward_pass.source is not None and hook_point.reads_source:
             forward_pass = forward_pass.source
+        hook_point.begin(forward_pass)
         if recomputing:
-            return _apply_again(hook_point, forward_pass, tensor, module_input)
+            tensor = _apply_again(hook_point, forward_pass, tensor, module_input)
+            hook_point.end(forward_pass, tensor)
+            return tensor
         if hook_point is self._traced_point:
             tensor = self._apply_traced(hook_point, forward_pass, tensor, module_input)
         elif not self._copy_whole(hook_point, forward_pass, tensor):
@@ -126,6 +129,7 @@ class TextHooks:
                 tensor = self._apply_hook(
                     bound_hook, hook_point, forward_pass, tensor, module_input
                 )
+        hook_point.end(forward_pass, tensor)
         if self._stop_early:
             self._pending.difference_update(hook_point.actions)
             if not self._pending:  # the hooks at this hook point were the last ones

@@ -390,15 +390,16 @@ class Crew:
 
 
 def pack_model(lm: LM) -> Packed:
-    """Returns the model with its tokenizer, its name and its row of the families' table."""
+    """Returns the model with its tokenizer, name, row of the families' table and dictionaries."""
     weights = frozenset(weight.untyped_storage().data_ptr() for weight in lm.model.parameters())
-    return _pack([lm.model, lm.tokenizer, lm.name, lm.row, weights_hash(lm)], {}, weights)
+    facts = [lm.model, lm.tokenizer, lm.name, lm.row, lm.dictionaries, weights_hash(lm)]
+    return _pack(facts, {}, weights)
 
 
 def unpack_model(packed: Packed) -> LM:
     """Returns the model in an actor; `OtherModel` if its weights are not those that were sent."""
-    model, tokenizer, name, row, sent_hash = unpack(packed)
-    lm = LM(model, tokenizer, name, row)
+    model, tokenizer, name, row, dictionaries, sent_hash = unpack(packed)
+    lm = LM(model, tokenizer, name, row, dictionaries)
     own_hash = weights_hash(lm)
     if own_hash != sent_hash:
         raise OtherModel(

@@ -1,0 +1,1 @@
+"""Dictionaries of features (sparse autoencoders, transcoders) whose features are sites."""

@@ -1,0 +1,96 @@
+"""hk.load_dictionary: a dictionary of features from a folder, the Hub or an object of SAELens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..arguments import check_keywords, describe
+from ..errors import BadFile, BadHook, ModelNotFound
+from ..models.loading import explain_load_error
+from ..models.sites import Site
+from . import sae_lens
+from .dictionary import Dictionary
+from .parts import DictionaryParts, build_dictionary
+
+# The file that tells a format, and its reader.
+FORMATS: dict[str, Callable[[Path], DictionaryParts]] = {
+    sae_lens.WEIGHTS: sae_lens.read_folder,
+}
+
+
+@check_keywords
+def load_dictionary(
+    source: Any, *, at: str | Site | None = None, reads: str | Site | None = None
+) -> Dictionary:
+    """Returns a dictionary of features: a sparse autoencoder or a transcoder, as a frozen value.
+
+    source="path/to/folder"       a folder of SAELens (cfg.json and sae_weights.safetensors)
+    source="owner/name/folder"    a folder in a repository of the Hugging Face Hub
+    source=sae                    an object of SAELens
+
+    `at` is the site that the dictionary is of, such as "resid_post.12"; a file that says its place
+    needs none, and one that says another place is refused. A transcoder reads one site, `reads`,
+    and writes another, `at`, such as "mlp_in.12" and "mlp_out.12".
+
+    SAELens' architectures standard, topk, batchtopk, jumprelu, gated, matryoshka_batchtopk,
+    transcoder and skip_transcoder (also with jumprelu) are read, with their normalizations. A
+    setting or a tensor whose meaning is not known raises `BadFile` and is named. SAELens itself is
+    not needed. Weights of less than 32 bits are computed in float32.
+
+    >>> load_dictionary(folder)
+    Dictionary(resid_post.12: 32 features of 576, topk k=4)
+    """
+    if hasattr(source, "cfg") and hasattr(source, "state_dict"):
+        return build_dictionary(sae_lens.read_object(source), at, reads)
+    if not isinstance(source, str | os.PathLike):
+        raise BadHook(
+            f"load_dictionary was given {describe(source)}: give a folder, the name of a "
+            "repository on the Hub, or an object of SAELens"
+        )
+    return build_dictionary(_read(_folder(os.fspath(source))), at, reads)
+
+
+def _read(folder: Path) -> DictionaryParts:
+    for name, read in FORMATS.items():
+        if (folder / name).is_file():
+            return read(folder)
+    names = sorted(entry.name for entry in folder.iterdir())
+    raise BadFile(
+        f"{str(folder)!r} has none of the files {', '.join(FORMATS)}, by which a dictionary is "
+        f"known: it has {', '.join(names[:8]) or 'no file'}"
+    )
+
+
+def _folder(name: str) -> Path:
+    """Returns a folder of this machine, or one of the Hub, which is fetched."""
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        return path.parent
+    parts = name.split("/")
+    is_path = path.is_absolute() or name.startswith((".", "~"))
+    if is_path or len(parts) < 2 or not all(parts):
+        raise ModelNotFound(
+            f"there is no folder {name!r}: give the folder of a dictionary, or a name on the Hub, "
+            "such as 'owner/name/folder'"
+        )
+    return _fetch("/".join(parts[:2]), "/".join(parts[2:]))
+
+
+def _fetch(repository: str, folder: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    names = ("cfg.json", "config.json", *FORMATS)
+    prefix = f"{folder}/" if folder else ""
+    try:
+        root = snapshot_download(repository, allow_patterns=[prefix + name for name in names])
+    except Exception as error:  # the Hub's client has many classes of errors
+        raise explain_load_error(repository, error) from error
+    path = Path(root) / folder
+    if not path.is_dir():
+        raise ModelNotFound(f"{repository!r} on the Hub has no dictionary in {folder!r}")
+    return path
