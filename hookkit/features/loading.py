@@ -11,13 +11,17 @@ from ..arguments import check_keywords, describe
 from ..errors import BadFile, BadHook, ModelNotFound
 from ..models.loading import explain_load_error
 from ..models.sites import Site
-from . import sae_lens
+from . import other_formats, sae_lens
 from .dictionary import Dictionary
 from .parts import DictionaryParts, build_dictionary
 
-# The file that tells a format, and its reader.
-FORMATS: dict[str, Callable[[Path], DictionaryParts]] = {
+# The file that tells a format, and its reader. Formats that do not say it are told whether the
+# dictionary is a transcoder.
+FORMATS: dict[str, Callable[..., DictionaryParts]] = {
     sae_lens.WEIGHTS: sae_lens.read_folder,
+    other_formats.SPARSIFY: other_formats.read_sparsify,
+    other_formats.NPZ: other_formats.read_npz,
+    other_formats.PICKLE: other_formats.read_dictionary_learning,
 }
 
 
@@ -27,7 +31,9 @@ def load_dictionary(
 ) -> Dictionary:
     """Returns a dictionary of features: a sparse autoencoder or a transcoder, as a frozen value.
 
-    source="path/to/folder"       a folder of SAELens (cfg.json and sae_weights.safetensors)
+    source="path/to/folder"       a folder of SAELens (cfg.json and sae_weights.safetensors), of
+                                  sparsify (sae.safetensors), of dictionary_learning (ae.pt), or
+                                  of Gemma Scope (params.npz, which needs `at`)
     source="owner/name/folder"    a folder in a repository of the Hugging Face Hub
     source=sae                    an object of SAELens
 
@@ -50,13 +56,14 @@ def load_dictionary(
             f"load_dictionary was given {describe(source)}: give a folder, the name of a "
             "repository on the Hub, or an object of SAELens"
         )
-    return build_dictionary(_read(_folder(os.fspath(source))), at, reads)
+    parts = _read(_folder(os.fspath(source)), transcoder=reads is not None)
+    return build_dictionary(parts, at, reads)
 
 
-def _read(folder: Path) -> DictionaryParts:
+def _read(folder: Path, *, transcoder: bool) -> DictionaryParts:
     for name, read in FORMATS.items():
         if (folder / name).is_file():
-            return read(folder)
+            return read(folder, transcoder=transcoder)
     names = sorted(entry.name for entry in folder.iterdir())
     raise BadFile(
         f"{str(folder)!r} has none of the files {', '.join(FORMATS)}, by which a dictionary is "

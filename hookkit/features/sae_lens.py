@@ -83,8 +83,8 @@ WITHOUT_EFFECT = (
 )
 
 
-def read_folder(folder: Path) -> DictionaryParts:
-    """Returns the parts of a dictionary in a folder that SAELens wrote."""
+def read_folder(folder: Path, *, transcoder: bool) -> DictionaryParts:
+    """Returns the parts of a dictionary in a folder that SAELens wrote, which says what it is."""
     config = check_mapping(read_json(folder / CONFIG), f"{CONFIG} of {folder.name!r}")
     tensors, _ = read_tensors(folder / WEIGHTS)
     return read_config(config, tensors, str(folder))
