@@ -33,6 +33,9 @@ from .hooks.logit_shifts import set_rank as set_rank
 from .hooks.logit_shifts import swap as swap
 from .hooks.logits import force as force
 from .hooks.probe import load_probe as load_probe
+from .hooks.sources import UNEDITED as UNEDITED
+from .hooks.sources import away_from as away_from
+from .hooks.sources import toward as toward
 from .hooks.text import format_hook as format_hook
 from .hooks.text import load_hooks as load_hooks
 from .hooks.text import parse_hook as parse_hook

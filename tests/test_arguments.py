@@ -51,6 +51,12 @@ SPOILED = [
     (hk.swap(5, 6), {"b": 5}),
     (hk.set_rank(5, 1), {"rank": 0}),
     (hk.set_rank(5, 1), {"rank": 1.5}),
+    (hk.toward("a", by=1.0), {"by": NAN}),
+    (hk.toward("a", by=1.0), {"plausible": 1.5}),
+    (hk.toward("a", by=1.0), {"source": "a"}),
+    (hk.toward("a", by=1.0), {"source": {"$value": "OtherPrompts", "prompts": []}}),
+    (hk.toward("a", by=1.0), {"source": {"$value": "OtherModel", "lm": "gpt2"}}),
+    (hk.toward("a", by=1.0), {"sites": {"$sites": ["lm_head"]}}),
     (hk.scale("z.1", 2.0), {"factor": NAN}),
     (hk.scale("z.1", 2.0), {"factor": "abc"}),
     (hk.scale("z.1", 2.0), {"factor": None}),
@@ -149,6 +155,7 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
         hk.project_out("resid_post.1", ONES), hk.skip_block(1), hk.ablate("z.1", to="mean", over=["tea"]),
         hk.patch("z.1", run), hk.knockout(1, key=hk.at("tea")), hk.force(hk.word([7, 8])), hk.ban(" tea", 5),
         hk.restrict(5), hk.boost(by={5: 1.0, 6: 2.0}), hk.cap(5, prob=0.5), hk.swap(5, 6), hk.set_rank(5, 3),
+        hk.toward("tea", by=1.0), hk.away_from(hk.Site("resid_post", 1), by=1.0),
     ]  # fmt: skip
     grid = {"layer": [1]}
     plan = hk.sweep_plan(

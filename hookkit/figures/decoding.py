@@ -29,6 +29,7 @@ from .style import GRID, MARK, MUTED, PointLabel, apply_style, new_figure, short
 
 STAGES = {
     "model": "before logit edits",
+    "source": "of the source",
     "edited": "after logit edits",
     "processed": "after the decoding rules",
 }

@@ -192,12 +192,15 @@ Change: TypeAlias = Callable[[Tensor, EditContext], Tensor]
 class Binding:
     """The model and the site for which an edit is prepared.
 
-    `reference` runs prompts and returns the values that they have at the site.
+    `reference` runs prompts and returns the values that they have at the site. `read_source`
+    returns the logits [row, pos, vocab] that the source of an edit has at the cells of the edit;
+    None where no source can be read.
     """
 
     lm: LM
     site: AnySite
     reference: Callable[[tuple[Any, ...]], "Captured"]
+    read_source: Callable[[EditContext], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...] | None:

@@ -1,4 +1,6 @@
-"""Writes hooks as JSON and reads them back. User functions are written, but not read back.
+"""Writes hooks as JSON and reads them back.
+
+User functions, and models that are the source of an edit, are written, but not read back.
 
 A value that JSON cannot express is an object with one key that begins with "$":
 {"$sites": ["z.9.3"]}, {"$tensor": …}.
@@ -21,7 +23,9 @@ from ..arguments import check_choice, describe
 from ..errors import BadHook, HookkitError
 from ..files.untrusted import error_message, parse_json
 from ..models.chat import Chat, chat_of
+from ..models.lm import LM
 from ..models.positions import TextPart
+from ..models.provenance import config_hash
 from ..models.sites import ModuleSite, Site, Sites, as_sites, parse_site
 
 # Every hook by its verb, and every dataclass that may be inside a hook, each with its module. These
@@ -43,6 +47,8 @@ HOOK_TYPES: dict[str, str] = {
     "cap": "hookkit.hooks.logit_shifts:Cap",
     "swap": "hookkit.hooks.logit_shifts:Swap",
     "set_rank": "hookkit.hooks.logit_shifts:SetRank",
+    "toward": "hookkit.hooks.sources:Toward",
+    "away_from": "hookkit.hooks.sources:AwayFrom",
     "randomised": "hookkit.sweeps.cells:Randomised",
 }
 VALUE_TYPES: dict[str, str] = {
@@ -60,6 +66,10 @@ VALUE_TYPES: dict[str, str] = {
     "Condition": "hookkit.hooks.when:Condition",
     "Probe": "hookkit.hooks.probe:Probe",
     "Word": "hookkit.models.words:Word",
+    "OtherModel": "hookkit.hooks.sources:OtherModel",
+    "OtherPrompts": "hookkit.hooks.sources:OtherPrompts",
+    "Unedited": "hookkit.hooks.sources:Unedited",
+    "EarlierLayer": "hookkit.hooks.sources:EarlierLayer",
 }
 
 
@@ -124,6 +134,9 @@ def _encode(value: Any, tensors: str) -> Any:
             return {"$mapping": value}
         case Tensor():
             return {"$tensor": tensor_as_json(value, tensors)}
+        case LM():
+            about = {"class": type(value.root).__name__, "config_sha256": config_hash(value)}
+            return {"$model": {"name": value.name, **about}}
     return _encode_object(value, tensors)
 
 
@@ -258,6 +271,14 @@ def _find_type(name: object, types: dict[str, str], problem: str) -> Any:
 
 def _refusal(value: dict[str, Any]) -> str:
     """Returns the message for an object that is no value of a hook."""
+    if "$model" in value:
+        model = value["$model"]
+        name = model.get("name") if isinstance(model, dict) else None
+        return (
+            f"this hook has another model as its source, {describe(name)}, of which JSON has the "
+            "name and not the weights: load it, and make the hook again with hk.toward or "
+            "hk.away_from"
+        )
     if "$function" not in value:
         keys = ", ".join(map(repr, value))
         return f"a hook in JSON has an object with the keys {keys}, and none with a $"

@@ -18,6 +18,7 @@ from ..arguments import check_arguments, shorten
 from ..errors import BadFile, BadHook, HookkitError, NotOneToken, did_you_mean
 from ..files.untrusted import MAX_MESSAGE, read_hook_list
 from ..models.lm import LM
+from ..models.sites import parse_site
 from ..models.words import Word
 from .ablation import Ablate, Patch, ablate, patch
 from .base import Hook, as_tuple
@@ -25,11 +26,13 @@ from .capture import Capture, capture
 from .edits import Knockout, Scale, SkipBlock, knockout, project_out, scale, skip_block, steer
 from .logit_shifts import Boost, SetRank, ban, boost, cap, restrict, set_rank, swap
 from .logits import LogitEdit, force
+from .sources import UNEDITED, OtherPrompts, SourceEdit, away_from, toward
 from .text_grammar import Spelling, parse_amount, parse_parts, parse_sites, parse_token, split
 from .values import FromPrompt, Reference
 from .vector import Vector, load_vector
 
 LAYER = re.compile(r"\d{1,9}")
+STREAM_SITE = re.compile(r"embed|resid_(?:pre|mid|post)\.\d{1,9}")  # a source that is a layer
 LAYER_AND_HEAD = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
 
 
@@ -277,6 +280,19 @@ def _parse_set_rank(spelling: Spelling, lm: LM | None) -> Hook:
     return set_rank(token, rank_value, **spelling.settings)
 
 
+def _parse_source(function: Callable[..., Hook], spelling: Spelling, lm: LM | None) -> Hook:
+    source: Any = spelling.what
+    if not source.strip():
+        raise BadHook(
+            f"{spelling.text!r} has no source: write {spelling.verb}:She drinks tea. I like@by=0.5"
+        )
+    if source == repr(UNEDITED):
+        source = UNEDITED
+    elif STREAM_SITE.fullmatch(source):
+        source = parse_site(source)
+    return function(source, **spelling.settings)
+
+
 PARSERS: dict[str, Callable[[Spelling, LM | None], Hook]] = {
     "ablate": partial(_parse_at_sites, ablate),
     "patch": _parse_patch,
@@ -293,6 +309,8 @@ PARSERS: dict[str, Callable[[Spelling, LM | None], Hook]] = {
     "cap": partial(_parse_tokens, cap),
     "swap": partial(_parse_tokens, swap),
     "set_rank": _parse_set_rank,
+    "toward": partial(_parse_source, toward),
+    "away_from": partial(_parse_source, away_from),
 }
 
 # a token that needs no quotes
@@ -325,6 +343,8 @@ def _short_text(hook: Hook) -> str | None:
     what = ",".join(map(str, hook.sites))
     settings = hook.settings()
     match hook:
+        case SourceEdit():
+            what = _format_source(hook)
         case LogitEdit():
             if what != "logits":
                 return None
@@ -346,6 +366,14 @@ def _short_text(hook: Hook) -> str | None:
             return None
     text = f"{hook.verb}:{what}"
     return f"{text}@{_format_settings(settings)}" if settings else text
+
+
+def _format_source(hook: SourceEdit) -> str:
+    """Returns a source in the grammar; for one without a form, the text of another hook."""
+    match hook.source:
+        case OtherPrompts(prompts=(str(prompt),)):
+            return prompt
+    return repr(hook.source)
 
 
 def _format_tokens(hook: LogitEdit, settings: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ MAX_DEPTH = 20  # nested brackets, and signs before a number
 SETTING = re.compile(r"\s*([a-z_]+)=(.*)", re.DOTALL)
 SITE = r"[A-Za-z_][\w.\[\]-]*(?::(?:input|output)(?::\w+)?)?"
 SITES = re.compile(rf"\s*{SITE}(?:\s*,\s*{SITE})*\s*")
-STEP_VERBS = ("force", "ban", "restrict", "boost", "cap", "swap", "set_rank")
+STEP_VERBS = ("force", "ban", "restrict", "boost", "cap", "swap", "set_rank", "toward", "away_from")
 # the keyword of a position or step without a name; "pos" for other verbs
 POSITION_NAMES = {"knockout": "query", **dict.fromkeys(STEP_VERBS, "step")}
 QUOTES = "'\""

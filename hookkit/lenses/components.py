@@ -22,8 +22,8 @@ from ..models.layout import Layout
 from ..models.lm import LM
 from ..models.sites import Site
 from ..runs.dispatch import forward_of_site
+from ..runs.model_end import Cells
 from ..runs.run import Run
-from .model_end import Cells
 
 Map = Callable[[Tensor], Tensor]
 

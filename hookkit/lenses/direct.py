@@ -24,6 +24,7 @@ from ..models.next_token import values_at
 from ..models.positions import PosLike
 from ..models.sites import Site
 from ..runs.forward import forward
+from ..runs.model_end import Cells, Read, cells_of, model_end_of
 from ..runs.run import Run
 from ..tables.distributions import prompts_of_run, token_texts
 from .components import (
@@ -34,7 +35,6 @@ from .components import (
     required_sites,
     vector_jacobian_product,
 )
-from .model_end import Cells, Read, cells_of, model_end_of
 
 Tokens = Token | list[Token]
 OPTIONAL = ("bias", "cap", "edit")  # kinds of parts that are left out if they are 0

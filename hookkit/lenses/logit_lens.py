@@ -32,10 +32,10 @@ from ..models.tokens import describe_prompts
 from ..models.words import WordLike
 from ..runs.forward import forward
 from ..runs.generate import generate
+from ..runs.model_end import Cells, cells_of, model_end_of
 from ..runs.run import Run
 from ..tables.distributions import token_texts
 from ..tables.rank_tables import ranks, watched_ids
-from .model_end import Cells, cells_of, model_end_of
 from .readout import Readout, numbers, split_for_cache, states_per_chunk
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")

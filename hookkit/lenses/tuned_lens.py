@@ -26,8 +26,8 @@ from ..models.prompts import Prompts, as_rows
 from ..models.provenance import about_model, weights_hash
 from ..models.sites import Site, SitesLike
 from ..runs.forward import forward
+from ..runs.model_end import model_end_of
 from .logit_lens import stream_sites
-from .model_end import model_end_of
 
 BATCH = 8  # windows that run together
 # of the states' mean square; each layer takes the strength that is best on held-out text

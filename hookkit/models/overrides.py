@@ -409,7 +409,7 @@ def has_open_scope(root: nn.Module) -> bool:
     return False
 
 
-# ---- trials of padding
+# ---- forwards without hooks: trials of padding, and those of a source
 
 
 _TRIALS = threading.local()
@@ -418,6 +418,18 @@ _TRIALS = threading.local()
 def in_padding_trial() -> bool:
     """True in the forwards of a trial of `hookkit.models.padding`, which hooks must ignore."""
     return getattr(_TRIALS, "running", False)
+
+
+def hooks_are_off() -> bool:
+    """True in a forward of this thread in which no hook of hookkit acts."""
+    return in_padding_trial() or getattr(_TRIALS, "reading_source", False)
+
+
+def turn_hooks_off(overrides: Overrides) -> None:
+    """Makes hooks ignore the forwards of this thread, a source's, until `overrides` is restored."""
+    before = getattr(_TRIALS, "reading_source", False)
+    overrides.add_cleanup(functools.partial(setattr, _TRIALS, "reading_source", before))
+    _TRIALS.reading_source = True
 
 
 def enter_padding_trial(overrides: Overrides) -> None:

@@ -27,7 +27,7 @@ from ..models.overrides import (
     Scope,
     adopt_attached_scopes,
     has_open_scope,
-    in_padding_trial,
+    hooks_are_off,
 )
 from ..models.sites import AnySite
 from .hook_points import HookPoint
@@ -130,7 +130,7 @@ class HookDispatcher:
 
         Raises `Unsupported` if that cannot be decided.
         """
-        if in_padding_trial():
+        if hooks_are_off():
             return False
         if self.scope in CURRENT_SCOPES.get():
             return self.scope.open
@@ -145,13 +145,15 @@ class HookDispatcher:
 
     def acts_in_forward(self) -> bool:
         """`acts_here`, at a module inside the model."""
+        if hooks_are_off():
+            return False
         if self._forward_thread == get_ident():
             return True
         return self.scope.open and self.scope in CURRENT_SCOPES.get()
 
     def _begins_forward(self, module: nn.Module) -> bool:
         """True if the call of a module begins a forward of the model in which the hooks act."""
-        if not self.scope.open or in_padding_trial():
+        if not self.scope.open or hooks_are_off():
             return False
         if module not in self.entry_modules:
             raise Unsupported(
@@ -208,7 +210,7 @@ class HookDispatcher:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Notes that `generate` runs the encoder; inside a forward of the model it is a part."""
-        acts = self.scope.open and not in_padding_trial() and self.acts_here()
+        acts = self.scope.open and not hooks_are_off() and self.acts_here()
         if not acts or self._entered is not None:
             return
         forward_pass = self.strategy.begin_source(arguments_by_name(module, module, args, kwargs))
@@ -221,7 +223,7 @@ class HookDispatcher:
         if module is self._unrelated:
             self._unrelated = None
             return
-        if module is not self._entered or in_padding_trial():
+        if module is not self._entered or hooks_are_off():
             return
         if self._forward_thread == get_ident() and not self.hook_thread:
             forward_pass = self._pass
@@ -342,10 +344,10 @@ class HookDispatcher:
     def _acts_at(self, hook_point: HookPoint) -> bool:
         """True if hooks act in a call of their module; raises if it is in no forward."""
         if self._forward_thread == get_ident():
-            return not self.hook_thread and not in_padding_trial()
+            return not self.hook_thread and not hooks_are_off()
         if self._unrelated is not None or not self.scope.open:
             return False
-        if self.scope in CURRENT_SCOPES.get() and not in_padding_trial():
+        if self.scope in CURRENT_SCOPES.get() and not hooks_are_off():
             raise Unsupported(
                 f"{hook_point.location.path!r} was called by itself, outside a forward of "
                 f"{type(self.lm.root).__name__}: its rows and positions are unknown. Call the "

@@ -173,7 +173,8 @@ def _refuse_mode(config: Any) -> None:
             )
     if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
         raise Unsupported(
-            f"guidance_scale runs the model twice for each token: {ONE_FORWARD_PER_TOKEN}"
+            f"guidance_scale runs the model twice for each token: {ONE_FORWARD_PER_TOKEN}, and "
+            "give hk.away_from(prompt, by=guidance_scale - 1)"
         )
     mode = config.get_generation_mode().value
     if mode not in SUPPORTED_MODES:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook
 from ..hooks.capture import Capture, Captured, CapturedChunk, CaptureLast, swap_head_and_query
+from ..hooks.sources import SourceEdit
 from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.families.schema import ModuleLocation
@@ -27,6 +28,7 @@ from ..models.layout import SiteView, source_of_features, view_of
 from ..models.lm import LM, refuse_no_gradient
 from ..models.positions import Where
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Site
+from .sources import LayerReader, Reader, reader_of
 
 Reference: TypeAlias = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
 """A function that captures sites on the prompts of a reference."""
@@ -51,6 +53,9 @@ class BoundHook:
     change: Change | None  # None for a capture
     head: bool  # True at the unembedding, which may compute fewer positions than the blocks
     observer: bool = False  # True for a hook of hookkit's own, which the user does not see
+    reader: Reader | None = None  # of an edit with a source
+    # for the observer of an edit whose source is a layer: what it calls with the states there
+    receive: Callable[[ForwardPass, Selection, Tensor], None] | None = None
     pieces: list[CapturedChunk] = field(default_factory=list)  # of the current text
     fired: int = 0  # number of forwards in which the hook did something
     overflow_flags: list[Tensor] = field(default_factory=list)  # of the current forward
@@ -116,38 +121,80 @@ there is no selection), and for an edit how many numbers it changed in each cell
 
 
 def build_hook_points(
-    lm: LM, hooks: Sequence[Hook], reference: Reference, observers: Sequence[Hook] = ()
+    lm: LM,
+    hooks: Sequence[Hook],
+    reference: Reference,
+    observers: Sequence[Hook] = (),
+    *,
+    sources: bool = False,
 ) -> list[HookPoint]:
     """Returns the hook points of these hooks, each checked against the model.
 
     `reference` captures sites on the prompts of a reference. `observers` are hooks of hookkit's
-    own. They act after the user's hooks.
+    own. They act after the user's hooks. Edits with a source raise unless `sources` is True.
     """
     hook_points: dict[ModuleLocation, HookPoint] = {}
+    layer_readers: list[LayerReader] = []
     for number, hook in enumerate((*hooks, *observers)):
         _check_hook(lm, hook)
         locations = lm.located(hook.sites)
         reference_value = _reference_values(tuple(locations), reference)
         where = hook.placed(lm)
+        reader = reader_of(lm, hook) if sources and isinstance(hook, SourceEdit) else None
+        if isinstance(reader, LayerReader):
+            layer_readers.append(reader)
         for site, location in locations.items():
-            tensor = location.tensor  # all sites in a tensor share its hook point
-            if tensor not in hook_points:
-                hook_points[tensor] = HookPoint(lm.submodule(tensor.path), tensor, [])
             bound_hook = BoundHook(
                 number,
                 hook,
                 site,
                 where,
                 view=view_of(lm.layout, site, location),
-                change=_bind_edit(lm, hook, site, reference_value),
+                change=_bind_edit(lm, hook, site, reference_value, reader),
                 head=isinstance(site, Site) and site.name in LOGIT_SITES,
                 observer=number >= len(hooks),
+                reader=reader,
             )
-            hook_points[tensor].add(bound_hook, location)
+            _add_bound_hook(lm, hook_points, bound_hook, location)
             source = source_of_features(lm.layout, site)
             if source is not None:
                 _add_transcoded(lm, source, hook_points)
+    for number, reader in enumerate(layer_readers, start=len(hooks) + len(observers)):
+        _add_observer_of_layer(lm, hook_points, number, reader)
     return in_order_of_registration(hook_points.values())
+
+
+def _add_bound_hook(
+    lm: LM,
+    hook_points: dict[ModuleLocation, HookPoint],
+    bound_hook: BoundHook,
+    location: ModuleLocation,
+) -> None:
+    tensor = location.tensor  # all sites in a tensor share its hook point
+    if tensor not in hook_points:
+        hook_points[tensor] = HookPoint(lm.submodule(tensor.path), tensor, [])
+    hook_points[tensor].add(bound_hook, location)
+
+
+def _add_observer_of_layer(
+    lm: LM, hook_points: dict[ModuleLocation, HookPoint], number: int, reader: LayerReader
+) -> None:
+    """Adds the bound hook that hands the states of a layer to the edit whose source they are."""
+    hook, site = reader.hook, reader.layer.site
+    location = lm.location(site)
+    view = view_of(lm.layout, site, location)
+    bound_hook = BoundHook(
+        number,
+        hook,
+        site,
+        hook.placed(lm),
+        view,
+        None,
+        False,
+        observer=True,
+        receive=reader.receive,
+    )
+    _add_bound_hook(lm, hook_points, bound_hook, location)
 
 
 def _add_transcoded(lm: LM, source: Site, hook_points: dict[ModuleLocation, HookPoint]) -> None:
@@ -218,12 +265,13 @@ def _bind_edit(
     hook: Hook,
     site: AnySite,
     reference_value: Callable[[AnySite, tuple[Any, ...]], Captured],
+    reader: Reader | None,
 ) -> Change | None:
     """The function by which a hook changes the values at a site; None for a capture."""
     if not isinstance(hook, EditHook):
         return None
     try:
-        return hook.change(Binding(lm, site, partial(reference_value, site)))
+        return hook.change(Binding(lm, site, partial(reference_value, site), reader))
     except Exception as error:
         error.add_note(f"in {hook}")
         raise
@@ -253,7 +301,7 @@ def apply_hook(
     if full is None:
         return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
     at_head = bound_hook.head or full.shape[1] != forward_pass.width
-    is_capture = bound_hook.change is None
+    is_capture = bound_hook.change is None and bound_hook.receive is None
     selection = forward_pass.cells(bound_hook.where, at_head, is_capture)
     if selection is None:
         return None, tensor
@@ -261,7 +309,10 @@ def apply_hook(
     raw = selection.gather(view.view(full))
     values = view.read(raw, selection, forward_pass)
     changed = None
-    if is_capture:
+    if bound_hook.receive is not None:
+        bound_hook.receive(forward_pass, selection, values)
+        new = None
+    elif is_capture:
         new = _capture(bound_hook, forward_pass, selection, raw, values)
     else:
         new = _edit(bound_hook, selection, values, module_input)

@@ -255,13 +255,16 @@ class HookManager(HookBlock):
         tracer: Tracer | None = None,
         attached: bool = False,
     ) -> None:
-        hook_points = build_hook_points(lm, hooks, partial(capture_reference, lm), observers)
+        reference = partial(capture_reference, lm)
+        hook_points = build_hook_points(lm, hooks, reference, observers, sources=True)
         traced_point = None if tracer is None else logits_hook_point(lm, hook_points)
-        bound_hooks = chain.from_iterable(hook_point.actions for hook_point in hook_points)
+        all_hooks = chain.from_iterable(hook_point.actions for hook_point in hook_points)
+        bound_hooks = sorted(all_hooks, key=lambda bound_hook: bound_hook.number)
+        self._readers = [hook.reader for hook in bound_hooks if hook.reader is not None]
         make_strategy = partial(
             TextHooks,
             lm,
-            sorted(bound_hooks, key=lambda bound_hook: bound_hook.number),
+            bound_hooks,
             tracer,
             traced_point,
             stop_early=stop_early,
@@ -270,6 +273,8 @@ class HookManager(HookBlock):
         super().__init__(lm, hook_points, make_strategy, replace_generate, attached=attached)
 
     def _replace_generate(self) -> None:
+        for reader in self._readers:
+            self.overrides.add_cleanup(reader.release)
         if callable(getattr(self.lm.root, "generate", None)):
             acts_here = self.dispatcher.acts_here
             self.overrides.wrap_method(self.lm.root, "generate", self._generate, acts_here)

@@ -149,8 +149,12 @@ class TextHooks:
         assert tracer is not None
         tracer.before(forward_pass.number, tensor)
         for bound_hook in hook_point.actions:
-            before = tensor
+            before, reader = tensor, bound_hook.reader
+            if reader is not None:
+                reader.last = None
             tensor = self._apply_hook(bound_hook, hook_point, forward_pass, before, module_input)
+            if reader is not None and reader.last is not None:
+                tracer.source(*reader.last)
             if tensor is not before:
                 tracer.changed(bound_hook.hook, before, tensor)
         tracer.after(tensor)
@@ -391,6 +395,8 @@ def _check_cached(bound_hooks: Iterable[BoundHook], text: SequenceBatch) -> None
     """
     for bound_hook in bound_hooks:
         everywhere = bound_hook.where.pos is bound_hook.where.step is None
+        if bound_hook.receive is not None:  # it sees what the edit that it reads for needs
+            continue
         if bound_hook.head or (everywhere and bound_hook.change is None):
             continue
         for row in range(len(text.lengths)):

@@ -4,13 +4,16 @@
 
 Each step has three stages: `model`, the logits before any edit of logits (edits further inside the
 model have acted); `edited`, after them; `processed`, after transformers' decoding rules
-(temperature, top_p …) and the user's own logits processors. Of each stage only the top tokens, the
+(temperature, top_p …) and the user's own logits processors. Where an edit with a source acts, a
+stage `source` has what the source says; of several, `source 1`, `source 2` … in the order of their
+edits. Of each stage only the top tokens, the
 watched, named and drawn ones are stored, with a few sums over the vocabulary: never the vocabulary
 times the steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +27,7 @@ from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.logits import named_tokens
+from ..models.batch_positions import Selection
 from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, ranks_among, token_logits, varentropy_of
 from ..models.words import WordLike, check_words, token_ids
@@ -157,13 +161,19 @@ class _OpenStep:
     processed: Tensor | None = None
     # by each hook that changed them: the rows in which it did, and the logits after it
     changes: list[tuple[Hook, Tensor, Tensor]] = field(default_factory=list)
+    sources: list[Tensor] = field(
+        default_factory=list
+    )  # NaN in the rows that a source did not read
 
     def stages(self) -> dict[str, Tensor]:
         """Returns the logits of each stage; one tensor with the stage before if it changes none."""
         assert self.model is not None and self.edited is not None and self.processed is not None
         is_changed = not torch.equal(self.edited, self.processed)
         processed = self.processed if is_changed else self.edited
-        return {"model": self.model, "edited": self.edited, "processed": processed}
+        sources = dict(enumerate(self.sources, start=1))
+        several = len(sources) > 1
+        named = {f"source {n}" if several else "source": sources[n] for n in sources}
+        return {"model": self.model, **named, "edited": self.edited, "processed": processed}
 
 
 @dataclass(eq=False)
@@ -209,6 +219,18 @@ class Tracer:
         """Called after each hook that has edited the logits."""
         rows = (before[:, -1] != after[:, -1]).any(dim=-1)
         self._open_step.changes.append((hook, rows, after[:, -1].float()))
+
+    def source(self, cells: Selection, logits: Tensor) -> None:
+        """Called with the logits [row, pos, vocab] that a source has at the cells of its edit."""
+        model = self._open_step.model
+        assert model is not None
+        width = min(model.shape[-1], logits.shape[-1])
+        last = [len(positions) - 1 for positions in cells.row_positions]
+        read = torch.full_like(model, math.nan)
+        newest = logits[torch.arange(len(last)), last].to(read)
+        read[cells.rows, :width] = newest[:, :width]
+        read[cells.rows, width:] = -math.inf
+        self._open_step.sources.append(read)
 
     def after(self, logits: Tensor) -> None:
         """Called with the logits after all edits."""

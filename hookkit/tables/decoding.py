@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -30,6 +29,7 @@ from ..errors import NotCaptured, OutOfRange, Unsupported
 from ..hooks.base import Hook
 from ..hooks.logit_shifts import Ban, Restrict
 from ..hooks.logits import Force
+from ..hooks.sources import SourceEdit
 from ..models.lm import LM
 from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike
@@ -48,7 +48,8 @@ from .rank_tables import reasons_of
 def candidates(run: Run, *, top: int | None = None, rows: IndicesLike = None) -> pd.DataFrame:
     """Every step's candidates at each stage: the most likely, watched, named and drawn tokens.
 
-    Columns: row, step, pos, stage ("model", "edited" or "processed"), token, token_id, logit,
+    Columns: row, step, pos, stage ("model", "edited" or "processed"; where an edit with a source
+    acts, "source" too, of several "source 1", "source 2" …), token, token_id, logit,
     logprob, prob, rank, drawn (True for the token that was chosen), why ("top", "watched", "named"
     by a hook, "drawn"). `top` shows fewer of each stage's first tokens than were recorded. In beam
     search the logits of the stage "processed" are log-probabilities, since there the rules of
@@ -72,8 +73,12 @@ def candidates(run: Run, *, top: int | None = None, rows: IndicesLike = None) ->
 def candidates_table(record: GenerationRecord, count: int) -> pd.DataFrame:
     """Returns the table of `candidates` for a record, with `count` tokens of each stage."""
     table_rows: list[dict[str, Any]] = []
-    for decision, name in product(record.decisions, STAGES):
-        table_rows += _candidates(record, decision, name, count)
+    for decision in record.decisions:
+        for name, stage in decision.record.stages.items():
+            is_source = name not in STAGES
+            if is_source and bool(stage.entropy[decision.model_row].isnan()):
+                continue  # the source was not read in this row
+            table_rows += _candidates(record, decision, name, count)
     return pd.DataFrame(table_rows)
 
 
@@ -207,7 +212,7 @@ def _rank_changes(
     movers = []
     for hook, before, after in moves:
         if before != after and not isinstance(hook, Ban | Restrict):
-            movers.append(str(hook))
+            movers.append(hook.in_words() if isinstance(hook, SourceEdit) else str(hook))
     if movers and model != edited:
         yield f"{' and '.join(movers)} moved it from rank {model} to {edited}"
     elif model != 1 and record.generation.mode == "sample":

@@ -165,7 +165,7 @@ def test_the_same_table_gives_the_same_bytes(table):
         (
             {"stage": "edit"},
             BadHook,
-            "stage='edit' is unknown; did you mean 'edited'.*'model', 'edited', 'processed'",
+            "stage='edit' is unknown; did you mean 'edited'.*'model', 'source', 'edited', 'processed'",
         ),
         ({"colour": "entropy"}, BadHook, "colour='entropy' is unknown.*'surprisal', 'margin'"),
         (

@@ -160,7 +160,7 @@ def test_json_can_hold_digests_instead_of_tensors():
         ("[1]", "this is no hook in JSON"),
         (
             '{"hook": "stear"}',
-            "there is no hook 'stear': there are ablate, ban, boost, cap, capture",
+            "there is no hook 'stear': there are ablate, away_from, ban, boost, cap",
         ),
         (
             '{"hook": "scale", "sites": {"$sites": ["z.0"]}, "where": {"$value": "There"}, "factor": 2}',

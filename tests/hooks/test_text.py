@@ -66,6 +66,10 @@ SHORT = {
     "cap: coffee@prob=0.1": hk.cap(" coffee", prob=0.1),
     "swap: coffee, tea@step=0": hk.swap(" coffee", " tea", step=0),
     "set_rank: coffee=3": hk.set_rank(" coffee", 3),
+    "away_from:Who wrote it? He@by=0.5": hk.away_from("Who wrote it? He", by=0.5),
+    "toward: me@home@by=1,plausible=0.1": hk.toward(" me@home", by=1, plausible=0.1),
+    "away_from:UNEDITED@0,by=-1": hk.away_from(hk.UNEDITED, by=-1, step=0),
+    "away_from:resid_post.6@by=1": hk.away_from(hk.Site("resid_post", 6), by=1),
 }
 
 
@@ -82,7 +86,8 @@ def test_what_is_spelled_is_short_and_read_back_as_the_same_hook(made):
 
 def test_a_hook_without_a_short_form_is_spelled_as_json():
     for made in (hk.steer("resid_post.6", torch.ones(4)), hk.project_out("resid_post.6", torch.ones(4)),
-                 hk.ablate("z.1", to=torch.ones(4)), hk.ban(" tea", site="lm_head")):  # fmt: skip
+                 hk.ablate("z.1", to=torch.ones(4)), hk.ban(" tea", site="lm_head"),
+                 hk.toward(["a", "b"], by=1), hk.toward([5, 6], by=1), hk.toward("UNEDITED", by=1)):  # fmt: skip
         assert json.loads(hk.format_hook(made))["hook"] == made.verb
         assert hk.parse_hook(hk.format_hook(made)) == made
 

@@ -22,7 +22,6 @@ from ...display import quote_token
 from ...errors import HookkitError
 from ...hooks.base import Hook
 from ...hooks.capture import Captures, capture
-from ...lenses.model_end import find_ending
 from ...models import next_token
 from ...models.lm import LM
 from ...models.overrides import Overrides
@@ -32,6 +31,7 @@ from ...runs.forward import forward
 from ...runs.generate import generate
 from ...runs.hook_points import build_hook_points
 from ...runs.manager import capture_reference
+from ...runs.model_end import find_ending
 from ...runs.partial import skip_block
 from ...runs.run import Run
 from ...sweeps.shortcuts import shortcuts

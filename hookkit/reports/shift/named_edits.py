@@ -14,6 +14,7 @@ from ...hooks.base import Hook
 from ...hooks.capture import Capture
 from ...hooks.edits import Knockout
 from ...hooks.logits import LogitEdit
+from ...hooks.sources import SourceEdit
 from ...models.positions import TextPart, is_named
 from ...models.prompts import shorten
 from ...sweeps.cells import Randomised
@@ -44,6 +45,8 @@ DESCRIPTIONS = {
     "cap": "holds down",
     "swap": "exchanges",
     "set_rank": "gives its rank to",
+    "toward": "moves the logits toward",
+    "away_from": "moves the logits away from",
     "randomised": "changes by as much, in a random direction,",
 }
 
@@ -165,6 +168,8 @@ def describe_hook(hook: Hook) -> str:
         blocks = _describe_layers(Edit("", (hook,)).layers)
         return f"keeps attention from seeing {_describe_pos(hook.key)}, in blocks {blocks}"
     verb = DESCRIPTIONS.get(hook.verb, hook.verb)
+    if isinstance(hook, SourceEdit):
+        return f"{verb} {hook.source.in_words()}"
     if isinstance(hook, LogitEdit) and not isinstance(hook, Randomised):
         tokens = []
         for name in hook.names:

@@ -23,10 +23,10 @@ from ..models.named_positions import find_positions
 from ..models.overrides import MethodReplacement, skip_hooks
 from ..models.prompts import Row, pad_id
 from ..models.sites import Site
-from ..runs.dispatch import find_input
-from ..runs.hook_points import BoundHook, HookPoint, build_hook_points
-from ..runs.manager import HookBlock, RegisteredHook, capture_reference
-from ..runs.partial import CellRows, SharedForward, skip_block
+from .dispatch import find_input
+from .hook_points import BoundHook, HookPoint, build_hook_points
+from .manager import HookBlock, RegisteredHook, capture_reference
+from .partial import CellRows, SharedForward, skip_block
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _skip_hooks_inside_blocks(hook_block: HookBlock) -> None:
     """
     for module in _modules_inside(_blocks_of(hook_block.lm)):
         if module._forward_hooks or module._forward_pre_hooks:
-            skip_hooks(module, hook_block.overrides, hook_block.dispatcher.acts_here)
+            skip_hooks(module, hook_block.overrides)
 
 
 class _HeadReached(Exception):
