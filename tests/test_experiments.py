@@ -30,6 +30,7 @@ ANSWERED = {
     "loss_and_gradient_descent": "loss_and_gradient_descent",
     "oat_milk": "oat_milk",
     "one_decision": "one_decision",
+    "probes": "probes",
     "softmax_and_temperature": "softmax_and_temperature",
     "steer_a_mood": "steer_a_mood",
     "system_prompt_or_vector": "system_prompt_or_vector",

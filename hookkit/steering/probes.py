@@ -40,7 +40,6 @@ from .directions import BATCH, SiteStatistics, collect_statistics, median_length
 CONFIDENCE = 0.95
 MOST_TRIES = 100  # draws for each one whose folds all have both labels
 LARGEST_SEED = 2**32 - 1  # of scikit-learn
-
 MOST_STEPS = 10_000  # of a fit; scikit-learn warns if it did not converge
 
 
@@ -85,18 +84,19 @@ class Probes:
         raise NotCaptured(f"there is no probe of {key}: there are those of {sites}")
 
     def _repr_html_(self) -> str:
-        columns = ("site", "auroc", "auroc_low", "auroc_high", "shuffled_high", "text_only")
+        columns = ("site", "auroc", "auroc_low", "auroc_high", "text_only", "above_text_low")
         return render_html(self._summary, rows=first_rows(self.table, *columns))
 
     @property
     def _summary(self) -> str:
         line = self.table.iloc[int(self.table["auroc"].to_numpy().argmax())]
         negative, positive = self.best.about["labels"]
+        control = f", shuffled labels {line['shuffled']:.3f}" if "shuffled" in line else ""
         return (
             f"Probes({positive!r} or {negative!r}, {count_of(len(self.all), 'site')}, "
             f"{count_of(int(line['n']), 'text')}; best {line['site']}: "
             f"AUROC {line['auroc']:.3f} [{line['auroc_low']:.3f}, {line['auroc_high']:.3f}], "
-            f"text alone {line['text_only']:.3f}, shuffled labels {line['shuffled']:.3f})"
+            f"text alone {line['text_only']:.3f}{control})"
         )
 
     def __repr__(self) -> str:
@@ -134,13 +134,15 @@ def fit_probe(
     shuffles  how often the whole procedure is repeated with shuffled labels; 0 for never. Labels
               are shuffled between groups if each group has one label, and else between texts
     batch     texts that run together; of each, only one vector for each site is kept
+    progress  True or False; the default is to show a bar of the sites in a terminal
 
     The classifier is scikit-learn's logistic regression on values that are standardised within
     each training part, which `direction` and `bias` of the probe include. The text-only baseline
     is the same regression (C=1) on the words of the text (tf-idf; token ids if the model has no
     tokenizer) and its numbers of tokens and characters, in the same folds: a probe that is not
     above it has shown nothing about the model. The intervals allow for fits that share texts
-    (Nadeau and Bengio 2003).
+    (Nadeau and Bengio 2003). Where there is nothing to find, an area is rather below 0.5 than at
+    it: a label that is frequent in a held-out part is rare in the others.
 
     The result has `table`, `best`, `probe(site)` and `held_out`. The same call gives the same
     numbers. Raises `BadHook` for labels that are not of two values or not as many as texts, and
