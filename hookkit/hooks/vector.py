@@ -29,6 +29,7 @@ from ..arguments import as_integer, as_items, check_arguments, check_fields, che
 from ..display import describe_outcome, printable, render_html
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files.atomic import save_tensors
+from ..files.control_vectors import read_control_vector, write_control_vector
 from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..models.lm import LM
 from ..models.model_setup import active_adapter_names
@@ -176,6 +177,15 @@ class Vector:
         about = {"vector": json.dumps(header, sort_keys=True)}
         return save_tensors({"vector": self.tensor}, path, about=about)
 
+    def save_gguf(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the vector as a control vector of llama.cpp. Returns the file's path.
+
+        `llama-server --control-vector-scaled FILE:SCALE` then adds it at every position, as
+        `steer(scale=SCALE)` does. Raises `BadHook` for a vector at another site than `resid_post`
+        of a block from 1 on: llama.cpp has no others. `load_vector` reads the file.
+        """
+        return Vectors((self,)).save_gguf(path)
+
     @property
     def method(self) -> str:
         """The name of the method by which the vector was computed."""
@@ -276,6 +286,22 @@ class Vectors(Sequence[Vector]):
                 return vector
         raise NotCaptured(f"there is no vector of {site}: there are those of {self.sites}")
 
+    def save_gguf(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the vectors as one control vector of llama.cpp, with a direction for each block.
+
+        See `Vector.save_gguf`.
+        """
+        directions: dict[int, Tensor] = {}
+        headers: dict[str, Any] = {}
+        for vector in self.all:
+            layer = _control_layer(vector.site)
+            if layer in directions:
+                raise BadHook(f"there are two vectors at {vector.site}: give one for each block")
+            directions[layer] = vector.tensor
+            headers[str(layer)] = {"norm": vector.norm, "about": dict(vector.about)}
+        model = str(self.all[0].about.get("model", "unknown"))
+        return write_control_vector(path, directions, model, json.dumps(headers, sort_keys=True))
+
     def __len__(self) -> int:
         return len(self.all)
 
@@ -298,35 +324,91 @@ class Vectors(Sequence[Vector]):
         return describe_outcome(text, f"{first}.steer(dose=0.3)", f"{first}.save(path)")
 
 
+def _control_layer(site: AnySite) -> int:
+    """Returns the block of a site at which llama.cpp can add a vector."""
+    is_post = isinstance(site, Site) and site.name == "resid_post" and not site.stack
+    layer = getattr(site, "layer", None)
+    if not is_post or not layer:
+        raise BadHook(
+            "a control vector of llama.cpp is added to what a block from 1 on gives, resid_post.1 "
+            f"and so on, and this vector is at {site}: compute it there, or write its steer into "
+            "the weights with hk.bake"
+        )
+    return layer
+
+
 @check_arguments
-def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False) -> Vector:
+def load_vector(
+    lm: LM,
+    path: str | os.PathLike[str],
+    *,
+    any_model: bool = False,
+    layer: int | None = None,
+) -> Vector:
     """Returns the vector that `Vector.save` wrote, and checks it against this model.
 
     Raises `OtherModel` if weights, configuration or adapters differ from those with which it was
     computed; `any_model=True` skips this check (for a fine-tune of the same model). A site that the
     model does not have raises in any case.
 
+    A file whose name ends in .gguf is a control vector of llama.cpp. If it has several directions,
+    `layer` says which. One that other programs wrote says nothing of its model, so that it needs
+    any_model=True, and has no norm: its dose counts in its own length.
+
     >>> path = hk.Vector("resid_post.6", direction, norm=120.0).save("mood.safetensors")
     >>> load_vector(lm, path, any_model=True)
     Vector(resid_post.6: a vector made by hand, length ..., ... of the stream's)
     """
-    tensors, metadata = read_tensors(check_file(path))
-    header_text = metadata.get("vector")
-    if header_text is None or "vector" not in tensors:
-        raise BadHook(
-            f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote"
-        )
-    name = f"the steering vector in {Path(path).name!r}"
-    header = check_mapping(parse_json(header_text, name, finite=False), name, "site")
-    has_all = {"site", "norm", "about"} <= set(header)
-    if not has_all or not isinstance(header["norm"], int | float):
-        raise BadFile(f"{name} has no site, norm or about: give a file that Vector.save wrote")
-    about = check_mapping(header["about"], f"what {name} says about itself", "method")
+    file = check_file(path)
+    if file.suffix == ".gguf":
+        vector = _read_gguf(file, layer)
+    elif layer is None:
+        vector = _read_safetensors(file)
+    else:
+        raise BadHook(f"layer={layer} chooses among directions of a .gguf file: leave it out")
     if not any_model:
-        check_same_model("vector", about, describe_model(lm))
-    vector = Vector(parse_site(header["site"]), tensors["vector"], header["norm"], about)
+        check_same_model("vector", vector.about, describe_model(lm))
     lm.expand(vector.site)  # raises for an unknown site
     return vector
+
+
+def _read_safetensors(path: Path) -> Vector:
+    tensors, metadata = read_tensors(path)
+    header_text = metadata.get("vector")
+    if header_text is None or "vector" not in tensors:
+        raise BadHook(f"{path.name!r} has no steering vector: give a file that Vector.save wrote")
+    name = f"the steering vector in {path.name!r}"
+    header = check_mapping(parse_json(header_text, name, finite=False), name, "site")
+    about = _check_header(header, name, "site", "norm", "about")
+    return Vector(parse_site(header["site"]), tensors["vector"], header["norm"], about)
+
+
+def _check_header(header: Mapping[str, Any], name: str, *needs: str) -> Mapping[str, Any]:
+    """Returns what a vector in a file says about itself. Raises `BadFile` if it lacks a field."""
+    if not set(needs) <= set(header) or not isinstance(header["norm"], int | float):
+        raise BadFile(
+            f"{name} has no {', '.join(needs[:-1])} or {needs[-1]}: give a file that hookkit wrote"
+        )
+    return check_mapping(header["about"], f"what {name} says about itself", "method")
+
+
+def _read_gguf(path: Path, layer: int | None) -> Vector:
+    directions, text = read_control_vector(path)
+    if layer is None and len(directions) == 1:
+        (layer,) = directions
+    if layer not in directions:
+        blocks = ", ".join(map(str, sorted(directions)))
+        raise BadHook(
+            f"{path.name!r} has directions of the blocks {blocks}: say layer=, one of them"
+        )
+    tensor, site = directions[layer], Site("resid_post", layer)
+    if text is None:
+        return Vector(site, tensor, float(tensor.double().norm()), {"method": "a control vector"})
+    name = f"the control vector in {path.name!r}"
+    headers = check_mapping(parse_json(text, name, finite=False), name)
+    header = check_mapping(headers.get(str(layer)), name)
+    about = _check_header(header, name, "norm", "about")
+    return Vector(site, tensor, header["norm"], about)
 
 
 def check_same_model(noun: str, about: Mapping[str, Any], model: Mapping[str, Any]) -> None:
