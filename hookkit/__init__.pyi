@@ -72,6 +72,7 @@ from .reports.record import record as record
 from .reports.scan import scan as scan
 from .reports.shift.shift_page import shift_report as shift_report
 from .reports.shift.token_shifts import token_shifts as token_shifts
+from .runs.bake import bake as bake
 from .runs.engines.ray import Ray as Ray
 from .runs.forward import forward as forward
 from .runs.generate import generate as generate

@@ -12,9 +12,11 @@ that the model has, for a notebook to complete. The functions after it add colum
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from ..arguments import as_bool, check_fields, check_integers, check_keywords, describe
 from ..display import first_rows, render_html
 from ..errors import BadArgument, BadHook, HookkitError, Unsupported
+from ..files.untrusted import check_folder
 from .devices import (
     Ranks,
     count_parameters,
@@ -513,6 +516,23 @@ class LM(Vocabulary):
     def submodule(self, path: str) -> nn.Module:
         """Returns the module at a path. Raises `UnknownSite` with similar paths for others."""
         return self.layout.submodule(path)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the model and its tokenizer as a Hugging Face folder, and returns the folder.
+
+        transformers, `hk.load(folder)` and the programs that serve such folders read it.
+        """
+        target = check_folder(folder)
+        if not hasattr(self.model, "save_pretrained"):
+            raise Unsupported(
+                f"{type(self.model).__name__} is no model of transformers: save it with torch.save"
+            )
+        if self.ranks is not None:
+            raise Unsupported("the model is split among processes: load it whole to save it")
+        self.model.save_pretrained(target)  # pyright: ignore[reportCallIssue]
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(target)
+        return target
 
     def describe(self) -> pd.DataFrame:
         """Returns the table of all sites, one row each.

@@ -151,7 +151,7 @@ def _trial_result(
     names = input_names(rows)
     key = *key, names, bool(names) and len(set(map(len, rows))) > 1
     if key not in lm.trial_results:
-        own_rows = _trial_rows(lm)
+        own_rows = trial_rows(lm)
         if input_names(rows):
             own_rows = [max(rows, key=_lengths), min(rows, key=_lengths)]
         lm.trial_results[key] = trial(lm, own_rows, *arguments)
@@ -370,7 +370,7 @@ def _generated_logits(
 # ---- rows, logits and conditions of all trials
 
 
-def _trial_rows(lm: LM) -> list[Row]:
+def trial_rows(lm: LM) -> list[Row]:
     """Returns two rows of token ids that contain no special token."""
     count = min(lm.sizes["vocab"] or 64, 64)
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
