@@ -163,7 +163,7 @@ def _check_hook(hook: Hook) -> EditHook:
             f"{hook.verb} is no linear change of the values at one position: use hk.attach, or "
             "hk.logits_processor for edits of logits"
         )
-    if any(isinstance(site, ModuleSite) or site.stack for site in hook.sites):
+    if any(isinstance(site, ModuleSite) or site.stack or site.of_features for site in hook.sites):
         raise Unsupported(f"{hook}: bake knows the weights of named sites of the text model only")
     everywhere = Where(step=EVERY_STEP) if isinstance(hook, Boost) else Where()
     if hook.where != everywhere:
