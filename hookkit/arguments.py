@@ -496,8 +496,16 @@ def _bind(
         raise BadArgument(f"{title}(): {mistake}. It takes: {takes}.") from None
 
 
+REFUSED_KEYWORDS = {  # by function and keyword, why it does not take it
+    ("capture", "when"): "a capture keeps all the cells that pos= and rows= select, so that its "
+    "tensor has rows and positions; keep them, and read in run.log where a condition held",
+}
+
+
 def _check_names(names: Iterable[str], keywords: list[str], title: str) -> None:
     for name in names:
+        if (title, name) in REFUSED_KEYWORDS:
+            raise UnknownKeyword(f"{title}() takes no {name}=: {REFUSED_KEYWORDS[title, name]}.")
         if name not in keywords:
             hint = did_you_mean(name, keywords)
             raise UnknownKeyword(

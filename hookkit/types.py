@@ -9,11 +9,10 @@ from .data.datasets.pairs import Pairs
 from .data.harvest.harvest import Harvest
 from .data.harvest.statistics import Statistics
 from .features.dictionary import Dictionary
-from .hooks.base import EditContext, Hook
+from .hooks.base import Condition, EditContext, Hook
 from .hooks.capture import Captured
 from .hooks.probe import Probe
 from .hooks.vector import Vectors
-from .hooks.when import Condition
 from .lenses.tuned_lens import TunedLens
 from .models.chat import Chat
 from .models.families.schema import ModuleLocation

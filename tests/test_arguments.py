@@ -104,13 +104,13 @@ SPOILED = [
     (hk.capture("z.1"), {"name": 5}),
     (
         hk.ban(5, when=hk.when.entropy_above(1.0)),
-        {"when": {"$value": "Condition", "quantity": "heat"}},
+        {"when": {"$value": "LogitCondition", "quantity": "heat"}},
     ),
     (
         hk.ban(5),
         {
             "when": {
-                "$value": "Condition",
+                "$value": "LogitCondition",
                 "quantity": "rank",
                 "token": 5,
                 "compare": "at_most",

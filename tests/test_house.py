@@ -97,12 +97,17 @@ print("hk", *dir(hk))
     assert {"heat_map", "rank_bump"} <= names["figures"]
     assert names["when"] == {
         "Condition",
+        "contains",
+        "cosine",
         "entropy_above",
         "entropy_below",
         "margin_above",
         "margin_below",
+        "norm_above",
         "prob_of",
         "rank_of",
+        "reads",
+        "text_ends",
     }
     assert {"HookkitError", "BadPrompt"} <= names["errors"] and "Iterable" not in names["errors"]
     assert {"indirect_object", "Pairs"} <= names["datasets"] and "pairs" not in names["datasets"]

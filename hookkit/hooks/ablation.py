@@ -18,6 +18,7 @@ from .base import (
     Constant,
     EditContext,
     EditHook,
+    When,
     as_constant,
     as_where,
     require_vectors,
@@ -121,6 +122,7 @@ def ablate(
     units: IndicesLike = None,
     pos: PosLike = None,
     rows: IndicesLike = None,
+    when: When | None = None,
 ) -> Ablate:
     """Replaces the values at these sites by values that carry no information about the prompt.
 
@@ -155,7 +157,7 @@ def ablate(
         source = Means(tuple(as_constant(to.mean_of(site), "the mean") for site in selected))
     else:
         source = as_constant(to, "the tensor")
-    return Ablate(selected, where, source, _as_units(units, selected))
+    return Ablate(selected, where, source, _as_units(units, selected), when=when)
 
 
 def _check_reference_options(to: Any, over: Any, per: Per | None, seed: int | None) -> None:
@@ -188,6 +190,7 @@ def patch(
     units: IndicesLike = None,
     pos: PosLike = None,
     rows: IndicesLike = None,
+    when: When | None = None,
 ) -> Patch:
     """Replaces the values at these sites by those of another run (Vig et al. 2020).
 
@@ -210,7 +213,7 @@ def patch(
             "patch needs a run or a prompt's text as its source, and was given "
             f"{type(source).__name__}; for a tensor: ablate(to=)"
         )
-    return Patch(selected, where, new_values, _as_units(units, selected))
+    return Patch(selected, where, new_values, _as_units(units, selected), when=when)
 
 
 def _as_units(units: IndicesLike, sites: Sites) -> tuple[int, ...] | None:

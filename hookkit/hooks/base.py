@@ -6,7 +6,7 @@ a running edit where its values are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -184,6 +184,49 @@ class EditContext:
 # The prompt's last position and every generated token: where logit edits act by default.
 EVERY_STEP = Span(0, None)
 
+
+class Condition:
+    """Says when an edit acts, for each row and position. Functions of `hk.when` return conditions.
+
+    `a & b`, `a | b` and `~a` are conditions too.
+    """
+
+    def __and__(self, other: "When") -> "Condition":
+        return _combine("AllOf", self, other)
+
+    def __rand__(self, other: "When") -> "Condition":
+        return _combine("AllOf", other, self)
+
+    def __or__(self, other: "When") -> "Condition":
+        return _combine("AnyOf", self, other)
+
+    def __ror__(self, other: "When") -> "Condition":
+        return _combine("AnyOf", other, self)
+
+    def __invert__(self) -> "Condition":
+        from . import when
+
+        return when.Not(self)
+
+
+When: TypeAlias = Condition | Callable[[Any, Any], Any]
+
+
+def _combine(name: str, *conditions: When) -> Condition:
+    from . import when  # which imports this module
+
+    return getattr(when, name)(conditions)
+
+
+def check_when(when: object) -> None:
+    """Raises `BadHook` for a value that is no condition."""
+    if not isinstance(when, Condition | Callable):
+        raise BadHook(
+            f"when={describe(when)} is no condition: give hk.when.entropy_above(2.0), "
+            "hk.when.reads(probe, above=0.5) … or a function"
+        )
+
+
 Change: TypeAlias = Callable[[Tensor, EditContext], Tensor]
 """Maps the values [row, pos, ...] of selected cells to values of the same shape and dtype."""
 
@@ -256,10 +299,10 @@ class Hook:
     def settings(self) -> dict[str, Any]:
         """Returns the keywords of the hook's function that differ from their defaults."""
         settings: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("sites", "where", *self.bare) and value != field.default:
-                settings[field.name] = value
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name not in ("sites", "where", *self.bare) and value != setting.default:
+                settings[setting.name] = value
         settings |= self.where_settings()
         if self.bare and self.where.step == EVERY_STEP:
             del settings["step"]
@@ -276,9 +319,9 @@ class Hook:
         if not self.bare or str(self.sites[0]) != "logits":
             arguments.append(self._sites())
         for name in self.bare:
-            arguments += map(_argument_text, as_tuple(getattr(self, name)))
+            arguments += map(argument_text, as_tuple(getattr(self, name)))
         for name, value in self.settings().items():
-            arguments.append(f"{name}={_argument_text(value)}")
+            arguments.append(f"{name}={argument_text(value)}")
         return f"{self.verb}({', '.join(arguments)})"
 
     def _repr_html_(self) -> str:
@@ -298,7 +341,8 @@ class Hook:
         return serialization.from_json(text)
 
 
-def _argument_text(value: object) -> str:
+def argument_text(value: object) -> str:
+    """Returns a value as it stands in the text of a hook."""
     if isinstance(value, Hook):
         return str(value)
     if callable(value):
@@ -308,10 +352,23 @@ def _argument_text(value: object) -> str:
 
 @dataclass(frozen=True)
 class EditHook(Hook):
-    """A hook that changes the values at its sites."""
+    """A hook that changes the values at its sites, everywhere or where a condition holds."""
 
+    when: When | None = field(default=None, kw_only=True)
+
+    edits_logits: ClassVar[bool] = False  # whether its values are logits, at whatever site
     # whether it inserts values from elsewhere, in which -inf is a mask and not overflow
     puts_in: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.when is not None:
+            check_when(self.when)
+
+    @property
+    def applies_condition(self) -> bool:
+        """True if the edit itself acts where its condition holds: `context.condition_mask`."""
+        return False
 
     @property
     def mixes_positions(self) -> bool:
@@ -329,7 +386,10 @@ class EditHook(Hook):
         return False
 
     def change(self, binding: Binding) -> Change:
-        """Returns the function that changes the values at one site. Checks the model first."""
+        """Returns the function that changes the values at one site. Checks the model first.
+
+        It changes all cells. What binds the hook (`runs.hook_points`) applies the condition.
+        """
         raise AssertionError(f"{type(self).__name__} does not define change()")
 
 

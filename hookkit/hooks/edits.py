@@ -23,6 +23,8 @@ from .base import (
     Constant,
     EditContext,
     EditHook,
+    When,
+    argument_text,
     as_constant,
     as_where,
     check_constant,
@@ -86,6 +88,7 @@ def edit(
     pos: PosLike = None,
     rows: IndicesLike = None,
     step: IndicesLike = None,
+    when: When | None = None,
 ) -> Edit:
     """Replaces the values at a site by `fn(values)`, or by `fn(values, here)` if it takes two.
 
@@ -99,7 +102,7 @@ def edit(
     >>> print(edit("mlp_out.3", torch.relu, pos=-1))
     edit(mlp_out.3, relu, pos=-1)
     """
-    return Edit(as_sites(site), as_where(pos, rows, step), fn)
+    return Edit(as_sites(site), as_where(pos, rows, step), fn, when=when)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def steer(
     scale: float = 1.0,
     pos: PosLike = None,
     rows: IndicesLike = None,
+    when: When | None = None,
 ) -> Steer:
     """Adds `scale` times a vector to the values at a site (Turner et al. 2023).
 
@@ -139,7 +143,7 @@ def steer(
     steer(resid_post.6, tensor[576], scale=2.0)
     """
     addend = as_constant(vector, "the vector")
-    return Steer(as_sites(site), as_where(pos, rows), addend, scale)
+    return Steer(as_sites(site), as_where(pos, rows), addend, scale, when=when)
 
 
 @dataclass(frozen=True)
@@ -157,14 +161,19 @@ class Scale(EditHook, verb="scale", bare=("factor",)):
 
 @check_keywords
 def scale(
-    site: SitesLike, factor: float, *, pos: PosLike = None, rows: IndicesLike = None
+    site: SitesLike,
+    factor: float,
+    *,
+    pos: PosLike = None,
+    rows: IndicesLike = None,
+    when: When | None = None,
 ) -> Scale:
     """Multiplies the values at a site by a number.
 
     >>> print(scale("z.9.3", 0.5))
     scale(z.9.3, 0.5)
     """
-    return Scale(as_sites(site), as_where(pos, rows), factor)
+    return Scale(as_sites(site), as_where(pos, rows), factor, when=when)
 
 
 @dataclass(frozen=True)
@@ -226,7 +235,12 @@ def _orthonormal_basis(directions: Tensor) -> Tensor:
 
 @check_keywords
 def project_out(
-    site: SitesLike, direction: Any, *, pos: PosLike = None, rows: IndicesLike = None
+    site: SitesLike,
+    direction: Any,
+    *,
+    pos: PosLike = None,
+    rows: IndicesLike = None,
+    when: When | None = None,
 ) -> ProjectOut:
     """Removes the part along a direction: x - (x·d) d / |d|² (Ravfogel et al. 2020).
 
@@ -237,7 +251,7 @@ def project_out(
     project_out(resid_post.6, tensor[576])
     """
     removed = as_constant(direction, "the direction")
-    return ProjectOut(as_sites(site), as_where(pos, rows), removed)
+    return ProjectOut(as_sites(site), as_where(pos, rows), removed, when=when)
 
 
 @dataclass(frozen=True)
@@ -262,7 +276,11 @@ class SkipBlock(EditHook, verb="skip_block", reads_input=True, gives_infinity=Tr
 
 @check_keywords
 def skip_block(
-    layer: int | Iterable[int], *, pos: PosLike = None, rows: IndicesLike = None
+    layer: int | Iterable[int],
+    *,
+    pos: PosLike = None,
+    rows: IndicesLike = None,
+    when: When | None = None,
 ) -> SkipBlock:
     """Makes blocks leave the residual stream unchanged: `resid_post.L` becomes `resid_pre.L`.
 
@@ -274,7 +292,7 @@ def skip_block(
     """
     layers = check_integers(layer, "layer", least=0, meaning="the blocks, counted from 0,")
     sites = as_sites([Site("resid_post", number) for number in layers])
-    return SkipBlock(sites, as_where(pos, rows))
+    return SkipBlock(sites, as_where(pos, rows), when=when)
 
 
 @dataclass(frozen=True)
@@ -346,9 +364,9 @@ class Knockout(EditHook, verb="knockout"):
             elif indices != [None]:
                 arguments.append(str(indices[0]))
         settings = self.settings()
-        for name in ("query", "key", "rows"):
+        for name in ("query", "key", "rows", "when"):
             if name in settings:
-                arguments.append(f"{name}={settings[name]!r}")
+                arguments.append(f"{name}={argument_text(settings[name])}")
         return f"knockout({', '.join(arguments)})"
 
 
@@ -381,6 +399,7 @@ def knockout(
     key: PosLike,
     query: PosLike = None,
     rows: IndicesLike = None,
+    when: When | None = None,
 ) -> Knockout:
     """Cuts attention from the tokens `query` to the tokens `key` (Geva et al. 2023).
 
@@ -397,4 +416,4 @@ def knockout(
     if head is not None:
         heads = [*check_integers(head, "head", least=0, meaning="the heads, counted from 0,")]
     scores = [Site("scores", *indices) for indices in itertools.product(layers, heads)]
-    return Knockout(as_sites(scores), as_where(query, rows), read_position(key))
+    return Knockout(as_sites(scores), as_where(query, rows), read_position(key), when=when)

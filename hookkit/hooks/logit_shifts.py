@@ -23,9 +23,8 @@ from ..models.positions import IndicesLike, PosLike
 from ..models.sites import AnySite, as_sites
 from ..models.tokens import Token
 from ..models.words import Word, WordEnds, WordLike, check_words
-from .base import Binding, Change, EditContext, as_where, set_field
-from .logits import LogitEdit, fitted_number, next_above
-from .when import Logits, When
+from .base import Binding, Change, EditContext, When, as_where, set_field
+from .logits import LogitEdit, Logits, fitted_number, next_above
 
 
 @dataclass(frozen=True)

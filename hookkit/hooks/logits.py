@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -30,10 +30,21 @@ from ..models.positions import IndicesLike, PosLike, Span, Where
 from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, as_sites
 from ..models.tokens import check_token
 from ..models.words import Word, WordLike, check_words
-from .base import EVERY_STEP, Binding, Change, EditContext, EditHook, as_tuple, as_where, set_field
+from .base import (
+    EVERY_STEP,
+    Binding,
+    Change,
+    EditContext,
+    EditHook,
+    When,
+    as_tuple,
+    as_where,
+    set_field,
+)
+from .conditions import offsets_of_tokens
 from .values import overflow_message
-from .when import Condition, Logits, When, bind_condition, offsets_of_tokens
 
+Logits: TypeAlias = Float[Tensor, "row pos vocab"]
 Scores: TypeAlias = Float[Tensor, "row vocab"]
 
 MARGIN = 10.0  # by default, how far a forced token's logit is above the largest one
@@ -44,8 +55,7 @@ ALLOWED_TOKENS = "prefix_allowed_tokens_fn"  # the argument of `generate` with a
 class LogitEdit(EditHook):
     """A hook that changes logits, everywhere or where a condition holds."""
 
-    when: When | None = field(default=None, kw_only=True)
-
+    edits_logits: ClassVar[bool] = True
     takes_words: ClassVar[bool] = False
     takes_several: ClassVar[bool] = False  # tokens in a row
     takes_step: ClassVar[bool] = True
@@ -73,11 +83,6 @@ class LogitEdit(EditHook):
     def check(self) -> None:
         if self.where.pos is None and self.where.step is None:
             set_field(self, "where", replace(self.where, step=EVERY_STEP))
-        if self.when is not None and not isinstance(self.when, Condition | Callable):
-            raise BadHook(
-                f"when={self.when!r} is no condition: give hk.when.entropy_above(2.0), "
-                "hk.when.rank_of(token, at_most=10) … or a function"
-            )
         for name in self.names:
             set_field(self, name, self._read_tokens(getattr(self, name)))
 
@@ -105,10 +110,6 @@ class LogitEdit(EditHook):
                 f"{target!r} has several spellings, and {self.verb} means one token: give the "
                 "token itself, such as ' coffee'"
             )
-
-    @property
-    def mixes_positions(self) -> bool:
-        return self.when is not None and not isinstance(self.when, Condition)
 
     def named(self, lm: LM) -> list[int]:
         """Returns the ids of the tokens that the hook names, in its order."""
@@ -158,15 +159,10 @@ class LogitEdit(EditHook):
     def change(self, binding: Binding) -> Change:
         tokens = self.named(binding.lm)
         edit = self.edit(binding, tokens)
-        condition = None if self.when is None else bind_condition(self.when, binding.lm)
 
         def apply(logits: Logits, here: EditContext) -> Logits:
             check_inside(logits, here, tokens)
-            if condition is None:
-                return edit(logits, here)
-            mask = condition(logits, here)
-            edited = edit(logits, replace(here, condition_mask=mask))
-            return torch.where(mask[..., None], edited, logits)
+            return edit(logits, here)
 
         return apply
 
@@ -242,14 +238,23 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_words=True, takes_se
             return [0]
         return list(as_tuple(step))
 
+    @property
+    def applies_condition(self) -> bool:
+        return self.when is not None and isinstance(self.token, Word)
+
     def change(self, binding: Binding) -> Change:
-        if self.when is None or not isinstance(self.token, Word):
+        if not self.applies_condition:
             return super().change(binding)
         # where the condition holds, the word begins; it continues where it no longer holds
+        assert isinstance(self.token, Word)
         ids = self.token.ids(binding.lm)
         steps = None if self.where.step == EVERY_STEP else self._starts()
-        offsets = offsets_of_tokens(len(ids), bind_condition(self.when, binding.lm), steps)
-        return lambda logits, here: self._write(logits, here, ids, offsets(logits, here))
+        offsets = offsets_of_tokens(len(ids), steps)
+
+        def apply(logits: Logits, here: EditContext) -> Logits:
+            return self._write(logits, replace(here, condition_mask=None), ids, offsets(here))
+
+        return apply
 
     def edit(self, binding: Binding, tokens: list[int]) -> Change:
         starts = torch.tensor(self._starts())

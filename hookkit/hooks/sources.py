@@ -24,9 +24,8 @@ from ..models.positions import IndicesLike, PosLike
 from ..models.prompt_row import Row, has_inputs
 from ..models.prompts import check_prompts
 from ..models.sites import ModuleSite, Site, Sites, as_sites
-from .base import Binding, Change, Constant, EditContext, as_constant, as_where, set_field
-from .logits import LogitEdit
-from .when import Logits, When
+from .base import Binding, Change, Constant, EditContext, When, as_constant, as_where, set_field
+from .logits import LogitEdit, Logits
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")  # the sites that a lens reads
 LOGITS = as_sites("logits")

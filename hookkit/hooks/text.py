@@ -356,10 +356,7 @@ def _short_text(hook: Hook) -> str | None:
         case Patch(to=FromPrompt(prompt=str(prompt))):
             what += f":{prompt}"
         case Ablate(to=Reference(sources=()) as reference):
-            settings = {"to": reference.how, "over": reference.prompts, "per": reference.per}
-            if reference.how == "resample":
-                settings["seed"] = reference.seed
-            settings |= hook.where_settings()
+            settings = _reference_settings(hook, reference)
         case Ablate(to="zero") | Capture():
             pass
         case _:
@@ -374,6 +371,17 @@ def _format_source(hook: SourceEdit) -> str:
         case OtherPrompts(prompts=(str(prompt),)):
             return prompt
     return repr(hook.source)
+
+
+def _reference_settings(hook: Ablate, reference: Reference) -> dict[str, Any]:
+    """Returns the keywords of an ablation by reference prompts."""
+    settings: dict[str, Any] = {"to": reference.how, "over": reference.prompts}
+    settings["per"] = reference.per
+    if reference.how == "resample":
+        settings["seed"] = reference.seed
+    if hook.when is not None:
+        settings["when"] = hook.when
+    return settings | hook.where_settings()
 
 
 def _format_tokens(hook: LogitEdit, settings: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONDITIONS = (
     "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of", "prob_of",
+    "norm_above", "text_ends", "contains",
 )  # fmt: skip
 CALLS = ("at", "role", "turn", "word", *CONDITIONS)
 NAMES: dict[str, Any] = {
@@ -147,6 +148,12 @@ def _evaluate(node: ast.expr) -> Any:
             value = _evaluate(node.operand)
             if isinstance(value, int | float):
                 return -value
+        case ast.UnaryOp(op=ast.Invert(), operand=operand):
+            return ~_evaluate_condition(operand)
+        case ast.BinOp(op=ast.BitAnd()):
+            return _evaluate_condition(node.left) & _evaluate_condition(node.right)
+        case ast.BinOp(op=ast.BitOr()):
+            return _evaluate_condition(node.left) | _evaluate_condition(node.right)
         case ast.List() | ast.Tuple():
             return list(map(_evaluate, node.elts))
         case ast.Name(id=name) if name in NAMES:
@@ -154,6 +161,14 @@ def _evaluate(node: ast.expr) -> Any:
         case ast.Call(func=ast.Name(id=name)) if name in CALLS:
             return _call(name, node)
     raise _NoValueError
+
+
+def _evaluate_condition(node: ast.expr) -> Any:
+    """Returns the value of a part of a condition, which may be combined with others."""
+    value = _evaluate(node)
+    if isinstance(value, bool | int | float | str | list | None):
+        raise _NoValueError
+    return value
 
 
 def _call(name: str, node: ast.Call) -> Any:

@@ -38,7 +38,7 @@ from ..models.prompt_row import row_as_json
 from ..models.prompts import Row
 from ..models.provenance import about_model, config_hash, weights_hash
 from ..models.sites import AnySite, ModuleSite, Site, Sites, parse_site
-from .base import as_constant
+from .base import When, as_constant
 from .edits import Steer, steer
 
 # what identifies a model; its name is for the reader only
@@ -153,6 +153,7 @@ class Vector:
         scale: float | None = None,
         pos: PosLike = None,
         rows: IndicesLike = None,
+        when: When | None = None,
     ) -> Steer:
         """Returns a hook that adds the vector at its site.
 
@@ -166,10 +167,10 @@ class Vector:
             )
         if dose is None:
             scale = 1.0 if scale is None else scale
-            return steer(self.site, self.tensor, scale=scale, pos=pos, rows=rows)
+            return steer(self.site, self.tensor, scale=scale, pos=pos, rows=rows, when=when)
         # later digits of the norm depend on the processor that measured it
         length = float(f"{check_number(dose, 'dose') * self.norm:.6g}")
-        return steer(self.site, self.unit().tensor, scale=length, pos=pos, rows=rows)
+        return steer(self.site, self.unit().tensor, scale=length, pos=pos, rows=rows, when=when)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the vector to a safetensors file for `load_vector`. Returns the file's path."""

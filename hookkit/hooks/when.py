@@ -1,44 +1,61 @@
-"""Conditions on logits, which say when a logit edit acts.
+"""Conditions, which say when an edit acts, for each row and position.
 
-    hk.force(" coffee", when=hk.when.entropy_above(2.0))
-    hk.ban(" tea", when=hk.when.rank_of(" tea", at_most=3))
+    hk.force(" coffee", when=hk.when.entropy_above(2.0))          the logits of this step
+    hk.steer(site, v, when=hk.when.reads(probe, above=0.5))       the model's state
+    hk.steer(site, v, when=hk.when.reads(probe, above=0.5, pos=hk.PROMPT))    decided once
+    hk.ban(" tea", when=hk.when.contains("coffee") & ~hk.when.text_ends("\\n"))  the text so far
 
-A user's function is a condition too: it receives the logits [row, pos, vocab] and their
-`hk.types.EditContext`, and returns True or False, for all or for each row and position.
+A user's function is a condition too: it receives the values at the edit's own site [row, pos, ...]
+and their `hk.types.EditContext`, and returns True or False, for all or for each row and position.
+
+A state is read at one site, as a capture just before the edit's hook would read it. It switches the
+edit in the same forward if the model computes it before the values that are edited. If the model
+computes it later, what was read at a position switches the edit at the next one, and so only at
+tokens that were generated; the logits are such a state for every edit inside the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..arguments import check_choice, check_integer, check_keywords, check_number
-from ..errors import BadEdit, BadHook, Unsupported
-from ..models.batch_positions import SequenceBatch
-from ..models.lm import LM
-from ..models.next_token import entropy_of, margin_of, rank_among, ranks_for_table, token_logits
+from ..arguments import as_bool, check_choice, check_integer, check_keywords, check_number, describe
+from ..errors import BadHook
+from ..models.positions import GENERATED, PosLike, read_position
+from ..models.sites import AnySite, ModuleSite, Site, SitesLike, as_sites
 from ..models.tokens import Token, check_token
-from .base import EditContext, set_field
+from .base import (
+    Condition,
+    Constant,
+    When,
+    argument_text,
+    as_constant,
+    check_when,
+    require_vectors,
+    set_field,
+)
+from .probe import Probe
+from .vector import Vector
 
 __all__ = [
     "Condition",
+    "contains",
+    "cosine",
     "entropy_above",
     "entropy_below",
     "margin_above",
     "margin_below",
+    "norm_above",
     "prob_of",
     "rank_of",
+    "reads",
+    "text_ends",
 ]
-
-Logits: TypeAlias = Float[Tensor, "row pos vocab"]
-BoundCondition: TypeAlias = Callable[[Logits, EditContext], Bool[Tensor, "row pos"]]
 
 COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "above": torch.gt,
@@ -51,8 +68,15 @@ LIMITS = {
     "margin": (0.0, math.inf),
     "prob": (0.0, 1.0),
     "rank": (1, math.inf),
+    "reads": (0.0, 1.0),
+    "cosine": (-1.0, 1.0),
+    "norm": (0.0, math.inf),
 }
-UNITS = {"entropy": "nats", "margin": "logits"}  # the names of the limit's argument
+UNITS = {"entropy": "nats", "margin": "logits", "norm": "norm"}  # the limit's argument
+OF_LOGITS = ("entropy", "margin", "prob", "rank")
+OF_STATE = ("reads", "cosine", "norm")
+Over: TypeAlias = Literal["mean", "any", "last"]
+OVER = ("mean", "any", "last")  # how the positions of `pos` decide together
 
 
 def __dir__() -> list[str]:
@@ -60,7 +84,7 @@ def __dir__() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Condition:
+class LogitCondition(Condition):
     """A quantity of the logits and its limit. `entropy_above`, `rank_of` … return it."""
 
     quantity: str
@@ -69,7 +93,7 @@ class Condition:
     limit: float
 
     def __post_init__(self) -> None:
-        check_choice(self.quantity, "a condition's quantity", LIMITS)
+        check_choice(self.quantity, "a condition's quantity", OF_LOGITS)
         check_choice(self.compare, f"a condition of {self.quantity}", COMPARE)
         if self.quantity in ("rank", "prob"):
             set_field(self, "token", check_token(self.token))
@@ -77,23 +101,7 @@ class Condition:
             raise BadHook(
                 f"a condition of {self.quantity} is of no token, and names {self.token!r}"
             )
-        limit_name = UNITS.get(self.quantity, self.compare)
-        limit = check_number(self.limit, limit_name)
-        if self.quantity == "rank":
-            limit = check_integer(self.limit, limit_name, meaning="a rank", error=BadHook)
-        set_field(self, "limit", limit)
-        least, most = LIMITS[self.quantity]
-        never_holds = {
-            "above": limit >= most,
-            "below": limit <= least,
-            "at_least": limit > most,
-            "at_most": limit < least,
-        }
-        if never_holds[self.compare]:
-            raise BadHook(
-                f"{self!r} never holds: {self.quantity} is from {least:g} to {most:g}, so give a "
-                "limit between them"
-            )
+        _check_limit(self)
 
     def __repr__(self) -> str:
         if self.token is None:
@@ -101,154 +109,382 @@ class Condition:
         return f"{self.quantity}_of({self.token!r}, {self.compare}={self.limit!r})"
 
 
-When: TypeAlias = Condition | Callable[[Any, Any], Any]
-
-
-def _bind(condition: Condition, lm: LM) -> BoundCondition:
-    token = None if condition.token is None else lm.token(condition.token)
-
-    def holds(logits: Logits, here: EditContext) -> Bool[Tensor, "row pos"]:
-        values = _measure(condition.quantity, logits, token, lm.n_tokens)
-        is_nan = here.real_cells(values.isnan())
-        if bool(is_nan.any()):
-            row = here.rows[int(is_nan.nonzero()[0][0])]
-            raise BadEdit(
-                f"when={condition} has no answer at {here.site}: the logits of row {row} are NaN "
-                "there"
-            )
-        return COMPARE[condition.compare](values, condition.limit)
-
-    return holds
-
-
-def _measure(
-    quantity: str, logits: Logits, token: int | None, n_tokens: int
-) -> Shaped[Tensor, "row pos"]:
-    if quantity == "margin":
-        return margin_of(logits.float(), n_tokens)
+def _check_limit(condition: LogitCondition | StateCondition) -> None:
+    """Normalizes the limit of a condition. Raises `BadHook` if the condition never holds."""
+    quantity, compare = condition.quantity, condition.compare
+    limit_name = UNITS.get(quantity, compare)
+    limit = check_number(condition.limit, limit_name)
     if quantity == "rank":
-        return ranks_for_table(rank_among(token_logits(logits, n_tokens), logits[..., token]))
-    logprobs = logits.float().log_softmax(dim=-1)
-    if quantity == "entropy":
-        return entropy_of(logprobs)
-    assert quantity == "prob"
-    return logprobs[..., token].exp()
-
-
-def bind_condition(when: When, lm: LM) -> BoundCondition:
-    """Returns the function that says for each cell whether an edit acts there.
-
-    The results of a user's function are checked.
-    """
-    if isinstance(when, Condition):
-        return _bind(when, lm)
-
-    def holds(logits: Logits, here: EditContext) -> Bool[Tensor, "row pos"]:
-        result, shape = when(logits.clone(), here), logits.shape[:2]
-        if isinstance(result, bool):
-            result = torch.as_tensor(result)
-        is_tensor = isinstance(result, Tensor)
-        if is_tensor and result.dtype == torch.bool and result.shape in ((), shape):
-            return result.to(logits.device).expand(shape)
-        kind = f"{result.dtype} {list(result.shape)}" if is_tensor else type(result).__name__
-        raise BadEdit(
-            f"when= gave {kind}: return True or False, or a bool tensor {list(shape)} [row, pos]"
+        limit = check_integer(condition.limit, limit_name, meaning="a rank", error=BadHook)
+    set_field(condition, "limit", limit)
+    least, most = LIMITS[quantity]
+    never_holds = {
+        "above": limit >= most,
+        "below": limit <= least,
+        "at_least": limit > most,
+        "at_most": limit < least,
+    }
+    if never_holds[compare]:
+        raise BadHook(
+            f"{condition!r} never holds: {quantity} is from {least:g} to {most:g}, so give a "
+            "limit between them"
         )
 
-    return holds
+
+@dataclass(frozen=True)
+class StateCondition(Condition):
+    """A quantity of the values at a site and its limit. `reads`, `cosine` and `norm_above` return
+    it.
+
+    of    the probe of `reads`, the vector of `cosine`; None for a norm
+    site  where it reads; None for the site of the edit itself
+    pos   None to decide at each position; positions of the prompt to decide once for each row
+    over  how the positions of `pos` decide together
+    """
+
+    quantity: str
+    of: Probe | Constant | None
+    compare: str
+    limit: float
+    site: AnySite | None = None
+    pos: Any = None
+    over: Over | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.quantity, "a condition's quantity", OF_STATE)
+        check_choice(self.compare, f"a condition of {self.quantity}", ("above", "below"))
+        self._check_subject()
+        if isinstance(self.of, Probe):
+            set_field(self, "site", self.of.site)
+        elif self.site is not None:
+            set_field(self, "site", _read_site(self.site))
+        set_field(self, "pos", _read_prompt_position(self.pos))
+        if self.pos is None and self.over is not None:
+            raise BadHook(
+                f"over={self.over!r} says how the positions of pos= decide together, and pos= was "
+                "not given: say pos=hk.PROMPT to decide once for each row"
+            )
+        if self.pos is not None:
+            set_field(self, "over", "mean" if self.over is None else self.over)
+            check_choice(self.over, "over", OVER)
+        _check_limit(self)
+
+    def _check_subject(self) -> None:
+        kinds: dict[str, type] = {"reads": Probe, "cosine": Constant, "norm": type(None)}
+        if not isinstance(self.of, kinds[self.quantity]):
+            words = {"reads": "a probe, of hk.fit_probe or hk.load_probe", "cosine": "a vector"}
+            raise BadHook(
+                f"{self.quantity} has {describe(self.of)}: give {words.get(self.quantity, 'None')}"
+            )
+        if isinstance(self.of, Constant) and not bool(self.of.tensor.any()):
+            raise BadHook("the vector of cosine is zero, and has no direction")
+
+    def __repr__(self) -> str:
+        limit = f"{self.compare}={self.limit!r}"
+        arguments = [limit] if self.of is None else [repr(self.of), limit]
+        if isinstance(self.of, Probe):
+            arguments[0] = f"probe of {self.site}"
+        elif self.of is None:
+            arguments[0] = repr(self.limit)
+        name = "norm_above" if self.quantity == "norm" else self.quantity
+        if self.site is not None and self.quantity != "reads":
+            arguments.append(f"site={str(self.site)!r}")
+        if self.pos is not None:
+            arguments.append(f"pos={self.pos!r}")
+        if self.over not in (None, "mean"):
+            arguments.append(f"over={self.over!r}")
+        return f"{name}({', '.join(arguments)})"
+
+
+def _read_site(site: SitesLike) -> AnySite:
+    """Returns the one site of a condition."""
+    sites = require_vectors(as_sites(site), "a condition reads")
+    if len(sites) != 1 or sites[0].every_layer:
+        raise BadHook(
+            f"a condition reads one site, and site={sites} is several: name one, such as "
+            "'resid_post.6'"
+        )
+    return sites[0]
+
+
+def _read_prompt_position(pos: PosLike) -> Any:
+    position = read_position(pos)
+    if position is GENERATED:
+        raise BadHook(
+            "pos=GENERATED: pos= of a condition says which positions of the prompt decide, once "
+            "for each row; leave pos out to decide at each token"
+        )
+    return position
+
+
+@dataclass(frozen=True)
+class TextCondition(Condition):
+    """What the text so far ends with, or contains. `text_ends` and `contains` return it."""
+
+    text: str
+    prompt: bool = True
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text:
+            raise BadHook(f"{self.name}({describe(self.text)}): give a text that is not empty")
+        prompt = as_bool(self.prompt)
+        if prompt is None:
+            raise BadHook(f"prompt={describe(self.prompt)}: give True or False")
+        set_field(self, "prompt", prompt)
+
+    def holds_for(self, text: str) -> bool:
+        """Returns whether the condition holds for a text so far."""
+        raise AssertionError(f"{type(self).__name__} does not define holds_for()")
+
+    def __repr__(self) -> str:
+        prompt = "" if self.prompt else ", prompt=False"
+        return f"{self.name}({self.text!r}{prompt})"
+
+
+class TextEnds(TextCondition):
+    """True where the text so far ends with a text. `text_ends` returns it."""
+
+    name = "text_ends"
+
+    def holds_for(self, text: str) -> bool:
+        return text.endswith(self.text)
+
+
+class Contains(TextCondition):
+    """True where the text so far contains a text. `contains` returns it."""
+
+    name = "contains"
+
+    def holds_for(self, text: str) -> bool:
+        return self.text in text
+
+
+@dataclass(frozen=True)
+class AllOf(Condition):
+    """True where all of several conditions are: `a & b`."""
+
+    conditions: tuple[When, ...]
+
+    def __post_init__(self) -> None:
+        set_field(self, "conditions", _flatten(self.conditions, AllOf))
+
+    def __repr__(self) -> str:
+        return " & ".join(map(_in_brackets, self.conditions))
+
+
+@dataclass(frozen=True)
+class AnyOf(Condition):
+    """True where one of several conditions is: `a | b`."""
+
+    conditions: tuple[When, ...]
+
+    def __post_init__(self) -> None:
+        set_field(self, "conditions", _flatten(self.conditions, AnyOf))
+
+    def __repr__(self) -> str:
+        return " | ".join(map(_in_brackets, self.conditions))
+
+
+@dataclass(frozen=True)
+class Not(Condition):
+    """True where a condition is False: `~a`. It is False where the condition is not decided."""
+
+    condition: When
+
+    def __post_init__(self) -> None:
+        check_when(self.condition)
+
+    def __repr__(self) -> str:
+        return f"~{_in_brackets(self.condition)}"
+
+
+def _flatten(conditions: object, kind: type[AllOf | AnyOf]) -> tuple[When, ...]:
+    """Returns the parts, and for each part of the same kind its own parts."""
+    if not isinstance(conditions, tuple) or len(conditions) < 2:
+        raise BadHook(f"{kind.__name__} combines two conditions or more: {describe(conditions)}")
+    flat: list[When] = []
+    for condition in conditions:
+        check_when(condition)
+        flat += condition.conditions if isinstance(condition, kind) else [condition]
+    return tuple(flat)
+
+
+def _in_brackets(condition: When) -> str:
+    text = argument_text(condition)
+    return f"({text})" if isinstance(condition, AllOf | AnyOf) else text
+
+
+# ---- on the logits
 
 
 @check_keywords
-def entropy_above(nats: float) -> Condition:
+def entropy_above(nats: float) -> LogitCondition:
     """True where the entropy of the next-token distribution is above `nats`.
 
     >>> entropy_above(2.0)
     entropy_above(2.0)
     """
-    return Condition("entropy", None, "above", nats)
+    return LogitCondition("entropy", None, "above", nats)
 
 
 @check_keywords
-def entropy_below(nats: float) -> Condition:
+def entropy_below(nats: float) -> LogitCondition:
     """True where the entropy of the next-token distribution is below `nats`."""
-    return Condition("entropy", None, "below", nats)
+    return LogitCondition("entropy", None, "below", nats)
 
 
 @check_keywords
-def margin_above(logits: float) -> Condition:
+def margin_above(logits: float) -> LogitCondition:
     """True where the largest logit is more than `logits` above the second largest."""
-    return Condition("margin", None, "above", logits)
+    return LogitCondition("margin", None, "above", logits)
 
 
 @check_keywords
-def margin_below(logits: float) -> Condition:
+def margin_below(logits: float) -> LogitCondition:
     """True where the largest logit is less than `logits` above the second largest."""
-    return Condition("margin", None, "below", logits)
+    return LogitCondition("margin", None, "below", logits)
 
 
 @check_keywords
-def rank_of(token: Token, *, at_most: int | None = None, at_least: int | None = None) -> Condition:
+def rank_of(
+    token: Token, *, at_most: int | None = None, at_least: int | None = None
+) -> LogitCondition:
     """True where a token's rank is within the limit; 1 is the most likely token.
 
     >>> rank_of(" coffee", at_most=10)
     rank_of(' coffee', at_most=10)
     """
-    return _of("rank", token, at_most, at_least)
+    limits = {"at_most": at_most, "at_least": at_least}
+    return LogitCondition("rank", token, *_one_limit(f"rank_of({token!r})", limits))
 
 
 @check_keywords
 def prob_of(
     token: Token, *, at_most: float | None = None, at_least: float | None = None
-) -> Condition:
+) -> LogitCondition:
     """True where a token's probability (0 to 1) is within the limit.
 
     >>> prob_of(" coffee", at_least=0.05)
     prob_of(' coffee', at_least=0.05)
     """
-    return _of("prob", token, at_most, at_least)
+    limits = {"at_most": at_most, "at_least": at_least}
+    return LogitCondition("prob", token, *_one_limit(f"prob_of({token!r})", limits))
 
 
-def _of(quantity: str, token: Token, at_most: float | None, at_least: float | None) -> Condition:
-    if at_most is None and at_least is not None:
-        return Condition(quantity, token, "at_least", at_least)
-    if at_least is None and at_most is not None:
-        return Condition(quantity, token, "at_most", at_most)
-    raise BadHook(f"{quantity}_of({token!r}) needs one limit: at_most= or at_least=")
+def _one_limit(call: str, limits: Mapping[str, float | None]) -> tuple[str, float]:
+    """Returns the name of the limit that was given, and its value."""
+    given = [(name, limit) for name, limit in limits.items() if limit is not None]
+    if len(given) != 1:
+        first, second = limits
+        raise BadHook(
+            f"{call} needs one limit: {first}= or {second}=; for both, combine two conditions "
+            "with &"
+        )
+    return given[0]
 
 
-def offsets_of_tokens(
-    length: int, condition: BoundCondition, steps: Sequence[int] | None
-) -> Callable[[Logits, EditContext], Int[Tensor, "row pos"]]:
-    """Returns the function that says which of several tokens is due at each cell; -1 for none.
+# ---- on the model's state
 
-    They begin where the condition holds, at any step or at one of `steps`. The function owns
-    the offsets for each text, by model row and step. The steps of a row are requested in order; a
-    repeated request (without a cache) has the same answer.
+
+@check_keywords
+def reads(
+    probe: Probe,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    pos: PosLike = None,
+    over: Over | None = None,
+) -> StateCondition:
+    """True where a probe's score, from 0 to 1, is above or below a limit, at the probe's own site.
+
+    By default each token is asked for itself. `pos` are positions of the prompt, such as hk.PROMPT,
+    -1 or hk.at("store"): then the condition is decided once for each row and holds for the whole
+    row, in generation too (conditional steering, Lee et al. 2024, CAST). `over` says how these
+    positions decide together: "mean" (the default) compares the mean of their scores with the
+    limit, "last" the score of the last one, and "any" holds if one of them is within the limit.
+
+    An edit at a site that is computed before the probe's acts from the next token on, and, decided
+    from the prompt, from the first generated token on.
+
+    >>> probe = hk.types.Probe("resid_post.6", torch.ones(576), bias=-1.0, norm=120.0)
+    >>> reads(probe, above=0.5, pos=hk.PROMPT)
+    reads(probe of resid_post.6, above=0.5, pos=PROMPT)
     """
-    offsets_of_text: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]]
-    offsets_of_text = WeakKeyDictionary()
+    compare, limit = _one_limit("reads(probe)", {"above": above, "below": below})
+    return StateCondition("reads", probe, compare, limit, pos=pos, over=over)
 
-    def next_offset(previous: int, step: int, holds: bool) -> int:
-        if 0 <= previous < length - 1:
-            return previous + 1
-        begins = holds and (steps is None or step in steps)
-        return 0 if begins else -1
 
-    def offsets(logits: Logits, here: EditContext) -> Int[Tensor, "row pos"]:
-        if here.cells.text.beams > 1:
-            raise Unsupported(
-                "a word that begins when a condition holds has no place in beam search, which "
-                "goes back on itself"
-            )
-        known_offsets = offsets_of_text.setdefault(here.cells.text, {})
-        condition_holds = condition(logits, here).tolist()
-        offsets = torch.full_like(here.steps, -1)
-        for index, row in enumerate(here.cells.rows):
-            steps_of_row = here.steps[index, : len(here.cells.row_positions[index])].tolist()
-            for column, step in enumerate(steps_of_row):
-                previous = known_offsets.get((row, step - 1), -1)
-                offset = next_offset(previous, step, condition_holds[index][column])
-                offsets[index, column] = known_offsets.setdefault((row, step), offset)
-        return offsets
+@check_keywords
+def cosine(
+    vector: Any,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    site: str | AnySite | None = None,
+    pos: PosLike = None,
+    over: Over | None = None,
+) -> StateCondition:
+    """True where the cosine of the values at a site with a vector is above or below a limit.
 
-    return offsets
+    `site` is by default that of an `hk.Vector`, and for a tensor the site of the edit. `pos` and
+    `over` are those of `reads`. Values of zeros have the cosine 0.
+
+    >>> cosine(torch.ones(576), above=0.3, site="resid_post.6")
+    cosine(tensor[576], above=0.3, site='resid_post.6')
+    """
+    compare, limit = _one_limit("cosine(vector)", {"above": above, "below": below})
+    if isinstance(vector, Vector):
+        site = vector.site if site is None else site
+        vector = vector.tensor
+    direction = as_constant(vector, "the vector")
+    return StateCondition("cosine", direction, compare, limit, _site(site), pos, over)
+
+
+@check_keywords
+def norm_above(
+    norm: float,
+    *,
+    site: str | AnySite | None = None,
+    pos: PosLike = None,
+    over: Over | None = None,
+) -> StateCondition:
+    """True where the L2 norm of the values at a site is above `norm`.
+
+    `site` is by default that of the edit; `pos` and `over` are those of `reads`.
+
+    >>> norm_above(60.0, site="resid_post.6")
+    norm_above(60.0, site='resid_post.6')
+    """
+    return StateCondition("norm", None, "above", norm, _site(site), pos, over)
+
+
+def _site(site: str | AnySite | None) -> AnySite | None:
+    return site if site is None or isinstance(site, Site | ModuleSite) else _read_site(site)
+
+
+# ---- on the text so far
+
+
+@check_keywords
+def text_ends(text: str, *, prompt: bool = True) -> TextEnds:
+    """True where the text so far ends with `text`.
+
+    The text of a position is that of all tokens up to it, decoded, so that it does not matter which
+    tokens make it up. With `prompt=False` only generated tokens count.
+
+    >>> text_ends(" oat milk")
+    text_ends(' oat milk')
+    """
+    return TextEnds(text, prompt)
+
+
+@check_keywords
+def contains(text: str, *, prompt: bool = True) -> Contains:
+    """True where the text so far contains `text`; the prompt counts unless `prompt=False`.
+
+    >>> contains("coffee", prompt=False)
+    contains('coffee', prompt=False)
+    """
+    return Contains(text, prompt)

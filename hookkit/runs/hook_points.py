@@ -10,7 +10,7 @@ edit, so the flags of all edits are read together, at the end of the forward.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook
 from ..hooks.capture import Capture, Captured, CapturedChunk, CaptureLast, swap_head_and_query
+from ..hooks.conditions import BoundCondition, Outcome, edit_where
 from ..hooks.sources import SourceEdit
 from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
@@ -53,8 +54,9 @@ class BoundHook:
     change: Change | None  # None for a capture
     head: bool  # True at the unembedding, which may compute fewer positions than the blocks
     observer: bool = False  # True for a hook of hookkit's own, which the user does not see
+    condition: BoundCondition | None = None  # where the hook acts, if not everywhere
     reader: Reader | None = None  # of an edit with a source
-    # for the observer of an edit whose source is a layer: what it calls with the states there
+    # for an observer that hands values to the edit or the condition that needs them
     receive: Callable[[ForwardPass, Selection, Tensor], None] | None = None
     pieces: list[CapturedChunk] = field(default_factory=list)  # of the current text
     fired: int = 0  # number of forwards in which the hook did something
@@ -102,18 +104,21 @@ class HookPoint:
     def add(self, bound_hook: BoundHook, location: ModuleLocation) -> None:
         """Adds a hook, whose site is at this location in the tensor."""
         hook = bound_hook.hook
-        if isinstance(hook, EditHook) and hook.reads_input:
+        if isinstance(hook, EditHook) and hook.reads_input and bound_hook.receive is None:
             self.reads_input = True
         is_alone = not self.actions and not self.transcoded
         self.copies_output = is_alone and _is_copy(bound_hook, location)
         self.actions.append(bound_hook)
 
 
-Firing: TypeAlias = tuple[BoundHook, int, Selection | None, torch.Size, Tensor | None]
+Firing: TypeAlias = tuple[
+    BoundHook, int, Selection | None, torch.Size, Tensor | None, Outcome | None
+]
 """One hook at one site in one forward.
 
 The bound hook, the forward's number, the selection, the shape of one cell (of the whole tensor if
-there is no selection), and for an edit how many numbers it changed in each cell.
+there is no selection), for an edit how many numbers it changed in each cell, and where its
+condition held.
 """
 
 
@@ -143,6 +148,10 @@ def build_hook_points(
         reader = reader_of(lm, hook) if sources and isinstance(hook, SourceEdit) else None
         if isinstance(reader, LayerReader):
             layer_readers.append(reader)
+        condition = _bind_condition(lm, hook, tuple(locations))
+        if condition is not None:
+            for asked in condition.readers:  # each stands where a capture before the hook would
+                _add_observer(lm, hook_points, number, hook, asked.site, asked.where, asked.receive)
         for site, location in locations.items():
             bound_hook = BoundHook(
                 number,
@@ -153,14 +162,13 @@ def build_hook_points(
                 change=_bind_edit(lm, hook, site, reference_value, reader),
                 head=isinstance(site, Site) and site.name in LOGIT_SITES,
                 observer=number >= len(hooks),
+                condition=condition,
                 reader=reader,
             )
             _add_bound_hook(lm, hook_points, bound_hook, location)
-            source = source_of_features(lm.layout, site)
-            if source is not None:
-                _add_transcoded(lm, source, hook_points)
     for number, reader in enumerate(layer_readers, start=len(hooks) + len(observers)):
-        _add_observer_of_layer(lm, hook_points, number, reader)
+        hook, site = reader.hook, reader.layer.site
+        _add_observer(lm, hook_points, number, hook, site, hook.placed(lm), reader.receive)
     return in_order_of_registration(hook_points.values())
 
 
@@ -174,25 +182,42 @@ def _add_bound_hook(
     if tensor not in hook_points:
         hook_points[tensor] = HookPoint(lm.submodule(tensor.path), tensor, [])
     hook_points[tensor].add(bound_hook, location)
+    source = source_of_features(lm.layout, bound_hook.site)
+    if source is not None:
+        _add_transcoded(lm, source, hook_points)
 
 
-def _add_observer_of_layer(
-    lm: LM, hook_points: dict[ModuleLocation, HookPoint], number: int, reader: LayerReader
+def _bind_condition(lm: LM, hook: Hook, sites: tuple[AnySite, ...]) -> BoundCondition | None:
+    if not isinstance(hook, EditHook) or hook.when is None:
+        return None
+    try:
+        return BoundCondition(hook, lm, sites)
+    except Exception as error:
+        error.add_note(f"in {hook}")
+        raise
+
+
+def _add_observer(
+    lm: LM,
+    hook_points: dict[ModuleLocation, HookPoint],
+    number: int,
+    hook: Hook,
+    site: AnySite,
+    where: Where,
+    receive: Callable[[ForwardPass, Selection, Tensor], None],
 ) -> None:
-    """Adds the bound hook that hands the states of a layer to the edit whose source they are."""
-    hook, site = reader.hook, reader.layer.site
+    """Adds the bound hook that hands the values at a site to the edit that needs them."""
     location = lm.location(site)
-    view = view_of(lm.layout, site, location)
     bound_hook = BoundHook(
         number,
         hook,
         site,
-        hook.placed(lm),
-        view,
+        where,
+        view_of(lm.layout, site, location),
         None,
-        False,
+        isinstance(site, Site) and site.name in LOGIT_SITES,
         observer=True,
-        receive=reader.receive,
+        receive=receive,
     )
     _add_bound_hook(lm, hook_points, bound_hook, location)
 
@@ -308,32 +333,42 @@ def apply_hook(
     _count_firing(bound_hook, forward_pass)
     raw = selection.gather(view.view(full))
     values = view.read(raw, selection, forward_pass)
-    changed = None
+    changed = outcome = None
     if bound_hook.receive is not None:
         bound_hook.receive(forward_pass, selection, values)
         new = None
     elif is_capture:
         new = _capture(bound_hook, forward_pass, selection, raw, values)
     else:
-        new = _edit(bound_hook, selection, values, module_input)
+        new, outcome = _edit(bound_hook, selection, values, module_input, forward_pass.number)
         changed = selection.real(new != values)
         new = view.write(new, values, raw, selection, forward_pass)
     if new is not None:
         tensor = _put(bound_hook, hook_point, forward_pass, selection, tensor, new)
-    return (bound_hook, forward_pass.number, selection, values.shape[2:], changed), tensor
+    firing = bound_hook, forward_pass.number, selection, values.shape[2:], changed, outcome
+    return firing, tensor
 
 
 def _edit(
-    bound_hook: BoundHook, selection: Selection, values: Tensor, module_input: Tensor | None
-) -> Tensor:
-    """Returns the edited values; raises if they are not finite, or of another dtype."""
+    bound_hook: BoundHook,
+    selection: Selection,
+    values: Tensor,
+    module_input: Tensor | None,
+    forward: int,
+) -> tuple[Tensor, Outcome | None]:
+    """Returns the edited values, and where the hook's condition held.
+
+    Raises if the values are not finite, or of another dtype.
+    """
     assert bound_hook.change is not None
-    selected_input = None
+    selected_input, outcome = None, None
     if module_input is not None:
         selected_input = selection.gather(module_input)
-    new = bound_hook.change(
-        values, EditContext(bound_hook.site, bound_hook.where, selection, selected_input)
-    )
+    here = EditContext(bound_hook.site, bound_hook.where, selection, selected_input)
+    if bound_hook.condition is None:
+        new = bound_hook.change(values, here)
+    else:
+        new, outcome = _edit_where(bound_hook, bound_hook.condition, values, here, forward)
     _check_result(bound_hook, selection, values, new)
     if new.dtype != values.dtype:
         raise BadEdit(
@@ -341,7 +376,23 @@ def _edit(
             "edit it with hk.edit"
         )
     assert new.shape == values.shape, f"{bound_hook.hook} changed {values.shape} to {new.shape}"
-    return new
+    return new, outcome
+
+
+def _edit_where(
+    bound_hook: BoundHook,
+    condition: BoundCondition,
+    values: Tensor,
+    here: EditContext,
+    forward: int,
+) -> tuple[Tensor, Outcome]:
+    """Returns the values, edited where the condition holds, and where that is."""
+    assert bound_hook.change is not None and isinstance(bound_hook.hook, EditHook)
+    outcome = condition.ask(values, here, forward)
+    new = bound_hook.change(values, replace(here, condition_mask=outcome.holds))
+    if bound_hook.hook.applies_condition or new.dtype != values.dtype:
+        return new, outcome
+    return edit_where(outcome.holds, new, values), outcome
 
 
 def _put(
@@ -469,6 +520,7 @@ def _apply_to_whole_tensor(
                 "either"
             )
         raise BadHook(f"{reason}: leave pos, rows and step out of {hook}")
+    _refuse_condition(bound_hook, shape)
     _count_firing(bound_hook, forward_pass)
     changed = None
     if isinstance(hook, Capture):
@@ -485,7 +537,17 @@ def _apply_to_whole_tensor(
         new = bound_hook.change(tensor, EditContext(bound_hook.site, bound_hook.where, None))
         _check_result(bound_hook, None, tensor, new)
         changed = (new != tensor).sum()
-    return (bound_hook, forward_pass.number, None, tensor.shape, changed), new
+    return (bound_hook, forward_pass.number, None, tensor.shape, changed, None), new
+
+
+def _refuse_condition(bound_hook: BoundHook, shape: list[int]) -> None:
+    """Raises `BadHook` for a condition where no cell has a row and a position."""
+    if bound_hook.condition is not None or bound_hook.receive is not None:
+        raise BadHook(
+            f"{bound_hook.hook} asks for each row and position, and {bound_hook.site} has shape "
+            f"{shape}, whose axes batch and pos are not known: leave when= out, or name another "
+            "site"
+        )
 
 
 def _count_firing(bound_hook: BoundHook, forward_pass: ForwardPass) -> None:

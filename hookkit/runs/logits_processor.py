@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from ..arguments import check_arguments
 from ..display import describe_outcome
 from ..errors import BadEdit, BadHook, EmptySelection, Unsupported
 from ..hooks.base import EditHook, Hook
+from ..hooks.conditions import conditions_in
 from ..hooks.edits import Steer
 from ..hooks.logit_shifts import Ban, Cap, Restrict
 from ..hooks.logits import Decisions, Force, LogitEdit
-from ..hooks.when import Condition
+from ..hooks.when import LogitCondition, TextCondition
 from ..models.batch_positions import ForwardPass, SequenceBatch, columns_of_mask
 from ..models.lm import LM
 from ..models.named_positions import find_positions
@@ -99,7 +100,14 @@ class HooksProcessor(LogitsProcessor):
 
     def __init__(self, lm: LM, hooks: tuple[Hook, ...]) -> None:
         self.lm, self.hooks = lm, hooks
-        (self._point,) = build_hook_points(lm, hooks, partial(capture_reference, lm))
+        hook_points = build_hook_points(lm, hooks, partial(capture_reference, lm))
+        for bound_hook in chain.from_iterable(point.actions for point in hook_points):
+            if bound_hook.receive is not None:
+                raise BadHook(
+                    f"{bound_hook.hook} reads {bound_hook.site}, and a processor sees the logits "
+                    "of each step only: run the code in a block of hk.attach, or leave when= out"
+                )
+        (self._point,) = hook_points
         self._of_thread = threading.local()
 
     def __repr__(self) -> str:
@@ -167,10 +175,13 @@ class HooksProcessor(LogitsProcessor):
 
 def _ignores_shift(hook: Hook) -> bool:
     """True if a hook does the same where all logits are moved by one number."""
-    if not isinstance(hook, LogitEdit):
-        return isinstance(hook, Steer)
-    is_known = hook.when is None or isinstance(hook.when, Condition)
-    return is_known and not (isinstance(hook, Cap) and hook.logit is not None)
+    if not isinstance(hook, LogitEdit | Steer):
+        return False
+    if hook.when is not None:
+        for condition in conditions_in(hook.when):
+            if not isinstance(condition, LogitCondition | TextCondition):
+                return False
+    return not (isinstance(hook, Cap) and hook.logit is not None)
 
 
 def _check_order(hook: Hook, rule: object, beams: int) -> None:

@@ -283,6 +283,13 @@ def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelE
     taps = []
     for tap in build_hook_points(lm, list(hooks), partial(capture_reference, lm)):
         tap.actions = end.edits(tap)
+        for bound_hook in tap.actions:
+            if bound_hook.condition is not None and bound_hook.condition.readers:
+                raise Unsupported(
+                    f"{bound_hook.hook} asks about values inside the model, and a lens reads each "
+                    "layer through what comes after the blocks alone: leave when= out, or give the "
+                    "hook to hk.forward"
+                )
         if tap.actions:
             taps.append(tap)
     return ModelEnd(lm, end.kinds, taps, rows)

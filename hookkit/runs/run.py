@@ -43,6 +43,7 @@ from .hook_points import BoundHook, Firing
 from .trace import GenerationRecord
 
 LOG_COLUMNS = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
+LOG_COLUMNS += ["held", "reason"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -185,9 +186,9 @@ class Run:
 
     @cached_property
     def log(self) -> pd.DataFrame:
-        """Where each hook fired.
+        """Where each hook fired, and where its condition held.
 
-        Columns: hook, do, site, forward, row, positions, numbers, changed.
+        Columns: hook, do, site, forward, row, positions, numbers, changed, held, reason.
         """
         assert self._captures is not None
         log = self._captures.log()
@@ -352,10 +353,18 @@ class CaptureStore:
     def check_fired(self, forwards: int) -> None:
         """Raises `NeverFired` for the first hook that did nothing, or not all that it was to do."""
         fired: set[BoundHook] = set()  # before the end of some row
-        for bound_hook, _, selection, _, _ in self.firings:
+        asked: set[BoundHook] = set()  # with a condition that was not decided
+        for bound_hook, _, selection, _, _, outcome in self.firings:
             if bound_hook not in fired and _acts_before_end(selection, self._ending(selection)):
-                fired.add(bound_hook)
+                is_decided = outcome is None or bool(outcome.decided.any())
+                (fired if is_decided else asked).add(bound_hook)
         for bound_hook in self.bound_hooks:
+            if bound_hook in asked - fired:
+                raise NeverFired(
+                    f"{bound_hook.hook} never acted at {bound_hook.site}: its condition reads what "
+                    "the model computes later, so that it acts from the next token on, and none "
+                    "came. Generate more tokens, or read at an earlier site"
+                )
             if bound_hook not in fired:
                 raise NeverFired(_never_fired_message(bound_hook, forwards))
         if self._problem is not None:
@@ -369,12 +378,14 @@ class CaptureStore:
         """Returns one row for each hook, site, forward and row of the batch where a hook fired.
 
         Columns: hook (its number, in the order in which the hooks were passed), do, site, forward,
-        row, positions ("0-14"), numbers (how many the hook read or wrote) and changed (how many of
-        those an edit changed; 0 for a capture). Observers are left out.
+        row, positions ("0-14"), numbers (how many the hook read or wrote), changed (how many of
+        those an edit changed; 0 for a capture), held (those positions at which the condition of
+        an edit held; all of them without a condition) and reason (what the condition read where it
+        did not hold; "" if it held everywhere). Observers are left out.
         """
         table: list[list[object]] = []
         for firing in self.firings:
-            bound_hook, forward, selection, _, _ = firing
+            bound_hook, forward, selection, *_ = firing
             if not bound_hook.observer:
                 subject = [bound_hook.number, str(bound_hook.hook), str(bound_hook.site), forward]
                 for facts in _log_of_rows(firing, self._ending(selection)):
@@ -382,19 +393,24 @@ class CaptureStore:
         return pd.DataFrame(table, columns=LOG_COLUMNS)
 
 
-def _log_of_rows(firing: Firing, ending: SequenceEnd | None) -> Iterator[tuple[int, str, int, int]]:
-    """The last four columns of the log: row, positions, numbers and changed."""
-    _, _, selection, shape, changed = firing
+def _log_of_rows(firing: Firing, ending: SequenceEnd | None) -> Iterator[tuple[Any, ...]]:
+    """The last six columns of the log: from row to reason."""
+    _, _, selection, shape, changed, outcome = firing
     if selection is None:
-        yield -1, "", shape.numel(), 0 if changed is None else int(changed)
+        yield -1, "", shape.numel(), 0 if changed is None else int(changed), "", ""
         return
     counts = [[0]] * len(selection.rows) if changed is None else changed.tolist()
     rows = zip(selection.rows, selection.prompts, selection.row_positions, counts, strict=True)
-    for row, prompt, all_positions, row_counts in rows:
+    for index, (row, prompt, all_positions, row_counts) in enumerate(rows):
         positions = _before_end(all_positions, row, ending)
-        if positions:
-            count = len(positions)
-            yield prompt, _positions_text(positions), count * shape.numel(), sum(row_counts[:count])
+        if not positions:
+            continue
+        count, held, reason = len(positions), _positions_text(positions), ""
+        if outcome is not None:
+            held = _positions_text(outcome.held(index, positions))
+            reason = outcome.reason(index, count)
+        numbers, n_changed = count * shape.numel(), sum(row_counts[:count])
+        yield prompt, _positions_text(positions), numbers, n_changed, held, reason
 
 
 def _plain_ending(text: SequenceBatch) -> SequenceEnd:
@@ -439,7 +455,7 @@ def _acts_before_end(selection: Selection | None, ending: SequenceEnd | None) ->
     return any(_before_end(positions, row, ending) for positions, row in rows)
 
 
-def _positions_text(positions: PositionRange) -> str:
+def _positions_text(positions: Sequence[int]) -> str:
     """Positions as text: "3", "0-14", "2,5,7"."""
     if len(positions) > 1 and positions[-1] - positions[0] == len(positions) - 1:
         return f"{positions[0]}-{positions[-1]}"

@@ -177,6 +177,8 @@ class TextHooks:
             raise
         if firing is not None:
             self.captures.firings.append(firing)
+            if self.tracer is not None and firing[-1] is not None:
+                self.tracer.asked(firing)
         return tensor
 
     def _copy_whole(self, hook_point: HookPoint, forward_pass: ForwardPass, tensor: Tensor) -> bool:
@@ -194,7 +196,7 @@ class TextHooks:
         bound_hook.fired += 1
         number = forward_pass.number
         bound_hook.pieces.append(CapturedChunk(number, selection, tensor.clone()))
-        self.captures.firings.append((bound_hook, number, selection, tensor.shape[2:], None))
+        self.captures.firings.append((bound_hook, number, selection, tensor.shape[2:], None, None))
         return True
 
     # ---- generate
@@ -266,6 +268,11 @@ def _apply_again(
 ) -> Tensor:
     """Does the work of a forward again in a backward pass; nothing of it is stored."""
     for bound_hook in hook_point.actions:
+        if bound_hook.condition is not None and bound_hook.condition.readers:
+            raise Unsupported(
+                f"{bound_hook.hook} asks in a block with gradient checkpointing, which runs again "
+                "in backward(), out of order: call model.gradient_checkpointing_disable()"
+            )
         unstored = replace(bound_hook, pieces=[], last_pass=None)
         _, tensor = apply_hook(unstored, hook_point, forward_pass, tensor, module_input)
     return tensor

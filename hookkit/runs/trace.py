@@ -32,6 +32,7 @@ from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, ranks_among, token_logits, varentropy_of
 from ..models.words import WordLike, check_words, token_ids
 from .generation import Generation
+from .hook_points import Firing
 
 STAGES = ("model", "edited", "processed")
 
@@ -103,6 +104,7 @@ class Step:
     ids: Int[Tensor, "row token"]
     stages: dict[str, Stage]
     changes: list[LogitChange]  # by the hooks on logits, in their order
+    conditions: dict[int, list[str]]  # by model row, whether hooks acted, and why not
 
     def move_to_cpu(self) -> None:
         """Moves all tensors to main memory."""
@@ -196,6 +198,7 @@ class Tracer:
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
         self.recorded: GenerationRecord | None = None
         self._open_step = _OpenStep()
+        self._asked: list[Firing] = []  # the hooks with conditions in the last forward
 
     def begin(self, generation: Generation) -> None:
         """Called at the start of a `generate`."""
@@ -214,6 +217,12 @@ class Tracer:
     def before(self, call: int, logits: Tensor) -> None:
         """Called with the logits [row, pos, vocab] of a forward, before any edit."""
         self._open_step = _OpenStep(call, logits[:, -1].float())
+
+    def asked(self, firing: Firing) -> None:
+        """Called after each hook whose condition was asked."""
+        if self._asked and self._asked[-1][1] != firing[1]:
+            self._asked = []
+        self._asked.append(firing)
 
     def changed(self, hook: Hook, before: Tensor, after: Tensor) -> None:
         """Called after each hook that has edited the logits."""
@@ -311,7 +320,25 @@ class Tracer:
             ranks = ranks_among(token_logits(after, n_tokens), after.gather(1, ids))
             changes.append(LogitChange(hook, rows, ranks))
         by_name = {name: stages[id(logits)] for name, logits in logits_by_name.items()}
-        return Step(self._open_step.call, ids, by_name, changes)
+        call = self._open_step.call
+        asked = [firing for firing in self._asked if firing[1] == call]
+        return Step(call, ids, by_name, changes, _condition_sentences(asked))
+
+
+def _condition_sentences(firings: Iterable[Firing]) -> dict[int, list[str]]:
+    """Returns for each model row what the conditions decided at its last position, in words."""
+    sentences: dict[int, list[str]] = {}
+    for bound_hook, _, selection, _, _, outcome in firings:
+        assert selection is not None and outcome is not None
+        for index, row in enumerate(selection.rows):
+            last = len(selection.row_positions[index]) - 1
+            sentence = f"{bound_hook.hook} acted"
+            if not bool(outcome.holds[index, last]):
+                sentence = f"{bound_hook.hook} did not act: {outcome.reason_at(index, last)}"
+            row_sentences = sentences.setdefault(row, [])
+            if sentence not in row_sentences:
+                row_sentences.append(sentence)
+    return sentences
 
 
 def _stage(

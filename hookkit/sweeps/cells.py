@@ -275,6 +275,7 @@ class Randomised(EditHook):
         if self.sites != self.of.sites or self.where != self.of.where:
             raise BadHook(f"{self} acts at other places than the edit that it is the control of")
         require_vectors(self.sites, "control='random' needs vectors, and changes")
+        set_field(self, "when", self.of.when)
         set_field(self, "seed", check_seed(self.seed))
         check_choice(self.per, "per", ("position", "all"))
 

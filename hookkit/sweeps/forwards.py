@@ -22,6 +22,7 @@ from torch import Tensor, cat
 from ..errors import Unsupported
 from ..hooks.ablation import Ablate
 from ..hooks.base import EditHook
+from ..hooks.conditions import asks_function
 from ..hooks.edits import Edit
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
@@ -112,7 +113,12 @@ def block_of_module(lm: LM, path: str) -> int:
 
 def needs_all_positions(bound: BoundHook) -> bool:
     """True if what a hook does at a position may depend on other positions."""
-    mixes_positions = isinstance(bound.hook, EditHook) and bound.hook.mixes_positions
+    if bound.receive is not None:
+        return True  # it may read positions at which nothing is edited
+    hook = bound.hook
+    mixes_positions = isinstance(hook, EditHook) and (
+        hook.mixes_positions or asks_function(hook.when)
+    )
     return mixes_positions or weights_later_keys(bound)
 
 

@@ -124,7 +124,7 @@ def sweep_plan(
     _check_names(cells[0], column_names(metric_values), _draw_column(control))
     allowed = _allowed_shortcuts(lm, inputs)
     for cell in cells:
-        cell.alone = allowed.why.get("batch") or _reason_alone(lm, cell)
+        cell.alone = allowed.why.get("batch") or _reason_alone(lm, cell, base_hook_points)
     budget = memory_budget(lm, memory)
     return Plan(lm, tuple(cells), inputs, metric_values, base_hook_points, allowed, budget)
 
@@ -226,8 +226,12 @@ def _allowed_shortcuts(lm: LM, inputs: SweepInputs) -> Shortcuts:
     )
 
 
-def _reason_alone(lm: LM, cell: Cell) -> str:
+def _reason_alone(lm: LM, cell: Cell, base_hook_points: Sequence[HookPoint]) -> str:
     """Returns why a cell cannot share a forward; an empty string if it can."""
+    for bound in (*bound_hooks_of(base_hook_points), *cell.bound_hooks):
+        if bound.receive is not None:
+            # a cell that joins later, or after a cache, would not compute what it reads
+            return f"a condition reads {bound.site}, so that the whole model runs"
     for bound in cell.bound_hooks:
         site = bound.site
         if isinstance(site, ModuleSite) and not has_rows(lm, site):

@@ -138,7 +138,8 @@ def decisions(run: Run, *, rows: IndicesLike = None) -> pd.DataFrame:
     Columns: row, step, pos, token, token_id, why (a sentence); logit, prob and rank of the token,
     each _model, _edited and _processed; entropy (nats), varentropy (nats²), margin (largest logit
     minus the second) and perplexity, each by stage too; candidates (tokens left to choose from);
-    top1_model (the most likely token of the unedited model).
+    top1_model (the most likely token of the unedited model); conditions (of each hook with `when=`
+    whether it acted on the logits' position, and if not what its condition read; "" if none asked).
 
     Raises `NotCaptured` if the run was made without trace=.
     """
@@ -183,6 +184,7 @@ def _decision_row(record: GenerationRecord, decision: Decision) -> dict[str, obj
     columns["top1_model"] = None
     if not math.isnan(numbers["model"]["entropy"]):
         columns["top1_model"] = lm.string(int(stages["model"].top[row, 0]))
+    columns["conditions"] = "; ".join(decision.record.conditions.get(row, ()))
     return columns
 
 

@@ -168,7 +168,7 @@ def test_json_can_hold_digests_instead_of_tensors():
         ),
         (
             '{"hook": "scale", "sites": {"$sites": ["z.0"]}}',
-            "a scale has the fields factor, sites, where, and this has sites",
+            "a scale has the fields factor, sites, when, where, and this has sites",
         ),
     ],
 )

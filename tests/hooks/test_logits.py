@@ -390,7 +390,7 @@ def test_json_keeps_an_unlimited_margin():
         (
             lambda: hk.force(7, when=3),
             BadHook,
-            r"when=3 is no condition: give hk.when.entropy_above\(2.0\), hk.when.rank_of",
+            r"when=3 is no condition: give hk.when.entropy_above\(2.0\), hk.when.reads",
         ),
         (
             lambda: hk.force(hk.word([7, 8]), step=slice(2, None)),

@@ -329,6 +329,8 @@ def test_the_log_says_which_hook_fired_where_and_what_it_changed(lm):
         "positions",
         "numbers",
         "changed",
+        "held",
+        "reason",
     ]
     steered = log[log["hook"] == 1]
     assert steered[["site", "row", "positions", "numbers", "changed"]].values.tolist() == [
