@@ -4,9 +4,11 @@
     hk.stats.mean_over_prompts(table)
     hk.stats.shift_summary(before, after)
     hk.stats.activation_statistics(lm, texts, "resid_post.6")
+    hk.stats.evaluate(lm, "arc_easy", hk.scale("mlp_out.12", 0.5))
 
-Most functions take a table that hookkit returned. `shift_summary` takes two runs, and
-`activation_statistics` takes a model and texts.
+Most functions take a table that hookkit returned. `shift_summary` takes two runs,
+`activation_statistics` a model and texts, and `evaluate` a model and tasks of
+lm-evaluation-harness.
 """
 
 from .attributions.attribution_patching import compare_attributions
@@ -15,6 +17,7 @@ from .lenses.logit_lens import lens_summary
 from .steering.controls import effect_at_damage, mean_over_doses
 from .sweeps.summary import mean_over_prompts, strongest
 from .tables.calibration import calibration, roc
+from .tables.evaluation import evaluate
 from .tables.rank_tables import shift_summary
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "calibration",
     "compare_attributions",
     "effect_at_damage",
+    "evaluate",
     "lens_summary",
     "mean_over_doses",
     "mean_over_prompts",

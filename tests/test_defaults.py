@@ -13,6 +13,7 @@ CALLS: dict[str, dict[str, object]] = {
     "ablations": {"to": "zero"},
     "compare_attributions": {"top": 10},
     "effect_at_damage": {"by": "damage_kl", "toward": 1},
+    "evaluate": {"batch_size": 8, "seed": 0},
     "attribution": {"direction": "denoise", "method": "gradient"},
     "calibration": {"bins": 10},
     "capture": {"grad": False},

@@ -1,9 +1,10 @@
-"""Commands about models and harvests.
+"""Commands about models, harvests and benchmarks.
 
 hookkit sites     the sites of a model
 hookkit doctor    what works with a model, what does not, and why
 hookkit models    the models on this machine: list, fetch, remove
 hookkit harvest   the activations of every text of a file, written to a folder
+hookkit eval      the score of a model with hooks on tasks of lm-evaluation-harness
 """
 
 import json
@@ -26,6 +27,7 @@ from .options import (
     Device,
     Dtype,
     EngineOptions,
+    HookedModelOptions,
     Json,
     ModelArgument,
     ModelOptions,
@@ -306,3 +308,31 @@ def harvest(
         "sites": [str(site) for site in results.sites],
     }
     print_text(json.dumps(summary, ensure_ascii=False) + "\n")
+
+
+@command(
+    "hookkit eval arc_easy --scale 'mlp_out.12*0.5' --limit 100",
+    panel="Grids and corpora",
+    name="eval",
+)
+def evaluate(
+    tasks: Annotated[list[str], Argument(help="Names of tasks, such as arc_easy.")],
+    model: HookedModelOptions,
+    output: OutputOptions,
+    limit: Annotated[
+        int | None, Option(min=1, help="How many documents of each task; all if left out.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, Option(min=0, help="How many examples; the task's number if left out.")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="How many texts run together.")] = 8,
+    include_path: Annotated[
+        str | None, Option(metavar="FOLDER", help="A folder with more tasks, as YAML.")
+    ] = None,
+) -> None:
+    """Score a model, with hooks, on tasks of lm-evaluation-harness. Needs hookkit[eval]."""
+    lm, hooks, _ = model.load_with_hooks(output)
+    settings: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot}
+    settings |= {"batch_size": batch_size, "include_path": include_path}
+    table = hk.stats.evaluate(lm, tasks, *hooks, **settings)
+    output.write("Evaluation", {"scores": TableView(table)})

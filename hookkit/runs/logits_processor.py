@@ -29,6 +29,7 @@ from ..hooks.conditions import conditions_in
 from ..hooks.edits import Steer
 from ..hooks.logit_shifts import Ban, Cap, Restrict
 from ..hooks.logits import Decisions, Force, LogitEdit
+from ..hooks.sources import SourceEdit
 from ..hooks.when import LogitCondition, TextCondition
 from ..models.batch_positions import ForwardPass, SequenceBatch, columns_of_mask
 from ..models.lm import LM
@@ -88,6 +89,11 @@ def _check_logits_hook(hook: Hook) -> None:
         raise BadHook(
             f"{hook}: a processor sees the logits only, and {hook.verb} acts elsewhere: give hooks "
             "at 'logits' (hk.force, hk.ban, hk.boost …), or run the code in a block of hk.attach"
+        )
+    if isinstance(hook, SourceEdit):
+        raise BadHook(
+            f"{hook} needs forwards of its source, which a processor does not run: use hk.generate "
+            "or a block of hk.attach"
         )
 
 

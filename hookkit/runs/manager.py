@@ -309,9 +309,13 @@ class HookManager(HookBlock):
                     "backward() inside a block of hk.attach"
                 )
 
-    def expect(self, batch: Batch) -> None:
-        """Sets the prompts of the next forward or generate, which are then not read back."""
-        self.strategy.tracker.expect(batch)
+    def expect(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> None:
+        """Sets the prompts of the next forward or generate, which are then not read back.
+
+        With `prompt_lengths`, so many tokens of each row are its prompt, and the rest of it counts
+        as generated.
+        """
+        self.strategy.tracker.expect(batch, prompt_lengths)
 
     # ---- the results
 

@@ -99,12 +99,21 @@ class PositionTracker:
         if text.begun and not text.final:
             self.caches.note(cache_of(output), text, forward_pass.past + forward_pass.width)
 
-    def expect(self, batch: Batch) -> None:
-        """Sets the prompts of the next forward, which none continues, or of the next `generate`."""
+    def expect(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> None:
+        """Sets the prompts of the next forward, which none continues, or of the next `generate`.
+
+        With `prompt_lengths`, the tokens of each row after so many count as generated.
+        """
         columns: list[Columns] = []
         for length in batch.lengths:
             pad = batch.ids.shape[1] - length if batch.side == "left" else 0
             columns.append(range(pad, pad + length))
+        if prompt_lengths is not None:
+            prompts = [row[:n] for row, n in zip(batch.rows, prompt_lengths, strict=True)]
+            self.expected = SequenceBatch(
+                columns, list(prompt_lengths), prompts.__getitem__, self.find, history=batch.ids
+            )
+            return
         self.expected = SequenceBatch(
             columns, batch.lengths, batch.rows.__getitem__, self.find, final=True
         )

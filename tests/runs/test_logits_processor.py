@@ -252,6 +252,8 @@ def test_what_a_processor_cannot_do_is_refused_by_name(llama):
     for hook in (hk.capture("logits"), hk.ablate("z.0"), hk.force(9, site="lm_head")):
         with pytest.raises(BadHook, match=f"{hook.verb} acts elsewhere"):
             hk.logits_processor(llama, hook)
+    with pytest.raises(BadHook, match="needs forwards of its source"):
+        hk.logits_processor(llama, hk.away_from("Tea", by=1.0))
     with pytest.raises(BadArgument):
         hk.logits_processor(llama, Without(9))
     late = hk.logits_processor(llama, hk.force(9, step=NEW))
