@@ -29,10 +29,11 @@ from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..hooks.base import Hook
 from ..hooks.capture import Capture, capture, swap_head_and_query
+from ..models.dictionaries import find_dictionary
 from ..models.lm import LM
 from ..models.positions import Where, read_indices
 from ..models.prompts import Prompts
-from ..models.sites import SITES_WITH_HEADS, AnySite, Site
+from ..models.sites import FEATURE_AXES, SITES_WITH_HEADS, AnySite, Site
 from ..models.tokens import describe_prompts
 from ..sweeps.grids import (
     AT_ONCE,
@@ -61,6 +62,7 @@ from .backward import (
 )
 from .qk import QK_SITES, qk_effects
 
+NO_UNIT = -1  # what a dictionary does not explain; the column has no number there
 BATCH = 16  # prompts of one backward: the graph of each is in memory until then
 
 
@@ -97,7 +99,8 @@ def attribution(
              `steps` equal parts, each at its start, the first of which is the prompt patched into.
              "middle": their middles, which are closer to the integral
     by       "neuron": each value of a site without heads by itself (column unit), at all positions
-             at once or at each of `pos`; by default the cells of `patching`
+             at once or at each of `pos`; by default the cells of `patching`. Of features of a
+             dictionary ("feat.resid_post") the row without a unit is what they do not explain
     base_hooks    hooks that act in every run
 
     Columns are those of `patching`: the cells', row, and the metric's own with `_before`, `_delta`
@@ -179,6 +182,8 @@ def _first_order_effects(
     by_neuron: bool,
 ) -> SiteEffects:
     """Returns the effects to first order; with a path, with the mean gradient on it."""
+    bases = _sites_of_dictionaries(target.lm, sites) if by_neuron else {}
+    sites = list(dict.fromkeys([*sites, *bases.values()]))
     captured_sites = [*sites, EMBED] if path and EMBED not in sites else sites
     captures = capture(captured_sites, name=CAPTURE_NAME)
     source_run = source.run(captures)
@@ -199,7 +204,20 @@ def _first_order_effects(
             change = change.sum(-1)
         row_masks = masks[:, target.rows.start : target.rows.stop, : change.shape[1]]
         effects[site] = torch.einsum("nrp,rp...->nr...", row_masks, change)
+    for site, base in bases.items():
+        error = effects[base].flatten(2).sum(-1) - effects[site].sum(-1)
+        effects[site] = torch.cat([effects[site], error[..., None]], dim=-1)
     return result.metric, source_metric, effects
+
+
+def _sites_of_dictionaries(lm: LM, sites: Sequence[Site]) -> dict[Site, Site]:
+    """Returns for each site of features the one that they are added to."""
+    dictionaries = lm.layout.dictionaries
+    bases: dict[Site, Site] = {}
+    for site in sites:
+        if site.of_features:
+            bases[site] = find_dictionary(dictionaries, site).site
+    return bases
 
 
 def _mean_over_path(
@@ -264,7 +282,13 @@ def _table(
     repeats = np.repeat(np.arange(len(points)), np.multiply(n_units, count))
     table = pd.DataFrame(points).iloc[repeats].reset_index(drop=True)
     if by_neuron:
-        table["unit"] = np.repeat(np.concatenate(list(map(np.arange, n_units))), count)
+        units = list(map(np.arange, n_units))
+        for point, numbers in zip(points, units, strict=True):
+            if point.get("site", next(iter(grid.layers))) in FEATURE_AXES:
+                numbers[-1] = NO_UNIT
+        table["unit"] = np.repeat(np.concatenate(units), count)
+        if (table["unit"] == NO_UNIT).any():
+            table["unit"] = table["unit"].astype("Int64").mask(table["unit"] == NO_UNIT)
     delta = np.concatenate(deltas).ravel()
     rows = np.tile(np.arange(count), len(delta) // count)
     table["row"] = rows

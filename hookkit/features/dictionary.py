@@ -202,6 +202,16 @@ class Dictionary:
         _, scale, _ = self._normalize(inputs.to(added.dtype))
         return added * scale
 
+    def shares(self, features: Tensor, inputs: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what each feature and the rest of the reconstruction add along directions."""
+        directions = self._weights_on(features.device)["W_dec"].double()
+        of_features = features.double() * (along @ directions.T)
+        if self.normalization != "none" and self.reads == self.site:
+            _, scale, _ = self._normalize(inputs.double())
+            of_features = of_features * scale
+        decoded = self.decode(features, inputs=inputs).double()
+        return of_features, (decoded * along).sum(-1) - of_features.sum(-1)
+
     def direction(self, feature: int) -> Float[Tensor, " d_out"]:
         """Returns a copy of a feature's decoder row: what one unit of the feature adds.
 

@@ -10,17 +10,18 @@ exactly. The transpose of A is computed without the norm's weights: from the vec
 of f, plus what the held s would otherwise subtract.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import Unsupported
+from ..errors import BadHook, Unsupported
+from ..models.dictionaries import find_dictionary
 from ..models.layout import Layout
 from ..models.lm import LM
-from ..models.sites import Site
+from ..models.sites import AnySite, Site, Sites, SitesLike
 from ..runs.dispatch import forward_of_site
 from ..runs.model_end import Cells
 from ..runs.run import Run
@@ -171,13 +172,106 @@ def parts_of(stream: ResidualStream, inner_sites: Collection[str]) -> Iterator[P
     Their shares sum to the share of the stream after the last block. `inner_sites` are the sites by
     whose heads ("z") or neurons ("mlp_post") components are split.
     """
-    yield from _entering(stream)
+    features = _features_by_base(stream)
+    start = _start_of_features(features)
+    if start is None:
+        yield from _entering(stream)
     for layer in range(stream.run.lm.n_layers):
-        yield from _parts_of_block(stream, layer, inner_sites)
+        before, after = Site("resid_pre", layer), Site("resid_post", layer)
+        if before == start:
+            yield from _parts_of_features(stream, features[before])
+            start = None
+        if start is None:
+            yield from _parts_of_block(stream, layer, inner_sites, features)
+        if after == start:
+            yield from _parts_of_features(stream, features[after])
+            start = None
+        if start is None:
+            yield from _after_block(stream, layer)
+
+
+# ---- features of dictionaries
+
+WITH_FEATURES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+
+def check_feature_sites(lm: LM, sites: SitesLike) -> Sites:
+    """Returns the sites of features into which a logit is split. Raises for others."""
+    expanded = lm.expand(sites)
+    for site in expanded:
+        is_whole = isinstance(site, Site) and site.of_features and site.head is None
+        if not is_whole or site.base_name not in WITH_FEATURES:
+            names = ", ".join(f"feat.{name}.L" for name in WITH_FEATURES)
+            raise BadHook(
+                f"features={str(site)!r}: a logit is split by all features of a dictionary that "
+                f"adds to the residual stream, {names}"
+            )
+    start = _start_of_features(expanded)
+    for site in expanded:
+        if start is not None and site != start and not _is_after(site, start):
+            raise BadHook(
+                f"features={list(map(str, expanded))}: those of {start} stand in place of "
+                f"everything before them, {site} too: leave one of the two out"
+            )
+    return expanded
+
+
+def _is_after(site: AnySite, start: Site) -> bool:
+    """True if a component is added to the stream after a site of the stream."""
+    assert isinstance(site, Site) and site.layer is not None and start.layer is not None
+    first = start.layer + (start.base_name == "resid_post")
+    return not site.base_name.startswith("resid") and site.layer >= first
+
+
+def sites_of_features(lm: LM, sites: Iterable[AnySite]) -> list[AnySite]:
+    """Returns the sites to capture for features, and for what their dictionaries read."""
+    captured: list[AnySite] = []
+    for site in sites:
+        assert isinstance(site, Site)
+        dictionary = find_dictionary(lm.layout.dictionaries, site)
+        captured += [site, dictionary.reads, dictionary.site]
+    return captured
+
+
+def _features_by_base(stream: ResidualStream) -> dict[Site, Site]:
+    """Returns the captured sites of features by the site that their dictionary writes."""
+    dictionaries = stream.run.lm.layout.dictionaries
+    by_base: dict[Site, Site] = {}
+    for site in stream.run.sites:
+        if isinstance(site, Site) and site.of_features:
+            by_base[find_dictionary(dictionaries, site).site] = site
+    return by_base
+
+
+def _start_of_features(sites: Iterable[AnySite]) -> Site | None:
+    """Returns the first site of the stream, in place of whose components features stand."""
+    for site in sites:
+        if isinstance(site, Site) and site.base_name.startswith("resid"):
+            return site
+    return None
+
+
+def _parts_of_features(stream: ResidualStream, site: Site) -> Iterator[Part]:
+    """Yields the features of a dictionary, the rest of its reconstruction, and its error."""
+    dictionary = find_dictionary(stream.run.lm.layout.dictionaries, site)
+    inputs, values = stream.values(dictionary.reads), stream.values(dictionary.site)
+    along = stream.along.to(values.device)
+    shares, rest = dictionary.shares(stream.values(site), inputs.flatten(1), along)
+    shares, rest = shares.to(stream.along.device), rest.to(stream.along.device)
+    yield Part(str(site), "feature", site.layer, shares)
+    yield Part(f"{site} bias", "bias", site.layer, rest)
+    total = stream.share(values.double().to(stream.along.device))
+    yield Part(f"{site} error", "error", site.layer, total - shares.sum(1) - rest)
+
+
+# ---- blocks
 
 
 def _parts_of_block(
-    stream: ResidualStream, layer: int, inner_sites: Collection[str]
+    stream: ResidualStream,
+    layer: int,
+    inner_sites: Collection[str],
+    features: Mapping[Site, Site],
 ) -> Iterator[Part]:
     layout = stream.run.lm.layout
     before, after = stream.at("resid_pre", layer), stream.at("resid_post", layer)
@@ -188,11 +282,19 @@ def _parts_of_block(
         if added is None:
             continue
         remainder, kind = remainder - added, "rest"
-        if inner in inner_sites and has_site(layout, inner, layer):
+        if Site(name, layer) in features:
+            yield from _parts_of_features(stream, features[Site(name, layer)])
+        elif inner in inner_sites and has_site(layout, inner, layer):
             yield from _split(stream, Site(name, layer), Site(inner, layer))
         else:
             yield Part(f"{name}.{layer}", part_kind, layer, stream.share(added))
     yield from stream.remainder(f"{kind}.{layer}", kind, layer, remainder, after)
+
+
+def _after_block(stream: ResidualStream, layer: int) -> Iterator[Part]:
+    """Yields what changes the stream between a block and the next one."""
+    after = stream.at("resid_post", layer)
+    assert after is not None
     following = after
     if layer + 1 < stream.run.lm.n_layers:
         following = stream.values(Site("resid_pre", layer + 1)).double().to(after.device)

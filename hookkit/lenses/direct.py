@@ -22,7 +22,7 @@ from ..models.devices import device_of
 from ..models.lm import LM, Token, refuse_no_gradient
 from ..models.next_token import values_at
 from ..models.positions import PosLike
-from ..models.sites import Site
+from ..models.sites import AnySite, Site, SitesLike
 from ..runs.forward import forward
 from ..runs.model_end import Cells, Read, cells_of, model_end_of
 from ..runs.run import Run
@@ -31,8 +31,10 @@ from .components import (
     FrozenNorm,
     Part,
     ResidualStream,
+    check_feature_sites,
     parts_of,
     required_sites,
+    sites_of_features,
     vector_jacobian_product,
 )
 
@@ -49,6 +51,7 @@ def direct_logits(
     pos: PosLike = -1,
     heads: bool = False,
     neurons: bool = False,
+    features: SitesLike | None = None,
 ) -> pd.DataFrame:
     """What each component of the model adds to a token's logit directly, along W_U[token].
 
@@ -66,6 +69,10 @@ def direct_logits(
     the stream. Where blocks differ, those without heads or neurons stay whole. `attrs` have token,
     against and the largest residual.
 
+    `features` are sites of dictionaries. At "feat.mlp_out.12", each active feature (its number is
+    in the column neuron), the dictionary's bias and its error stand in place of that component; at
+    "feat.resid_post.12" or "feat.resid_pre.12", in place of everything before.
+
     The run's prompts are read again with its hooks. Raises `Unsupported` for a generate with edits
     (use a forward over its text), if the stream passes no norm of the usual kinds, and if what a
     block adds cannot be split.
@@ -77,7 +84,10 @@ def direct_logits(
     >>> table["logit"].sum().round(3), table.nlargest(2, "logit")["component"].tolist()
     (np.float64(20.371), ['mlp_out.29', 'mlp_out.27'])
     """
-    return decompose_logits(_read_again(run, heads, neurons, pos), token, against)
+    sites: Sequence[AnySite] = ()
+    if features is not None:
+        sites = check_feature_sites(run.lm, features)
+    return decompose_logits(_read_again(run, heads, neurons, pos, sites), token, against)
 
 
 def decompose_logits(run: Run, token: Tokens, against: Tokens | None = None) -> pd.DataFrame:
@@ -147,7 +157,9 @@ def _names(lm: LM, ids: Int[Tensor, " cell"]) -> str:
     return ", ".join(map(quote_token, token_texts(lm, dict.fromkeys(ids.tolist()))))
 
 
-def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
+def _read_again(
+    run: Run, heads: bool, neurons: bool, pos: PosLike, features: Sequence[AnySite] = ()
+) -> Run:
     """Returns a forward over the run's text, with its edits and all sites that the sum needs."""
     edits = [hook for hook in run.hooks if not isinstance(hook, Capture)]
     if edits and run.settings["verb"] == "generate":
@@ -155,7 +167,8 @@ def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
             f"{edits[0]} acted in a generate, where positions count from the prompt's end: read "
             "its text with hk.forward and the hooks that are meant there, and give that run"
         )
-    sites = required_sites(run.lm, heads=heads, neurons=neurons)
+    sites: list[AnySite] = [*required_sites(run.lm, heads=heads, neurons=neurons)]
+    sites = list(dict.fromkeys([*sites, *sites_of_features(run.lm, features)]))
     logits = "last" if pos == -1 else "all"
     return forward(run.lm, run.rows, *edits, capture(sites, pos=pos), logits=logits)
 
@@ -210,6 +223,8 @@ def _table(parts: Sequence[Part], cells: Cells) -> pd.DataFrame:
                 table_rows.append((*location, part.name, *numbers))
                 continue
             for neuron, share in enumerate(shares):
+                if part.kind == "feature" and not share:
+                    continue  # most features are not active
                 numbers = (part.kind, part.layer, part.head, neuron, share)
                 table_rows.append((*location, f"{part.name}.{neuron}", *numbers))
     names = ["row", "pos", "component", "kind", "layer", "head", "neuron", "logit"]

@@ -14,6 +14,8 @@ from ..errors import BadHook, MissingSite, OutOfRange
 from .sites import FEATURE_PREFIX, Site
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .layout import SiteView
     from .lm import LM
 
@@ -37,6 +39,15 @@ class SiteDictionary(Protocol):
 
         `base` is the view of that site, and `source` that of the other site that a transcoder
         reads.
+        """
+        ...
+
+    def shares(self, features: Tensor, inputs: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what the reconstruction adds along directions [cell, d_out], in float64.
+
+        The first value is the share [cell, feature] of each feature, and the second that [cell] of
+        the rest: the bias, and what undoes a normalization. `features` are those of the cells, and
+        `inputs` [cell, d_in] the values that were encoded.
         """
         ...
 

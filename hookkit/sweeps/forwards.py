@@ -147,8 +147,8 @@ def _needs_last_block(lm: LM, bound: BoundHook) -> bool:
         return True
     if site.layer is not None and site.layer < lm.n_layers - 1:
         return False
-    mixes_later = site.name in AFTER_ATTENTION and needs_all_positions(bound)
-    return mixes_later or site.name in INSIDE_NARROWED
+    mixes_later = site.base_name in AFTER_ATTENTION and needs_all_positions(bound)
+    return mixes_later or site.base_name in INSIDE_NARROWED
 
 
 @contextmanager

@@ -130,7 +130,7 @@ class FirstEffect:
 
     def is_after_last_attention(self, site: AnySite) -> bool:
         """True if no later attention reads a site."""
-        if not isinstance(site, Site) or site.name not in AFTER_ATTENTION:
+        if not isinstance(site, Site) or site.base_name not in AFTER_ATTENTION:
             return False
         return site.layer is None or site.layer == self.inputs.lm.n_layers - 1
 

@@ -24,7 +24,7 @@ from ...files.atomic import lock_folder, write_tensors
 from ...files.untrusted import check_folder
 from ...models.lm import LM
 from ...models.positions import PosLike
-from ...models.sites import AnySite, SitesLike
+from ...models.sites import AnySite, Site, SitesLike
 from ...runs.engines.actors import Step, Steps, run_steps
 from ...runs.engines.ray import EngineLike, Ray, read_engine
 from .folder import (
@@ -100,6 +100,7 @@ def harvest(
     """
     ray = read_engine(engine, lm)
     rules = read_rules(lm, pos, context, long, on_error, batch_tokens)
+    _refuse_features(lm, sites)
     kinds = _stored_kinds(probe_sites(lm, sites, "a harvest"), dtype)
     if shard_size is None:
         shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
@@ -126,6 +127,18 @@ def harvest(
     if lm.ranks is not None:
         lm.ranks.gather_values(None)  # waits for every rank
     return open_harvest(path)
+
+
+def _refuse_features(lm: LM, sites: SitesLike) -> None:
+    """Raises `BadHook` for features, which a harvest would write with all their zeros."""
+    for site in lm.expand(sites):
+        if isinstance(site, Site) and site.of_features:
+            raise BadHook(
+                f"a harvest writes every number of every token, and most features of {site} are "
+                f"zero: harvest {site.base_name}.{site.layer}, whose features "
+                "dictionary.encode(values) gives; hk.capture(site, sparse=True) keeps those of a "
+                "run"
+            )
 
 
 def _stored_kinds(
