@@ -199,8 +199,7 @@ def check_feature_sites(lm: LM, sites: SitesLike) -> Sites:
     """Returns the sites of features into which a logit is split. Raises for others."""
     expanded = lm.expand(sites)
     for site in expanded:
-        is_whole = isinstance(site, Site) and site.of_features and site.head is None
-        if not is_whole or site.base_name not in WITH_FEATURES:
+        if not isinstance(site, Site) or not _is_split(site):
             names = ", ".join(f"feat.{name}.L" for name in WITH_FEATURES)
             raise BadHook(
                 f"features={str(site)!r}: a logit is split by all features of a dictionary that "
@@ -214,6 +213,11 @@ def check_feature_sites(lm: LM, sites: SitesLike) -> Sites:
                 f"everything before them, {site} too: leave one of the two out"
             )
     return expanded
+
+
+def _is_split(site: Site) -> bool:
+    """True for all features of a dictionary whose site is in a sum of the stream."""
+    return site.of_features and site.head is None and site.base_name in WITH_FEATURES
 
 
 def _is_after(site: AnySite, start: Site) -> bool:

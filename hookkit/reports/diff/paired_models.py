@@ -30,7 +30,16 @@ from ...models.lm import LM
 from ...models.named_positions import find_positions
 from ...models.positions import Where
 from ...models.prompts import Prompts, Row, as_batch, batches_by_length, shorten
-from ...models.sites import AXES, LOGIT_SITES, AnySite, Site, Sites, SitesLike, as_sites
+from ...models.sites import (
+    AXES,
+    FEATURE_AXES,
+    LOGIT_SITES,
+    AnySite,
+    Site,
+    Sites,
+    SitesLike,
+    as_sites,
+)
 from ...runs.forward import forward
 from ...runs.run import Run
 from ...tables.counterfactuals import first_difference
@@ -52,7 +61,7 @@ SKIPPED = {  # the sites that are compared only if sites= names them, and why
 }
 # The sites whose CKA is computed by default.
 CKA_SITES = ("embed", "attn_out", "mlp_out", "resid_post", "final_norm")
-ORDER = {name: number for number, name in enumerate(AXES)}
+ORDER = {name: number for number, name in enumerate((*AXES, *FEATURE_AXES))}
 LAST_SITES = ("final_norm", *LOGIT_SITES)
 FIRST_PARTING = "the site where they part first"  # in the table left_out
 LOGITS = Site("logits")
