@@ -23,6 +23,7 @@ import hookkit as hk
 from hookkit.figures.style import GRID, INK, PAPER
 from hookkit.models.families.encoders import ENCODERS
 from hookkit.models.families.table import FAMILIES, RECENT
+from hookkit.models.sites import STACKS
 from hookkit.models.tiny_settings import ENCODER_DECODERS, MULTIMODAL
 
 MODEL_TYPES = (*FAMILIES, *MULTIMODAL, *ENCODER_DECODERS, *ENCODERS)
@@ -49,10 +50,11 @@ def main() -> None:
             f"{len(MODEL_TYPES)} model types of transformers {transformers.__version__}, each as "
             f"a random model of two to four blocks in float32: {len(FAMILIES)} decoders, of which "
             f"the first {len(RECENT)} are those since the end of 2024, {len(MULTIMODAL)} that read "
-            f"images or sound too (here with text), {len(ENCODER_DECODERS)} encoder-decoders "
-            f"(their decoders), and {len(ENCODERS)} masked models. The largest difference is a "
-            "part of the largest value at the site, over all laws that compare two ways to "
-            "compute it."
+            f"images or sound too, {len(ENCODER_DECODERS)} encoder-decoders, and {len(ENCODERS)} "
+            "masked models. An encoder, or a tower that reads images or sound, has a row of its "
+            "own, and is tried with such prompts; its text model is tried with text. The largest "
+            "difference is a part of the largest value at the site, over all laws that compare two "
+            "ways to compute it."
         )
         results.answer(answer({"sites": table, "families": summary}))
         results.figure("coverage", coverage(table), caption="Family by site.")
@@ -86,6 +88,7 @@ def answer(tables: Mapping[str, Any]) -> str:
 
 
 def rows_of(model_type: str, checkup: hk.types.Checkup) -> pd.DataFrame:
+    """The sites of one model; those of an encoder or of a tower have a model type of their own."""
     laws: list[dict[str, Any]] = checkup.laws.to_dict(orient="records")
     excused = {law["site"]: law["note"] for law in laws if law["note"].startswith("exception: ")}
     rows = []
@@ -103,7 +106,9 @@ def rows_of(model_type: str, checkup: hk.types.Checkup) -> pd.DataFrame:
             reason = next(
                 note for note in checkup.notes if note.startswith(f"{site} is not in")
             ).partition(": ")[2]
-        rows.append((model_type, site, state, blocks, row["difference"], reason))
+        stack, _, name = site.rpartition(".")
+        part = f"{model_type} ({stack})" if stack else model_type
+        rows.append((part, name, state, blocks, row["difference"], reason))
     return pd.DataFrame(
         rows, columns=["model_type", "site", "state", "blocks", "difference", "reason"]
     )
@@ -111,11 +116,16 @@ def rows_of(model_type: str, checkup: hk.types.Checkup) -> pd.DataFrame:
 
 def summed(table: pd.DataFrame, checked: dict[str, hk.types.Checkup]) -> pd.DataFrame:
     rows = []
-    for model_type, checkup in checked.items():
+    for model_type in table["model_type"].unique():
         found = [row for row in table.to_dict(orient="records") if row["model_type"] == model_type]
         there = [row for row in found if row["state"] != "not there"]
         proved = sum(row["state"].startswith("proved") for row in there)
-        laws = checkup.laws.to_dict(orient="records")
+        whole, _, stack = model_type.removesuffix(")").partition(" (")
+        laws = []
+        for law in checked[whole].laws.to_dict(orient="records"):
+            prefix, _, name = law["site"].rpartition(".")
+            if stack in (prefix, name) or (not stack and not prefix and name not in STACKS):
+                laws.append(law)
         holds = [law["holds"] or law["note"].startswith("exception: ") for law in laws]
         largest = max(row["difference"] for row in there)
         rows.append((model_type, len(there), proved, len(holds), sum(holds), largest))

@@ -18,6 +18,7 @@ from ..arguments import check_arguments, shorten
 from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import HookkitError
 from ..models.devices import count_parameters
+from ..models.layout import Layout
 from ..models.lm import LM
 from ..models.sites import AXES, CROSS_SITES
 from .laws import UNFINISHED, check_laws
@@ -119,17 +120,22 @@ def _describe_broken_law(row: Any) -> str:
 
 def _site_table(lm: LM, laws: pd.DataFrame) -> pd.DataFrame:
     names = [name for name in AXES if lm.two_texts or name not in CROSS_SITES]
-    table = pd.DataFrame([_site_row(lm, name, laws) for name in names])
+    rows = [_site_row(lm.layout, "", name, laws) for name in names]
+    for stack, layout in lm.layout.stacks.items():
+        own_names = [name for name in AXES if name not in CROSS_SITES]
+        rows += [_site_row(layout, f"{stack}.", name, laws) for name in own_names]
+    table = pd.DataFrame(rows)
     description = lm.describe().set_index("site")
     if "place" in description:
         table.insert(2, "place", description.loc[table["site"], "place"].tolist())
     return table
 
 
-def _site_row(lm: LM, name: str, laws: pd.DataFrame) -> dict[str, Any]:
-    """Returns the row of one site from the laws about it."""
-    laws = laws.query("site == @name")
-    layers = lm.layout.layers(name) if name in lm.layout.names else []
+def _site_row(layout: Layout, prefix: str, name: str, laws: pd.DataFrame) -> dict[str, Any]:
+    """Returns the row of one site of a stack from the laws about it."""
+    site = prefix + name
+    laws = laws.query("site == @site")
+    layers = layout.layers(name) if name in layout.names else []
     is_present = layers is None or bool(layers)
     is_exception = laws["note"].str.startswith(EXCEPTION).astype(bool)
     failed = laws["law"][~laws["holds"].astype(bool) & ~is_exception].tolist()
@@ -137,19 +143,19 @@ def _site_row(lm: LM, name: str, laws: pd.DataFrame) -> dict[str, Any]:
     reaches = laws["holds"][is_reach]
     differences = laws["difference"][~is_reach & ~is_exception & (laws["note"] != UNFINISHED)]
     return {
-        "site": name,
-        "blocks": _count_blocks(lm, layers),
+        "site": site,
+        "blocks": _count_blocks(layout, layers),
         "editable": is_present and len(reaches) > 0 and bool(reaches.all()),
         "proved": is_present and not laws.empty and not failed,
         "difference": differences.max(),
-        "why": ", ".join(failed) if is_present else lm.family.why_missing(name),
+        "why": ", ".join(failed) if is_present else layout.family.why_missing(name),
     }
 
 
-def _count_blocks(lm: LM, layers: list[int] | None) -> str:
+def _count_blocks(layout: Layout, layers: list[int] | None) -> str:
     if layers is None:
         return "once"
-    return f"{len(layers)} of {lm.n_layers}" if layers else ""
+    return f"{len(layers)} of {layout.n_layers}" if layers else ""
 
 
 def facts(lm: LM) -> dict[str, Any]:

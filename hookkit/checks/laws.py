@@ -28,19 +28,22 @@ from ..hooks.logit_shifts import ban
 from ..hooks.logits import force
 from ..models.lm import LM
 from ..models.padding import can_pad, forward_inputs, padding_scheme
-from ..models.prompt_row import Row
+from ..models.prompt_row import PromptRow, Row
 from ..models.prompts import as_batch, continue_row
 from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
+from ..models.towers import VALUES
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.manager import attach
 from ..runs.run import Run
+from .image_prompts import image_prompts
 from .study import (
     EDITED_SITES,
     Finding,
     Law,
     Study,
     default_prompts,
+    last_layer_read,
     relative_difference,
     representative_layers,
 )
@@ -72,7 +75,8 @@ def _no_hooks(study: Study) -> Iterator[Finding]:
 
 def _captures(study: Study) -> Iterator[Finding]:
     """Capturing every site does not change the logits, bit for bit."""
-    yield Finding("logits", relative_difference(study.run.logits, study.plain_run.logits), 0.0)
+    difference = relative_difference(study.run.logits, study.plain_run.logits)
+    yield Finding("" if study.stack else "logits", difference, 0.0)
 
 
 def _residual_sum(study: Study) -> Iterator[Finding]:
@@ -82,42 +86,41 @@ def _residual_sum(study: Study) -> Iterator[Finding]:
     only this part. Where a family normalises the stream itself, each sum is compared after that
     norm.
     """
-    run = study.run
     for layer in study.layers_with("resid_pre", "resid_post"):
         has_middle = layer in study.layers_with("resid_mid")
         added = [name for name in ("attn_out", "mlp_out") if layer in study.layers_with(name)]
-        total = run[f"resid_pre.{layer}"]
+        total = study.value("resid_pre", layer)
         if "attn_out" in added:
-            total = total + run[f"attn_out.{layer}"]
-            total = study.norm_stream(total, Site("resid_mid", layer))
+            total = total + study.value("attn_out", layer)
+            total = study.norm_stream(total, study.site("resid_mid", layer))
             if has_middle:
-                yield study.compare("resid_mid", total, run[f"resid_mid.{layer}"])
+                yield study.compare("resid_mid", total, study.value("resid_mid", layer))
         if layer in study.layers_with("cross_out"):
-            total = total + run[f"cross_out.{layer}"]
+            total = total + study.value("cross_out", layer)
         if "mlp_out" in added:
-            total = total + run[f"mlp_out.{layer}"]
+            total = total + study.value("mlp_out", layer)
         if len(added) == 2 or (added and not has_middle):
-            total = study.norm_stream(total, Site("resid_post", layer))
+            total = study.norm_stream(total, study.site("resid_post", layer))
             for name in ("resid_pre", *added, "resid_post"):
-                yield study.compare(name, total, run[f"resid_post.{layer}"])
+                yield study.compare(name, total, study.value("resid_post", layer))
     for layer in study.layers_with("resid_mid", "cross_out", "cross_mid"):
-        after_cross = run[f"resid_mid.{layer}"] + run[f"cross_out.{layer}"]
-        yield study.compare("cross_mid", after_cross, run[f"cross_mid.{layer}"])
+        after_cross = study.value("resid_mid", layer) + study.value("cross_out", layer)
+        yield study.compare("cross_mid", after_cross, study.value("cross_mid", layer))
 
 
 def _projections(study: Study) -> Iterator[tuple[Site, Site, Tensor]]:
     """Yields z with attn_out, and mlp_post with mlp_out, and the values that are projected."""
     for name, output_name in OUTPUTS:
         for layer in study.layers_with(name, output_name):
-            source = Site(name, layer)
-            yield source, Site(output_name, layer), study.run[source].flatten(2)
+            source = study.site(name, layer)
+            yield source, study.site(output_name, layer), study.run[source].flatten(2)
 
 
 def _output_projection(study: Study) -> Iterator[Finding]:
     """The output projection of z is attn_out, and that of mlp_post is mlp_out."""
     for source, target, values in _projections(study):
         # Each row by itself: padding is zero, and a bias would change it.
-        for row, length in enumerate(study.run.lengths):
+        for row, length in enumerate(study.lengths):
             projected = study.project_to_stream(values[row : row + 1, :length], source, target)
             expected = study.run[target][row : row + 1, :length]
             yield study.compare(source.name, projected, expected)
@@ -125,8 +128,8 @@ def _output_projection(study: Study) -> Iterator[Finding]:
 
 def _unembedding(study: Study) -> Iterator[Finding]:
     """The unembedding of final_norm is lm_head."""
-    if {"final_norm", "lm_head"} <= set(study.lm.layout.names):
-        head = study.lm.submodule(study.lm.location(Site("lm_head")).path)
+    if {"final_norm", "lm_head"} <= set(study.layout.names):
+        head = study.lm.submodule(study.lm.location(study.site("lm_head")).path)
         for row, length in enumerate(study.run.lengths):
             with torch.no_grad():
                 actual = head(study.run["final_norm"][row : row + 1, :length])
@@ -137,17 +140,17 @@ def _unembedding(study: Study) -> Iterator[Finding]:
 def _attention_pattern(study: Study) -> Iterator[Finding]:
     """A pattern sums to 1 (to less with an attention sink) and is 0 at keys after the query.
 
-    In a masked language model, a query sees the keys after it too.
+    In a masked language model, an encoder or a tower, a query sees the keys after it too.
     """
     for name, layer in itertools.product(("pattern", "cross_pattern"), study.layers):
-        if not study.lm.layout.find(name, layer):
+        if not study.layout.find(name, layer):
             continue
-        pattern = study.run[f"{name}.{layer}"].float()
+        pattern = study.value(name, layer).float()
         is_later = torch.ones(pattern.shape[-2:], dtype=torch.bool).triu(1).to(pattern.device)
         if name == "pattern":
             later_sum = float(pattern.masked_select(is_later).abs().sum())
-            yield Finding(name, later_sum, 0.0, at_least=study.lm.is_masked)
-        is_text = study.run.mask.cpu()[:, None].expand(-1, pattern.shape[1], -1)
+            yield Finding(name, later_sum, 0.0, at_least=study.reads_ahead)
+        is_text = study.mask[:, None].expand(-1, pattern.shape[1], -1)
         sums = pattern.sum(-1).cpu()[is_text]
         yield Finding(name, max(0.0, float(sums.max()) - 1), study.tolerance)
         yield Finding(name, float(sums.min()), 0.0, at_least=True)
@@ -197,27 +200,27 @@ def _steered_stream(study: Study) -> Iterator[Finding]:
     """
     study = study.without_first_prompt
     for first, second in _equivalent_sites(study):
-        vector = study.random_vector(Site("resid_post", first.layer))
+        vector = study.random_vector(study.site("resid_post", first.layer))
         actual, expected = study.logits(steer(first, vector)), study.logits(steer(second, vector))
         yield study.compare(first.name, actual, expected, 5)
 
 
 def _equivalent_sites(study: Study) -> Iterator[tuple[Site, Site]]:
     """Yields pairs of sites at which the same vector has the same effect."""
-    norms = study.lm.family.stream_norms
+    norms = study.layout.family.stream_norms
     with_middle = study.layers_with("resid_mid")
     for layer in study.layers_with("attn_out", "resid_post"):
         after = "resid_mid" if layer in with_middle else "resid_post"
         if after not in norms:
-            yield Site("attn_out", layer), Site(after, layer)
+            yield study.site("attn_out", layer), study.site(after, layer)
     for layer in study.layers_with("mlp_out", "resid_post"):
         if "resid_post" in norms:
             continue
-        yield Site("mlp_out", layer), Site("resid_post", layer)
-    last = study.lm.n_layers - 1
+        yield study.site("mlp_out", layer), study.site("resid_post", layer)
+    last = study.last_layer
     for layer in study.layers_with("resid_post"):
         if layer != last:
-            yield Site("resid_post", layer), Site("resid_pre", layer + 1)
+            yield study.site("resid_post", layer), study.site("resid_pre", layer + 1)
 
 
 def _all_heads(study: Study) -> Iterator[Finding]:
@@ -236,8 +239,8 @@ def _one_head(study: Study) -> Iterator[Finding]:
     """Zeroing the pattern of a head is the same as zeroing its z."""
     study = study.without_first_prompt
     for layer in study.layers_with("pattern", "z"):
-        actual = study.logits(ablate(Site("pattern", layer, 1)))
-        expected = study.logits(ablate(Site("z", layer, 1)))
+        actual = study.logits(ablate(study.site("pattern", layer, 1)))
+        expected = study.logits(ablate(study.site("z", layer, 1)))
         yield study.compare("pattern", actual, expected, 5)
 
 
@@ -309,7 +312,7 @@ def _edit_without_cache(study: Study) -> Iterator[Finding]:
     layer = study.layers[len(study.layers) // 2]
     for name in CACHED_EDITS:
         if layer in study.layers_with(name):
-            hooks = [scale(Site(name, layer), 1.5, pos=slice(0, -1)), ban(0)]
+            hooks = [scale(study.site(name, layer), 1.5, pos=slice(0, -1)), ban(0)]
             prompts = study.generated_prompts
             cached = generate(study.lm, prompts, *hooks, use_cache=True, **GENERATION)
             uncached = generate(study.lm, prompts, *hooks, use_cache=False, **GENERATION)
@@ -363,7 +366,7 @@ def _module_state(lm: LM) -> list[tuple[int, ...]]:
 
 SUMMED = ("resid_pre", "attn_out", "resid_mid", "cross_mid", "mlp_out", "resid_post")
 LAWS = [
-    Law("nothing", _no_hooks, ("logits",)),
+    Law("nothing", _no_hooks, ("logits",), of_text=True),
     Law("looking", _captures, ("logits",)),
     Law("sum", _residual_sum, SUMMED),
     Law("projection", _output_projection, ("z", "cross_z", "mlp_post")),
@@ -379,7 +382,7 @@ LAWS = [
     Law("writing", _generated_values, (*GENERATED_SITES, "logits"), causal=True),
     Law("without cache", _edit_without_cache, CACHED_EDITS, causal=True),
     Law("rows", _hooks_by_row, EDITED_SITES),
-    Law("left as found", _model_is_restored, ()),
+    Law("left as found", _model_is_restored, (), of_text=True),
 ]
 UNFINISHED = "this law ended in an error, and was not checked at this site to the end"
 
@@ -398,25 +401,45 @@ def check_laws(
     none of its sites.
     `prompts` are three or more of different lengths; by default ids from the whole vocabulary.
     `layers` are the layers to check; by default the first, middle and last of each kind.
-    A masked language model, such as BERT, has no row of the laws about writing text.
+    A masked language model, such as BERT, has no row of the laws about writing text. The sites of
+    an encoder, or of a tower that reads images or sound, are checked by the laws that are not about
+    text; those of a tower only if the prompts have images, which are drawn if there are no prompts.
 
     >>> check_laws(tiny("gpt_neox"))["holds"].all()
     np.True_
     """
-    if prompts is None:
-        prompts = default_prompts(lm)
-    study = Study(lm, prompts, _layers_to_check(lm, layers))
+    studies = [Study(lm, prompts or default_prompts(lm), _layers_to_check(lm, layers))]
+    for stack in lm.layout.stacks:
+        studies += _study_of_stack(lm, stack, prompts, layers)
     rows = []
-    for law in LAWS:
-        if law.causal and lm.is_masked:
-            continue
-        rows += [_table_row(lm, law, finding) for finding in _worst_by_site(law, study)]
+    for study, law in itertools.product(studies, LAWS):
+        if not (law.causal and study.reads_ahead) and not (law.of_text and study.stack):
+            rows += [_table_row(study, law, finding) for finding in _worst_by_site(law, study)]
     return pd.DataFrame(rows, columns=["law", "site", "difference", "limit", "holds", "note"])
+
+
+def _study_of_stack(
+    lm: LM, stack: str, prompts: list | None, layers: Iterable[int] | None
+) -> list[Study]:
+    """Returns the study of another stack; none if the prompts have nothing for it to read."""
+    layout = lm.layout.stacks[stack]
+    if prompts is None:
+        prompts = image_prompts(lm, stack) if stack in lm.towers else default_prompts(lm)
+    if stack in lm.towers:
+        wanted: list[Row] = []
+        for row in as_batch(lm, prompts).rows:
+            if isinstance(row, PromptRow) and VALUES[stack][0] in row.inputs:
+                wanted.append(row)
+        prompts = wanted
+    last = last_layer_read(layout)
+    numbers = representative_layers(layout) if layers is None else layers
+    numbers = [layer for layer in numbers if layer <= last]
+    return [Study(lm, prompts, numbers, stack)] if prompts and numbers else []
 
 
 def _layers_to_check(lm: LM, layers: Iterable[int] | None) -> list[int]:
     if layers is None:
-        return representative_layers(lm)
+        return representative_layers(lm.layout)
     numbers = check_integers(layers, "layers", least=0, meaning="the blocks to try,")
     names = (name for name in lm.layout.names if name not in SITES_WITHOUT_LAYER)
     name = next(names, "resid_post")
@@ -433,14 +456,14 @@ def _worst_by_site(law: Law, study: Study) -> Iterable[Finding]:
     return worst.values()
 
 
-def _table_row(lm: LM, law: Law, finding: Finding) -> dict[str, object]:
-    exceptions, note = lm.family.exceptions, finding.note
+def _table_row(study: Study, law: Law, finding: Finding) -> dict[str, object]:
+    exceptions, note = study.layout.family.exceptions, finding.note
     reason = exceptions.get(law.name) or exceptions.get(f"{law.name} {finding.site}")
     if reason and not finding.holds:
         note = f"exception: {reason}"
     return {
         "law": law.name,
-        "site": finding.site,
+        "site": ".".join(filter(None, (study.stack, finding.site))),
         "difference": finding.difference,
         "limit": finding.limit,
         "holds": finding.holds,

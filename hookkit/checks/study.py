@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import BadPrompt, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..models.layout import is_hidden
+from ..models.layout import Layout, is_hidden
 from ..models.lm import LM
 from ..models.named_positions import placeholder_ids
 from ..models.padding import check_generation, padding_scheme
@@ -44,17 +44,53 @@ class Study:
     lm: LM
     prompts: list
     layers: list[int]
+    stack: str = ""  # the stack to check, such as "vision"; "" is the one that writes text
 
     @cached_property
     def without_first_prompt(self) -> "Study":
         """The same study without the first prompt, for laws with a forward pass for every site."""
-        return Study(self.lm, self.prompts[1:], self.layers)
+        return Study(self.lm, self.prompts[1:], self.layers, self.stack)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the stack."""
+        return self.lm.layout.stacks[self.stack] if self.stack else self.lm.layout
+
+    @property
+    def reads_ahead(self) -> bool:
+        """True if a position sees those after it, as in a masked model, an encoder or a tower."""
+        return self.lm.is_masked or bool(self.stack)
+
+    @property
+    def last_layer(self) -> int:
+        """The last layer of the stack that the model's output depends on."""
+        return last_layer_read(self.layout)
+
+    def site(self, name: str, layer: int | None = None, head: int | None = None) -> Site:
+        """Returns a site of the stack."""
+        return Site(name, layer, head, self.stack)
+
+    def value(self, name: str, layer: int) -> Tensor:
+        """Returns the values at a site in a forward pass over the prompts."""
+        return self.run[self.site(name, layer)]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """True at the positions of each row of the stack, and False in the padding after them."""
+        positions = self.run.captured(self.sites[0]).positions
+        assert positions is not None
+        return positions >= 0
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The number of positions of each row of the stack."""
+        return self.mask.sum(1).tolist()
 
     @cached_property
     def sites(self) -> list[Site]:
-        """The sites of the whole model and of the layers to check."""
+        """The sites of the whole stack and of the layers to check."""
         layers = {None, *self.layers}
-        sites = self.lm.sites()
+        sites = self.lm.expand([self.site(name) for name in self.layout.names])
         return [site for site in sites if isinstance(site, Site) and site.layer in layers]
 
     def sites_named(self, names: Collection[str]) -> list[Site]:
@@ -65,13 +101,13 @@ class Study:
         """Returns the layers to check that have all these sites."""
         layers = self.layers
         for name in names:
-            layers = [layer for layer in layers if self.lm.layout.find(name, layer)]
+            layers = [layer for layer in layers if self.layout.find(name, layer)]
         return layers
 
     def edited_site(self, layer: int) -> Site:
         """Returns the site of a layer that a law edits which could take any site."""
         names = (name for name in EDITED_SITES if layer in self.layers_with(name))
-        return Site(next(names), layer)
+        return self.site(next(names), layer)
 
     @cached_property
     def generated_prompts(self) -> list:
@@ -136,13 +172,13 @@ class Study:
 
         Padding stays zero.
         """
-        path = self.lm.family.stream_norms.get(site.name)
+        path = self.layout.family.stream_norms.get(site.name)
         if path is None:
             return values
-        block = self.lm.family.block.format(layer=site.layer)
+        block = self.layout.family.block.format(layer=site.layer)
         with torch.no_grad():
             normed = self.lm.submodule(f"{block}{path}")(values)
-        return normed.masked_fill(~self.run.mask[..., None].to(normed.device), 0)
+        return normed.masked_fill(~self.mask[..., None].to(normed.device), 0)
 
     def project_to_stream(self, values: Tensor, source: Site, target: Site) -> Tensor:
         """Returns what the layer adds to the residual stream at `target` for values of `source`.
@@ -222,15 +258,24 @@ def _as_text(lm: LM, token_id: int) -> int:
     return token_id
 
 
-def representative_layers(lm: LM) -> list[int]:
+def last_layer_read(layout: Layout) -> int:
+    """Returns the last layer of a stack that the model's output depends on.
+
+    A tower's last blocks may run although the text model reads the stream before them.
+    """
+    tower = layout.family.tower
+    return layout.n_layers + (-1 if tower is None else tower.last_block)
+
+
+def representative_layers(layout: Layout) -> list[int]:
     """Returns the first, middle and last layer of each kind.
 
     Layers of one kind have the same sites.
     """
     layers_of_kind: dict[tuple[str, ...], list[int]] = {}
-    names = [name for name in lm.layout.names if name not in SITES_WITHOUT_LAYER]
-    for layer in range(lm.n_layers):
-        kind = tuple(name for name in names if lm.layout.find(name, layer))
+    names = [name for name in layout.names if name not in SITES_WITHOUT_LAYER]
+    for layer in range(last_layer_read(layout) + 1):
+        kind = tuple(name for name in names if layout.find(name, layer))
         layers_of_kind.setdefault(kind, []).append(layer)
     selected: set[int] = set()
     for layers in layers_of_kind.values():
@@ -261,9 +306,11 @@ class Law:
     """A law: its name, the function that checks it, and every site that it may report.
 
     A `causal` law is about models that write a text from left to right, and not about masked ones.
+    A law `of_text` is about the whole model, and not checked again for its other stacks.
     """
 
     name: str
     check: Callable[[Study], Iterator[Finding]]
     sites: tuple[str, ...]
     causal: bool = False
+    of_text: bool = False

@@ -362,9 +362,14 @@ class Captures:
 
         The result is on the device of the first layer.
         """
-        sites = sorted(site for site in self.sites if isinstance(site, Site) and site.name == name)
+        wanted = parse_site(name)
+        sites = sorted(
+            site
+            for site in self.sites
+            if isinstance(site, Site) and replace(site, layer=None, head=None) == wanted
+        )
         if not sites:
-            raise NotCaptured(f"no layer of {name!r} was captured. {self._available(Site(name))}")
+            raise NotCaptured(f"no layer of {name!r} was captured. {self._available(wanted)}")
         device = self[sites[0]].device  # layers may be on several devices
         return torch.stack([self[site].to(device) for site in sites])
 

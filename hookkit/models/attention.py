@@ -350,7 +350,12 @@ def _check_equal(
 
 def eager_attention_of(module: nn.Module) -> Any:
     """Returns the function in the module's own file that computes attention step by step."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    functions = sys.modules[type(module).__module__]
+    if "Vision" in type(module).__name__:  # Llama 4's file has one for each of its two stacks
+        vision = getattr(functions, "vision_eager_attention_forward", None)
+        if vision is not None:
+            return vision
+    return getattr(functions, "eager_attention_forward", None)
 
 
 def _additive_mask(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:

@@ -8,8 +8,8 @@ how often a module was called.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress, count
 from typing import Any, Literal, TypeAlias
@@ -23,6 +23,8 @@ from .positions import NO_END, Named, PositionRange, Where, resolve_positions, r
 from .sites import Site
 
 Columns = range | tuple[int, ...]
+Places: TypeAlias = Sequence[Sequence["ImagePlace"]]
+"""Where the images of each row are, in a tensor of a tower."""
 Side: TypeAlias = Literal["left", "right"]
 
 
@@ -32,6 +34,19 @@ class DecidedToken:
 
     token: int
     hook: str
+
+
+@dataclass(frozen=True)
+class ImagePlace:
+    """Where the positions of one image, or sound, are in a tensor [image, patch, ...] of a tower.
+
+    Its first position in the row, its index on the tensor's first axis, and the columns of its
+    positions on the second. A tower that joins all images to one has one entry on the first axis.
+    """
+
+    first: int
+    index: int
+    columns: Columns
 
 
 @dataclass(eq=False)
@@ -65,8 +80,9 @@ class SequenceBatch:
     start: int = 0  # the first column that this batch reads itself; earlier ones are in a cache
     n_read: int = 0  # columns below this one have been read
     head: int | None = None  # the first column for which logits were computed
-    # For an encoder-decoder, what its encoder reads.
-    source: "SequenceBatch | None" = None
+    # What the model's other stacks read: the source of an encoder, or the patches of images.
+    stacks: "dict[str, SequenceBatch]" = field(default_factory=dict)
+    unit: str = "tokens"  # what a position is
     # The decided tokens by model row and column.
     decided: dict[tuple[int, int], DecidedToken] = field(default_factory=dict)
     _positions: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
@@ -77,6 +93,8 @@ class SequenceBatch:
             return self._positions[where]
         positions: list[PositionRange | None] = [None] * len(self.lengths)
         for row in resolve_rows(where.rows, len(self.lengths)):
+            if not self.lengths[row]:  # a prompt without an image has no patches
+                continue
 
             def cover(place: Named, row: int = row) -> tuple[int, ...]:
                 return self.find(self.prompt(row), place)
@@ -222,14 +240,17 @@ class ForwardPass:
     width: int
     head: range  # the columns that the unembedding computes, counted from `past`
     n_read: int  # the number of columns that were read before this forward
-    placed: bool = True  # False for an encoder-decoder: tensors may belong to either of two texts
-    source: "ForwardPass | None" = None  # for an encoder-decoder, the forward of its encoder
+    # The forwards of the model's other stacks: an encoder, or the tower that reads images.
+    stacks: "Mapping[str, ForwardPass]" = field(default_factory=dict)
     end: int | None = None  # the first column that is not filled yet, where tensors have more room
+    images: Places | None = None  # in a tower, where the images of each row of the batch are
     # The tensors at the sites that transcoders read, for the hooks at what they write.
     read_by_transcoders: dict[Site, Tensor] = field(default_factory=dict)
     # What hooks have changed so far at the features of the current hook point, by dictionary.
     feature_edits: dict[Site, Any] = field(default_factory=dict)
     _by_key_count: dict[int, "ForwardPass"] = field(default_factory=dict)
+    _pieces: dict[tuple[int, int], "ForwardPass"] = field(default_factory=dict)
+    _begun: dict[Hashable, int] = field(default_factory=dict)
     _selections: dict[tuple[int, bool, bool], Selection | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -242,7 +263,7 @@ class ForwardPass:
         Keys are all columns that the cache holds. A sliding window keeps the last ones only, and a
         static cache has room for more.
         """
-        if count == self.width:
+        if count == self.width or self.images is not None:
             return self
         if count not in self._by_key_count:
             end = self.past + self.width
@@ -252,16 +273,32 @@ class ForwardPass:
             )
         return self._by_key_count[count]
 
-    def source_keys(self, cells: "Selection") -> list[tuple[int, int, int]]:
-        """Returns the same as `keys`, for attention to the source of an encoder-decoder."""
-        assert self.source is not None
-        return self.source.keys(cells, self.source.width)
+    def next_piece(self, caller: Hashable, count: int) -> "ForwardPass":
+        """Returns the part of a tower's forward that has the next `count` columns.
 
-    def keys(self, cells: "Selection", count: int) -> list[tuple[int, int, int]]:
-        """Returns where each row's own keys are among `count` columns of keys.
-
-        An entry has the first position, the position after the last, and the column of the first.
+        Some towers compute the attention of each image, or of each window of an image, in a call of
+        its own. `caller` is where these calls are counted.
         """
+        start = self._begun.get(caller, 0)
+        self._begun[caller] = (start + count) % self.width
+        if (start, count) not in self._pieces:
+            assert self.images is not None
+            images = [_crop_places(places, start, start + count) for places in self.images]
+            self._pieces[start, count] = replace(
+                self, width=count, head=range(count), images=images, _selections={}
+            )
+        return self._pieces[start, count]
+
+    def source_keys(self, cells: "Selection") -> list[list["KeySpan"]]:
+        """Returns the same as `keys`, for attention to the source of an encoder-decoder."""
+        source = self.stacks["encoder"]
+        return source.keys(cells, source.width)
+
+    def keys(self, cells: "Selection", count: int) -> list[list["KeySpan"]]:
+        """Returns where each row's own keys are among `count` columns of keys."""
+        if self.images is not None:
+            rows = zip(cells.rows, cells.row_positions, strict=True)
+            return [_keys_of_images(self.images[row], positions) for row, positions in rows]
         end = self.past + self.width
         start = max(0, end - count)
         spans = []
@@ -273,7 +310,9 @@ class ForwardPass:
                     "piece"
                 )
             first, last = bisect_left(columns, start), bisect_left(columns, end)
-            spans.append((first, last, columns[first] - start))
+            column = columns[first] - start
+            span = KeySpan(slice(None), first, last, slice(column, column + last - first))
+            spans.append([span])
         return spans
 
     def whole(self, where: Where) -> Selection | None:
@@ -296,6 +335,8 @@ class ForwardPass:
         return self._selections[key]
 
     def _select(self, where: Where, head: bool, new: bool) -> Selection | None:
+        if self.images is not None:
+            return None if new and self.n_read else self._select_patches(self.images, where, new)
         computed = self.head if head else range(self.width)
         first, last = self.past + computed.start, self.past + computed.stop
         if self.end is not None:
@@ -319,22 +360,118 @@ class ForwardPass:
             return None
         return self._build_selection(rows, positions, columns, len(computed))
 
+    def _select_patches(self, images: Places, where: Where, new: bool) -> Selection | None:
+        """Returns the cells that a hook selects in a tower, whose rows may have several images.
+
+        Where the model runs several rows of each prompt, a capture (`new`) reads the first of them.
+        """
+        selected = self.text.selected_positions(where)
+        rows: list[int] = []
+        positions: list[PositionRange] = []
+        indices: list[Columns] = []
+        columns: list[Columns] = []
+        step = self.text.expand if new else 1
+        for row in range(0, len(images), step):
+            places, wanted = images[row], selected[self.text.of(row)]
+            cells = [] if wanted is None else _cells_of_images(places, wanted)
+            if cells:
+                row_positions, row_indices, row_columns = zip(*cells, strict=True)
+                rows.append(row)
+                positions.append(row_positions)
+                indices.append(row_indices)
+                columns.append(_as_range(row_columns))
+        if not rows:
+            return None
+        first_indices = [row_indices[0] for row_indices in indices]
+        if all(len(set(row_indices)) == 1 for row_indices in indices):
+            return self._build_selection(rows, positions, columns, self.width, first_indices)
+        return self._build_selection(rows, positions, columns, self.width, indices)
+
     def _build_selection(
-        self, rows: list[int], positions: list[PositionRange], columns: list[Columns], width: int
+        self,
+        rows: list[int],
+        positions: list[PositionRange],
+        columns: list[Columns],
+        width: int,
+        indices: Sequence[int] | Sequence[Columns] | None = None,
     ) -> Selection:
+        """Returns the selection of these columns of rows, which have other `indices` in a tower."""
         first = columns[0]
-        consecutive_rows = len(rows) == rows[-1] - rows[0] + 1
-        is_rectangle = consecutive_rows and columns.count(first) == len(columns)
-        if is_rectangle and isinstance(first, range) and first.step == 1:
-            rectangle = slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
-            whole = len(rows) == self.rows and len(first) == width
-            return Selection(self.text, rows, positions, rectangle, None, whole)
-        index = torch.tensor(rows)[:, None], pad_rows(columns, 0)
+        tensor_rows: Any = rows if indices is None else indices
+        if isinstance(tensor_rows[0], int):
+            consecutive_rows = list(tensor_rows) == [*range(tensor_rows[0], tensor_rows[-1] + 1)]
+            is_rectangle = consecutive_rows and columns.count(first) == len(columns)
+            if is_rectangle and isinstance(first, range) and first.step == 1:
+                rectangle = (
+                    slice(tensor_rows[0], tensor_rows[-1] + 1),
+                    slice(first.start, first.stop),
+                )
+                whole = len(rows) == self.rows and len(first) == width
+                return Selection(self.text, rows, positions, rectangle, None, whole)
+            tensor_rows = [(row,) for row in tensor_rows]
+        index = pad_rows(tensor_rows, 0), pad_rows(columns, 0)
         widths = torch.tensor(list(map(len, columns)))[:, None]
         valid: Tensor | None = torch.arange(index[1].shape[1]) < widths
         if valid.all():
             valid = None
         return Selection(self.text, rows, positions, index, valid, whole=False)
+
+
+@dataclass(frozen=True)
+class KeySpan:
+    """Where the keys are that some queries of a row may see.
+
+    `queries` are the indices of these queries in the selection, `first` and `last` the keys'
+    positions, and `columns` where they are in the tensor.
+    """
+
+    queries: slice | list[int]
+    first: int
+    last: int
+    columns: slice | list[int]
+
+
+def _keys_of_images(places: Sequence[ImagePlace], positions: PositionRange) -> list[KeySpan]:
+    """Returns where the keys of a row's queries are: a patch sees those of its own image."""
+    spans: list[KeySpan] = []
+    for place in places:
+        end = place.first + len(place.columns)
+        first, last = bisect_left(positions, place.first), bisect_left(positions, end)
+        if first < last:
+            queries = list(range(first, last))
+            spans.append(KeySpan(queries, place.first, end, list(place.columns)))
+    return spans
+
+
+def _cells_of_images(
+    places: Sequence[ImagePlace], positions: PositionRange
+) -> list[tuple[int, int, int]]:
+    """Returns the positions of a row that are in these images, each with its index and column."""
+    cells: list[tuple[int, int, int]] = []
+    for place in places:
+        end = place.first + len(place.columns)
+        first, last = bisect_left(positions, place.first), bisect_left(positions, end)
+        for position in positions[first:last]:
+            cells.append((position, place.index, place.columns[position - place.first]))
+    return cells
+
+
+def _crop_places(places: Sequence[ImagePlace], start: int, stop: int) -> list[ImagePlace]:
+    """Returns the parts of images that are in these columns, which are counted from `start`."""
+    cropped: list[ImagePlace] = []
+    for place in places:
+        first, last = bisect_left(place.columns, start), bisect_left(place.columns, stop)
+        if first < last:
+            columns = tuple(column - start for column in place.columns[first:last])
+            cropped.append(ImagePlace(place.first + first, place.index, columns))
+    return cropped
+
+
+def _as_range(columns: Sequence[int]) -> Columns:
+    """Returns columns as a range if they follow one another."""
+    if columns[-1] - columns[0] == len(columns) - 1:
+        return range(columns[0], columns[-1] + 1)
+    return tuple(columns)
 
 
 def columns_of_mask(

@@ -7,6 +7,7 @@ tensor (or a copy).
 """
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingSite, OutOfRange, UnknownSite, did_you_mean
-from .batch_positions import ForwardPass, Selection
+from .batch_positions import ForwardPass, KeySpan, Selection
 from .dictionaries import SiteDictionary, find_dictionary
 from .families.schema import AxisSplit, Family, ModuleLocation, split_axis
 from .sites import (
@@ -311,10 +312,12 @@ class Layout:
 
 
 def text_config(config: Any, stack: str = "decoder") -> Any:
-    """Returns the configuration of the stack that writes text, or of the encoder.
+    """Returns the configuration of the stack that writes text, or of another stack.
 
     For a model that reads images or sound too, it is a part of the model's configuration.
     """
+    if stack in ("vision", "audio"):
+        return getattr(config, f"{stack}_config")
     if not hasattr(config, "get_text_config"):
         return config
     if not getattr(config, "is_encoder_decoder", False):
@@ -380,14 +383,17 @@ class SiteView:
 
     head: int | None = None
     factor: float = 1.0
+    flat: bool = False  # True if rows and positions are one axis: [(batch pos), ...]
 
     @property
     def plain(self) -> bool:
         """True if the site is exactly the module's tensor."""
-        return type(self) is SiteView and self.factor == 1.0
+        return type(self) is SiteView and self.factor == 1.0 and not self.flat
 
     def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
         """Returns a view [batch, pos, ...] of the module's tensor."""
+        if self.flat and tensor.ndim == 2:
+            return tensor.unflatten(0, (forward.shape[0], -1))
         return tensor
 
     def call(self, forward: ForwardPass, tensor: Tensor) -> ForwardPass:
@@ -417,16 +423,6 @@ class SiteView:
         if old is None:
             return scaled
         return torch.where(new == old, raw, scaled)
-
-
-@dataclass(frozen=True)
-class FlatView(SiteView):
-    """A site whose tensor has rows and positions on one axis: [(batch pos), ...]."""
-
-    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
-        if tensor.ndim > 2:
-            return tensor
-        return tensor.view(forward.rows, -1, tensor.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -491,9 +487,7 @@ class AttentionView(HeadFirstView):
     scores: bool = False
     cross: bool = False  # True if the keys are those of an encoder-decoder's source
 
-    def _keys(
-        self, cells: Selection, forward: ForwardPass, count: int
-    ) -> list[tuple[int, int, int]]:
+    def _keys(self, cells: Selection, forward: ForwardPass, count: int) -> list[list[KeySpan]]:
         return forward.source_keys(cells) if self.cross else forward.keys(cells, count)
 
     def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
@@ -501,20 +495,26 @@ class AttentionView(HeadFirstView):
         if self.scores:
             raw = raw.masked_fill(is_hidden(raw), unseen)
         spans = self._keys(cells, forward, raw.shape[-1])
-        width = max(last for _, last, _ in spans)
-        if set(spans) == {(0, width, 0)}:
+        width = max(span.last for span in itertools.chain(*spans))
+        own_keys = [KeySpan(slice(None), 0, width, slice(0, width))]
+        if all(row_spans == own_keys for row_spans in spans):
             return raw[..., :width]
         values = raw.new_full((*raw.shape[:-1], width), unseen)
-        for row, (first, last, column) in enumerate(spans):
-            values[row, ..., first:last] = raw[row, ..., column : column + last - first]
+        for row, row_spans in enumerate(spans):
+            for span in row_spans:
+                keys = raw[row][span.queries][..., span.columns]
+                values[row, span.queries, ..., span.first : span.last] = keys
         return values
 
     def write(
         self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
     ) -> Tensor:
         result = raw.clone()
-        for row, (first, last, column) in enumerate(self._keys(cells, forward, raw.shape[-1])):
-            result[row, ..., column : column + last - first] = new[row, ..., first:last]
+        for row, row_spans in enumerate(self._keys(cells, forward, raw.shape[-1])):
+            for span in row_spans:
+                own = result[row][span.queries].clone()
+                own[..., span.columns] = new[row][span.queries][..., span.first : span.last]
+                result[row, span.queries] = own
         return result
 
 
@@ -576,18 +576,16 @@ def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> Site
         return SiteView()
     if site.of_features:
         return _build_feature_view(layout, site, location)
-    if location.flat:
-        return FlatView(site.head)
     if location.side == "inside" and site.name in QUERY_KEY_SITES:
         return AttentionView(
             site.head, scores=site.name.endswith("scores"), cross=site.name in CROSS_SITES
         )
-    if location.side == "inside":
+    if location.side == "inside" and location.item != "router":
         return HeadFirstView(site.head, keys=location.item != "query")
     cut = layout.cut(site)
     if cut is not None:
-        return FusedView(site.head, cut=cut)
-    return SiteView(site.head, layout.factor(site))
+        return FusedView(site.head, flat=location.flat, cut=cut)
+    return SiteView(site.head, layout.factor(site), location.flat)
 
 
 def _build_feature_view(layout: Layout, site: Site, location: ModuleLocation) -> SiteView:

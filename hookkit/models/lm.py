@@ -37,7 +37,7 @@ from .devices import (
     weight_storages,
 )
 from .dictionaries import SiteDictionary, by_feature_site
-from .discovery.discover import resolve_family
+from .discovery.discover import decoder_of, resolve_family
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, is_masked_lm, text_config
 from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
@@ -55,6 +55,7 @@ from .sites import (
 from .tokens import Token as Token
 from .tokens import Vocabulary
 
+HEAD_METHOD = "get_output_embeddings"
 UNSPLIT_AXES = ("batch", "pos", "query", "key")
 
 
@@ -255,9 +256,21 @@ class LM(Vocabulary):
         return ()
 
     @cached_property
-    def encoder(self) -> nn.Module | None:
-        """The encoder of an encoder-decoder whose sites are known, else None."""
-        return _call_method(self.root, "get_encoder") if self.family.stacks else None
+    def stack_modules(self) -> dict[nn.Module, str]:
+        """The encoder or the towers, which `generate` may run by themselves, with their stacks."""
+        modules: dict[nn.Module, str] = {}
+        for stack, family in self.family.stacks.items():
+            if family.tower is None:
+                modules[_call_method(self.root, "get_encoder")] = stack
+            else:
+                modules[self.root.get_submodule(family.tower.path)] = stack
+        return modules
+
+    @property
+    def towers(self) -> dict[str, Layout]:
+        """The layouts of the stacks that read images or sound."""
+        stacks = self.layout.stacks.items()
+        return {stack: layout for stack, layout in stacks if layout.family.tower is not None}
 
     @cached_property
     def ranks(self) -> Ranks | None:
@@ -289,6 +302,34 @@ class LM(Vocabulary):
         """True for an encoder-decoder: it reads one text and writes another."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
+    def why_no_positions(self, site: AnySite) -> str:
+        """Returns why the positions in a module's tensor are not known; "" if they are.
+
+        They are those of the text, unless the model reads more than one text.
+        """
+        if not isinstance(site, ModuleSite):
+            return ""
+        if self.two_texts:
+            return f"an encoder-decoder reads two texts, so a position at {site} may be of either"
+        if self._text_modules is None or _is_along(site.path, self._text_modules):
+            return ""
+        stacks = " or ".join(f"{stack}.z" for stack in self.towers) or "resid_post"
+        return (
+            f"{site} is outside the text model, and its rows and positions are not those of the "
+            f"text; named sites such as {stacks} have rows and positions"
+        )
+
+    @cached_property
+    def _text_modules(self) -> tuple[str, ...] | None:
+        """The paths of the decoder, embedding and head of a model that reads more than text.
+
+        None for a model that reads text only.
+        """
+        if self.two_texts or text_config(self.config) is self.config:
+            return None
+        parts = (decoder_of(self.root), self._embedding, _call_method(self.root, HEAD_METHOD))
+        return tuple(path for path, module in self.root.named_modules() if module in parts)
+
     @cached_property
     def is_masked(self) -> bool:
         """True for a masked language model, such as BERT, which fills masks and writes no text."""
@@ -308,7 +349,7 @@ class LM(Vocabulary):
 
     def head_path(self) -> str | None:
         """Returns the path of the output embedding, or None if the model has none."""
-        head = _call_method(self.root, "get_output_embeddings")
+        head = _call_method(self.root, HEAD_METHOD)
         return next((path for path, module in self.root.named_modules() if module is head), None)
 
     @cached_property
@@ -560,6 +601,12 @@ class LM(Vocabulary):
     def places(self) -> dict[str, str]:
         """Where each weight is between forwards, by its name: "cpu", "cuda:0" …, or "disk"."""
         return weight_storages(self.root)
+
+
+def _is_along(path: str, modules: Collection[str]) -> bool:
+    """True if a path is that of a module inside one of these modules, or around one of them."""
+    pairs = [(f"{path}.".lstrip("."), f"{module}.") for module in modules]
+    return any(own.startswith(module) or module.startswith(own) for own, module in pairs)
 
 
 def _call_method(module: nn.Module, name: str) -> Any:

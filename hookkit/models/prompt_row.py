@@ -191,7 +191,7 @@ def split_inputs(
     for name, values in tensors.items():
         is_per_token = name in PER_TOKEN and tuple(values.shape) == (len(rows), width)
         (per_token if is_per_token else inputs)[name] = values
-    parts = _divide(inputs, len(rows))
+    parts = divide_inputs(inputs, len(rows))
     result: list[Row] = []
     for number, row in enumerate(rows):
         own = {name: values[number, list(columns[number])] for name, values in per_token.items()}
@@ -211,7 +211,7 @@ def _as_tensor(name: str, values: Any) -> Tensor:
         ) from error
 
 
-def _divide(inputs: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+def divide_inputs(inputs: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """Returns the inputs of each of `count` rows."""
     if count == 1:
         return [dict(inputs)]

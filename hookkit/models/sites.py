@@ -5,12 +5,13 @@
     hk.module("model.layers.3.mlp.gate_proj")   the output of any module
 
     hk.Site("z", 2, stack="encoder")            all heads of block 2 of an encoder-decoder's encoder
+    hk.Site("z", 2, stack="vision")             the same in the tower that reads images
 
     hk.Site("feat.resid_post", 12, 7)           feature 7 of the dictionary of `resid_post.12`
 
-As text these are "resid_post.6", "z.9.3", "model.layers.3.mlp.gate_proj:output", "encoder.z.2" and
-"feat.resid_post.12.7". A layered name without a layer, such as "resid_post", stands for every
-layer.
+As text these are "resid_post.6", "z.9.3", "model.layers.3.mlp.gate_proj:output", "encoder.z.2",
+"vision.z.2" and "feat.resid_post.12.7". A layered name without a layer, such as "resid_post",
+stands for every layer.
 """
 
 from __future__ import annotations
@@ -82,7 +83,12 @@ SITES_OF_DICTIONARIES = (
 FEATURE_AXES = dict.fromkeys(
     map(FEATURE_PREFIX.__add__, SITES_OF_DICTIONARIES), "batch pos feature"
 )
-STACKS = ("encoder",)  # other lists of blocks than the one that writes text
+# Other lists of blocks than the one that writes text, and what their positions are.
+STACKS = {
+    "encoder": "the tokens of the source",
+    "vision": "the patches of the row's images",
+    "audio": "the frames of the row's sounds",
+}
 
 
 @check_fields
@@ -92,7 +98,9 @@ class Site:
 
     Layers and heads count from 0. At the features of a dictionary, such as "feat.resid_post",
     `head` is the number of a feature. `stack` is "encoder" for a site in the encoder of an
-    encoder-decoder, whose positions are those of the source; "" is the stack that writes text.
+    encoder-decoder, whose positions are those of the source, and "vision" or "audio" for one in the
+    tower that reads images or sound, whose positions are the patches of a row's images, or frames;
+    "" is the stack that writes text.
     """
 
     name: str
@@ -150,9 +158,9 @@ class Site:
         return self.name.removeprefix(FEATURE_PREFIX)
 
     @property
-    def reads_source(self) -> bool:
-        """True if the positions are those of an encoder-decoder's source."""
-        return self.stack == "encoder" or self.name in SOURCE_SITES
+    def position_stack(self) -> str:
+        """The stack whose positions it has: "encoder", "vision", "audio", or "" for the text."""
+        return "encoder" if self.name in SOURCE_SITES else self.stack
 
     @property
     def every_layer(self) -> bool:

@@ -57,8 +57,8 @@ class HookStrategy(Protocol):
         """Returns the forward that begins with these arguments."""
         ...
 
-    def begin_source(self, arguments: Mapping[str, Any]) -> ForwardPass | None:
-        """Called where the encoder of an encoder-decoder runs by itself.
+    def begin_stack(self, stack: str, arguments: Mapping[str, Any]) -> ForwardPass | None:
+        """Called where an encoder, or a tower that reads images, runs by itself.
 
         Returns the forward if it is a part of a `generate`, else None.
         """
@@ -109,7 +109,6 @@ class HookDispatcher:
         self.scope = Scope(weakref.ref(lm.root), attached)
         self.hook_thread = 0  # the thread in which a hook's own function runs
         self.entry_modules = entry_modules
-        self.encoder = lm.encoder  # of an encoder-decoder, which `generate` runs by itself
         self._pass: ForwardPass | None = None  # the current forward
         self._entered: nn.Module | None = None  # the module whose forward is the current one
         self._forward_thread = 0  # the thread of the current forward; 0 if there is none
@@ -198,22 +197,24 @@ class HookDispatcher:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
         """Registered at the input of the entry modules."""
-        if module is self.encoder:
-            self._on_source_start(module, args, kwargs or {})
+        if module in self.lm.stack_modules:
+            self._on_stack_start(module, args, kwargs or {})
         elif self._begins_forward(module):
             arguments = arguments_by_name(module, self.lm.root, args, kwargs or {})
             self._pass = self.strategy.begin_forward(arguments)
             self._entered, self._forward_thread = module, get_ident()
             PROGRESS.forwards += 1
 
-    def _on_source_start(
+    def _on_stack_start(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Notes that `generate` runs the encoder; inside a forward of the model it is a part."""
+        """Notes that `generate` runs another stack; inside a forward of the model it is a part."""
         acts = self.scope.open and not hooks_are_off() and self.acts_here()
         if not acts or self._entered is not None:
             return
-        forward_pass = self.strategy.begin_source(arguments_by_name(module, module, args, kwargs))
+        stack = self.lm.stack_modules[module]
+        arguments = arguments_by_name(module, module, args, kwargs)
+        forward_pass = self.strategy.begin_stack(stack, arguments)
         if forward_pass is not None:
             self._pass = forward_pass
             self._entered, self._forward_thread = module, get_ident()

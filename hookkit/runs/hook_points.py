@@ -58,15 +58,16 @@ class BoundHook:
     reader: Reader | None = None  # of an edit with a source
     # for an observer that hands values to the edit or the condition that needs them
     receive: Callable[[ForwardPass, Selection, Tensor], None] | None = None
+    elsewhere: str = ""  # why the positions of a module's tensor are not known; "" if they are
     pieces: list[CapturedChunk] = field(default_factory=list)  # of the current text
     fired: int = 0  # number of forwards in which the hook did something
     overflow_flags: list[Tensor] = field(default_factory=list)  # of the current forward
     last_pass: Any = None  # the last forward in which the hook did something
 
     @property
-    def reads_source(self) -> bool:
-        """True if the hook's positions are those of an encoder-decoder's source."""
-        return isinstance(self.site, Site) and self.site.reads_source
+    def stack(self) -> str:
+        """The stack whose positions are meant, such as "vision"; "" for the text."""
+        return self.site.position_stack if isinstance(self.site, Site) else ""
 
 
 @dataclass(eq=False)
@@ -81,9 +82,10 @@ class HookPoint:
     transcoded: set[Site] = field(default_factory=set)  # sites here that transcoders read
 
     @property
-    def reads_source(self) -> bool:
-        """True if the tensor has the positions of an encoder-decoder's source."""
-        return any(item.reads_source for item in (*self.actions, *self.transcoded))
+    def stack(self) -> str:
+        """The stack whose positions the tensor has, such as "vision"; "" for the text."""
+        stacks = [bound_hook.stack for bound_hook in self.actions]
+        return max((*stacks, *(site.position_stack for site in self.transcoded)), default="")
 
     @property
     def site(self) -> AnySite:
@@ -164,6 +166,7 @@ def build_hook_points(
                 observer=number >= len(hooks),
                 condition=condition,
                 reader=reader,
+                elsewhere=lm.why_no_positions(site),
             )
             _add_bound_hook(lm, hook_points, bound_hook, location)
     for number, reader in enumerate(layer_readers, start=len(hooks) + len(observers)):
@@ -318,7 +321,7 @@ def apply_hook(
     on. `module_input` is for edits that need it. The tensor itself is written to only at a shared
     location, where the block reads it twice.
     """
-    if not forward_pass.placed and isinstance(bound_hook.site, ModuleSite):
+    if bound_hook.elsewhere:
         return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
     view = bound_hook.view
     forward_pass = view.call(forward_pass, tensor)
@@ -410,7 +413,7 @@ def _put(
         # not the residual stream
         selection.scatter(view.batch_view(tensor, forward_pass), new)
         return tensor
-    if selection.whole and type(view) is SiteView:
+    if selection.whole and type(view) is SiteView and not view.flat:
         # modules may take a view of what they are called with, which needs a contiguous tensor
         return new.contiguous() if tensor.is_contiguous() else new
     laid_out = view.batch_view(tensor, forward_pass)
@@ -514,11 +517,7 @@ def _apply_to_whole_tensor(
             f"{bound_hook.site} has shape {shape}, without axes batch and pos "
             f"({forward_pass.rows} rows of {forward_pass.width} positions ran)"
         )
-        if not forward_pass.placed:
-            reason = (
-                f"an encoder-decoder reads two texts, so a position at {bound_hook.site} may be of "
-                "either"
-            )
+        reason = bound_hook.elsewhere or reason
         raise BadHook(f"{reason}: leave pos, rows and step out of {hook}")
     _refuse_condition(bound_hook, shape)
     _count_firing(bound_hook, forward_pass)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -29,6 +29,7 @@ from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import Captured, Captures, capture, merge_captures
 from ..models.attention import intercept_tensors
+from ..models.families.schema import Family
 from ..models.lm import LM, as_lm
 from ..models.model_setup import (
     checkpointing_parents,
@@ -46,7 +47,7 @@ from ..models.overrides import (
     suspend_scope,
 )
 from ..models.prompts import Batch, as_batch
-from ..models.sites import AnySite, Sites
+from ..models.sites import AnySite, Site, Sites
 from .dispatch import HookDispatcher, HookStrategy
 from .hook_points import HookPoint, build_hook_points
 from .run import CaptureStore
@@ -112,9 +113,7 @@ class HookBlock:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        modules = (*self._wrappers, self.lm.root, *self.lm.decoder)
-        if self.lm.encoder is not None:
-            modules = (*modules, self.lm.encoder)
+        modules = (*self._wrappers, self.lm.root, *self.lm.decoder, *self.lm.stack_modules)
         self.strategy = self._make_strategy()
         self.dispatcher = HookDispatcher(self.lm, self.strategy, modules, attached=self._attached)
 
@@ -189,7 +188,7 @@ class HookBlock:
             intercept_tensors(
                 overrides,
                 module,
-                self.lm.family.attention,
+                self._family_of(hook_points.values()).attention,
                 frozenset(map(str, hook_points)),
                 partial(dispatcher.on_inside, hook_points),
                 self.lm.layout.verified.setdefault(module, set()),
@@ -205,6 +204,13 @@ class HookBlock:
             overrides.remove_hook_on_exit(module, "_forward_hooks", end)
             module.register_forward_hook(end, always_call=True)
         self._add_changes(self)
+
+    def _family_of(self, hook_points: Iterable[HookPoint]) -> Family:
+        """Returns the row of the stack in which these hook points are."""
+        for bound_hook in chain.from_iterable(point.actions for point in hook_points):
+            if isinstance(bound_hook.site, Site):
+                return self.lm.layout.of_stack(bound_hook.site).family
+        return self.lm.family
 
     def _register_hook_point(self, hook_point: HookPoint) -> None:
         """Registers the hooks at one side of a module.

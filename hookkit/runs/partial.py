@@ -232,7 +232,7 @@ class SharedForward:
             forget(hook_point.actions)
         return self._whole_pass
 
-    def begin_source(self, arguments: Mapping[str, Any]) -> None:
+    def begin_stack(self, stack: str, arguments: Mapping[str, Any]) -> None:
         """Nothing: a sweep runs no encoder by itself."""
 
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:

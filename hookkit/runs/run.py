@@ -339,9 +339,8 @@ class CaptureStore:
             if not isinstance(hook, Capture) or bound_hook.observer is not observers:
                 continue
             own_text, own_ending = text, ending
-            if text.source is not None and bound_hook.reads_source and chunks:
-                assert chunks[0].cells is not None
-                own_text = chunks[0].cells.text
+            if bound_hook.stack in text.stacks and chunks:
+                own_text = text.stacks[bound_hook.stack]
                 own_ending = _plain_ending(own_text)
             if any(_acts_before_end(chunk.cells, own_ending) for chunk in chunks):
                 join = partial(_join_chunks, hook, site, list(chunks), own_text, own_ending)
@@ -470,7 +469,7 @@ def _unreached_message(
 ) -> str | None:
     """The message for the first position of a hook that the text did not reach; None if none."""
     for bound_hook in one_per_selection(bound_hooks):
-        if bound_hook.reads_source:
+        if bound_hook.stack in text.stacks:
             continue
         positions_by_prompt = text.selected_positions(bound_hook.where)
         for number, row in enumerate(ending.prompts):
@@ -491,9 +490,9 @@ def _unreached_message(
 
 def one_per_selection(bound_hooks: Iterable[BoundHook]) -> Iterable[BoundHook]:
     """Returns one bound hook for each selection: a hook selects the same at all its sites."""
-    by_selection: dict[tuple[int, bool, bool], BoundHook] = {}
+    by_selection: dict[tuple[int, bool, str], BoundHook] = {}
     for bound_hook in bound_hooks:
-        key = id(bound_hook.where), bound_hook.head, bound_hook.reads_source
+        key = id(bound_hook.where), bound_hook.head, bound_hook.stack
         by_selection[key] = bound_hook
     return by_selection.values()
 

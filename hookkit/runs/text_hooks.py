@@ -19,8 +19,9 @@ from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.overrides import CURRENT_SCOPES, Scope
-from ..models.positions import PositionRange
+from ..models.positions import PositionRange, resolve_rows
 from ..models.sites import Site
+from ..models.towers import find_images
 from .generation import (
     Generation,
     GenerationWatch,
@@ -61,7 +62,11 @@ class TextHooks:
         self.lm, self.bound_hooks = lm, bound_hooks
         self.tracer, self._traced_point, self._stop_early = tracer, traced_point, stop_early
         self.tracker = PositionTracker(
-            partial(find_positions, lm), "logits_to_keep" in lm.takes, lm.two_texts
+            partial(find_positions, lm),
+            "logits_to_keep" in lm.takes,
+            lm.two_texts,
+            partial(find_images, lm),
+            frozenset(bound_hook.stack for bound_hook in bound_hooks) & lm.towers.keys(),
         )
         self.captures = CaptureStore(bound_hooks)
         self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`
@@ -91,10 +96,13 @@ class TextHooks:
             self._pending = set(self.bound_hooks)
         return forward_pass
 
-    def begin_source(self, arguments: Mapping[str, Any]) -> ForwardPass | None:
+    def begin_stack(self, stack: str, arguments: Mapping[str, Any]) -> ForwardPass | None:
         if self.tracker.generation is None or self._generate_thread != get_ident():
             return None
-        return self.tracker.begin_source(arguments)
+        forward_pass = self.tracker.begin_stack(stack, arguments)
+        if stack in self.tracker.towers:
+            _check_stack(stack, self.bound_hooks, forward_pass)
+        return forward_pass
 
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
         self.tracker.end_forward(forward_pass, output)
@@ -115,8 +123,7 @@ class TextHooks:
         *,
         recomputing: bool,
     ) -> Tensor:
-        if forward_pass.source is not None and hook_point.reads_source:
-            forward_pass = forward_pass.source
+        forward_pass = _pass_of_stack(hook_point, forward_pass, tensor)
         hook_point.begin(forward_pass)
         if recomputing:
             tensor = _apply_again(hook_point, forward_pass, tensor, module_input)
@@ -215,7 +222,7 @@ class TextHooks:
                 "block"
             )
         plan = plan_generation(self.lm.root, args, kwargs)
-        text = self.tracker.begin_generation(plan)
+        text = self.tracker.begin_generation(plan, kwargs)
         self.captures.turn_to(text)
         if self.tracer is not None:
             self.tracer.begin(plan)
@@ -260,6 +267,18 @@ class TextHooks:
             self.tracer.finish(self.rows, prompt_lengths, ending.sources)
 
 
+def _pass_of_stack(hook_point: HookPoint, forward_pass: ForwardPass, tensor: Tensor) -> ForwardPass:
+    """Returns the forward pass of the stack to which a hook point's tensor belongs."""
+    if not hook_point.stack:
+        return forward_pass
+    forward_pass = forward_pass.stacks.get(hook_point.stack, forward_pass)
+    location = hook_point.location
+    is_piece = forward_pass.images is not None and location.flat and location.side == "inside"
+    if not is_piece:
+        return forward_pass
+    return forward_pass.next_piece(location, tensor.shape[2])
+
+
 def _apply_again(
     hook_point: HookPoint,
     forward_pass: ForwardPass,
@@ -286,9 +305,9 @@ def _check_text(
 ) -> None:
     """Raises if a hook names a position that the text of its first forward cannot have."""
     text = forward_pass.text
-    if forward_pass.source is not None:
-        of_source = [bound_hook for bound_hook in bound_hooks if bound_hook.reads_source]
-        check_positions(of_source, replace(forward_pass.source, source=None), None)
+    for stack in forward_pass.stacks.keys() | {bound_hook.stack for bound_hook in bound_hooks}:
+        if stack:
+            _check_stack(stack, bound_hooks, forward_pass)
     if text.start:
         _check_cached(bound_hooks, text)
     if text.final or generation is not None:
@@ -297,6 +316,27 @@ def _check_text(
     for bound_hook in one_per_selection(bound_hooks):
         # raises for a phrase that is not in the text, or a position below 0
         text.selected_positions(bound_hook.where)
+
+
+def _check_stack(stack: str, bound_hooks: Sequence[BoundHook], forward_pass: ForwardPass) -> None:
+    """Raises if a hook names a position that a stack cannot have, or a row without any."""
+    of_stack = [bound_hook for bound_hook in bound_hooks if bound_hook.stack == stack]
+    stack_pass = forward_pass.stacks.get(stack)
+    if stack_pass is None:
+        text = forward_pass.text
+        if stack not in text.stacks and (text.final or text.generating):
+            raise EmptySelection(
+                f"{of_stack[0].hook} acts in the {stack} tower, and no prompt has anything for "
+                "it: give what the model's processor returns"
+            )
+        return
+    for bound_hook in one_per_selection(of_stack):
+        for row in resolve_rows(bound_hook.where.rows, len(stack_pass.text.lengths)):
+            if not stack_pass.text.lengths[row] and bound_hook.where.rows is not None:
+                raise EmptySelection(
+                    f"{bound_hook.hook} means row {row}, which has nothing for the {stack} tower"
+                )
+    check_positions(of_stack, stack_pass, None)
 
 
 def check_positions(
@@ -308,7 +348,7 @@ def check_positions(
     """
     text = forward_pass.text
     for bound_hook in one_per_selection(bound_hooks):
-        if forward_pass.source is not None and bound_hook.reads_source:
+        if bound_hook.stack in forward_pass.stacks:
             continue
         first, end = _possible_columns(bound_hook, forward_pass, generation)
         for row, positions in enumerate(text.selected_positions(bound_hook.where)):
@@ -345,6 +385,8 @@ def _possible_columns(
 ) -> tuple[int, int]:
     """The first column at which a hook can act, and the end of the columns that are read."""
     first = 0
+    if forward_pass.images is not None:
+        return first, max(forward_pass.text.lengths)
     if generation is not None:
         if bound_hook.head:
             first = forward_pass.text.head or 0
@@ -388,7 +430,7 @@ def _out_of_range_message(
             f"{first_to_last(possible)} (forward with logits='all')"
         )
     if generation is None:
-        return f"{meaning}, which has {length} tokens: positions 0 to {length - 1}"
+        return f"{meaning}, which has {length} {text.unit}: positions 0 to {length - 1}"
     return (
         f"{meaning}, and with {new_tokens} new tokens the model reads positions "
         f"{first_to_last(possible)}"

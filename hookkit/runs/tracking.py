@@ -10,6 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,17 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Unsupported
-from ..models.batch_positions import Columns, ForwardPass, SequenceBatch, columns_of_mask
+from ..models.batch_positions import (
+    Columns,
+    ForwardPass,
+    ImagePlace,
+    SequenceBatch,
+    columns_of_mask,
+)
 from ..models.positions import NO_END, Named
+from ..models.prompt_row import Row
 from ..models.prompts import Batch
+from ..models.sites import STACKS
 from .generation import Generation
 
 ARGUMENT_NAMES = (
@@ -53,18 +62,22 @@ class PositionTracker:
     find: Callable[[Sequence[int], Named], tuple[int, ...]]  # the positions of a phrase in ids
     takes_logits_to_keep: bool
     two_texts: bool = False  # an encoder-decoder, in which a position may be of either text
+    # `hookkit.models.towers.find_images` of the model
+    find_images: Callable[..., Any] = lambda *arguments: None
+    towers: frozenset[str] = frozenset()  # those in which hooks act
     text: SequenceBatch | None = None  # the text of the last forward
     forwards: int = 0
     generation: Generation | None = None  # while `generate` runs
     expected: SequenceBatch | None = None  # a text whose columns are known before its forward
-    sources: Sequence[Sequence[int] | None] = ()  # of the expected prompts
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # of the `generate` that runs
+    prompts: Sequence[Row] = ()  # of the expected text, with their images or sources
     caches: "Caches" = field(default_factory=lambda: Caches())
 
     def begin_forward(self, arguments: Mapping[str, Any]) -> tuple[ForwardPass, bool]:
         """Returns the forward that begins with these arguments; True if it begins a new text."""
-        source = None
+        own_arguments = arguments
         if self.two_texts:
-            source, arguments = arguments, _decoder_arguments(arguments)
+            arguments = _decoder_arguments(arguments)
         rows, width = _rows_and_width(arguments)
         cache = cache_in(arguments)
         past = columns_in(cache, self.caches.text_of(cache))
@@ -86,8 +99,7 @@ class PositionTracker:
             width,
             head,
             text.n_read,
-            placed=not self.two_texts,
-            source=None if source is None else self._source_pass(source, text, rows),
+            self._stack_passes(own_arguments, text, rows),
         )
         text.n_read = max(text.n_read, past + width)
         self.forwards += 1
@@ -117,28 +129,74 @@ class PositionTracker:
         self.expected = SequenceBatch(
             columns, batch.lengths, batch.rows.__getitem__, self.find, final=True
         )
-        self.sources = [getattr(row, "source", None) for row in batch.rows]
+        self.prompts = batch.rows
 
-    def begin_source(self, arguments: Mapping[str, Any]) -> ForwardPass:
-        """Returns the forward in which `generate` runs the encoder, before it runs the decoder."""
+    def begin_stack(self, stack: str, arguments: Mapping[str, Any]) -> ForwardPass:
+        """Returns the forward in which `generate` runs another stack, before the text's."""
         assert self.text is not None
-        rows, _ = _rows_and_width(arguments)
-        source = self._source_pass(arguments, self.text, rows)
+        if stack == "encoder":
+            rows, _ = _rows_and_width(arguments)
+            stacks = {stack: self._source_pass(arguments, self.text, rows)}
+        else:
+            rows = len(self.text.lengths)
+            stacks = self._stack_passes(self.inputs, self.text, rows)
+        return ForwardPass(self.text, self.forwards, 0, rows, 0, range(0), 0, stacks)
+
+    def _stack_passes(
+        self, arguments: Mapping[str, Any], text: SequenceBatch, rows: int
+    ) -> dict[str, ForwardPass]:
+        """Returns the forwards of the model's other stacks, which run in a forward of the model."""
+        passes: dict[str, ForwardPass] = {}
+        if self.two_texts:
+            passes["encoder"] = self._source_pass(arguments, text, rows)
+        for stack in self.towers:
+            prompts = self.prompts if len(self.prompts) == len(text.lengths) else ()
+            images = self.find_images(stack, arguments, prompts, rows)
+            if images is not None:
+                passes[stack] = self._tower_pass(stack, text, rows, *images)
+        return passes
+
+    def _tower_pass(
+        self,
+        stack: str,
+        text: SequenceBatch,
+        rows: int,
+        shape: tuple[int, int],
+        images: Sequence[Sequence[ImagePlace]],
+    ) -> ForwardPass:
+        """Returns the forward of a tower, whose rows are the patches of each prompt's images."""
+        if stack not in text.stacks:
+            expand = rows // len(text.lengths)
+            lengths: list[int] = []
+            for places in images[::expand]:
+                lengths.append(sum(len(place.columns) for place in places))
+            text.stacks[stack] = SequenceBatch(
+                list(map(range, lengths)),
+                lengths,
+                lambda row: (-1,) * lengths[row],
+                partial(_refuse_named, stack),
+                final=True,
+                expand=expand,
+                unit="frames" if stack == "audio" else "patches",
+            )
+        patches = text.stacks[stack]
+        n_read, patches.n_read = patches.n_read, max(patches.lengths)
+        count, width = shape
         return ForwardPass(
-            self.text, self.forwards, 0, rows, 0, range(0), 0, placed=False, source=source
+            patches, self.forwards, 0, count, width, range(width), n_read, images=images
         )
 
     def _source_pass(
         self, arguments: Mapping[str, Any], text: SequenceBatch, rows: int
     ) -> ForwardPass:
         """Returns the forward over the source, which has as many rows as the decoder."""
-        if text.source is None:
-            text.source = self._source_text(arguments)
-        count = len(text.source.lengths)
-        source = text.source
+        if "encoder" not in text.stacks:
+            text.stacks["encoder"] = self._source_text(arguments)
+        source = text.stacks["encoder"]
+        count = len(source.lengths)
         if rows != count * source.expand:
             source = replace(source, expand=rows // count, _positions={})
-            text.source = source
+            text.stacks["encoder"] = source
         width = max(columns[-1] + 1 for columns in source.columns)
         return ForwardPass(source, self.forwards, 0, rows, width, range(width), 0)
 
@@ -157,8 +215,8 @@ class PositionTracker:
         if isinstance(mask, Tensor):
             columns, lengths = columns_of_mask(mask.bool(), generating=False)
             columns = [_closed(row, width) for row in columns]
-        known = list(self.sources)
-        self.sources = ()
+        known = [getattr(row, "source", None) for row in self.prompts]
+        self.prompts = ()
 
         def prompt(row: int) -> tuple[int, ...]:
             own = known[row] if len(known) == rows else None
@@ -170,9 +228,12 @@ class PositionTracker:
 
         return SequenceBatch(columns, lengths, prompt, self.find, final=True)
 
-    def begin_generation(self, plan: Generation) -> SequenceBatch:
-        """Returns the text of a call of `generate`, to which the next forwards belong."""
-        self.generation = plan
+    def begin_generation(self, plan: Generation, inputs: Mapping[str, Any]) -> SequenceBatch:
+        """Returns the text of a call of `generate`, to which the next forwards belong.
+
+        `inputs` are the keywords that `generate` was given, such as pixel_values.
+        """
+        self.generation, self.inputs = plan, inputs
         prompt = plan.prompt
         if self.expected is not None:
             prompt, self.expected = self.expected.prompt, None  # rows that know who says what
@@ -324,6 +385,14 @@ def _decoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         given["input_ids"] = _first_tensor(arguments.values())  # the decoder was called by itself
     others = {name: value for name, value in arguments.items() if name not in names}
     return {**others, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _refuse_named(stack: str, ids: Sequence[int], place: Named) -> tuple[int, ...]:
+    """Raises `Unsupported` for positions by text or role, where positions are no tokens."""
+    raise Unsupported(
+        f"{place!r} means tokens of the text, and the positions in the {stack} tower are "
+        f"{STACKS[stack]}: give numbers"
+    )
 
 
 def _closed(columns: Columns, width: int) -> Columns:

@@ -30,7 +30,7 @@ from ..hooks.base import Hook
 from ..models.lm import LM
 from ..models.model_setup import user_stacklevel, warn_of_dropout
 from ..models.prompts import Prompts, as_batch
-from ..models.sites import CROSS_SITES, QUERY_KEY_SITES, ModuleSite, Site
+from ..models.sites import CROSS_SITES, QUERY_KEY_SITES, STACKS, ModuleSite, Site
 from ..models.tokens import describe_prompts
 from ..runs.engines.ray import EngineLike, Ray, read_engine
 from ..runs.hook_points import BoundHook, HookPoint
@@ -159,9 +159,14 @@ def _extend_inputs(
 
 def _refuse_source_positions(bound: BoundHook) -> None:
     """Raises `Unsupported` for a site whose positions or keys are those of a source."""
-    site = bound.site
+    site, stack = bound.site, bound.stack
+    if stack in ("vision", "audio"):
+        raise Unsupported(
+            f"{site} has {STACKS[stack]} as positions, and a sweep edits what the text model "
+            "reads: run hk.forward with each hook"
+        )
     is_cross = isinstance(site, Site) and site.name in CROSS_SITES & QUERY_KEY_SITES
-    if bound.reads_source or is_cross:
+    if bound.stack or is_cross:
         raise Unsupported(
             f"{site} has positions of the source, and a sweep edits what the decoder reads: run "
             "hk.forward with each hook; cross_z.L.H is a head's attention to the source"

@@ -19,6 +19,7 @@ from ..families.encoder_decoders import ENCODER_DECODERS
 from ..families.encoders import ENCODERS
 from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS, TEXT_MODELS
+from ..families.towers import TOWERS
 from ..layout import Layout, is_masked_lm, text_config
 from ..sites import AXES, CROSS_SITES, SITES_WITHOUT_LAYER
 from .attention_sites import (
@@ -61,7 +62,8 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
         if text is config:
             return family
         exceptions = {**family.exceptions, **MULTIMODAL_EXCEPTIONS.get(model_type, {})}
-        return replace(family.moved(decoder_path(model), head), exceptions=exceptions)
+        moved = family.moved(decoder_path(model), head)
+        return replace(moved, exceptions=exceptions, stacks=find_towers(model, config))
     family = _try_discovery(model, config)
     if isinstance(family, Family):
         return family
@@ -69,8 +71,29 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     return Family(model_type or "unknown", locations, dict.fromkeys(AXES, family))
 
 
+def find_towers(model: nn.Module, config: Any) -> dict[str, Family]:
+    """Returns the rows of the towers of a model that reads images or sound, by stack."""
+    towers: dict[str, Family] = {}
+    for stack in ("vision", "audio"):
+        part = getattr(config, f"{stack}_config", None)
+        row = TOWERS.get(str(getattr(part, "model_type", None)))
+        if row is None:
+            continue
+        for path, module in model.named_modules():
+            if type(getattr(module, "config", None)) is type(part):
+                towers[stack] = row(config, path)
+                break
+    return towers
+
+
 def decoder_path(model: nn.Module) -> str:
     """Returns the path of the innermost decoder, which reads the embedded text."""
+    decoder = decoder_of(model)
+    return next(path for path, module in model.named_modules() if module is decoder)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Returns the innermost decoder, which reads the embedded text."""
     decoder: Any = model
     while True:
         inner = getattr(decoder, "get_decoder", lambda: None)()
@@ -80,7 +103,7 @@ def decoder_path(model: nn.Module) -> str:
     inner = getattr(decoder, "model", None)  # Llama 4 gives the decoder with its head
     if not hasattr(decoder, "layers") and isinstance(inner, nn.Module):
         decoder = inner
-    return next(path for path, module in model.named_modules() if module is decoder)
+    return decoder
 
 
 def _why_no_head(kind: str, model_type: str | None) -> str:

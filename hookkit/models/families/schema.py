@@ -30,7 +30,8 @@ class ModuleLocation:
     part    the index of the part that is the site
     shared  True for an input that the block uses after the module too: an edit is written into the
             tensor itself, because a replacement would reach the module only
-    flat    True if rows and positions are one axis
+    flat    True if rows and positions are one axis; inside attention, that each image, or each
+            window of it, has a call of its own
     times   the block's attribute by which the module's output is multiplied before it is added to
             the residual stream
     over    the configuration's attribute by which it is divided before the head reads it
@@ -104,6 +105,28 @@ SizeCorrections: TypeAlias = Callable[[Any, int | None], Mapping[str, int | None
 """Returns size corrections for a configuration and a block's number (None: any block)."""
 
 
+@dataclass(frozen=True)
+class Tower:
+    """How a stack that reads images or sound lays out their positions.
+
+    path        the path of its module
+    counts      what says how many positions an image has: the size of its "pixels", of which a
+                processor may give several "crops" or a "pixel mask"; the "image sizes" in pixels;
+                the "grid" of its patches; or the "frames" of a sound
+    before      the number of class tokens before the patches of each image
+    after       the number of class tokens after them
+    packed      True if the positions of all images of a batch are one axis
+    last_block  the last block that the text model reads, counted from the end
+    """
+
+    path: str
+    counts: str
+    before: int = 0
+    after: int = 0
+    packed: bool = False
+    last_block: int = -1
+
+
 CROSS_SITES = ("in", "q", "k", "v", "scores", "pattern", "z", "out", "mid")
 NO_SOURCE: Mapping[str, str] = {
     f"cross_{name}": "these blocks attend to no other text: they are those of no encoder-decoder's "
@@ -125,6 +148,7 @@ class Family:
     exceptions  laws ("sum"), or laws at one site ("batch scores"), that do not hold for the family,
                 with the reasons
     stacks      the rows of other lists of blocks, such as the encoder of an encoder-decoder
+    tower       for a stack that reads images or sound, how its positions are laid out
     stream_norms  where a block normalises the stream itself after an addition: by the site that is
                 the stream then ("resid_mid", "resid_post"), the path of that norm in the block
     found       True if the row was derived by a dry run of the model and is not in the table
@@ -139,6 +163,7 @@ class Family:
     exceptions: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, "Family"] = field(default_factory=dict)
     stream_norms: Mapping[str, str] = field(default_factory=dict)
+    tower: Tower | None = None
     found: bool = False
 
     def __post_init__(self) -> None:

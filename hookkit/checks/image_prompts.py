@@ -1,0 +1,100 @@
+"""Prompts with an image, or with sound, of random numbers: the inputs of the laws of a tower."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.layout import text_config
+from ..models.lm import LM
+from ..models.named_positions import placeholder_ids
+from ..models.positions import AUDIO, IMAGE
+from ..models.towers import VALUES, count_crops
+
+LENGTHS = ((3, 4), (1, 2), (2, 3))  # of the text before the image and after it, in tokens
+
+
+def image_prompts(lm: LM, stack: str) -> list[dict[str, Tensor]]:
+    """Returns three prompts, each with one image or sound, in the form that processors return.
+
+    The images have the size that the model's configuration names, or a few patches.
+    """
+    return [_image_prompt(lm, stack, seed, *lengths) for seed, lengths in enumerate(LENGTHS)]
+
+
+def _image_prompt(lm: LM, stack: str, seed: int, before: int, after: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = _image_inputs(lm, stack, generator)
+    mark = max(placeholder_ids(lm, AUDIO if stack == "audio" else IMAGE), key=_is_image(lm.config))
+    first = getattr(lm.config, "vision_start_token_id", None)
+    first = getattr(lm.config, "image_start_token_id", first)
+    image = [mark] * _count_tokens(lm, stack, inputs)
+    if first is not None:
+        image = [first, *image]
+    n_tokens = lm.n_tokens
+    text = torch.randint(n_tokens // 10, n_tokens - 10, (before + after,), generator=generator)
+    others = placeholder_ids(lm)
+    words = [word + 1 if word in others else word for word in text.tolist()]
+    ids = torch.tensor([[*words[:before], *image, *words[before:]]])
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    is_image = (ids == mark).long()
+    if "mm_token_type_ids" in lm.takes:
+        inputs["mm_token_type_ids"] = is_image
+    if "token_type_ids" in lm.takes:
+        # PaliGemma's say what the model is to write
+        is_prefix = lm.config.model_type == "paligemma"
+        inputs["token_type_ids"] = torch.zeros_like(ids) if is_prefix else is_image
+    return inputs
+
+
+def _is_image(config: Any) -> Any:
+    """Returns a function that prefers the id of an image to that of a video."""
+    return lambda token_id: token_id != getattr(config, "video_token_id", None)
+
+
+def _image_inputs(lm: LM, stack: str, generator: torch.Generator) -> dict[str, Tensor]:
+    """Returns the inputs for one image or sound, besides the tokens."""
+    tower, config = lm.towers[stack].family.tower, text_config(lm.config, stack)
+    assert tower is not None
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    name = VALUES[stack][0]
+    if tower.counts == "frames":
+        frames = 2 * config.max_source_positions
+        mask = torch.ones(1, frames, dtype=torch.long)
+        return {name: numbers(1, config.num_mel_bins, frames), "feature_attention_mask": mask}
+    if tower.counts == "grid":
+        side = 2 * config.spatial_merge_size
+        channels = getattr(config, "in_channels", 3) * config.temporal_patch_size
+        values = numbers(side * side, channels * config.patch_size**2)
+        return {name: values, "image_grid_thw": torch.tensor([[1, side, side]])}
+    if tower.counts == "image sizes":
+        side = 2 * config.patch_size * getattr(lm.config, "spatial_merge_size", 1)
+        return {name: numbers(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
+    pixels = numbers(1, 3, config.image_size, config.image_size)
+    if tower.counts == "pixel mask":
+        return {name: pixels[None]}
+    if tower.counts == "crops":
+        size = config.image_size, config.image_size
+        crops = numbers(1, count_crops(lm.config, size), 3, *size)
+        return {name: crops, "image_sizes": torch.tensor([size])}
+    return {name: pixels}
+
+
+def _count_tokens(lm: LM, stack: str, inputs: dict[str, Tensor]) -> int:
+    """Returns how many tokens of the text stand for an image or sound."""
+    if stack == "audio":
+        frames = (inputs["feature_attention_mask"].shape[1] - 1) // 2 + 1
+        return (frames - 2) // 2 + 1
+    moved = {name: values.to(lm.device) for name, values in inputs.items()}
+    with torch.no_grad():
+        output = lm.root.get_image_features(**moved)  # pyright: ignore[reportCallIssue]
+    features = getattr(output, "pooler_output", output)
+    if features is None:
+        features = output.last_hidden_state
+    if isinstance(features, Tensor):
+        features = [features]
+    return sum(math.prod(part.shape[:-1]) for part in features)

@@ -1,0 +1,159 @@
+"""Where the images of a batch are in the tensors of a tower, which reads them patch by patch.
+
+A prompt's images are known from what its processor returned. The positions of a row are the patches
+of all its images, one image after another, each in the order in which the tower has them.
+`find_images` returns where these are in a tensor [image, patch, ...] of a forward.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadPrompt, Unsupported
+from .batch_positions import Columns, ImagePlace
+from .families.schema import Tower
+from .layout import text_config
+from .lm import LM
+from .named_positions import placeholder_ids
+from .prompt_row import VALUES_OF_GRIDS, Row, divide_inputs
+
+VALUES = {"vision": ("pixel_values", "pixel_values_videos"), "audio": ("input_features",)}
+
+
+def find_images(
+    lm: LM,
+    stack: str,
+    arguments: Mapping[str, Any],
+    rows: Sequence[Row],
+    count: int,
+) -> tuple[tuple[int, int], list[list[ImagePlace]]] | None:
+    """Returns the first two sizes of the tensors of a tower, and where each row's images are.
+
+    Returns None if the forward reads no image. `rows` are the prompts of the forward, if they are
+    known, and `count` is how many rows the model runs.
+    """
+    values = [name for name in VALUES[stack] if isinstance(arguments.get(name), Tensor)]
+    if not values:
+        return None
+    if len(values) > 1:
+        raise Unsupported(
+            f"the prompts have {values[0]!r} and {values[1]!r}, for which the {stack} tower runs "
+            f"twice in one forward, so a site of it may mean either: give one of them"
+        )
+    tower = lm.towers[stack].family.tower
+    assert tower is not None
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    config = text_config(lm.config, stack)
+    places: list[list[ImagePlace]] = []
+    shape = [0, 0]
+    for own in _inputs_by_row(lm, stack, tensors, rows, count):
+        first, row_places = 0, []
+        images = []
+        if values[0] in own:
+            images = image_columns(lm, tower, config, {**tensors, **own}, tensors[values[0]])
+        for columns, width in images:
+            if tower.packed:
+                columns = range(shape[1], shape[1] + width)
+                row_places.append(ImagePlace(first, 0, columns))
+                shape = [1, shape[1] + width]
+            else:
+                row_places.append(ImagePlace(first, shape[0], columns))
+                shape = [shape[0] + 1, width]
+            first += len(columns)
+        places.append(row_places)
+    return (shape[0], shape[1]), places
+
+
+def _inputs_by_row(
+    lm: LM, stack: str, tensors: Mapping[str, Tensor], rows: Sequence[Row], count: int
+) -> list[Mapping[str, Tensor]]:
+    """Returns the inputs of each row of a forward besides its tokens."""
+    if rows and count % len(rows) == 0:
+        copies = count // len(rows)
+        return [getattr(row, "inputs", {}) for row in rows for _ in range(copies)]
+    per_image = ("pixel", "image_", "video_", "feature", "input_features")
+    inputs = {name: value for name, value in tensors.items() if name.startswith(per_image)}
+    try:
+        divided = divide_inputs(inputs, count)
+    except BadPrompt as error:
+        raise Unsupported(f"{_unknown(stack)} ({error})") from error
+    ids = tensors.get("input_ids")
+    if count > 1 and ids is not None:
+        marks = torch.tensor(sorted(placeholder_ids(lm)), device=ids.device)
+        if not bool(torch.isin(ids, marks).any(1).all()):
+            raise Unsupported(f"{_unknown(stack)}: some row has no token that stands for one")
+    return list(divided)
+
+
+def _unknown(stack: str) -> str:
+    return (
+        f"which row each input of the {stack} tower belongs to is not known here: use hk.forward "
+        "or hk.generate with a list of what the processor returns for each prompt"
+    )
+
+
+def image_columns(
+    lm: LM, tower: Tower, config: Any, inputs: Mapping[str, Tensor], values: Tensor
+) -> list[tuple[Columns, int]]:
+    """Returns the columns of each image of a row, and the columns of its entry in the tensor.
+
+    `inputs` are those of the row, and `values` are the pixels or features of the whole batch.
+    """
+    if tower.counts == "grid":
+        name = next(grid for grid, of in VALUES_OF_GRIDS.items() if of in inputs)
+        return [_all(math.prod(grid)) for grid in inputs[name].tolist()]
+    if tower.counts == "frames":
+        width = (values.shape[-1] - 1) // 2 + 1
+        frames = inputs["feature_attention_mask"].sum(-1).tolist()
+        return [(range((count - 1) // 2 + 1), width) for count in frames]
+    size = config.patch_size
+    if tower.counts == "image sizes":
+        sizes = inputs["image_sizes"].tolist()
+        return [_all((height // size) * (width // size)) for height, width in sizes]
+    grid = values.shape[-2] // size, values.shape[-1] // size
+    patches = tower.before + math.prod(grid) + tower.after
+    own = inputs["pixel_values"]
+    if tower.counts == "pixel mask":
+        return _masked_patches(own, inputs.get("pixel_attention_mask"), size, grid)
+    count = own.shape[0]
+    if tower.counts == "crops" and own.ndim == 5:
+        sizes = map(tuple, inputs["image_sizes"].tolist())
+        count = sum(count_crops(lm.config, image_size) for image_size in sizes)
+    return [_all(patches)] * count
+
+
+def _all(count: int) -> tuple[range, int]:
+    return range(count), count
+
+
+def count_crops(config: Any, image_size: tuple[int, int]) -> int:
+    """Returns into how many pieces LLaVA-NeXT divides an image, with the whole image."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    return image_size_to_num_patches(
+        image_size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
+
+
+def _masked_patches(
+    pixels: Tensor, mask: Tensor | None, size: int, grid: tuple[int, int]
+) -> list[tuple[Columns, int]]:
+    """Returns the columns of the patches of each image that are no padding, on the batch's grid.
+
+    Idefics leaves out images whose pixels are all 0.
+    """
+    height, width = grid
+    images: list[tuple[Columns, int]] = []
+    for number, image in enumerate(pixels.flatten(0, 1)):
+        if not bool((image != 0).any()):
+            continue
+        columns: Columns = range(height * width)
+        if mask is not None:
+            own = mask.flatten(0, 1)[number].unfold(0, size, size).unfold(1, size, size)
+            rows, places = (own.sum((-1, -2)) > 0).nonzero(as_tuple=True)
+            columns = tuple((rows * width + places).tolist())
+        images.append((columns, height * width))
+    return images
