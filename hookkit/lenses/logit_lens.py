@@ -27,7 +27,7 @@ from ..models.lm import LM
 from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
-from ..models.sites import Site, SitesLike
+from ..models.sites import Site, SitesLike, refuse_stacks
 from ..models.tokens import describe_prompts
 from ..models.words import WordLike
 from ..runs.forward import forward
@@ -106,6 +106,7 @@ def stream_sites(lm: LM, sites: SitesLike) -> tuple[Site, ...]:
     """Returns the sites of a lens; raises if one is no state of the stream's width."""
     width = lm.shape(Site("resid_post", lm.n_layers - 1))
     selected = []
+    refuse_stacks(lm.expand(sites), "a lens reads the stream that the unembedding reads")
     for site in lm.expand(sites):
         if not isinstance(site, Site) or site.name not in STREAM:
             raise BadHook(
@@ -331,6 +332,7 @@ def patchscope(
     >>> scope[["site", "target_site"]].values.tolist()
     [['resid_post.4', 'resid_post.4'], ['resid_post.28', 'resid_post.28']]
     """
+    refuse_stacks(lm.expand(sites), "a patchscope reads the text model's states")
     sources = [site for site in lm.expand(sites) if isinstance(site, Site)]
     run = forward(lm, prompt, *hooks, capture(sources, pos=pos), logits=False)
     n_prompts, n_positions = run.captured(sources[0]).values.shape[:2]

@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias, overload
 
 from ..arguments import as_integer, check_fields, check_keywords, describe
 from ..display import count_of, render_html
-from ..errors import BadHook, EmptySelection, OutOfRange, UnknownSite, did_you_mean
+from ..errors import BadHook, EmptySelection, OutOfRange, UnknownSite, Unsupported, did_you_mean
 
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q.
 # q, k and v are the projections' outputs; q_rot and k_rot are what attention multiplies, after a
@@ -360,6 +360,19 @@ def as_sites(sites: SitesLike) -> Sites:
         repeated = [site for site in selected if selected.count(site) > 1]
         raise BadHook(f"{repeated[0]} is named twice in one hook: name each site once")
     return Sites(selected)
+
+
+def refuse_stacks(sites: Iterable[AnySite], what: str) -> None:
+    """Raises `Unsupported` for a site of an encoder or a tower, which has other positions.
+
+    `what` says which positions are needed.
+    """
+    for site in sites:
+        if isinstance(site, Site) and site.stack:
+            raise Unsupported(
+                f"{site} has {STACKS[site.stack]} as positions, and {what}: use hk.forward with "
+                "hk.capture, or with each hook"
+            )
 
 
 def as_site(item: object) -> AnySite:

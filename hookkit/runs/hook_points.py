@@ -438,6 +438,11 @@ def _capture(
     capture, number = bound_hook.hook, forward_pass.number
     assert isinstance(capture, Capture)
     if capture.grad:
+        if bound_hook.pieces and bound_hook.pieces[-1].call == number:
+            raise Unsupported(
+                f"the attention at {bound_hook.site} runs for each image by itself, so that there "
+                "is no one tensor with a gradient: give one image, or capture q, k or z"
+            )
         leaf = _leaf_with_gradient(bound_hook, values)
         values = swap_head_and_query(bound_hook.site, leaf)
         bound_hook.pieces.append(CapturedChunk(number, selection, values, leaf))

@@ -18,7 +18,13 @@ from ..hooks.edits import skip_block
 from ..models.lm import LM
 from ..models.positions import IndicesLike, Pos, PosLike, read_position
 from ..models.prompts import Prompts, as_batch
-from ..models.sites import SITES_WITH_HEADS, SITES_WITH_KEY_HEADS, SITES_WITHOUT_LAYER, Site
+from ..models.sites import (
+    SITES_WITH_HEADS,
+    SITES_WITH_KEY_HEADS,
+    SITES_WITHOUT_LAYER,
+    Site,
+    refuse_stacks,
+)
 from ..tables.metrics.metric import MetricLike
 from .cells import list_values
 from .sweep import Settings, sweep
@@ -249,7 +255,8 @@ def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int
     if name in SITES_WITHOUT_LAYER:
         lm.location(Site(name))
         return [None]
-    lm.sites(name)  # raises if the model has none
+    # raises if the model has none
+    refuse_stacks(lm.sites(name), "a grid has those of the prompts' tokens")
     if layers is None:
         return list(lm.layout.layers(name) or [])
     return [layer for layer in layers if lm.location(Site(name, layer))]

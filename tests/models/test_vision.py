@@ -375,6 +375,8 @@ def test_vectors_means_and_patches_of_a_tower():
     grad = hk.forward(lm, first, hk.capture(site, grad=True))
     (gradient,) = torch.autograd.grad(grad.logits[0, -1, 37], grad[site])
     assert gradient.shape == (1, 5, 16) and float(gradient.abs().max()) > 0
+    gradients = hk.gradients(lm, [first], hk.metrics.logit(37), site)
+    assert apart(gradients.gradient[site], gradient) < 1e-6
 
 
 def test_names_texts_and_json_of_sites_in_a_tower():
@@ -390,10 +392,21 @@ def test_names_texts_and_json_of_sites_in_a_tower():
     assert run["vision.z.1.1"].shape == (1, 5, 8) and run.stack("vision.z").shape == (2, 1, 5, 2, 8)
 
 
-def test_lenses_and_sweeps_say_that_a_tower_has_other_positions():
+def test_lenses_and_sweeps_say_that_a_tower_has_other_positions(tmp_path):
     lm, inputs = model_of("llava"), image_prompt("llava")
-    with pytest.raises(HookkitError, match="vision"):
-        hk.logit_lens(lm, inputs, sites="vision.resid_post", watch=[37])
+    metric = hk.metrics.logit(37)
+    for refuse in (
+        lambda: hk.logit_lens(lm, inputs, sites="vision.resid_post", watch=[37]),
+        lambda: hk.patching(lm, [inputs], [inputs], "vision.resid_post", metric),
+        lambda: hk.attribution(lm, [inputs], [inputs], "vision.z", metric),
+        lambda: hk.ablations(lm, [inputs], "vision.z", metric),
+        lambda: hk.harvest(lm, [inputs], ["vision.z.1"], tmp_path / "harvest", progress=False),
+    ):
+        with pytest.raises(Unsupported, match="patches of the row's images as positions"):
+            refuse()
+    packed, two = model_of("qwen2_vl"), two_images("qwen2_vl")[0]
+    with pytest.raises(Unsupported, match="for each image by itself"):
+        hk.forward(packed, two, hk.capture("vision.pattern.1", grad=True))
     with pytest.raises(Unsupported, match="patches"):
         hk.sweep(
             lm,

@@ -19,7 +19,7 @@ from ...hooks.capture import capture
 from ...models.lm import LM
 from ...models.positions import Where
 from ...models.prompts import pad_id
-from ...models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, SitesLike
+from ...models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, SitesLike, refuse_stacks
 from ...runs.forward import forward
 from .texts import Batch, TextReader, TokenSequence
 
@@ -48,6 +48,7 @@ def probe_sites(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, ValueKind]
     whose output has no rows and positions.
     """
     expanded = lm.expand(sites)
+    refuse_stacks(expanded, f"{what} keeps a row for every token")
     for site in expanded:
         if not isinstance(site, ModuleSite) and site.name in QUERY_KEY_SITES:
             raise BadHook(
