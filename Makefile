@@ -51,6 +51,7 @@ benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.attention
 	$(IN) -m experiments.benchmarks.harvest
 	$(IN) -m experiments.benchmarks.token_shifts
+	$(IN) -m experiments.benchmarks.grammar
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

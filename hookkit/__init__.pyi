@@ -25,6 +25,7 @@ from .hooks.edits import project_out as project_out
 from .hooks.edits import scale as scale
 from .hooks.edits import skip_block as skip_block
 from .hooks.edits import steer as steer
+from .hooks.grammar import grammar as grammar
 from .hooks.logit_shifts import ban as ban
 from .hooks.logit_shifts import boost as boost
 from .hooks.logit_shifts import cap as cap

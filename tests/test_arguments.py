@@ -156,6 +156,7 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
         hk.patch("z.1", run), hk.knockout(1, key=hk.at("tea")), hk.force(hk.word([7, 8])), hk.ban(" tea", 5),
         hk.restrict(5), hk.boost(by={5: 1.0, 6: 2.0}), hk.cap(5, prob=0.5), hk.swap(5, 6), hk.set_rank(5, 3),
         hk.toward("tea", by=1.0), hk.away_from(hk.Site("resid_post", 1), by=1.0),
+        hk.grammar(regex="a"),
     ]  # fmt: skip
     grid = {"layer": [1]}
     plan = hk.sweep_plan(

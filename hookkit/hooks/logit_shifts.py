@@ -25,6 +25,7 @@ from ..models.tokens import Token
 from ..models.words import Word, WordEnds, WordLike, check_words
 from .base import Binding, Change, EditContext, When, as_where, set_field
 from .logits import LogitEdit, Logits, fitted_number, next_above
+from .rulings import besides_ruling
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class Ban(TokensEdit, verb="ban", takes_several=True, gives_infinity=True):
                 _ban_last(ids, new, here)
             for ends in word_ends:
                 _ban_completing_tokens(new, here, ends)
-            if _leaves_no_token(new, here):
-                raise BadEdit(f"{self} leaves no token to choose at {here.site}")
+            if (row := _row_without_token(new, here)) is not None:
+                raise BadEdit(
+                    f"{self} leaves no token to choose at {here.site}{besides_ruling(here, row)}"
+                )
             return new
 
         return apply
@@ -86,8 +89,10 @@ def _ban_last(ids: list[int], logits: Logits, here: EditContext) -> None:
             logits[row, column, ids[-1]] = -math.inf
 
 
-def _leaves_no_token(logits: Logits, here: EditContext) -> bool:
-    return bool(here.real_cells(logits.amax(dim=-1) == -math.inf).any())
+def _row_without_token(logits: Logits, here: EditContext) -> int | None:
+    """Returns the first row with a cell where no token is left; None if there is none."""
+    is_empty = here.real_cells(logits.amax(dim=-1) == -math.inf)
+    return int(is_empty.nonzero()[0, 0]) if bool(is_empty.any()) else None
 
 
 def _cells_before_last(ids: list[int], here: EditContext) -> list[tuple[int, int]]:
@@ -129,11 +134,9 @@ class Restrict(TokensEdit, verb="restrict", gives_infinity=True):
         def apply(logits: Logits, here: EditContext) -> Logits:
             new = torch.full_like(logits, -math.inf)
             new[..., tokens] = logits[..., tokens]
-            if _leaves_no_token(new, here):
-                raise BadEdit(
-                    f"{self} leaves no token to choose at {here.site}: all of these were banned "
-                    "before"
-                )
+            if (row := _row_without_token(new, here)) is not None:
+                reason = besides_ruling(here, row) or ": all of these were banned before"
+                raise BadEdit(f"{self} leaves no token to choose at {here.site}{reason}")
             return new
 
         return apply
@@ -328,10 +331,12 @@ class Cap(TokensEdit, verb="cap"):
             odds = exact.logsumexp(dim=-1, keepdim=True) - other_odds
             shift = (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
             new[..., tokens] = round_down(exact + shift, logits.dtype)
-            if bool(here.real_cells(~(new.amax(dim=-1) > -math.inf)).any()):
+            has_none = here.real_cells(~(new.amax(dim=-1) > -math.inf))
+            if bool(has_none.any()):
+                row = int(has_none.nonzero()[0, 0])
                 raise BadEdit(
                     f"{self} cannot be at {here.site}: no other token can be chosen, so these have "
-                    "all the odds"
+                    f"all the odds{besides_ruling(here, row)}"
                 )
             return new
 

@@ -7,7 +7,8 @@ where a condition on the logits holds too.
 
 `Decisions` makes `generate` take the forced tokens in every decoding mode. Rules of transformers
 (temperature, top_p, suppress_tokens …) are overruled. A constraint of the caller
-(`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out contradicts the hook.
+(`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out contradicts the hook. No
+rule may leave nothing of what a grammar allows, or make possible what it forbids.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .base import (
     set_field,
 )
 from .conditions import offsets_of_tokens
+from .rulings import check_ruling
 from .values import overflow_message
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
@@ -289,8 +291,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_words=True, takes_se
         is_due = offsets >= 0
         due_cells = here.real_cells(is_due)
         self._check_first(new, here, index, due_cells)
-        if self.decides:
-            self._decide(here, tokens, due_cells)
+        self._note_first(here, tokens, due_cells)
         return torch.where(is_due[..., None], new, logits)
 
     def _check_first(
@@ -314,10 +315,10 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_words=True, takes_se
                 f"{str(logits.dtype).removeprefix('torch.')} has no larger number to give"
             )
 
-    def _decide(
+    def _note_first(
         self, here: EditContext, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]
     ) -> None:
-        """Records for `generate` which token each row takes, where `due` is True."""
+        """Records for `generate` which token is put first in each row, where `due` is True."""
         sequences = here.cells.text
         if not sequences.generating:
             return
@@ -325,7 +326,8 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_words=True, takes_se
         for index, cell in due.nonzero().tolist():
             row, position = here.cells.rows[index], here.cells.row_positions[index][cell]
             column = sequences.columns[sequences.of(row)][position]
-            sequences.decided[row, column] = DecidedToken(token_at[index][cell], str(self))
+            token = DecidedToken(token_at[index][cell], str(self), self.decides)
+            sequences.decided[row, column] = token
 
 
 @check_keywords
@@ -417,7 +419,7 @@ class Decisions:
         `constraints` are the ids of the rules that are the caller's.
         """
         decided = self._current(input_ids, scores)
-        if not decided:
+        if not decided and not self.text.rulings:
             return rules(input_ids, scores, **settings)
         if type(rules).__name__ == "LogitsProcessorList":
             for rule in rules:
@@ -425,11 +427,20 @@ class Decisions:
                 scores = type(rules)([rule])(input_ids, scores, **settings)
                 if id(rule) in constraints:
                     self._check_possible(before, scores, decided, _name(rule))
+                for ruling in self.text.rulings:
+                    name = _name(rule)
+                    if id(rule) not in constraints:
+                        name = f"generate's {type(rule).__name__}"
+                    check_ruling(ruling, scores, name, excused=decided)
         else:  # the rules of an enclosing `attach`, which act as a whole
             scores = rules(input_ids, scores, **settings)
             if not constraints.isdisjoint(map(id, rules)):
                 name = f"{ALLOWED_TOKENS} or logits_processor"
                 self._check_possible(None, scores, decided, name)
+            for ruling in self.text.rulings:
+                check_ruling(ruling, scores, "a rule of generate", excused=decided)
+        if not decided:
+            return scores
         # an impossible decided token has the score 0
         rows, tokens = _rows_and_tokens(decided, scores.device)
         new = scores.clone()
@@ -444,7 +455,7 @@ class Decisions:
         current_column = self.offset + input_ids.shape[1] - 1
         decided = {}
         for (row, column), decision in self.text.decided.items():
-            if column == current_column:
+            if column == current_column and decision.certain:
                 decided[row] = decision
         self.text.decided.clear()
         if not decided:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..arguments import check_arguments, shorten
 from ..errors import BadFile, BadHook, HookkitError, NotOneToken, did_you_mean
-from ..files.untrusted import MAX_MESSAGE, read_hook_list
+from ..files.untrusted import MAX_MESSAGE, read_hook_list, read_text
 from ..models.lm import LM
 from ..models.sites import parse_site
 from ..models.words import Word
@@ -24,6 +24,7 @@ from .ablation import Ablate, Patch, ablate, patch
 from .base import Hook, as_tuple
 from .capture import Capture, capture
 from .edits import Knockout, Scale, SkipBlock, knockout, project_out, scale, skip_block, steer
+from .grammar import KINDS, Grammar, grammar
 from .logit_shifts import Boost, SetRank, ban, boost, cap, restrict, set_rank, swap
 from .logits import LogitEdit, force
 from .sources import UNEDITED, OtherPrompts, SourceEdit, away_from, toward
@@ -293,6 +294,19 @@ def _parse_source(function: Callable[..., Hook], spelling: Spelling, lm: LM | No
     return function(source, **spelling.settings)
 
 
+def _parse_grammar(spelling: Spelling, lm: LM | None) -> Hook:
+    kind, colon, text = spelling.what.strip().partition(":")
+    if kind not in KINDS or not colon:
+        raise BadHook(
+            f"{spelling.text!r} says no kind of grammar: write grammar:regex:(yes|no), "
+            "grammar:json:SCHEMA or grammar:ebnf:GRAMMAR; the last two may be files"
+        )
+    if kind != "regex" and os.path.isfile(text.strip()):
+        text = read_text(text.strip())
+    settings: dict[str, Any] = {kind: text, **spelling.settings}
+    return grammar(**settings)
+
+
 PARSERS: dict[str, Callable[[Spelling, LM | None], Hook]] = {
     "ablate": partial(_parse_at_sites, ablate),
     "patch": _parse_patch,
@@ -311,6 +325,7 @@ PARSERS: dict[str, Callable[[Spelling, LM | None], Hook]] = {
     "set_rank": _parse_set_rank,
     "toward": partial(_parse_source, toward),
     "away_from": partial(_parse_source, away_from),
+    "grammar": _parse_grammar,
 }
 
 # a token that needs no quotes
@@ -385,6 +400,8 @@ def _reference_settings(hook: Ablate, reference: Reference) -> dict[str, Any]:
 
 
 def _format_tokens(hook: LogitEdit, settings: dict[str, Any]) -> str:
+    if isinstance(hook, Grammar):
+        return f"{hook.kind}:{hook.text}"
     words = []
     for name in hook.names:
         words += map(format_token, as_tuple(getattr(hook, name)))

@@ -30,10 +30,23 @@ Side: TypeAlias = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class DecidedToken:
-    """A token that a hook has decided on, and the hook in words."""
+    """A token that a hook puts first, and the hook in words."""
 
     token: int
     hook: str
+    certain: bool = True  # False for a push, which sampling may overrule
+
+
+@dataclass(frozen=True, eq=False)
+class Ruling:
+    """The tokens that a grammar allows in the current step of a `generate`, and it in words."""
+
+    hook: str
+    rows: list[int]  # of the model
+    prompts: list[int]
+    steps: list[int]
+    allowed: Bool[Tensor, "row vocab"]
+    name_token: Callable[[int], str]
 
 
 @dataclass(frozen=True)
@@ -83,9 +96,18 @@ class SequenceBatch:
     # What the model's other stacks read: the source of an encoder, or the patches of images.
     stacks: "dict[str, SequenceBatch]" = field(default_factory=dict)
     unit: str = "tokens"  # what a position is
-    # The decided tokens by model row and column.
+    # Of a generate: the tokens that end a row, and the column at which each model row ended, or 0.
+    eos: frozenset[int] = frozenset()
+    ended: Int[Tensor, " row"] | None = None
+    # The tokens that hooks put first, by model row and column.
     decided: dict[tuple[int, int], DecidedToken] = field(default_factory=dict)
+    rulings: list[Ruling] = field(default_factory=list)  # of grammars, in the current step
     _positions: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
+
+    def forget_step(self) -> None:
+        """Drops what hooks have decided in the last step of a `generate`."""
+        self.decided.clear()
+        self.rulings.clear()
 
     def selected_positions(self, where: Where) -> list[PositionRange | None]:
         """Returns the positions that `where` selects in each prompt; None for rows without any."""

@@ -180,7 +180,7 @@ def _refuse_mode(config: Any) -> None:
     if mode not in SUPPORTED_MODES:
         raise Unsupported(
             f"the decoding mode {mode!r} is not offered with hooks: choose from "
-            f"{', '.join(SUPPORTED_MODES)}"
+            f"{', '.join(SUPPORTED_MODES)}; hk.grammar constrains the text in each of them"
         )
 
 
@@ -275,7 +275,7 @@ class GenerationWatch:
     def begin_forward(self, forward_pass: ForwardPass, prompt_width: int) -> None:
         """Notes in the text of a step what its rows have read."""
         text = forward_pass.text
-        text.history, text.ended_rows = self.tokens, self.ended_rows
+        text.history, text.ended_rows, text.ended = self.tokens, self.ended_rows, self.ended
         if text.beams > 1:  # beams change rows from step to step
             reads_prompt = forward_pass.past + forward_pass.width <= prompt_width
             self.histories[forward_pass.number] = None if reads_prompt else self.tokens

@@ -27,8 +27,10 @@ from ..errors import BadEdit, BadHook, EmptySelection, Unsupported
 from ..hooks.base import EditHook, Hook
 from ..hooks.conditions import conditions_in
 from ..hooks.edits import Steer
+from ..hooks.grammar import Grammar
 from ..hooks.logit_shifts import Ban, Cap, Restrict
 from ..hooks.logits import Decisions, Force, LogitEdit
+from ..hooks.rulings import LogitJournal
 from ..hooks.sources import SourceEdit
 from ..hooks.when import LogitCondition, TextCondition
 from ..models.batch_positions import ForwardPass, SequenceBatch, columns_of_mask
@@ -150,6 +152,11 @@ class HooksProcessor(LogitsProcessor):
                     f"{hook} reads the size of logits, and beam search passes log-probabilities to "
                     "a processor: use hk.generate or hk.attach"
                 )
+            if call.beams > 1 and isinstance(hook, Grammar):
+                raise Unsupported(
+                    f"{hook}: a processor does not see which beams are returned, and some may be "
+                    "texts that the grammar forbids: use hk.generate or hk.attach"
+                )
             for rule in call.rules_before:
                 _check_order(hook, rule, call.beams)
 
@@ -157,9 +164,11 @@ class HooksProcessor(LogitsProcessor):
         self, text: _Text, input_ids: Ids, scores: Scores, forward_pass: ForwardPass
     ) -> Scores:
         forget(self._point.actions)
-        tensor = scores[:, None]
+        tensor, journal = scores[:, None], LogitJournal()
+        text.sequences.forget_step()
         for bound_hook in self._point.actions:
             tensor = self._apply_hook(bound_hook, forward_pass, tensor)
+            journal.note(bound_hook.hook, text.sequences, tensor)
         settle(self._point.actions)
         new = tensor[:, 0]
         if text.plan.beams > 1 and new is not scores:
@@ -203,7 +212,7 @@ def _check_order(hook: Hook, rule: object, beams: int) -> None:
         )
     is_plain = isinstance(hook, LogitEdit) and hook.when is None
     decides = isinstance(hook, Force) and hook.decides
-    is_same = is_plain and (decides or isinstance(hook, Ban | Restrict))
+    is_same = is_plain and (decides or isinstance(hook, Ban | Restrict | Grammar))
     if beams > 1 or not is_same:
         raise Unsupported(
             f"{name} acts before {hook}, which in hk.generate acts first: leave out the argument "
@@ -281,6 +290,7 @@ class _Text:
             generating=True,
             expand=call.expand,
             beams=plan.beams,
+            eos=plan.eos,
             begun=True,
             head=plan.width - 1,
         )
@@ -309,13 +319,17 @@ class _Text:
         self.last = self.sequences.history = input_ids
         past, self.sequences.n_read = width - 1, width
         number, self.steps = self.steps, self.steps + 1
+        if number and self.plan.other_stops:  # a row that a stop string has ended is padded
+            self.sequences.ended = (input_ids[:, -1] == self.plan.pad).long()
         return ForwardPass(self.sequences, number, past, rows, 1, range(1), past)
 
     def note_decided(self) -> None:
         """Notes the decisions of this step, to check them at the next."""
         self.decided = {}
         if self.plan.beams == 1:
-            self.decided = {row: item for (row, _), item in self.sequences.decided.items()}
+            for (row, _), item in self.sequences.decided.items():
+                if item.certain:
+                    self.decided[row] = item
 
     def check_taken(self, input_ids: Ids) -> None:
         """Raises `BadEdit` if a later processor made a row take another token than decided."""

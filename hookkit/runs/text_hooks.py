@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange, Unsupported
 from ..hooks.capture import CapturedChunk
+from ..hooks.grammar import Grammar, check_sequences
 from ..hooks.logits import Decisions, Force
+from ..hooks.rulings import LogitJournal
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.overrides import CURRENT_SCOPES, Scope
 from ..models.positions import PositionRange, resolve_rows
-from ..models.sites import Site
+from ..models.sites import LOGIT_SITES, Site
 from ..models.towers import find_images
 from .generation import (
     Generation,
@@ -73,6 +75,8 @@ class TextHooks:
         self.watch = GenerationWatch()
         self._generate_thread = 0  # the thread in which a `generate` runs
         self._pending: set[BoundHook] = set()  # the hooks that a forward has not reached yet
+        hooks = [bound_hook.hook for bound_hook in bound_hooks]
+        self._journal = LogitJournal() if any(isinstance(hook, Grammar) for hook in hooks) else None
 
     @property
     def generating(self) -> bool:
@@ -91,6 +95,9 @@ class TextHooks:
             _check_text(self.bound_hooks, forward_pass, self.tracker.generation)
         if self.tracker.generation is not None:
             self.watch.begin_forward(forward_pass, self.tracker.generation.width)
+            forward_pass.text.forget_step()
+        if self._journal is not None:
+            self._journal.begin()
         forget(self.bound_hooks)
         if self._stop_early:
             self._pending = set(self.bound_hooks)
@@ -176,6 +183,7 @@ class TextHooks:
         module_input: Tensor | None,
     ) -> Tensor:
         """Applies one hook and notes that it fired."""
+        before = tensor
         try:
             firing, tensor = apply_hook(bound_hook, hook_point, forward_pass, tensor, module_input)
         except Exception as error:
@@ -186,6 +194,10 @@ class TextHooks:
             self.captures.firings.append(firing)
             if self.tracer is not None and firing[-1] is not None:
                 self.tracer.asked(firing)
+        site = bound_hook.site
+        at_logits = isinstance(site, Site) and site.name in LOGIT_SITES
+        if self._journal is not None and at_logits and self.generating and tensor is not before:
+            self._journal.note(bound_hook.hook, forward_pass.text, tensor)
         return tensor
 
     def _copy_whole(self, hook_point: HookPoint, forward_pass: ForwardPass, tensor: Tensor) -> bool:
@@ -245,9 +257,10 @@ class TextHooks:
         return output
 
     def _decisions(self, plan: Generation, text: SequenceBatch) -> Decisions | None:
-        """The record of the tokens that `force` decides on; None if no hook does."""
+        """What keeps the decisions of `force` and of grammars; None if no hook makes any."""
         hooks = (bound_hook.hook for bound_hook in self.bound_hooks)
-        if any(isinstance(hook, Force) and hook.decides for hook in hooks):
+        forces = any(isinstance(hook, Force) and hook.decides for hook in hooks)
+        if forces or self._journal is not None:
             return Decisions(text, plan.width if plan.embeddings else 0)
         return None
 
@@ -261,6 +274,8 @@ class TextHooks:
     def _end_generation(self, plan: Generation, text: SequenceBatch, sequences: Tensor) -> None:
         """Ends the text of a `generate` that has returned these sequences."""
         self.rows, ending = end_of_rows(plan, text, sequences, self.watch)
+        hooks = (bound_hook.hook for bound_hook in self.bound_hooks)
+        check_sequences(hooks, self.lm, text, self.rows, ending.prompts)
         self.captures.finish(text, ending)
         if self.tracer is not None:
             prompt_lengths = [text.lengths[prompt] for prompt in ending.prompts]

@@ -94,6 +94,7 @@ class LogitChange:
     hook: Hook
     rows: Bool[Tensor, " row"]
     ranks: Int[Tensor, "row token"]
+    removed_first: Bool[Tensor, " row"]  # True where the model's first token is impossible after it
 
 
 @dataclass(eq=False, slots=True)
@@ -315,10 +316,11 @@ class Tracer:
             key: _stage(logits, ids, tops[key][:, : self.settings.top], n_tokens)
             for key, logits in different.items()
         }
-        changes = []
+        changes, first = [], tops[id(logits_by_name["model"])][:, :1]
         for hook, rows, after in self._open_step.changes:
             ranks = ranks_among(token_logits(after, n_tokens), after.gather(1, ids))
-            changes.append(LogitChange(hook, rows, ranks))
+            removed_first = after.gather(1, first)[:, 0].isneginf()
+            changes.append(LogitChange(hook, rows, ranks, removed_first))
         by_name = {name: stages[id(logits)] for name, logits in logits_by_name.items()}
         call = self._open_step.call
         asked = [firing for firing in self._asked if firing[1] == call]

@@ -238,7 +238,13 @@ class PositionTracker:
         if self.expected is not None:
             prompt, self.expected = self.expected.prompt, None  # rows that know who says what
         self.text = SequenceBatch(
-            plan.columns, plan.lengths, prompt, self.find, generating=True, beams=plan.beams
+            plan.columns,
+            plan.lengths,
+            prompt,
+            self.find,
+            generating=True,
+            beams=plan.beams,
+            eos=plan.eos,
         )
         return self.text
 

@@ -25,6 +25,7 @@ from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
+from ..hooks.grammar import Grammar
 from ..hooks.logits import Force, named_tokens
 from ..models.lm import LM
 from ..models.positions import Where, resolve_rows
@@ -99,6 +100,11 @@ class Comparison:
     @cached_property
     def _pairs(self) -> list[Pair]:
         """The unedited and the edited model's distributions at each step of the same text."""
+        if self.along == "baseline" and any(isinstance(hook, Grammar) for hook in self._hooks):
+            raise Unsupported(
+                "the baseline text need not be one that the grammar allows, and has no numbers "
+                'under it: compare along="edited"'
+            )
         texts = [self.tokens(row, self.along) for row in range(self.count)]
         rows = range(2 * self.count)
         capture = Capture(LOGITS, Where(step=EVERY_STEP), name="hookkit.compare")

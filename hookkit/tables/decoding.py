@@ -27,6 +27,7 @@ from ..arguments import check_arguments
 from ..display import count_of, describe_outcome
 from ..errors import NotCaptured, OutOfRange, Unsupported
 from ..hooks.base import Hook
+from ..hooks.grammar import Grammar
 from ..hooks.logit_shifts import Ban, Restrict
 from ..hooks.logits import Force
 from ..hooks.sources import SourceEdit
@@ -201,7 +202,8 @@ def _reason(record: GenerationRecord, decision: Decision) -> str:
     drawn = record.generation.mode != "greedy_search" and not certain
     removed = _removed_first(record, decision)
     if force is not None and ranks[1] == 1 and not drawn:
-        return "; ".join([f"forced by {force}: rank {ranks[0]} for the model", *removed])
+        verb = "forced" if certain else "pushed"
+        return "; ".join([f"{verb} by {force}: rank {ranks[0]} for the model", *removed])
     changes = _rank_changes(record, ranks, moves)
     return "; ".join([_choice(record, decision, column, ranks[2]), *removed, *changes])
 
@@ -213,7 +215,7 @@ def _rank_changes(
     model, edited, processed = ranks
     movers = []
     for hook, before, after in moves:
-        if before != after and not isinstance(hook, Ban | Restrict):
+        if before != after and not isinstance(hook, Ban | Restrict | Grammar):
             movers.append(hook.in_words() if isinstance(hook, SourceEdit) else str(hook))
     if movers and model != edited:
         yield f"{' and '.join(movers)} moved it from rank {model} to {edited}"
@@ -267,12 +269,19 @@ def _removed_first(record: GenerationRecord, decision: Decision) -> list[str]:
     if edited_logit != -math.inf or first == decision.token:
         return []
     token = repr(record.lm.string(first))
-    sentences = []
-    for hook in decision.hooks:
+    sentences, was_removed = [], False
+    for change in decision.record.changes:
+        hook = change.hook
+        if not change.rows[decision.model_row]:
+            continue
         if isinstance(hook, Ban) and first in hook.named(record.lm):
             return [*sentences, f"banned {token} was first for the model"]
         if isinstance(hook, Restrict) and first not in hook.named(record.lm):
             sentences.append(f"{hook} left out {token}, first for the model")
+        is_removed = bool(change.removed_first[decision.model_row])
+        if isinstance(hook, Grammar) and is_removed and not was_removed:
+            sentences.append(f"{hook} banned {token}, rank 1 for the model")
+        was_removed = is_removed
     return sentences
 
 

@@ -9,12 +9,15 @@ import hookkit as hk
 from hookkit.errors import BadEdit
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
-DRAWS = 40  # of each prompt
+DRAWS = 500  # of each prompt
 RULES = {
     "temperature 0.5": {"temperature": 0.5},
+    "temperature 1": {"temperature": 1.0},
     "temperature 5": {"temperature": 5.0},
     "the first only": {"temperature": 5.0, "top_k": 1},
+    "the first only, cold": {"temperature": 0.5, "top_k": 1},
     "the first 50": {"temperature": 5.0, "top_k": 50},
+    "the first 50, cold": {"temperature": 0.5, "top_k": 50},
     "top_p": {"temperature": 5.0, "top_p": 0.5},
     "min_p": {"temperature": 5.0, "min_p": 0.1},
     "typical_p": {"temperature": 5.0, "typical_p": 0.5},
@@ -46,7 +49,7 @@ def written(run: hk.types.Run) -> list[list[int]]:
 def test_a_forced_token_is_drawn_every_time(unsure, rules):
     hooks = [
         hk.force(7, step=0),
-        hk.force(9, step=2, rows=0),
+        hk.force(9, step=2, rows=0, when=hk.when.prob_of(9, at_most=1.0)),
         hk.force(hk.word([12, 13]), step=1, rows=1),
     ]
     settings = {
@@ -58,10 +61,40 @@ def test_a_forced_token_is_drawn_every_time(unsure, rules):
     }
     run = hk.generate(unsure, PROMPTS, *hooks, seed=0, logits=False, **settings)
     rows = list(zip(run.prompt_rows, written(run), strict=True))
-    assert len(rows) == 2 * DRAWS
+    assert len(rows) == 2 * DRAWS == 1000
     assert all(row[0] == 7 for _, row in rows)
     assert all(row[2] == 9 for prompt, row in rows if prompt == 0)
     assert all(row == [7, 12, 13] for prompt, row in rows if prompt == 1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+@pytest.mark.parametrize("margin", [0.5, 3.0, 10.0])
+def test_a_margin_gives_the_token_the_share_of_draws_that_softmax_says(unsure, margin, temperature):
+    draws = 4000
+    plain = unsure.model(torch.tensor([PROMPTS[0]])).logits[0, -1].double()
+    plain[7] = plain.max() + margin
+    expected = (plain / temperature).softmax(dim=-1)[7].item()
+    run = hk.generate(
+        unsure, [PROMPTS[0]], hk.force(7, margin=margin), seed=1, logits=False, do_sample=True,
+        temperature=temperature, top_k=0, num_return_sequences=draws, max_new_tokens=1,
+    )  # fmt: skip
+    share = sum(row == [7] for row in written(run)) / draws
+    # the interval of a fair draw, at four standard deviations
+    assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / draws)
+
+
+def test_the_trace_tells_a_decision_from_a_push(unsure):
+    def why(hook: hk.types.Hook, **settings: object) -> str:
+        run = hk.generate(
+            unsure, [PROMPTS[0]], hook, trace=hk.trace(), max_new_tokens=1, seed=0, **settings
+        )
+        return hk.decisions(run)["why"][0]
+
+    assert why(hk.force(7)).startswith("forced by force(7): rank ")
+    assert why(hk.force(7, margin=2.0)).startswith("pushed by force(7, margin=2.0): rank ")
+    sampled = why(hk.force(7, margin=30.0), do_sample=True, top_k=0)
+    assert sampled.startswith("drawn with p = 1 among 320 candidates; force(7, margin=30.0) moved")
+    assert why(hk.force(7), do_sample=True, top_k=0).startswith("forced by force(7): rank ")
 
 
 def test_a_margin_is_a_push_that_sampling_may_overrule(unsure):

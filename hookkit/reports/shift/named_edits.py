@@ -13,6 +13,7 @@ from ...errors import BadHook
 from ...hooks.base import Hook
 from ...hooks.capture import Capture
 from ...hooks.edits import Knockout
+from ...hooks.grammar import Grammar
 from ...hooks.logits import LogitEdit
 from ...hooks.sources import SourceEdit
 from ...models.positions import TextPart, is_named
@@ -47,6 +48,7 @@ DESCRIPTIONS = {
     "set_rank": "gives its rank to",
     "toward": "moves the logits toward",
     "away_from": "moves the logits away from",
+    "grammar": "allows only texts of",
     "randomised": "changes by as much, in a random direction,",
 }
 
@@ -170,6 +172,8 @@ def describe_hook(hook: Hook) -> str:
     verb = DESCRIPTIONS.get(hook.verb, hook.verb)
     if isinstance(hook, SourceEdit):
         return f"{verb} {hook.source.in_words()}"
+    if isinstance(hook, Grammar):
+        return f"{verb} {hook}"
     if isinstance(hook, LogitEdit) and not isinstance(hook, Randomised):
         tokens = []
         for name in hook.names:
