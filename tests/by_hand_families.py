@@ -6,7 +6,7 @@ elsewhere is seen.
 
 What a family has not: `q_rot` and `k_rot` where it does not call transformers' attention interface or has no rotary
 positions; `k` with latent attention (keys are made of a latent and a shared rotary part); `resid_mid` in parallel
-blocks; `mlp_pre` and `mlp_post` in blocks with experts; the sites of attention in blocks whose mixer is no attention
+blocks; `mlp_pre` and `mlp_post` in llama4's blocks with experts; the sites of attention in blocks whose mixer is no attention
 (mamba, qwen3_next's linear_attention, lfm2's conv); those of the MLP in mamba.
 
 In every block with attention, resid_pre + attn_out + mlp_out is resid_post; not in gemma4, whose blocks add an input
@@ -503,13 +503,62 @@ def expert_sites(block: Block, reads: Tensor, seen: Seen) -> dict[str, Tensor]:
     logits = linear(reads, *weight(router))
     if len(seen.before[block.experts]) == 1:  # llama4's experts are given all tokens
         return {"router_logits": logits}
-    _, chosen, weights = seen.before[block.experts]
-    by_token = lambda x: x.reshape(1, reads.shape[1], -1)  # noqa: E731
+    read, chosen, weights = seen.before[block.experts]
+    by_token = lambda x: x.reshape(1, reads.shape[1], *x.shape[1:])  # noqa: E731
+    pre, post, _ = neurons_one_by_one(block.experts, read, chosen)
     return {
         "router_logits": logits,
         "experts": by_token(chosen),
         "expert_weights": by_token(weights),
+        "mlp_pre": by_token(pre),
+        "mlp_post": by_token(post),
     }
+
+
+def neurons_one_by_one(
+    experts: nn.Module,
+    read: Tensor,
+    chosen: Tensor,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Neurons before and after the activation [token, choice, neuron], and what each chosen expert gives, from the
+    weights of one expert at a time for one token at a time. `change` edits the neurons after the activation."""
+    pres, posts, outs = [], [], []
+    transposed = experts.down_proj.shape[1] != read.shape[-1]  # [expert, in, out]
+    for token, own in zip(read, chosen.tolist(), strict=True):
+        for expert in own:
+            up_and_gate = (
+                experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
+            )
+            both = token @ (up_and_gate[expert] if transposed else up_and_gate[expert].T)
+            both = (
+                both + experts.gate_up_proj_bias[expert]
+                if hasattr(experts, "gate_up_proj_bias")
+                else both
+            )
+            half = len(both) // 2
+            gate, up = both[:half], both[half:]
+            if hasattr(experts, "alpha"):  # gpt_oss, whose gates and factors alternate
+                gate, up = both[::2], both[1::2]
+                low = gate.clamp(max=experts.limit)
+                post = (
+                    (up.clamp(-experts.limit, experts.limit) + 1)
+                    * low
+                    * torch.sigmoid(low * experts.alpha)
+                )
+            elif not hasattr(experts, "gate_up_proj"):  # nemotron_h
+                gate, post = both, torch.relu(both) ** 2
+            else:
+                limit = getattr(experts, "limit", math.inf)  # deepseek_v4
+                post = experts.act_fn(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+            post = post if change is None else change(post)
+            down = experts.down_proj[expert]
+            out = post @ (down if transposed else down.T)
+            out = (
+                out + experts.down_proj_bias[expert] if hasattr(experts, "down_proj_bias") else out
+            )
+            pres.append(gate), posts.append(post), outs.append(out)
+    return tuple(torch.stack(rows).unflatten(0, chosen.shape) for rows in (pres, posts, outs))
 
 
 @torch.no_grad()
@@ -619,7 +668,7 @@ def place(model: nn.Module, name: str, layer: int) -> tuple[nn.Module | None, st
         ),
         "mlp_out": (mlp_end if block.after_mlp is None else block.after_mlp, "out", factor),
         "z": (block.out, "in", 1.0),
-        "mlp_post": (block.down, "in", 1.0),
+        "mlp_post": (block.down, "in", 1.0) if block.dense else (block.experts, "pairs", 1.0),
     }[name]
 
 
@@ -639,16 +688,22 @@ def edited(
             value.shape
         )
 
+    def experts_by_hand(experts: nn.Module, args: tuple, _output: Tensor) -> Tensor:
+        read, chosen, weights = args
+        _, _, out = neurons_one_by_one(experts, read, chosen, change)
+        return (out * weights[..., None]).sum(1).to(read.dtype)
+
     def before(_module: nn.Module, args: tuple) -> tuple:
         return (new(args[0]), *args[1:])
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
         return (new(output[0]), *output[1:]) if isinstance(output, tuple) else new(output)
 
+    hooks = {"out": after, "pairs": experts_by_hand}
     handle = (
         module.register_forward_pre_hook(before)
         if side == "in"
-        else module.register_forward_hook(after)
+        else module.register_forward_hook(hooks[side])
     )
     try:
         return model(torch.tensor([ids]), use_cache=False).logits

@@ -70,7 +70,7 @@ def ablated(lm):
     ]
     wishes += [hk.ablate("z.0", to="resample", over=OTHER, seed=3), hk.scale("pattern.1.2", 0.0)]
     for site in has(lm, "mlp_post.0", "mlp_post.2"):
-        wishes += [hk.ablate(site, units=[3, 40]), hk.ablate(site, to="mean", over=OTHER)]
+        wishes += [hk.ablate(site, units=[3, 20]), hk.ablate(site, to="mean", over=OTHER)]
     return {str(each): hk.forward(lm, IDS, each).logits for each in wishes}
 
 

@@ -30,6 +30,7 @@ from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..hooks.base import Hook
 from ..hooks.capture import Capture, capture, swap_head_and_query
 from ..models.dictionaries import find_dictionary
+from ..models.experts import NEURONS
 from ..models.lm import LM
 from ..models.positions import Where, read_indices
 from ..models.prompts import Prompts
@@ -125,6 +126,8 @@ def attribution(
     grid = create_site_grid(lm, names, layers, heads, positions)
     grid_sites, masks = grid.sites(), position_masks(target, positions)
     by_neuron = by is not None
+    if by_neuron:
+        _refuse_experts(lm, grid_sites)
     first_order = partial(
         _first_order_effects, sites=grid_sites, masks=masks, path=path, by_neuron=by_neuron
     )
@@ -173,6 +176,16 @@ def _check_names(names: Sequence[str], by: str | None, method: str) -> None:
         )
 
 
+def _refuse_experts(lm: LM, sites: Iterable[Site]) -> None:
+    """Raises `BadHook` for the neurons of experts, which are others at each token."""
+    for site in sites:
+        if lm.location(site).side == "inside" and site.name in NEURONS:
+            raise BadHook(
+                f"by='neuron' adds up a neuron's estimates over tokens, and {site} has the neurons "
+                "of the experts that each token chose: leave by= out, or use hk.gradients"
+            )
+
+
 def _first_order_effects(
     target: PromptMetric,
     source: PromptMetric,
@@ -202,6 +215,8 @@ def _first_order_effects(
         change = change.to(device="cpu", dtype=torch.float64)
         if not by_neuron and change.ndim >= 3:
             change = change.sum(-1)
+            if site.name in NEURONS and change.ndim == 3:  # the choices of experts
+                change = change.sum(-1)
         row_masks = masks[:, target.rows.start : target.rows.stop, : change.shape[1]]
         effects[site] = torch.einsum("nrp,rp...->nr...", row_masks, change)
     for site, base in bases.items():

@@ -26,11 +26,12 @@ from ..hooks.capture import capture
 from ..hooks.edits import edit, scale, steer
 from ..hooks.logit_shifts import ban
 from ..hooks.logits import force
+from ..models.experts import NEURONS
 from ..models.lm import LM
 from ..models.padding import can_pad, forward_inputs, padding_scheme
 from ..models.prompt_row import PromptRow, Row
 from ..models.prompts import as_batch, continue_row
-from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
+from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, SITES_WITHOUT_LAYER, ModuleSite, Site
 from ..models.towers import VALUES
 from ..runs.forward import forward
 from ..runs.generate import generate
@@ -113,6 +114,8 @@ def _projections(study: Study) -> Iterator[tuple[Site, Site, Tensor]]:
     for name, output_name in OUTPUTS:
         for layer in study.layers_with(name, output_name):
             source = study.site(name, layer)
+            if study.lm.location(source).side == "inside":  # of experts; see `_experts`
+                continue
             yield source, study.site(output_name, layer), study.run[source].flatten(2)
 
 
@@ -124,6 +127,21 @@ def _output_projection(study: Study) -> Iterator[Finding]:
             projected = study.project_to_stream(values[row : row + 1, :length], source, target)
             expected = study.run[target][row : row + 1, :length]
             yield study.compare(source.name, projected, expected)
+
+
+def _experts(study: Study) -> Iterator[Finding]:
+    """The neurons of the chosen experts, through their weights, give the output of the experts."""
+    for layer in study.layers_with("mlp_post", "experts", "expert_weights"):
+        sites = [study.site(name, layer) for name in ("mlp_post", "experts", "expert_weights")]
+        location = study.lm.location(sites[0])
+        if location.side != "inside" or study.lm.ranks is not None:
+            continue
+        path, output = location.path, ModuleSite(location.path)
+        run = forward(study.lm, study.prompts, capture([*sites, output]))
+        mask = study.mask.to(run[output].device)
+        with torch.no_grad():
+            actual = study.weigh_experts(path, *(run[site][mask] for site in sites))
+        yield study.compare("mlp_post", actual, run[output].unflatten(0, mask.shape)[mask])
 
 
 def _unembedding(study: Study) -> Iterator[Finding]:
@@ -270,7 +288,22 @@ def _padded_batch(study: Study) -> Iterator[Finding]:
             if site.name in QUERY_KEY_SITES:
                 actual = actual.transpose(1, 2)
             actual = actual[number, : expected.shape[0]]
-            yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
+            same = _same_choices(site, number, values, alone)
+            yield study.compare_site(site, actual[same], expected[same], SHAPE_FACTOR)
+
+
+def _same_choices(
+    site: Site, row: int, values: Run | dict[Site, Tensor], alone: Run
+) -> Tensor | slice:
+    """Returns where a token has the same experts in a batch's row and alone, for their neurons.
+
+    A tie between experts may be resolved either way. For other sites it is everywhere.
+    """
+    experts = replace(site, name="experts")
+    if site.name not in NEURONS or experts not in alone.sites:
+        return slice(None)
+    expected = alone[experts][0]
+    return (values[experts][row, : len(expected)] == expected).all(-1)
 
 
 def _left_padded_values(study: Study, rows: Sequence[Row]) -> dict[Site, Tensor]:
@@ -302,7 +335,8 @@ def _generated_values(study: Study) -> Iterator[Finding]:
         for site in study.sites_named(GENERATED_SITES):
             expected = alone.captured(site).by_position[0]
             actual = generated.captured(site).by_position[row, : expected.shape[0]]
-            yield study.compare_site(site, actual, expected, SHAPE_FACTOR)
+            same = _same_choices(site, row, generated, alone)
+            yield study.compare_site(site, actual[same], expected[same], SHAPE_FACTOR)
         expected = alone.logits[0, generated.prompt_lengths[row] - 1 :]
         yield study.compare("logits", generated.logits[row], expected, SHAPE_FACTOR)
 
@@ -370,6 +404,7 @@ LAWS = [
     Law("looking", _captures, ("logits",)),
     Law("sum", _residual_sum, SUMMED),
     Law("projection", _output_projection, ("z", "cross_z", "mlp_post")),
+    Law("experts", _experts, ("mlp_post",)),
     Law("unembedding", _unembedding, ("final_norm",)),
     Law("pattern", _attention_pattern, ("pattern", "cross_pattern")),
     Law("identity", _patch_with_itself, tuple(AXES)),

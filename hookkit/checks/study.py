@@ -193,6 +193,23 @@ class Study:
                 output = self.lm.submodule(outer)(output)
         return output * self.lm.layout.factor(target)
 
+    def weigh_experts(self, path: str, neurons: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Returns what the experts module at a path gives, [token, d_model].
+
+        `neurons` are [token, choice, neuron]; each expert's output weights are applied by hand.
+        """
+        module: Any = self.lm.submodule(path)
+        total: Tensor | None = None
+        for expert in experts.unique():
+            matrix, chosen = module.down_proj[expert], experts == expert
+            output = neurons @ (matrix if module.is_transposed else matrix.T)
+            if module.has_bias:
+                output = output + module.down_proj_bias[expert]
+            part = (output * (weights * chosen)[..., None]).sum(1)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     """Returns the largest difference as a fraction of the largest expected value.

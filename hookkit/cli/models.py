@@ -10,7 +10,7 @@ hookkit eval      the score of a model with hooks on tasks of lm-evaluation-harn
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,10 +99,10 @@ def _describe_site(lm: "hk.LM", table: Any, name: str) -> Any:
         site=str(site), module=location.path
     )
     if isinstance(site, Site):
-        sizes = site.axes
+        axes = sizes = lm.layout.of_stack(site).axes(replace(site, stack=""))
         if site.name not in QUERY_KEY_SITES:
             sizes = " ".join(["batch", "pos", *map(str, lm.shape(site))])
-        row = row.assign(axes=site.axes, sizes=sizes, layers=1)
+        row = row.assign(axes=axes, sizes=sizes, layers=1)
     if row.empty:
         columns = {"site": str(site), "module": location.path, "side": location.side}
         row = pd.DataFrame([columns | {"missing": ""}])

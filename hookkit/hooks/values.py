@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from ..arguments import check_choice, check_seed, describe
 from ..errors import BadEdit, BadHook, BadPrompt
 from ..models.chat import Chat
+from ..models.experts import NEURONS
 from ..models.layout import unseen_value
 from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.positions import Where, resolve_positions
 from ..models.prompts import check_prompts
-from ..models.sites import QUERY_KEY_SITES, ModuleSite, Sites
+from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites
 from .base import Binding, Change, Constant, EditContext, check_constant, set_field
 from .capture import Captured, positions_of
 
@@ -321,13 +322,14 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
     """Returns a function that gives a constant in a shape that broadcasts over some values.
 
     The constant may have the axes of the site, or [pos, ...] for the hook's positions, or
-    [row, pos, ...]. The result has the dtype and the device of the values.
+    [row, pos, ...]. At the neurons of experts, [d_mlp] serves every choice. The result has the
+    dtype and the device of the values.
     """
     convert = convert_once(value.tensor, name)
 
     def fit(values: Float[Tensor, "row pos ..."], here: EditContext) -> Tensor:
         tensor, shape = convert(values), values.shape[2:]
-        if tensor.shape == shape:
+        if tensor.shape == shape or _serves_every_choice(tensor, here.site, shape):
             return tensor
         n_leading = tensor.ndim - len(shape)
         if n_leading in (1, 2) and tensor.shape[n_leading:] == shape:
@@ -347,10 +349,16 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
     return fit
 
 
+def _serves_every_choice(tensor: Tensor, site: AnySite, shape: tuple[int, ...]) -> bool:
+    """True for a tensor [d_mlp] at the neurons of experts, [choice, d_mlp]."""
+    is_mixture = isinstance(site, Site) and site.name in NEURONS and len(shape) == 2
+    return is_mixture and tensor.shape == shape[1:]
+
+
 def check_shape(value: Constant, binding: Binding, name: str) -> None:
     """Raises `BadHook` if a tensor can never fit its site, before anything runs."""
     tensor, shape = value.tensor, binding.shape
-    if shape is None:
+    if shape is None or _serves_every_choice(tensor, binding.site, shape):
         return
     n_leading = tensor.ndim - len(shape)
     if n_leading not in (0, 1, 2) or tensor.shape[n_leading:] != shape:

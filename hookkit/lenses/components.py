@@ -153,6 +153,12 @@ def has_site(layout: Layout, name: str, layer: int | None) -> bool:
     return name in layout.names and layout.find(name, layer) is not None
 
 
+def is_projected(layout: Layout, name: str, layer: int | None) -> bool:
+    """True if a block has a site that one matrix reads, which neurons of experts are not."""
+    location = layout.find(name, layer) if name in layout.names else None
+    return location is not None and location.side != "inside"
+
+
 def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     """Returns the sites to capture: the stream into and out of each block, and what blocks add."""
     lm.location(Site("resid_post", lm.n_layers - 1))  # raises if there are several streams
@@ -160,6 +166,12 @@ def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     inner = ["z"] * heads + ["cross_z"] * (heads and has_cross) + ["mlp_post"] * neurons
     for name in inner:
         lm.expand(name)  # raises if no block has it
+        if not any(is_projected(lm.layout, name, layer) for layer in range(lm.n_layers)):
+            raise Unsupported(
+                "the neurons here are those of experts: what one adds depends on the expert that "
+                "it belongs to, and on its weight at this token: leave neurons= out, or compute "
+                "mlp_post @ down_proj from mlp_post, experts and expert_weights"
+            )
     sites = [Site("embed"), Site("pos_embed")]
     for name in ["resid_pre", "attn_out", "cross_out", "mlp_out", "resid_post", *inner]:
         sites += [Site(name, layer) for layer in range(lm.n_layers)]
@@ -288,7 +300,7 @@ def _parts_of_block(
         remainder, kind = remainder - added, "rest"
         if Site(name, layer) in features:
             yield from _parts_of_features(stream, features[Site(name, layer)])
-        elif inner in inner_sites and has_site(layout, inner, layer):
+        elif inner in inner_sites and is_projected(layout, inner, layer):
             yield from _split(stream, Site(name, layer), Site(inner, layer))
         else:
             yield Part(f"{name}.{layer}", part_kind, layer, stream.share(added))

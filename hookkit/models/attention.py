@@ -1,10 +1,10 @@
 """Values from inside a module's forward: queries, keys, values, scores, pattern and router logits.
 
 These tensors are no module's input or output. `intercept_tensors` wraps the forward of an attention
-module (or of a router), so that a callback receives each of them by name and returns the tensor to
-continue with. Scores and pattern are computed by the eager attention of the module's own file. If
-no callback changes them, the result of the attention implementation in use (sdpa, flash attention)
-is returned, which keeps the output equal bit for bit.
+module (of a router, or of experts), so that a callback receives each of them by name and returns
+the tensor to continue with. Scores and pattern are computed by the eager attention of the module's
+own file. If no callback changes them, the result of the attention implementation in use (sdpa,
+flash attention) is returned, which keeps the output equal bit for bit.
 """
 
 import functools
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
+from .experts import NEURONS, compute_experts
 from .layout import is_hidden
 from .overrides import Overrides, RemovableMode
 
@@ -79,6 +80,7 @@ def intercept_tensors(
     """
     if verified is None:
         verified = set()
+    has_neurons = not requested.isdisjoint(NEURONS)
 
     def intercepted_forward(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         interceptions = _RUNNING.interceptions
@@ -88,7 +90,12 @@ def intercept_tensors(
             return inner(*args, **kwargs)
         interception = _Interception([(requested, callback)], verified)
         mode: AbstractContextManager[Any] = nullcontext()
-        if "router" in requested:
+        compute = inner
+        if has_neurons:
+            arguments = (*args, *kwargs.values())
+            compute = functools.partial(compute_experts, module, inner, interception, arguments)
+            args, kwargs = (), {}
+        elif "router" in requested:
             mode = _RouterMode(interception.replace)
         elif style == "own":
             mode = _SoftmaxMode(interception.replace, _input_dtype((*args, *kwargs.values())))
@@ -97,12 +104,12 @@ def intercept_tensors(
         interceptions[module] = interception
         try:
             with mode:
-                return inner(*args, **kwargs)
+                return compute(*args, **kwargs)
         finally:
             interceptions.pop(module, None)
 
     overrides.add_cleanup(functools.partial(_discard_interrupted, module, callback))
-    if style == "interface" and "router" not in requested:
+    if style == "interface" and "router" not in requested and not has_neurons:
         from transformers import AttentionInterface
 
         AttentionInterface.register(NAME, _attention)

@@ -20,7 +20,7 @@ from .layout import Layout
 from .lm import LM
 from .sites import check_name
 
-INSIDE = ("query", "key", "value", "scores", "pattern", "router")
+INSIDE = ("query", "key", "value", "scores", "pattern", "router", "mlp_pre", "mlp_post")
 WORDS = ("d_model", *HEAD_SIZES, "d_mlp", "expert", "choice", "vocab", "share", "quarter")
 
 LocationLike: TypeAlias = ModuleLocation | tuple[ModuleLocation, ...]

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import MissingSite, OutOfRange, UnknownSite, did_you_mean
 from .batch_positions import ForwardPass, KeySpan, Selection
 from .dictionaries import SiteDictionary, find_dictionary
+from .experts import NEURONS, count_neurons
 from .families.schema import AxisSplit, Family, ModuleLocation, split_axis
 from .sites import (
     AXES,
@@ -112,7 +114,10 @@ class Layout:
         layers = range(self.n_layers) if layer is None else (layer,)
         locations = map(partial(self.find, "mlp_post"), layers)
         location = next(filter(None, locations), None)
-        return location and _input_size(self.submodule(location.path))
+        if location is None:
+            return None
+        module = self.submodule(location.path)
+        return count_neurons(module) if location.side == "inside" else _input_size(module)
 
     @cached_property
     def n_layers(self) -> int:
@@ -217,6 +222,12 @@ class Layout:
             return None
         return split_axis(location, self.of_stack(site).sizes_of(site.layer))
 
+    def axes(self, site: Site) -> str:
+        """Returns the names of a site's axes; neurons of experts have a choice before them."""
+        if site.name not in NEURONS or self.location(site).side != "inside":
+            return site.axes
+        return site.axes.replace("d_mlp", "choice d_mlp")
+
     def shape(self, site: Site) -> tuple[int, ...]:
         """Returns the sizes of a site's axes after batch and pos.
 
@@ -245,7 +256,7 @@ class Layout:
                 return tuple(weight.shape)
         sizes = dict(self.sizes_of(site.layer))
         sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of sites inside attention
-        axes = site.axes.removeprefix("batch ").removeprefix("pos ").split()
+        axes = self.axes(site).removeprefix("batch ").removeprefix("pos ").split()
         return tuple(sizes.get(axis) or 0 for axis in axes)
 
     def factor(self, site: Site) -> float:
@@ -292,12 +303,17 @@ class Layout:
         return pd.concat(tables, ignore_index=True)
 
     def _describe_site(self, name: str) -> dict[str, object]:
-        sizes = " ".join(str(self.sizes.get(axis) or axis) for axis in AXES[name].split())
+        sizes = self._size_texts(AXES[name], None)
         row: dict[str, object] = {"site": name, "axes": AXES[name], "sizes": sizes}
         row |= {"layers": 0, "module": "", "side": "", "editable": False, "missing": ""}
         if name not in self.names:
             return row | {"missing": self.family.why_missing(name)}
         layers = self.layers(name) or [None]
+        if name in NEURONS:  # blocks with a plain MLP have fewer axes than those with experts
+            layers_by_axes = {self.axes(Site(name, layer)): layer for layer in reversed(layers)}
+            kinds = sorted(layers_by_axes.items(), key=itemgetter(1))
+            row["axes"] = " or ".join(axes for axes, _ in kinds)
+            row["sizes"] = " or ".join(itertools.starmap(self._size_texts, kinds))
         location = self.location(Site(name, layers[0]))
         module = location.path.replace(f".{layers[0]}", ".{layer}", 1) or "(the model)"
         facts = {"layers": len(layers), "module": module, "side": location.side, "editable": True}
@@ -309,6 +325,10 @@ class Layout:
         row: dict[str, object] = {"site": str(site), "axes": site.axes, "sizes": sizes}
         row |= {"layers": 1, "module": location.path, "side": location.side}
         return row | {"editable": True, "missing": ""}
+
+    def _size_texts(self, axes: str, layer: int | None) -> str:
+        sizes = self.sizes_of(layer)
+        return " ".join(str(sizes.get(axis) or axis) for axis in axes.split())
 
 
 def text_config(config: Any, stack: str = "decoder") -> Any:
@@ -423,6 +443,14 @@ class SiteView:
         if old is None:
             return scaled
         return torch.where(new == old, raw, scaled)
+
+
+@dataclass(frozen=True)
+class ExpertView(SiteView):
+    """Neurons of experts, [(batch pos), choice, d_mlp]."""
+
+    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+        return tensor.unflatten(0, (forward.shape[0], -1))
 
 
 @dataclass(frozen=True)
@@ -576,6 +604,8 @@ def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> Site
         return SiteView()
     if site.of_features:
         return _build_feature_view(layout, site, location)
+    if location.item in NEURONS:
+        return ExpertView()
     if location.side == "inside" and site.name in QUERY_KEY_SITES:
         return AttentionView(
             site.head, scores=site.name.endswith("scores"), cross=site.name in CROSS_SITES

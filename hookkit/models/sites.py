@@ -28,7 +28,8 @@ from ..errors import BadHook, EmptySelection, OutOfRange, UnknownSite, Unsupport
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q.
 # q, k and v are the projections' outputs; q_rot and k_rot are what attention multiplies, after a
 # norm and the rotation by position. While generating, the cache stores an edited k or v. An edit of
-# k_rot is not stored: it is applied again to the keys that each step reads.
+# k_rot is not stored: it is applied again to the keys that each step reads. In a block with
+# experts, mlp_pre and mlp_post are "batch pos choice d_mlp", with the choices of the site experts.
 AXES: dict[str, str] = {
     "embed": "batch pos d_model",
     "pos_embed": "batch pos d_model",
@@ -129,7 +130,10 @@ class Site:
         has_parts = self.of_features or self.name in SITES_WITH_HEADS
         if self.head is not None and not has_parts:
             names = ", ".join(sorted(SITES_WITH_HEADS))
-            raise UnknownSite(f"{self.name!r} has no heads; the sites with heads are {names}")
+            hint = ""
+            if "d_mlp" in AXES[self.name]:
+                hint = "; neurons are named by units= of hk.ablate, or in a function of hk.edit"
+            raise UnknownSite(f"{self.name!r} has no heads{hint}; the sites with heads are {names}")
         if self.head is not None and self.layer is None:
             part = "feature" if self.of_features else "head"
             raise UnknownSite(

@@ -88,7 +88,7 @@ def _values_of_prompts(captured: Captured) -> Iterator[Float[Tensor, "pos d"]]:
         raise BadHook(
             f"{captured.site} has values {list(captured.values.shape)}, and a steering vector is "
             "one for each prompt and position, [prompt, pos, d]: name one head of a site with "
-            "heads, such as 'z.9.3'"
+            "heads, such as 'z.9.3'; the neurons of experts are other ones at each token"
         )
     for values, positions in zip(captured.values, captured.positions, strict=True):
         yield values[(positions >= 0).to(values.device)].cpu().double()

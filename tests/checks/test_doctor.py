@@ -52,7 +52,8 @@ def test_every_site_is_proved_editable_or_missing_with_a_reason():
             assert row.why and not row.editable, row
     table = checkup.sites.set_index("site")
     assert table.loc["router_logits", "blocks"] == "2 of 3"
-    assert any("mlp_pre is not in 2 blocks (1, 2)" in note for note in checkup.notes)
+    assert table.loc["mlp_pre", "blocks"] == "3 of 3"  # its second and third block have experts
+    assert any("router_logits is not in 1 blocks (0)" in note for note in checkup.notes)
 
 
 def test_it_says_what_the_model_and_its_tokenizer_are(small_tokenizer):

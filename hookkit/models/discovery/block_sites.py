@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from ..experts import NEURONS, has_neurons
 from ..families.schema import EXPERT_NEURONS, NO_ROUTER, PARALLEL_BLOCK, ModuleLocation
 from .attention_sites import UNPROVED, Attention, FoundSites
 from .dry_run import (
@@ -416,8 +417,12 @@ def _locate_neurons(block: Block, mlp: ModuleCall) -> FoundSites:
             "mlp_pre": _locate_mlp_pre(linear_calls, _activation_inputs(mlp)),
             "mlp_post": linear_calls[-1].location("input"),
         }
-    module_paths = dict(mlp.module.named_modules())
-    if "expert" in " ".join(module_paths):
+    modules = dict(mlp.module.named_modules())
+    mixtures = [path for path, module in modules.items() if has_neurons(module)]
+    if len(mixtures) == 1:
+        path = f"{mlp.path}.{mixtures[0]}".removesuffix(".")
+        return {name: ModuleLocation(path, "inside", name, flat=True) for name in NEURONS}
+    if "expert" in " ".join(modules):
         return {**EXPERT_NEURONS}
     reason = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
     return dict.fromkeys(EXPERT_NEURONS, reason)

@@ -21,7 +21,6 @@ from .llama import (
     like_llama,
 )
 from .schema import (
-    EXPERT_NEURONS,
     HEADS,
     LATENT_KEYS,
     Family,
@@ -29,10 +28,10 @@ from .schema import (
     SiteLocations,
     attention_sites,
     input_of,
+    mixture_sites,
     mlp_sites,
     output_of,
     rotary_sites,
-    router_sites,
     separate_qkv,
 )
 
@@ -90,7 +89,7 @@ GATED_QUERY = {"q": output_of(".self_attn.q_proj", cut="head: d_head | d_head")}
 DELTA_RULE = without_heads("linear attention (a gated delta rule)")
 STATE_SPACE = without_heads("a state-space mixer")
 QWEN3_NEXT = like_llama(
-    mixers(".self_attn", ".linear_attn"), GATED_QUERY, router_sites(), missing=MIXED | DELTA_RULE
+    mixers(".self_attn", ".linear_attn"), GATED_QUERY, mixture_sites(), missing=MIXED | DELTA_RULE
 )
 QWEN3_5 = like_llama(mixers(".self_attn", ".linear_attn"), GATED_QUERY, missing=DELTA_RULE)
 CONVOLUTION = without_heads("a convolution, whose output is attn_out")
@@ -102,7 +101,9 @@ LFM2_SITES: SiteLocations = {
     **mlp_sites(".feed_forward", "w1", "w2"),
 }
 LFM2 = like_llama(LFM2_SITES, missing=CONVOLUTION)
-LFM2_MOE = like_llama(LFM2_SITES, router_sites(".feed_forward.gate"), missing=MIXED | CONVOLUTION)
+LFM2_MOE = like_llama(
+    LFM2_SITES, mixture_sites(".feed_forward.gate", "w1", "w2"), missing=MIXED | CONVOLUTION
+)
 LFM3 = like_llama(
     LFM2_SITES,
     attention_sites(".self_attn"),
@@ -126,7 +127,7 @@ JAMBA = like_llama(
     FEED_FORWARD,
     BEFORE_FEED_FORWARD,
     FINAL_LAYERNORM,
-    router_sites(".feed_forward.router"),
+    mixture_sites(".feed_forward.router"),
     without=["q_rot", "k_rot"],
     missing=MIXED | STATE_SPACE | NO_POSITIONS,
 )
@@ -151,7 +152,7 @@ def granitemoehybrid(config: Any) -> Family:
     }
     mlp, without, missing = MLP_OF_GRANITE, [], dict(STATE_SPACE)
     if config.num_local_experts > 0:
-        mlp, without = SHARED_MIXTURE, ["mlp_out", "mlp_pre", "mlp_post"]
+        mlp, without = SHARED_MIXTURE, ["mlp_out"]
         missing |= {**MIXED, "mlp_out": SHARED_MLP}
     if config.position_embedding_type != "rope":
         without += NO_POSITIONS
@@ -190,7 +191,7 @@ def minimax(config: Any) -> Family:
             "attn_out": output_of(".self_attn", times="attn_beta_factor"),
             "mlp_out": output_of(".mlp", times="mlp_beta_factor"),
         },
-        router_sites(),
+        mixture_sites(),
         missing=MIXED | without_heads("lightning attention, which is linear"),
         exceptions={"sum": NORMED_STREAM},
     )
@@ -224,18 +225,19 @@ def nemotron_h(config: Any) -> Family:
         **attention_sites(".mixer"),
         **separate_qkv(".mixer"),
         **mlp_sites(".mixer", "up_proj", "down_proj"),
-        **router_sites(".mixer.gate"),
+        **mixture_sites(".mixer.gate", "up_proj", "down_proj"),
         "final_norm": output_of("model.norm_f"),
     }
     for name in ("attn_in", "attn_out"):
         sites[name] = in_blocks(sites[name], with_mixer)
     for name in ("mlp_in", "mlp_out"):
         sites[name] = in_blocks(sites[name], with_mlp)
-    names = ("attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", *WITH_HEADS, *MIXED)
+    neurons = ("mlp_in", "mlp_pre", "mlp_post", "mlp_out")
+    names = ("attn_in", "attn_out", "resid_mid", *neurons, *WITH_HEADS, *MIXED)
     family = like_llama(
         sites,
         without=["q_rot", "k_rot", "resid_mid"],
-        missing=dict.fromkeys(names, ONE_PART) | NO_POSITIONS | EXPERT_NEURONS,
+        missing=dict.fromkeys(names, ONE_PART) | NO_POSITIONS,
     )
     return with_heads_in(family, blocks_of(kinds, "full_attention"))
 
@@ -294,13 +296,12 @@ def deepseek_v4(config: Any) -> Family:
     """Returns the row of several streams, and of keys that most blocks compress."""
     not_there = {
         **NO_STREAM,
-        **EXPERT_NEURONS,
         **dict.fromkeys(("k", "v"), "one vector of each token is the key and value of all heads"),
         "z": "the heads' outputs are turned back and projected in groups",
     }
     family = like_llama(
         {"q": output_of(".self_attn.q_b_proj", cut=HEADS)},
-        router_sites(),
+        mixture_sites(),
         without=not_there,
         missing={
             **MIXED,

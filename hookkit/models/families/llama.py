@@ -15,7 +15,6 @@ from .schema import (
     NO_ROUTER,
     PARALLEL_BLOCK,
     ROTARY,
-    ROUTER_ELSEWHERE,
     STREAM,
     Family,
     ModuleLocation,
@@ -24,11 +23,11 @@ from .schema import (
     fused_qkv,
     input_of,
     inside,
+    mixture_sites,
     mlp_sites,
     multi_head_sizes,
     output_of,
     rotary_sites,
-    router_sites,
     separate_qkv,
 )
 
@@ -80,8 +79,10 @@ SCALED = {
     "mlp_out": output_of(".mlp", times="residual_multiplier"),
 }
 # A router and experts instead of the MLP, in some blocks or in all.
-MIXED = {**EXPERT_NEURONS, **ROUTER_ELSEWHERE}
-MIXTURE = like_llama(router_sites(), missing=MIXED)
+MIXED: dict[str, str] = dict.fromkeys(
+    NO_ROUTER, "this block's MLP is one network, without a router"
+)
+MIXTURE = like_llama(mixture_sites(), missing=MIXED)
 PARALLEL = like_llama(without=["resid_mid"], missing=PARALLEL_BLOCK)
 # Multi-head latent attention (DeepSeek-AI 2024): keys and values are expanded from a latent.
 LATENT: SiteLocations = {
@@ -105,14 +106,14 @@ def latent_sizes(config: Any, layer: int | None) -> dict[str, int]:
 
 
 DEEPSEEK = like_llama(
-    LATENT, router_sites(), without=["k"], missing=MIXED | LATENT_KEYS, sizes=latent_sizes
+    LATENT, mixture_sites(), without=["k"], missing=MIXED | LATENT_KEYS, sizes=latent_sizes
 )
 YOUTU = like_llama(LATENT, without=["k"], missing=LATENT_KEYS, sizes=latent_sizes)
 AXK2 = like_llama(
     LATENT,
     # The query of each head, then the gate of its output.
     {"q": output_of(".self_attn.q_gate_proj", cut="head: d_qk | d_v")},
-    router_sites(),
+    mixture_sites(),
     without=["k"],
     missing=MIXED | LATENT_KEYS,
     sizes=latent_sizes,
@@ -142,20 +143,20 @@ PHI = like_llama(
     without=["resid_mid"],
     missing=PARALLEL_BLOCK,
 )
-ROUTER_MIXTURE = like_llama(router_sites(".mlp.router"), missing=MIXED)
+ROUTER_MIXTURE = like_llama(mixture_sites(".mlp.router"), missing=MIXED)
 ARIA = replace(
     ROUTER_MIXTURE,
     sizes=lambda config, layer: {"expert": config.moe_num_experts, "choice": config.moe_topk},
 )
-FLEX_OLMO = like_llama(ONLY_POST_NORMED, router_sites(), missing=MIXED)
-COHERE2_MOE = like_llama(router_sites(), without=["resid_mid"], missing=MIXED | PARALLEL_BLOCK)
+FLEX_OLMO = like_llama(ONLY_POST_NORMED, mixture_sites(), missing=MIXED)
+COHERE2_MOE = like_llama(mixture_sites(), without=["resid_mid"], missing=MIXED | PARALLEL_BLOCK)
 AFMOE = like_llama(
     {
         "attn_out": output_of(".post_attention_layernorm"),
         "resid_mid": input_of(".pre_mlp_layernorm", shared=True),
         "mlp_out": output_of(".post_mlp_layernorm"),
     },
-    router_sites(".mlp.router"),
+    mixture_sites(".mlp.router"),
     missing=MIXED,
 )
 HYPERCLOVAX = like_llama(
@@ -201,6 +202,11 @@ LLAMA4 = like_llama(
         ("experts", "expert_weights"),
         "the router weights all experts, and gives 0 to those that are not chosen; see "
         "router_logits",
+    )
+    | dict.fromkeys(
+        EXPERT_NEURONS,
+        "each expert reads every token, multiplied by its weight, which is 0 where it is not "
+        "chosen: there are no neurons of the chosen experts alone; see mlp_in and mlp_out",
     ),
 )
 GRANITE_MOE = like_llama(
@@ -209,7 +215,7 @@ GRANITE_MOE = like_llama(
         "mlp_in": input_of(".block_sparse_moe"),
         "mlp_out": output_of(".block_sparse_moe", times="residual_multiplier"),
     },
-    router_sites(".block_sparse_moe.router"),
+    mixture_sites(".block_sparse_moe.router"),
     missing=MIXED,
 )
 SHARED_MLP = (
@@ -218,7 +224,7 @@ SHARED_MLP = (
 )
 SHARED_MIXTURE: SiteLocations = {
     "mlp_in": input_of(".block_sparse_moe", shared=True),
-    **router_sites(".block_sparse_moe.router"),
+    **mixture_sites(".block_sparse_moe.router"),
 }
 MLP_OF_GRANITE: SiteLocations = {
     "mlp_in": input_of(".shared_mlp"),
@@ -298,7 +304,7 @@ def mimo_v2_flash(config: Any) -> Family:
             "q": output_of(".self_attn.q_proj", cut="head d_qk"),
             "k": output_of(".self_attn.k_proj", cut="kv_head d_qk"),
         },
-        router_sites(),
+        mixture_sites(),
         missing=MIXED,
         sizes=sizes,
     )

@@ -23,7 +23,7 @@ class ModuleLocation:
     path    the module; a path that begins with a dot is relative to the block, and "." is the block
     side    "input", "output", or "inside": a tensor inside its forward, which `item` names
     item    which of several tensors: an index or a keyword; inside: query, key, value, scores,
-            pattern or router
+            pattern or router, or mlp_pre or mlp_post of experts
     cut     the structure of the last axis, in names of sizes: "head d_head" are heads, "head d_head
             | kv_head d_head" two parts one after the other, "head: d_head | d_head" two parts per
             head
@@ -285,12 +285,22 @@ def mlp_sites(path: str, pre: str, post: str) -> dict[str, ModuleLocation]:
     }
 
 
-def router_sites(router: str = ".mlp.gate") -> dict[str, ModuleLocation]:
-    """Returns the sites of a router. A block with a plain MLP does not have these modules."""
+def mixture_sites(
+    router: str = ".mlp.gate", pre: str = "gate_proj", post: str = "down_proj"
+) -> dict[str, ModuleLocation | tuple[ModuleLocation, ...]]:
+    """Returns the sites of a router and of its experts' neurons.
+
+    In a block with a plain MLP, which has no router, neurons are between its matrices `pre` and
+    `post`.
+    """
+    mlp = router.rpartition(".")[0]
+    plain, experts = mlp_sites(mlp, pre, post), f"{mlp}.experts"
     return {
         "router_logits": inside(router, "router", flat=True),
         "experts": output_of(router, item=2, flat=True),
         "expert_weights": output_of(router, item=1, flat=True),
+        "mlp_pre": (plain["mlp_pre"], inside(experts, "mlp_pre", flat=True)),
+        "mlp_post": (plain["mlp_post"], inside(experts, "mlp_post", flat=True)),
     }
 
 
@@ -313,7 +323,6 @@ NOT_ROTARY = {
 NO_ROUTER = dict.fromkeys(
     ("router_logits", "experts", "expert_weights"), "the MLP is one network, without a router"
 )
-ROUTER_ELSEWHERE = dict.fromkeys(NO_ROUTER, "this block's MLP is one network, without a router")
 PARALLEL_BLOCK = {
     "resid_mid": "attention and MLP run in parallel: nothing of the stream stands between them"
 }
@@ -323,9 +332,8 @@ OWN_ATTENTION = dict.fromkeys(
 )
 EXPERT_NEURONS = dict.fromkeys(
     ("mlp_pre", "mlp_post"),
-    "the block's MLP is a mixture of experts: each token's neurons are those of the experts that "
-    "it chose, and their code computes an expert's tokens together; see router_logits, experts, "
-    "expert_weights and mlp_out",
+    "the experts are not computed through transformers' common interface, in which the neurons of "
+    "the chosen experts are seen; see router_logits, mlp_in and mlp_out",
 )
 NO_ATTENTION = dict.fromkeys(
     ("attn_in", "q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z", "attn_out", "resid_mid"),

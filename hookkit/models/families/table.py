@@ -84,8 +84,8 @@ from .schema import (
     Family,
     fused_qkv,
     input_of,
+    mixture_sites,
     mlp_sites,
-    router_sites,
 )
 
 Row: TypeAlias = Family | Callable[[Any], Family]
@@ -102,7 +102,7 @@ RECENT: Mapping[str, Row] = {
     "arcee": like_llama(PLAIN),
     "qwen3_moe": MIXTURE,
     "qwen3_next": QWEN3_NEXT,
-    "gpt_oss": like_llama(router_sites(".mlp.router"), missing=MIXED),
+    "gpt_oss": like_llama(mixture_sites(".mlp.router"), missing=MIXED),
     "gemma3_text": like_llama(POST_NORMED),
     "gemma4_text": GEMMA4,
     "olmo3": like_llama(ONLY_POST_NORMED),
