@@ -4,6 +4,8 @@ The shapes are those that each type's processor in transformers 5.23 gives for a
 frames of sound; token 9 stands for each patch of it that the text model reads.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,44 @@ def image_prompt(
     if model_type == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
+
+
+def llava_processor() -> Any:
+    """A processor for the tiny LLaVA: words of a space, 4 patches for an image of 8 times 8, and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    names = [
+        *(f"<{number}>" for number in range(PLACEHOLDER)),
+        "<image>",
+        "user:",
+        "system:",
+        "assistant:",
+    ]
+    words = [*names, *(f"w{number}" for number in range(len(names), 300))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<0>", additional_special_tokens=["<image>"]
+    )
+    square = {"height": 8, "width": 8}
+    return LlavaProcessor(
+        CLIPImageProcessor(size=square, crop_size=square),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %} {{ m.role }}: "
+    "{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %} <image> {% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} assistant: {% endif %}"
+)

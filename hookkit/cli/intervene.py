@@ -197,7 +197,7 @@ def shift(
     """
     top, prompts_given = tokens.top, prompts.prompt or prompts.prompts
     unused = {"a prompt": prompts_given, "--watch": tokens.watch, "--generate": page.generate}
-    unused |= {"--chat": prompts.chat, "--system": prompts.system}
+    unused |= {"--chat": prompts.chat, "--system": prompts.system, "--image": prompts.image}
     unused["a control"] = page.arguments()["controls"]
     if corpus.check({**unused, "--movers": tokens.movers != MOVERS}):
         _shift_over_corpus(corpus, model, output, engine, {"top": top, **page.corpus_arguments()})

@@ -110,19 +110,29 @@ class ChatOptions:
     system: Annotated[
         str | None, Option(metavar="TEXT", help="With --chat: the system message.")
     ] = None
+    image: Annotated[
+        Texts,
+        Option(metavar="FILE", help="With --chat: an image before the user's text; repeatable."),
+    ] = None
 
     def as_prompt(self, text: str) -> "str | hk.types.Chat":
         """Returns a text as the prompt that these options make of it."""
         if self.chat:
-            return hk.chat(system=self.system, user=text)
+            return hk.chat(system=self.system, user=text, images=self.image or ())
         if self.system is not None:
             raise BadPrompt("--system is the first message of a chat: add --chat")
+        if self.image:
+            raise BadPrompt("--image is a part of the user's message in a chat: add --chat")
         return text
 
     def chat_words(self) -> list[str]:
         """Returns these options as a command line has them."""
         words = ["--chat"] if self.chat else []
-        return words if self.system is None else [*words, "--system", self.system]
+        if self.system is not None:
+            words += ["--system", self.system]
+        for image in self.image or []:
+            words += ["--image", image]
+        return words
 
 
 @dataclass(frozen=True)
@@ -172,8 +182,10 @@ class PromptOptions(ChatOptions):
     def _as_prompt(self, prompt: "str | hk.types.Chat") -> "str | hk.types.Chat":
         if isinstance(prompt, str):
             return self.as_prompt(prompt)
-        if self.chat or self.system is not None:
-            raise BadPrompt(f"{self.prompts} has chats already: leave --chat and --system out")
+        if self.chat_words():
+            raise BadPrompt(
+                f"{self.prompts} has chats already: leave --chat and its --system and --image out"
+            )
         return prompt
 
 

@@ -139,7 +139,7 @@ def _check_fit(dictionary: Dictionary, fit: Fit) -> None:
 def _cost(replacing: Dictionary, lm: LM) -> str:
     """Returns in words what the reconstruction of a site costs on a short text."""
     text = _text(lm)
-    with_features = LM(lm.model, lm.tokenizer, lm.name, lm.row, (replacing,))
+    with_features = LM(lm.model, lm.tokenizer, lm.name, lm.row, (replacing,), lm.processor)
     before = _loss(forward(lm, text))
     splice = scale(site_of_features(replacing), 1.0)
     after = _loss(forward(with_features, text, splice))

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import groupby, takewhile
 from operator import eq
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from ..arguments import as_items, check_arguments, describe, is_mapping, shorten
@@ -60,6 +64,15 @@ class Chat:
         return tuple(message["role"] for message in self.messages)
 
     @property
+    def has_media(self) -> bool:
+        """True if a message has an image, a video or sound, which a processor reads."""
+        parts: list[Mapping[str, Any]] = []
+        for message in self.messages:
+            if isinstance(message.get("content"), list):
+                parts += message["content"]
+        return any(part.get("type", "text") != "text" for part in parts)
+
+    @property
     def is_prefilled(self) -> bool:
         """True if the last message is the beginning of the model's own answer."""
         return self.roles[-1] == "assistant"
@@ -88,6 +101,7 @@ def chat(
     system: str | None = None,
     user: str | None = None,
     assistant: str | None = None,
+    images: Sequence[Any] = (),
     tools: Sequence[Mapping[str, Any] | Callable[..., Any]] = (),
     think: bool | None = None,
 ) -> Chat:
@@ -99,6 +113,10 @@ def chat(
     it answers is asked to. A plain list of messages is a prompt, too, and a list of such lists is
     several prompts.
 
+    `images` stand before the user's text: paths of files, addresses, or images of PIL. In a list of
+    messages, a content may have parts: {"type": "image", "path": "cat.png"} and {"type": "text",
+    "text": "What is this?"}. A chat with images is read by the LM's processor, with its template.
+
     Reading the prompt raises `BadPrompt` if the tokenizer has no chat template, or one that refuses
     the chat or ignores a message, the tools or `think`.
 
@@ -106,7 +124,12 @@ def chat(
     chat(system='Answer in one word.', user='What do you drink?')
     """
     contents = dict(zip(ROLES, (system, user, assistant), strict=True))
-    given = {role: content for role, content in contents.items() if content is not None}
+    given: dict[str, Any] = {}
+    for role, content in contents.items():
+        if content is not None:
+            given[role] = content
+    if images:
+        given["user"] = [*map(_image_part, images), {"type": "text", "text": _text_beside(given)}]
     if messages is None:
         messages = [{"role": role, "content": content} for role, content in given.items()]
     elif given:
@@ -115,6 +138,34 @@ def chat(
             "list, {'role': …, 'content': …}"
         )
     return Chat(tuple(messages), tuple(map(_schema_of_tool, tools)), think)
+
+
+def _text_beside(given: Mapping[str, Any]) -> str:
+    if "user" not in given:
+        raise BadPrompt(
+            "images= belong to the user's message: give user='…' too; in a list of messages, an "
+            "image is a part of a content, {'type': 'image', 'path': …}"
+        )
+    return given["user"]
+
+
+def _image_part(image: Any) -> dict[str, str]:
+    """Returns an image as a part of a message, ready for JSON."""
+    if hasattr(image, "save"):  # of PIL
+        file = BytesIO()
+        image.save(file, format="PNG")
+        return {"type": "image", "base64": b64encode(file.getvalue()).decode()}
+    if not isinstance(image, str | PathLike):
+        raise BadPrompt(
+            f"images= has {describe(image)}: give the path of a file, an address, or an image of "
+            "PIL"
+        )
+    name = str(image)
+    if name.startswith(("http://", "https://")):
+        return {"type": "image", "url": name}
+    if not Path(name).is_file():
+        raise BadPrompt(f"the image {name!r} is no file: give the path of an image")
+    return {"type": "image", "path": name}
 
 
 def is_message(value: Any) -> bool:
@@ -185,7 +236,7 @@ def _plain(values: list[Any], what: str) -> list[Any]:
     except (TypeError, ValueError) as error:
         raise BadPrompt(
             f"a chat has something in {what} that is no text, number, list or mapping ({error}); "
-            "for images, give what the model's processor returns"
+            "for an image, hk.chat(user='…', images=[…]), or what the model's processor returns"
         ) from error
 
 
@@ -204,7 +255,24 @@ def _schema_of_tool(tool: Any) -> Any:
         ) from error
 
 
-# ---- rendered by a tokenizer
+# ---- rendered by a tokenizer, or by a processor
+
+
+def read_with_processor(processor: Any, chat: Chat) -> Any:
+    """Returns what a processor returns for a chat with images: ids, and what the model reads too.
+
+    Raises `BadPrompt` if there is no processor, or if its template refuses or ignores a part of
+    the chat.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        what = "this LM has no processor: make it with hk.LM(model, processor)"
+        if processor is not None:
+            what = f"the {type(processor).__name__} has no chat template: set its chat_template"
+        raise BadPrompt(f"the prompt is a chat with an image, and {what}")
+    template = _Template(processor, chat)
+    for _ in _locate_contents(template, chat, template.text(chat.messages)):
+        pass  # raises for a text that the template ignores
+    return template.apply(chat.messages, tokenize=True, return_tensors="pt")
 
 
 @dataclass(frozen=True)
@@ -246,7 +314,7 @@ def render(tokenizer: Any, chat: Chat) -> Rendering:
 
 
 class _Template:
-    """The chat template of a tokenizer, with the settings of a chat."""
+    """The chat template of a tokenizer or a processor, with the settings of a chat."""
 
     def __init__(self, tokenizer: Any, chat: Chat) -> None:
         self.tokenizer = tokenizer
@@ -263,12 +331,12 @@ class _Template:
 
     def text(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
         """Returns the rendered text."""
-        return self._apply(messages, tokenize=False, **settings)
+        return self.apply(messages, tokenize=False, **settings)
 
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> Any:
         """Returns the ids, with the characters of each token where the tokenizer knows them."""
         options = {"return_offsets_mapping": self.tokenizer.is_fast, "verbose": False}
-        return self._apply(messages, tokenizer_kwargs=options)
+        return self.apply(messages, tokenizer_kwargs=options)
 
     def assistant_mask(self, chat: Chat, ids: Sequence[int]) -> list[int]:
         """Returns 1 for each token that the template marks as the assistant's, else 0.
@@ -278,7 +346,7 @@ class _Template:
         if not MARKS_GENERATION.search(self.tokenizer.get_chat_template(tools=chat.tools or None)):
             return [0] * len(ids)
         ending = {"continue_final_message": False}
-        whole = self._apply(chat.messages, return_assistant_tokens_mask=True, **ending)
+        whole = self.apply(chat.messages, return_assistant_tokens_mask=True, **ending)
         n_same = _common_length(ids, whole["input_ids"])
         return [*whole["assistant_masks"][:n_same], *[0] * (len(ids) - n_same)]
 
@@ -292,7 +360,8 @@ class _Template:
             "and without thinking: leave think out"
         )
 
-    def _apply(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+    def apply(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+        """Returns what the template gives: a text, or ids with what belongs to them."""
         settings = {"return_dict": True, **self.ending, **self.settings, **settings}
         try:
             return self.tokenizer.apply_chat_template(list(map(dict, messages)), **settings)

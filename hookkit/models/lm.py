@@ -188,8 +188,9 @@ def _locations(lm: LM, name: str) -> dict[Site, ModuleLocation]:
 class LM(Vocabulary):
     """A causal language model of transformers and its tokenizer, both unchanged.
 
-    With `tokenizer=None`, prompts are token ids. Of a processor, which reads images or sound too,
-    the LM takes the tokenizer; what the processor returns is a prompt. Any other `nn.Module` can be
+    With `tokenizer=None`, prompts are token ids. A processor, which reads images or sound too, is
+    given in the tokenizer's place: it becomes `processor`, and its tokenizer `tokenizer`. What it
+    returns is a prompt, and so is a chat with images. Any other `nn.Module` can be
     used too: it has no named sites, and its modules are selected with `hk.module(path)`. `row` says
     where the sites are; by default it is looked up by the model's type.
 
@@ -202,6 +203,7 @@ class LM(Vocabulary):
     name: str = ""
     row: Family | None = None
     dictionaries: tuple[SiteDictionary, ...] = ()
+    processor: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -214,7 +216,10 @@ class LM(Vocabulary):
                 f"hk.load(name){hint}"
             )
         if self.tokenizer is not None:
-            object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer))
+            tokenizer = tokenizer_of(self.tokenizer)
+            if tokenizer is not self.tokenizer:
+                object.__setattr__(self, "processor", self.tokenizer)
+            object.__setattr__(self, "tokenizer", tokenizer)
         if not isinstance(self.name, str):
             raise BadArgument(
                 f"LM has name={describe(self.name)}: give a text, the model's name in results"
@@ -229,7 +234,7 @@ class LM(Vocabulary):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the fields only: a copy computes the rest again."""
-        names = ("model", "tokenizer", "name", "row", "dictionaries")
+        names = ("model", "tokenizer", "name", "row", "dictionaries", "processor")
         return {name: getattr(self, name) for name in names}
 
     @cached_property
@@ -482,7 +487,7 @@ class LM(Vocabulary):
         prepared = [item.prepared(self, replace=replace, check=check) for item in dictionaries]
         together = (*self.dictionaries, *prepared)
         by_feature_site(together)  # raises for two of one site
-        return LM(self.model, self.tokenizer, self.name, self.row, together)
+        return LM(self.model, self.tokenizer, self.name, self.row, together, self.processor)
 
     @property
     def sites(self) -> SiteNames:

@@ -26,7 +26,9 @@ def find_positions(lm: LM, row: Sequence[int], place: Named) -> Row:
         return _positions_of_placeholders(lm, row, place)
     turns, speakers = getattr(row, "turns", ()), getattr(row, "speakers", ())
     if not turns:
-        what = "is no chat" if not speakers else "is a chat whose messages its template changes"
+        what = "is a chat whose messages its template changes, or with an image"
+        if not speakers:
+            what = "is no chat"
         raise OutOfRange(
             f"{place!r} was asked for, and {shorten(lm.text(row))!r} {what}, so it is not known "
             "who says its tokens: give hk.chat(user='…'), or positions as numbers or hk.at('text')"

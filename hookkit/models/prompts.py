@@ -15,7 +15,7 @@ from ..errors import BadPrompt, Unsupported
 from .batch_positions import Side as Side
 from .batch_positions import pad_batch
 from .batch_positions import pad_rows as pad_rows
-from .chat import Chat, chat_of, render
+from .chat import Chat, chat_of, read_with_processor, render
 from .lm import LM
 from .named_positions import placeholder_ids
 from .padding import forward_inputs, padding_scheme
@@ -418,6 +418,10 @@ def tokenize(lm: LM, content: str | Chat | Row) -> Row:
 
 
 def _tokenize(lm: LM, content: str | Chat | Row) -> Row:
+    if isinstance(content, Chat) and content.has_media:
+        row = _row_of_mapping(read_with_processor(lm.processor, content), 0)
+        others = getattr(row, "inputs", None), getattr(row, "per_token", None)
+        return PromptRow(row, *others, speakers=content.roles)
     if isinstance(content, Chat):
         rendering = render(lm.tokenizer, content)
         return PromptRow(rendering.ids, turns=rendering.turns, speakers=content.roles)

@@ -390,16 +390,16 @@ class Crew:
 
 
 def pack_model(lm: LM) -> Packed:
-    """Returns the model with its tokenizer, name, row of the families' table and dictionaries."""
+    """Returns the fields of an LM, and the hash of its weights."""
     weights = frozenset(weight.untyped_storage().data_ptr() for weight in lm.model.parameters())
-    facts = [lm.model, lm.tokenizer, lm.name, lm.row, lm.dictionaries, weights_hash(lm)]
-    return _pack(facts, {}, weights)
+    fields = [lm.model, lm.tokenizer, lm.name, lm.row, lm.dictionaries, lm.processor]
+    return _pack([*fields, weights_hash(lm)], {}, weights)
 
 
 def unpack_model(packed: Packed) -> LM:
     """Returns the model in an actor; `OtherModel` if its weights are not those that were sent."""
-    model, tokenizer, name, row, dictionaries, sent_hash = unpack(packed)
-    lm = LM(model, tokenizer, name, row, dictionaries)
+    *fields, sent_hash = unpack(packed)
+    lm = LM(*fields)
     own_hash = weights_hash(lm)
     if own_hash != sent_hash:
         raise OtherModel(
