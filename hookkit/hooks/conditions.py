@@ -140,12 +140,12 @@ def _state_quantity(condition: StateCondition) -> Callable[[Tensor], Numbers]:
     if isinstance(condition.of, Probe):
         return condition.of.score
     if condition.of is None:
-        return lambda values: values.float().flatten(2).norm(dim=-1)
+        return lambda values: _as_vectors(values).norm(dim=-1)
     direction = condition.of.tensor.double()
     fit = convert_once((direction / direction.norm()).flatten().float(), "the vector")
 
     def cosine_with(values: Tensor) -> Numbers:
-        wide = values.float().flatten(2)
+        wide = _as_vectors(values)
         unit = fit(wide)
         if unit.shape != wide.shape[2:]:
             raise BadHook(
@@ -155,6 +155,11 @@ def _state_quantity(condition: StateCondition) -> Callable[[Tensor], Numbers]:
         return (wide @ unit) / wide.norm(dim=-1).clamp(min=1e-30)
 
     return cosine_with
+
+
+def _as_vectors(values: Tensor) -> Tensor:
+    """Returns values as [row, pos, number]: heads are one axis, and a feature is one number."""
+    return values.float().unsqueeze(-1).flatten(2)
 
 
 # ---- the condition of one hook

@@ -213,6 +213,26 @@ def test_hooks_on_the_stream_and_on_features_act_in_their_order(plain, lm):
     torch.testing.assert_close(run.logits, expected, rtol=0, atol=1e-4)
 
 
+def test_an_edit_asks_a_feature_first(lm):
+    f = hk.forward(lm, IDS, hk.capture(SITE))[SITE]
+    feature = int(
+        (f > 0).sum((0, 1)).sub(4).abs().argmin()
+    )  # active at about half of the positions
+    one, active = f"{SITE}.{feature}", f[..., feature] > 0
+    assert 0 < active.sum() < 8
+    asks = hk.when.norm_above(1e-6, site=one)
+    clamped = hk.forward(lm, IDS, hk.ablate(one, to=torch.tensor(4.0), when=asks), hk.capture(one))
+    assert torch.equal(clamped[one] == 4, active)
+    hooks = [hk.capture("resid_post.2"), hk.steer("resid_post.2", torch.ones(32), when=asks)]
+    run = hk.forward(lm, IDS, *hooks, hk.capture("resid_post.2", name="after"))
+    before, after = (captured.values for captured in run.captures.all)
+    assert torch.equal((after != before).any(-1), active)
+    written = hk.generate(lm, IDS, hk.scale(one, 3.0, when=asks), hk.capture(one), max_new_tokens=3)
+    everywhere = hk.generate(lm, IDS, hk.scale(one, 3.0), hk.capture(one), max_new_tokens=3)
+    assert torch.equal(written.tokens, everywhere.tokens)
+    assert torch.equal(written[one], everywhere[one])
+
+
 def test_a_sparse_capture_holds_what_the_dense_one_does(lm):
     hooks = [
         hk.capture(SITE, name="dense"),
