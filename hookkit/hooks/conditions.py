@@ -298,7 +298,7 @@ def asks_function(when: When | None) -> bool:
 def _check_texts(condition: When, site: AnySite, edited: Sequence[AnySite]) -> None:
     """Raises `Unsupported` if the reader's positions are those of another text than the edit's."""
     for other in (site, *edited):
-        if isinstance(other, Site) and (other.stack or other.reads_source):
+        if isinstance(other, Site) and other.position_stack:
             raise Unsupported(
                 f"when={argument_text(condition)} reads {site} for an edit at {other}, whose "
                 "positions may be those of another text: read and edit the stack that writes "

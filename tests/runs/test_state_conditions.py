@@ -640,3 +640,14 @@ def test_different_conditions_are_not_equal():
         for right, other in enumerate(CONDITIONS):
             assert (when == other) == (left == right)
     assert hk.when.contains("a") != hk.when.text_ends("a")
+
+
+def test_a_state_of_the_decoder_switches_no_edit_at_the_positions_of_the_source():
+    lm = hk.tiny("t5")
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[0, 8]])}
+    state = hk.when.norm_above(0.1, site="resid_post.0")
+    run = hk.forward(lm, prompt, hk.scale("cross_z.1", 0.0, when=state))
+    assert not torch.equal(run.logits, hk.forward(lm, prompt).logits)
+    for site in ("cross_k.1", "encoder.resid_post.0"):
+        with pytest.raises(hk.errors.Unsupported, match="positions may be those of another text"):
+            hk.forward(lm, prompt, hk.scale(site, 0.5, when=state))
