@@ -37,7 +37,7 @@ from .devices import (
     weight_storages,
 )
 from .dictionaries import SiteDictionary, by_feature_site
-from .discovery.discover import decoder_of, resolve_family
+from .discovery.discover import decoder_path, resolve_family
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, is_masked_lm, text_config
 from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
@@ -55,7 +55,6 @@ from .sites import (
 from .tokens import Token as Token
 from .tokens import Vocabulary
 
-HEAD_METHOD = "get_output_embeddings"
 UNSPLIT_AXES = ("batch", "pos", "query", "key")
 
 
@@ -326,14 +325,14 @@ class LM(Vocabulary):
 
     @cached_property
     def _text_modules(self) -> tuple[str, ...] | None:
-        """The paths of the decoder, embedding and head of a model that reads more than text.
+        """The paths of the decoder and the head of a language model that reads more than text.
 
-        None for a model that reads text only.
+        None for other models.
         """
-        if self.two_texts or text_config(self.config) is self.config:
+        head = self.head_path()
+        if self.two_texts or head is None or text_config(self.config) is self.config:
             return None
-        parts = (decoder_of(self.root), self._embedding, _call_method(self.root, HEAD_METHOD))
-        return tuple(path for path, module in self.root.named_modules() if module in parts)
+        return decoder_path(self.root), head
 
     @cached_property
     def is_masked(self) -> bool:
@@ -354,7 +353,7 @@ class LM(Vocabulary):
 
     def head_path(self) -> str | None:
         """Returns the path of the output embedding, or None if the model has none."""
-        head = _call_method(self.root, HEAD_METHOD)
+        head = _call_method(self.root, "get_output_embeddings")
         return next((path for path, module in self.root.named_modules() if module is head), None)
 
     @cached_property

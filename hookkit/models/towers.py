@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import BadPrompt, Unsupported
@@ -18,7 +17,7 @@ from .families.schema import Tower
 from .layout import text_config
 from .lm import LM
 from .named_positions import placeholder_ids
-from .prompt_row import VALUES_OF_GRIDS, Row, divide_inputs
+from .prompt_row import VALUES_OF_GRIDS, PromptRow, Row, divide_inputs
 
 VALUES = {"vision": ("pixel_values", "pixel_values_videos"), "audio": ("input_features",)}
 
@@ -32,8 +31,8 @@ def find_images(
 ) -> tuple[tuple[int, int], list[list[ImagePlace]]] | None:
     """Returns the first two sizes of the tensors of a tower, and where each row's images are.
 
-    Returns None if the forward reads no image. `rows` are the prompts of the forward, if they are
-    known, and `count` is how many rows the model runs.
+    Returns None if the forward reads no image. `rows` are the prompts of the forward, with their
+    images if they are known, and `count` is how many rows the model runs.
     """
     values = [name for name in VALUES[stack] if isinstance(arguments.get(name), Tensor)]
     if not values:
@@ -70,8 +69,11 @@ def find_images(
 def _inputs_by_row(
     lm: LM, stack: str, tensors: Mapping[str, Tensor], rows: Sequence[Row], count: int
 ) -> list[Mapping[str, Tensor]]:
-    """Returns the inputs of each row of a forward besides its tokens."""
-    if rows and count % len(rows) == 0:
+    """Returns the inputs of each row of a forward besides its tokens.
+
+    Rows that are token ids alone must have one image each.
+    """
+    if any(isinstance(row, PromptRow) and row.inputs for row in rows):
         copies = count // len(rows)
         return [getattr(row, "inputs", {}) for row in rows for _ in range(copies)]
     per_image = ("pixel", "image_", "video_", "feature", "input_features")
@@ -80,11 +82,9 @@ def _inputs_by_row(
         divided = divide_inputs(inputs, count)
     except BadPrompt as error:
         raise Unsupported(f"{_unknown(stack)} ({error})") from error
-    ids = tensors.get("input_ids")
-    if count > 1 and ids is not None:
-        marks = torch.tensor(sorted(placeholder_ids(lm)), device=ids.device)
-        if not bool(torch.isin(ids, marks).any(1).all()):
-            raise Unsupported(f"{_unknown(stack)}: some row has no token that stands for one")
+    marks = placeholder_ids(lm)
+    if len(rows) > 1 and any(marks.isdisjoint(row) for row in rows):
+        raise Unsupported(f"{_unknown(stack)}: some row has no token that stands for one")
     return list(divided)
 
 

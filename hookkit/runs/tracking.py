@@ -150,7 +150,9 @@ class PositionTracker:
         if self.two_texts:
             passes["encoder"] = self._source_pass(arguments, text, rows)
         for stack in self.towers:
-            prompts = self.prompts if len(self.prompts) == len(text.lengths) else ()
+            prompts: Sequence[Row] = self.prompts
+            if len(prompts) != len(text.lengths):
+                prompts = list(map(text.prompt, range(len(text.lengths))))
             images = self.find_images(stack, arguments, prompts, rows)
             if images is not None:
                 passes[stack] = self._tower_pass(stack, text, rows, *images)

@@ -344,6 +344,25 @@ def test_a_position_at_a_towers_module_is_never_that_of_the_text(name):
     assert hk.forward(lm, inputs, hk.capture(inside, pos=-1))[inside].shape[1] == 1
 
 
+def test_the_modules_of_a_model_that_writes_no_text_can_be_captured():
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    clip = CLIPModel(
+        CLIPConfig(text_config=sizes | {"vocab_size": 60}, vision_config=vision)
+    ).eval()
+    site = hk.module("text_model.encoder.layers.0")
+    with hk.attach(clip, hk.capture(site)) as manager, torch.no_grad():
+        clip(input_ids=torch.tensor([[5, 6, 7]]), pixel_values=torch.ones(1, 3, 8, 8))
+    assert manager[site].shape == (1, 3, 16)
+
+
 def test_in_a_block_each_row_has_its_image_or_it_is_said_that_this_is_unknown():
     lm = model_of("llava")
     prompts = [image_prompt("llava", seed) for seed in (1, 2)]
@@ -358,6 +377,14 @@ def test_in_a_block_each_row_has_its_image_or_it_is_said_that_this_is_unknown():
     joined["attention_mask"] = torch.ones(2, 9, dtype=torch.long)
     with pytest.raises(Unsupported, match="not known here"), hk.attach(lm, hk.capture(site)):
         lm.model(**{**joined, "pixel_values": both})
+    ids = joined.pop("input_ids")
+    with pytest.raises(Unsupported, match="not known here"), hk.attach(lm, hk.capture(site)):
+        lm.model.generate(ids, **{**joined, "pixel_values": both}, max_new_tokens=1)
+    with hk.attach(lm, hk.capture(site)) as manager:
+        first = prompts[0]
+        pixels = first["pixel_values"]
+        lm.model.generate(first["input_ids"], pixel_values=pixels, max_new_tokens=1)
+    assert manager[site].shape == (1, 5, 16)
 
 
 def test_vectors_means_and_patches_of_a_tower():

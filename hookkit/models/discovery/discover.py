@@ -88,12 +88,6 @@ def find_towers(model: nn.Module, config: Any) -> dict[str, Family]:
 
 def decoder_path(model: nn.Module) -> str:
     """Returns the path of the innermost decoder, which reads the embedded text."""
-    decoder = decoder_of(model)
-    return next(path for path, module in model.named_modules() if module is decoder)
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """Returns the innermost decoder, which reads the embedded text."""
     decoder: Any = model
     while True:
         inner = getattr(decoder, "get_decoder", lambda: None)()
@@ -103,7 +97,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     inner = getattr(decoder, "model", None)  # Llama 4 gives the decoder with its head
     if not hasattr(decoder, "layers") and isinstance(inner, nn.Module):
         decoder = inner
-    return decoder
+    return next(path for path, module in model.named_modules() if module is decoder)
 
 
 def _why_no_head(kind: str, model_type: str | None) -> str:
