@@ -527,6 +527,14 @@ def test_a_forward_of_prompts_refuses_a_condition_that_is_read_too_late(llama):
         hk.generate(llama, "Tea", hk.scale("resid_post.0", 2.0, when=when), max_new_tokens=1)
 
 
+def test_a_state_of_another_text_is_refused():
+    """The positions of an encoder are those of the source, which are no positions of the decoder."""
+    lm = hk.tiny("t5")
+    hook = hk.scale("resid_post.1", 2.0, when=hk.when.norm_above(1.0, site="encoder.resid_post.0"))
+    with pytest.raises(Unsupported, match="may be those of another text"), hk.attach(lm, hook):
+        pass
+
+
 def test_a_prompt_in_chunks_is_decided_at_its_end(llama):
     when = hk.when.norm_above(0.0, site="resid_post.0", pos=hk.PROMPT)
     chunked = {**GREEDY, "prefill_chunk_size": 3}
