@@ -218,6 +218,10 @@ REFUSED: dict[str, tuple[Callable[[], hk.types.Hook], str]] = {
         lambda: hk.boost(7, by=1.0, when=hk.when.entropy_above(1.0)),
         "acts where a condition holds",
     ),
+    "condition on the state": (
+        lambda: hk.scale("mlp_out.1", 0.5, when=hk.when.norm_above(1.0)),
+        "acts where a condition holds",
+    ),
     "function": (lambda: hk.edit("mlp_out.1", torch.relu), "edit is no linear change"),
     "force": (lambda: hk.force(7), "force is no linear change"),
     "capture": (lambda: hk.capture("mlp_out.1"), "capture is no linear change"),
