@@ -49,7 +49,7 @@ def find_weights(lm: LM, site: Site, *, through_norm: bool = False) -> SiteWeigh
     """
     location = lm.location(site)
     if location.side == "inside":
-        raise Unsupported(f"{site} is computed inside attention, and no matrix writes it")
+        raise Unsupported(f"{site} is computed inside {location.path}, and no one matrix writes it")
     module = lm.submodule(location.path)
     path = location.path
     if not _is_matrix(module):
@@ -84,8 +84,8 @@ def _last_matrix(lm: LM, site: Site, location: ModuleLocation, through_norm: boo
     module = lm.submodule(path)
     if not _is_matrix(module):
         raise Unsupported(
-            f"{site} comes from {path}, whose weights ({type(module).__name__}) are no plain "
-            "matrix: load the model in float32 or bfloat16"
+            f"{site} comes from {path} ({type(module).__name__}), which is no plain matrix: a "
+            "mixture of experts, or quantised weights"
         )
     return path
 

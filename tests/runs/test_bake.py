@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[Callable[[], hk.types.Hook], str]] = {
         lambda: hk.project_out(["resid_pre.1", "resid_post.1"], torch.ones(32)),
         "it leaves out resid_pre.0",
     ),
-    "scores": (lambda: hk.scale("scores.1", 0.5), "computed inside attention"),
+    "scores": (lambda: hk.scale("scores.1", 0.5), "computed inside model.layers.1.self_attn"),
     "several readers": (lambda: hk.scale("mlp_in.1", 0.5), "which is no single matrix"),
     "final norm": (lambda: hk.scale("final_norm", 0.5), "which is a norm"),
     "no bias": (lambda: hk.boost(7, by=1.0), "lm_head has no bias, and the configuration of llama"),
