@@ -293,6 +293,23 @@ def check_tokens(
     return tuple(tokens)
 
 
+def different_tokens(first: Vocabulary, second: Vocabulary) -> dict[int, tuple[str, str]]:
+    """Returns the ids that name another token in each of two tokenizers, with both names.
+
+    Empty if one of the two has no tokenizer.
+    """
+    if first.tokenizer is None or second.tokenizer is None or first.tokenizer is second.tokenizer:
+        return {}
+    tables: list[dict[int, str]] = []
+    for vocabulary in (first, second):
+        ids = vocabulary.tokenizer.get_vocab()
+        tables.append({number: word for word, number in ids.items()})
+    one, other = tables
+    missing = "not there"
+    different = sorted(dict(one.items() ^ other.items()))
+    return {number: (one.get(number, missing), other.get(number, missing)) for number in different}
+
+
 def turn_texts(lm: Vocabulary, row: Sequence[int]) -> list[tuple[str, str]]:
     """Returns the role and the text of each message of a chat; nothing for other prompts."""
     turns = getattr(row, "turns", ())

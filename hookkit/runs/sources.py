@@ -29,6 +29,7 @@ from ..models.padding import PaddingScheme, can_pad, padding_scheme
 from ..models.prompt_row import Row
 from ..models.prompts import as_batch, as_rows, refuse_inputs
 from ..models.sites import Site
+from ..models.tokens import different_tokens
 from .tracking import cache_of
 
 SourceLogits: TypeAlias = Float[Tensor, "row pos vocab"]
@@ -300,15 +301,10 @@ def check_same_vocabulary(lm: LM, other: LM, hook: SourceEdit) -> None:
             f"{hook}: the source has {other.n_tokens} tokens and the model {lm.n_tokens}, so that "
             "their probabilities do not belong to the same tokens: give a model of one vocabulary"
         )
-    if lm.tokenizer is None or other.tokenizer is None or lm.tokenizer is other.tokenizer:
-        return
-    names = [model.tokenizer.convert_ids_to_tokens(range(lm.n_tokens)) for model in (lm, other)]
-    pairs = enumerate(zip(*names, strict=True))
-    different = [number for number, (own, others) in pairs if own != others]
-    if different:
-        first = different[0]
-        raise OtherVocabulary(
-            f"{hook}: the vocabularies differ in {len(different)} tokens: id {first} is "
-            f"{names[0][first]!r} in the model and {names[1][first]!r} in the source: give a model "
-            "of one vocabulary"
-        )
+    different = different_tokens(lm, other)
+    for number, (own, others) in different.items():
+        if number < lm.n_tokens:  # later ones are no tokens of the models
+            raise OtherVocabulary(
+                f"{hook}: the vocabularies differ in {len(different)} tokens: id {number} is "
+                f"{own!r} in the model and {others!r} in the source: give a model of one vocabulary"
+            )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import by_hand
 import pytest
@@ -353,10 +354,21 @@ def test_the_trace_has_the_source_as_a_stage_and_decisions_say_what_it_did(llama
     for _, line in moved.iterrows():
         ranks = f"from rank {line['rank_model']} to {line['rank_edited']}"
         assert f"contrast with the prompt 'We love' moved it {ranks}" in line["why"]
+    steps = list(hk.stream(llama, TWO, edit, **GREEDY))
+    assert steps[-1].text == run.text
+    assert "source" in set(steps[2].candidates["stage"])
     two = hk.generate(
         llama, TWO[0], edit, hk.toward(hk.UNEDITED, by=0.5), trace=hk.trace(), **GREEDY
     )
     assert {"source 1", "source 2"} <= set(hk.candidates(two)["stage"])
+
+
+def test_the_command_line_reads_a_source(llama, hookkit):
+    words = ("generate", "Tea", "--hook", "away_from:We love@by=1.5", "--max-new-tokens", "4")
+    printed = hookkit(*words)
+    run = hk.generate(llama, "Tea", hk.away_from("We love", by=1.5), max_new_tokens=4)
+    assert printed.exit_code == 0, printed.output
+    assert run.text[0] in printed.output
 
 
 def test_a_source_that_cannot_be_read_is_refused_with_the_reason(llama):
@@ -385,6 +397,10 @@ def test_a_source_that_cannot_be_read_is_refused_with_the_reason(llama):
         hk.attach(llama, hk.toward(hk.UNEDITED, by=1.0)),
     ):
         llama.model(inputs_embeds=embeddings)
+    split = hk.LM(llama.model, llama.tokenizer)
+    split.__dict__["ranks"] = SimpleNamespace(count=2)  # as of a model on two processes
+    with pytest.raises(Unsupported, match="held by 2 processes"):
+        hk.attach(llama, hk.toward(split, by=1.0))
     keeps_state = hk.tiny("recurrent_gemma")
     with pytest.raises(Unsupported, match="in its own modules"):
         hk.forward(keeps_state, [[5, 6]], hk.toward([7], by=1.0))

@@ -40,6 +40,7 @@ from ...models.sites import (
     SitesLike,
     as_sites,
 )
+from ...models.tokens import different_tokens
 from ...runs.forward import forward
 from ...runs.run import Run
 from ...tables.counterfactuals import first_difference
@@ -128,22 +129,13 @@ def check_vocabularies(before: LM, after: LM) -> None:
             "and probabilities cannot be compared: give two with the same one, such as a model and "
             "its fine-tuned version with no token added"
         )
-    if before.tokenizer is None or after.tokenizer is None or before.tokenizer is after.tokenizer:
-        return
-    words_before, words_after = _words_by_id(before), _words_by_id(after)
-    different = sorted(dict(words_before.items() ^ words_after.items()))
+    different = different_tokens(before, after)
     if different:
-        first = different[0]
+        first, (word_before, word_after) = next(iter(different.items()))
         raise OtherVocabulary(
-            f"the tokenizers differ in {len(different)} tokens: id {first} is "
-            f"{words_before.get(first, 'not there')!r} in the first and "
-            f"{words_after.get(first, 'not there')!r} in the second. Give models that read the "
-            "same tokens"
+            f"the tokenizers differ in {len(different)} tokens: id {first} is {word_before!r} in "
+            f"the first and {word_after!r} in the second. Give models that read the same tokens"
         )
-
-
-def _words_by_id(lm: LM) -> dict[int, str]:
-    return {number: word for word, number in lm.tokenizer.get_vocab().items()}
 
 
 @dataclass(frozen=True, eq=False)
