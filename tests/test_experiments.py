@@ -31,6 +31,7 @@ ANSWERED = {
     "oat_milk": "oat_milk",
     "one_decision": "one_decision",
     "probes": "probes",
+    "ask_first": "ask_first",
     "softmax_and_temperature": "softmax_and_temperature",
     "steer_a_mood": "steer_a_mood",
     "system_prompt_or_vector": "system_prompt_or_vector",
