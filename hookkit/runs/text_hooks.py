@@ -284,7 +284,7 @@ class TextHooks:
 
 def _pass_of_stack(hook_point: HookPoint, forward_pass: ForwardPass, tensor: Tensor) -> ForwardPass:
     """Returns the forward pass of the stack to which a hook point's tensor belongs."""
-    if not hook_point.stack:
+    if not forward_pass.stacks:  # the most common case
         return forward_pass
     forward_pass = forward_pass.stacks.get(hook_point.stack, forward_pass)
     location = hook_point.location
