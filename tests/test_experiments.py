@@ -21,6 +21,7 @@ ANSWERED = {
     "bfloat16": "bfloat16",
     "coffee_everywhere": "coffee_everywhere",
     "context_shapes_predictions": "context_shapes_predictions",
+    "contrast": "contrast",
     "datasets": "datasets",
     "families": "families",
     "how_sure": "how_sure",
