@@ -4,8 +4,9 @@ A document says a false capital of a country whose capital the model knows. The 
 log-probabilities after the question alone from those after the document, `by` times
 (context-aware decoding, Shi et al. 2023). It works with a document if the document's answer rises
 (in log10 of its rank, over countries), and rises further than with the control: the 95 % intervals
-of both lie above 0 at by=1, an amount that was chosen before. The control is the question about
-another country, the mean over all others but the one whose capital the document names.
+of both lie above 0 at by=1, an amount that was chosen before this run (several had been looked at
+on 18 of the countries). The control is the question about another country, the mean over all others
+but the one whose capital the document names.
 
 At by=1 the hook itself runs. The other amounts and the controls are computed from the same
 log-probabilities by the formula of `hk.away_from`, which is compared with the hook at by=1.

@@ -285,9 +285,10 @@ def grammar(
 
     >>> print(grammar(regex=r"(yes|no)[.!]"))
     grammar(regex='(yes|no)[.!]')
-    >>> run = generate(lm, "The capital of France is", grammar(regex=r" [A-Z][a-z]+[.]"), seed=0)
-    >>> run.generated
-    [' Paris.']
+    >>> capital = grammar(regex=r" [A-Z][a-z]+[.]")
+    >>> settings = {"max_new_tokens": 8, "do_sample": False}
+    >>> generate(lm, "The capital of France is", capital, **settings).generated
+    [' Paris.<|im_end|>']
     """
     given = {"json": json, "regex": regex, "ebnf": ebnf}
     values = {kind: value for kind, value in given.items() if value is not None}
