@@ -52,16 +52,16 @@ OTHER = (
 )  # fmt: skip
 
 # the openings, about things that the probe has not seen, in other forms
-OPENINGS = ("My friend says that the {} is", "In the end, the {} was", "I think that the {} is")
+OPENINGS = ("My sister wrote that the {} was", "Everyone agrees that the {} is", "To me, the {} is")
 NEW_FOOD = (
-    "sandwich", "curry", "chocolate", "omelette", "stew", "burger", "noodles", "pie", "sausage",
-    "pancake", "lasagna", "steak", "ice cream", "fish", "fruit", "yoghurt", "biscuit", "potato",
-    "lunch", "dinner", "honey", "sauce", "bacon", "muffin",
+    "risotto", "toast", "porridge", "pudding", "ham", "taco", "waffle", "gravy", "mango", "jam",
+    "barbecue", "roast beef", "spaghetti", "croissant", "melon", "tofu", "pastry", "popcorn",
+    "mushroom soup", "cereal", "supper", "salmon", "apple pie", "fried rice",
 )  # fmt: skip
 NEW_OTHER = (
-    "airport", "novel", "museum", "laptop", "speech", "bicycle", "hospital", "weather", "painting",
-    "song", "camera", "church", "garage", "election", "river", "contract", "keyboard", "shoe",
-    "meeting", "window", "ship", "piano", "forest", "jacket",
+    "library", "poem", "stadium", "tablet", "sermon", "motorbike", "clinic", "storm", "sculpture",
+    "melody", "telescope", "temple", "cellar", "debate", "lake", "agreement", "printer", "scarf",
+    "interview", "curtain", "ferry", "guitar", "valley", "sweater",
 )  # fmt: skip
 MARKS = {
     "random probe": ("#8a8f98", "o"),
