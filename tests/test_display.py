@@ -16,6 +16,7 @@ import nbformat
 import pytest
 import torch
 from conftest import tokenizer
+from dictionaries import random_weights, write
 from nbclient import NotebookClient
 from pages import ROOT
 
@@ -316,6 +317,12 @@ def outcomes(lm, folder):
     hk.forward(lm, prompts, hk.edit("z.1", keep))
     yield "EditContext", contexts[0]
     yield "Chat", hk.chat(user=long_text, system=long_text)
+    labels = [number < MANY // 2 for number in range(MANY)]
+    probes = hk.fit_probe(lm, prompts, labels, ["resid_post.0", "resid_post.1"], shuffles=2)
+    yield "Probes", probes
+    yield "Probe", probes.best
+    weights = random_weights("standard", n=MANY)
+    yield "Dictionary", hk.load_dictionary(write(folder / "sae", "standard", weights))
 
 
 def test_the_repr_of_an_outcome_says_what_it_holds_in_a_few_lines(llama, tmp_path):
