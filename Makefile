@@ -51,7 +51,9 @@ benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.attention
 	$(IN) -m experiments.benchmarks.harvest
 	$(IN) -m experiments.benchmarks.token_shifts
+	$(IN) -m experiments.benchmarks.conditions
 	$(IN) -m experiments.benchmarks.grammar
+	$(IN) -m experiments.benchmarks.sources
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -38,7 +38,9 @@ ANSWERED = {
     "system_prompt_or_vector": "system_prompt_or_vector",
     "where_is_paris": "where_is_paris",
     "benchmarks.attention": "benchmarks_attention",
+    "benchmarks.conditions": "benchmarks_conditions",
     "benchmarks.gradients": "benchmarks_gradients",
+    "benchmarks.grammar": "benchmarks_grammar",
     "benchmarks.harvest": "benchmarks_harvest",
     "benchmarks.lenses": "benchmarks_lenses",
     "benchmarks.long_harvest": "benchmarks_long_harvest",
@@ -46,6 +48,7 @@ ANSWERED = {
     "benchmarks.ray_engine": "benchmarks_ray",
     "benchmarks.report": "benchmarks_report",
     "benchmarks.scale": "scale",
+    "benchmarks.sources": "benchmarks_sources",
     "benchmarks.sweeps": "benchmarks_sweeps",
     "benchmarks.token_shifts": "benchmarks_token_shifts",
 }
