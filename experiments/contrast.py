@@ -98,7 +98,7 @@ def ranks_of(lm: hk.LM, logprobs: Tensor, cities: Sequence[str]) -> np.ndarray:
 
 def known_facts(lm: hk.LM) -> pd.DataFrame:
     """The countries whose capital is one token and comes first without a document."""
-    facts = pd.DataFrame({"country": list(CAPITALS), "true": list(CAPITALS.values())})
+    facts: Any = pd.DataFrame({"country": list(CAPITALS), "true": list(CAPITALS.values())})
     one_token = [len(lm.continuation(f" {city}")) == 1 for city in facts["true"]]
     facts = facts[one_token].reset_index(drop=True)
     facts["false"] = ""
@@ -122,7 +122,7 @@ def arms(own: Tensor, alone: Tensor) -> Iterator[tuple[str, float, Tensor]]:
                 yield "control", by, contrasted(own, alone.roll(shift, 0), by)
 
 
-def measure(lm: hk.LM, facts: pd.DataFrame, name: str, alone: Tensor) -> pd.DataFrame:
+def measure(lm: hk.LM, facts: Any, name: str, alone: Tensor) -> pd.DataFrame:
     """One row for each country, arm, amount and draw of the control, after one document."""
     prompts = chats(facts, DOCUMENTS[name])
     own = logprobs_after(lm, prompts)
@@ -140,14 +140,14 @@ def measure(lm: hk.LM, facts: pd.DataFrame, name: str, alone: Tensor) -> pd.Data
     return pd.concat(parts, ignore_index=True)
 
 
-def by_country(table: pd.DataFrame) -> pd.DataFrame:
+def by_country(table: Any) -> pd.DataFrame:
     keys = ["document", "arm", "by", "country", "true", "false"]
     table = table[table["by"].isin((0.0, CHOSEN))]
-    means: Any = table.groupby(keys, sort=False)[["rank_document", "rank_true"]].mean()
+    means = table.groupby(keys, sort=False)[["rank_document", "rank_true"]].mean()
     return means.round(1).reset_index()
 
 
-def summarize(table: pd.DataFrame) -> pd.DataFrame:
+def summarize(table: Any) -> pd.DataFrame:
     """The mean over countries of each arm and amount, and the gain over the control."""
     keys = ["document", "arm", "by"]
     table = table.assign(
@@ -155,13 +155,13 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     )
     table["first"] = table["first"].astype(float)
     values = ["log10_rank", "rise", "first"]
-    rows: Any = table.groupby([*keys, "country"], sort=False)[values].mean().reset_index()
+    rows = table.groupby([*keys, "country"], sort=False)[values].mean().reset_index()
     rows = rows.assign(row=rows["country"])
     control = rows[rows["arm"] == "control"].set_index(["document", "by", "country"])["rise"]
     index = pd.MultiIndex.from_frame(rows[["document", "by", "country"]])
     rows["gain"] = rows["rise"].to_numpy() - control.loc[index].to_numpy()
     means = hk.stats.mean_over_prompts(rows, by=keys, values=[*values, "gain"])
-    medians: Any = table.groupby(keys, sort=False)["rank_document"].median().rename("median_rank")
+    medians = table.groupby(keys, sort=False)["rank_document"].median().rename("median_rank")
     return means.merge(medians.reset_index(), on=keys)
 
 
@@ -188,7 +188,7 @@ def answer(tables: Mapping[str, Any]) -> str:
     return f"{verdict}. {'. '.join(sentences)}."
 
 
-def draw(means: pd.DataFrame) -> Any:
+def draw(means: Any) -> Any:
     """The rank of the document's answer against the amount, for each document."""
     from matplotlib.figure import Figure
 
@@ -209,7 +209,7 @@ def draw(means: pd.DataFrame) -> Any:
     return figure
 
 
-def read_aloud(lm: hk.LM, facts: pd.DataFrame, results: hk.types.Record) -> None:
+def read_aloud(lm: hk.LM, facts: Any, results: hk.types.Record) -> None:
     results.text("# What is written")
     few, rows = facts[:2], []
     alone = chats(few)

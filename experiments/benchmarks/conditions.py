@@ -60,7 +60,8 @@ def generations(lm: hk.LM) -> Work:
     direction = torch.randn(576, generator=torch.Generator().manual_seed(0))
 
     def probe(site: str, **settings: Any) -> Any:
-        return hk.when.reads(hk.types.Probe(site, direction, bias=0.0, norm=1.0), **settings)
+        new_probe: Any = hk.types.Probe
+        return hk.when.reads(new_probe(site, direction, bias=0.0, norm=1.0), **settings)
 
     always = {"above": -1.0}
     conditions: dict[str, Any] = {
