@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import BadHook, MissingSite, OutOfRange
 from .sites import FEATURE_PREFIX, Site
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .lm import LM
 
 
+@runtime_checkable
 class SiteDictionary(Protocol):
     """A dictionary of features (a sparse autoencoder or a transcoder) of one site.
 

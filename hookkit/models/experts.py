@@ -14,7 +14,7 @@ callback changes them, the first result is returned, which keeps the output equa
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ NEURONS = ("mlp_pre", "mlp_post")
 WITH_ALL_PAIRS = ("grouped_mm", "batched_mm")  # implementations that gate all pairs in one call
 
 
+@runtime_checkable
 class NeuronCallbacks(Protocol):
     """The callbacks of a running forward, and the implementations that agreed with "grouped_mm"."""
 

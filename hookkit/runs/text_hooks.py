@@ -68,7 +68,7 @@ class TextHooks:
             "logits_to_keep" in lm.takes,
             lm.two_texts,
             partial(find_images, lm),
-            frozenset(bound_hook.stack for bound_hook in bound_hooks) & lm.towers.keys(),
+            frozenset(bound_hook.stack for bound_hook in bound_hooks).intersection(lm.towers),
         )
         self.captures = CaptureStore(bound_hooks)
         self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`
