@@ -257,6 +257,12 @@ def _split_stream(lm: LM, hook: ProjectOut, sites: Sites) -> tuple[list[Site], l
         )
     writers = ("embed", "pos_embed", "attn_out", "mlp_out")
     known = [name for name in writers if name in lm.layout.names]
+    width = lm.sizes["d_model"]
+    if lm.shape("embed") != (width,):
+        raise Unsupported(
+            f"{hook} cannot be baked: embed has {lm.shape('embed')[0]} numbers, which another "
+            f"matrix brings to the stream's {width}"
+        )
     return others, list(lm.sites(known))  # pyright: ignore[reportReturnType]
 
 

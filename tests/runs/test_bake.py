@@ -1,5 +1,6 @@
 """Hooks as weights: a saved copy in plain transformers has the logits of the hooked model."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -115,8 +116,8 @@ def baked_in(lm: hk.LM, folder) -> Iterator[tuple[str, str]]:
             logits, expected = logits[:, -1], expected[:, -1]
         limit = 1e-4 * max(1.0, float(expected.abs().max()))
         assert float((logits - expected).abs().max()) <= limit, name
-        assert name == "boost" or not torch.allclose(expected, plain, atol=1e-2), name
-        yield name, ""
+        moved = float((expected - plain).abs().max()) if name != "boost" else math.inf
+        yield name, "" if moved > 10 * limit else "it moves these logits too little to tell"
     assert all(torch.equal(value, weights[key]) for key, value in lm.root.state_dict().items())
     assert torch.equal(hk.forward(lm, [IDS]).logits, plain), "the model is as it was"
 
@@ -283,3 +284,9 @@ def test_adapters_are_merged_before():
 def test_only_a_model_of_transformers_has_a_folder(tmp_path):
     with pytest.raises(Unsupported, match="Linear is no model of transformers"):
         hk.LM(torch.nn.Linear(2, 2)).save(tmp_path)
+
+
+def test_a_stream_to_which_another_matrix_brings_the_embedding_is_refused():
+    lm = made("opt projected")
+    with pytest.raises(Unsupported, match="embed has 16 numbers, which another matrix brings"):
+        hk.bake(lm, hk.project_out(whole_stream(lm), wide(lm)))
