@@ -10,7 +10,7 @@ from ..models.layout import text_config
 from ..models.lm import LM
 from ..models.named_positions import placeholder_ids
 from ..models.positions import AUDIO, IMAGE
-from ..models.towers import VALUES, count_crops
+from ..models.tower_images import VALUES, count_crops
 
 LENGTHS = ((3, 4), (1, 2), (2, 3))  # of the text before the image and after it, in tokens
 
@@ -34,8 +34,8 @@ def _image_prompt(lm: LM, stack: str, seed: int, before: int, after: int) -> dic
         image = [first, *image]
     n_tokens = lm.n_tokens
     text = torch.randint(n_tokens // 10, n_tokens - 10, (before + after,), generator=generator)
-    others = placeholder_ids(lm)
-    words = [word + 1 if word in others else word for word in text.tolist()]
+    placeholders = placeholder_ids(lm)
+    words = [word + 1 if word in placeholders else word for word in text.tolist()]
     ids = torch.tensor([[*words[:before], *image, *words[before:]]])
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     is_image = (ids == mark).long()

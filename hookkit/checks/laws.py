@@ -32,7 +32,7 @@ from ..models.padding import can_pad, forward_inputs, padding_scheme
 from ..models.prompt_row import PromptRow, Row
 from ..models.prompts import as_batch, continue_row
 from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, SITES_WITHOUT_LAYER, ModuleSite, Site
-from ..models.towers import VALUES
+from ..models.tower_images import VALUES
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.manager import attach
@@ -461,11 +461,11 @@ def _study_of_stack(
     if prompts is None:
         prompts = image_prompts(lm, stack) if stack in lm.towers else default_prompts(lm)
     if stack in lm.towers:
-        wanted: list[Row] = []
+        rows_with_images: list[Row] = []
         for row in as_batch(lm, prompts).rows:
             if isinstance(row, PromptRow) and VALUES[stack][0] in row.inputs:
-                wanted.append(row)
-        prompts = wanted
+                rows_with_images.append(row)
+        prompts = rows_with_images
     last = last_layer_read(layout)
     numbers = representative_layers(layout) if layers is None else layers
     numbers = [layer for layer in numbers if layer <= last]

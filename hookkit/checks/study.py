@@ -201,11 +201,11 @@ class Study:
         module: Any = self.lm.submodule(path)
         total: Tensor | None = None
         for expert in experts.unique():
-            matrix, chosen = module.down_proj[expert], experts == expert
+            matrix, is_chosen = module.down_proj[expert], experts == expert
             output = neurons @ (matrix if module.is_transposed else matrix.T)
             if module.has_bias:
                 output = output + module.down_proj_bias[expert]
-            part = (output * (weights * chosen)[..., None]).sum(1)
+            part = (output * (weights * is_chosen)[..., None]).sum(1)
             total = part if total is None else total + part
         assert total is not None
         return total

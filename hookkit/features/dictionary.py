@@ -274,7 +274,7 @@ class Dictionary:
         return FeatureView(feature, base=base, source=source, dictionary=self)
 
     def prepared(self, lm: LM, *, replace: bool, check: bool) -> Dictionary:
-        """Returns the dictionary for an LM. Raises if it is of another model, width or place."""
+        """Returns the dictionary for an LM. Raises if its model, width or site is another."""
         from .fit_to_model import prepare
 
         return prepare(self, lm, replaces=replace, check=check)

@@ -1,4 +1,4 @@
-"""Whether a dictionary belongs to a model: its place, widths and name, and its reconstruction.
+"""Whether a dictionary belongs to a model: its site, widths and name, and its reconstruction.
 
 A file may be read in a way that gives numbers but the wrong ones: another normalization, a bias
 that is subtracted or not, another site. In a first forward over a short text this shows as features
@@ -56,7 +56,7 @@ class Fit:
 
 
 def prepare(dictionary: Dictionary, lm: LM, *, replaces: bool, check: bool) -> Dictionary:
-    """Returns a dictionary for an LM. Raises if it is of another model, width or place."""
+    """Returns a dictionary for an LM. Raises if its model, width or site is another."""
     _check_widths(dictionary, lm)
     if check:
         _check_name(dictionary, lm)
@@ -101,7 +101,7 @@ def _check_widths(dictionary: Dictionary, lm: LM) -> None:
         if width != model_width:
             raise OtherModel(
                 f"the dictionary has {width} numbers at {site}, and this model has {model_width}: "
-                "it is of another model, or of another place (at=)"
+                "it is of another model, or of another site (at=)"
             )
 
 

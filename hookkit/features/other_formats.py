@@ -14,7 +14,7 @@ from ..arguments import describe
 from ..errors import BadFile, Unsupported
 from ..files.untrusted import check_mapping, error_message, read_json, read_tensors
 from .dictionary import Activation
-from .parts import DictionaryParts, refuse_unknown
+from .dictionary_parts import DictionaryParts, refuse_unknown
 
 # ---- Gemma Scope (Lieberum et al. 2024)
 
@@ -23,7 +23,7 @@ NPZ_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
 def read_npz(folder: Path, *, transcoder: bool) -> DictionaryParts:
-    """Returns the parts of a JumpReLU dictionary in Gemma Scope's format, which says no place."""
+    """Returns the parts of a JumpReLU dictionary in Gemma Scope's format, which names no site."""
     import numpy as np
 
     path = folder / NPZ
@@ -85,9 +85,9 @@ def read_dictionary_learning(folder: Path, *, transcoder: bool) -> DictionaryPar
         raise Unsupported(
             f"{name} has the class {describe(dict_class)}, and hookkit reads {', '.join(CLASSES)}"
         )
-    activation, centred, own = CLASSES[dict_class]
+    activation, centred, class_names = CLASSES[dict_class]
     tensors = _load_pickle(folder / PICKLE)
-    names = {**(SAME_NAMES if "W_enc" in tensors else OWN_NAMES), **own}
+    names = {**(SAME_NAMES if "W_enc" in tensors else OWN_NAMES), **class_names}
     refuse_unknown(tensors, (*names, *OF_TRAINING), f"{PICKLE} of {folder.name!r}")
     weights = {names[key]: tensor for key, tensor in tensors.items() if key in names}
     if "encoder.weight" in tensors:  # torch's linear layers have their output first
@@ -125,7 +125,7 @@ def _has_unit_rows(directions: Tensor) -> bool:
 
 
 def _hook_of_trainer(trainer: Mapping[str, Any], buffer: Any) -> str:
-    """Returns TransformerLens' name of the place, or "" if it is not said plainly."""
+    """Returns TransformerLens' name of the site, or "" if the file does not name it."""
     match = re.fullmatch(r"resid_post_layer_(\d+)", str(trainer.get("submodule_name")))
     reads_output = not isinstance(buffer, dict) or buffer.get("io", "out") == "out"
     if match is None or not reads_output or trainer.get("layer") not in (None, int(match[1])):
@@ -187,5 +187,5 @@ def _hooks_of_folder(name: str, is_transcoder: bool) -> tuple[str, str]:
     block = f"blocks.{match[1]}."
     if is_transcoder:
         return block + "mlp.hook_in", block + "hook_mlp_out"
-    place = block + ("hook_mlp_out" if match[2] else "hook_resid_post")
-    return place, place
+    hook_name = block + ("hook_mlp_out" if match[2] else "hook_resid_post")
+    return hook_name, hook_name

@@ -16,7 +16,7 @@ from ..arguments import describe
 from ..errors import BadFile, Unsupported
 from ..files.untrusted import check_mapping, read_json, read_tensors
 from .dictionary import Activation, Normalization
-from .parts import DictionaryParts, refuse_unknown
+from .dictionary_parts import DictionaryParts, refuse_unknown
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -180,10 +180,10 @@ def _weights(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], activation: Activation, source: str
 ) -> dict[str, Tensor]:
     """Returns the weights. Raises for a tensor that the architecture does not have."""
-    own = TENSORS.get(activation, ("b_enc",))
+    names_of_kind = TENSORS.get(activation, ("b_enc",))
     refuse_unknown(
         tensors,
-        ("W_enc", "W_dec", "b_dec", "W_skip", "scaling_factor", *own),
+        ("W_enc", "W_dec", "b_dec", "W_skip", "scaling_factor", *names_of_kind),
         f"a {activation} dictionary of {source}",
     )
     weights = dict(tensors)

@@ -146,10 +146,10 @@ class FeatureChange:
             numbers = torch.arange(count, device=self.old.device)
         if features is None:
             return numbers, torch.arange(count, device=numbers.device)
-        found = (numbers == features[0]).nonzero().flatten()
-        if not len(found):
+        index = (numbers == features[0]).nonzero().flatten()
+        if not len(index):
             return None
-        return torch.zeros_like(found), found
+        return torch.zeros_like(index), index
 
 
 @dataclass(eq=False)
@@ -174,11 +174,14 @@ class FeatureEdits:
     def apply(self, values: Tensor, cells: Selection, features: list[int] | None) -> Tensor:
         """Returns the encoded features with the changes."""
         for change in self.changes:
-            found = change.columns(features)
-            if found is None:
+            column_pair = change.columns(features)
+            if column_pair is None:
                 continue
-            columns, own = found
-            old, new = cells.gather(change.old)[..., own], cells.gather(change.new)[..., own]
+            columns, changed_columns = column_pair
+            old, new = (
+                cells.gather(change.old)[..., changed_columns],
+                cells.gather(change.new)[..., changed_columns],
+            )
             current = values[..., columns]
             changed = torch.where(torch.isclose(current, old), new, current + (new - old))
             values = values.index_copy(-1, columns, torch.where(old == new, current, changed))

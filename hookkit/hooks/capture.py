@@ -362,14 +362,16 @@ class Captures:
 
         The result is on the device of the first layer.
         """
-        wanted = parse_site(name)
+        site_of_all_layers = parse_site(name)
         sites = sorted(
             site
             for site in self.sites
-            if isinstance(site, Site) and replace(site, layer=None, head=None) == wanted
+            if isinstance(site, Site) and replace(site, layer=None, head=None) == site_of_all_layers
         )
         if not sites:
-            raise NotCaptured(f"no layer of {name!r} was captured. {self._available(wanted)}")
+            raise NotCaptured(
+                f"no layer of {name!r} was captured. {self._available(site_of_all_layers)}"
+            )
         device = self[sites[0]].device  # layers may be on several devices
         return torch.stack([self[site].to(device) for site in sites])
 

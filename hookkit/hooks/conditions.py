@@ -77,8 +77,8 @@ class Outcome:
 
     def held(self, row: int, positions: PositionRange) -> list[int]:
         """Returns the positions, of the first ones in a row, at which the condition held."""
-        held = self.holds[row, : len(positions)].tolist()
-        return [position for position, holds in zip(positions, held, strict=True) if holds]
+        row_holds = self.holds[row, : len(positions)].tolist()
+        return [position for position, holds in zip(positions, row_holds, strict=True) if holds]
 
     def reason(self, row: int, count: int) -> str:
         """Returns why it did not hold at some of the first `count` cells of a row; "" if it did."""

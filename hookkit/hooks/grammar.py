@@ -170,19 +170,20 @@ class RowMatchers:
     def _matcher_after(self, text: SequenceBatch, row: int, tokens: list[int]) -> LLMatcher | None:
         """Returns the matcher that has read these tokens; None for a beam that is impossible."""
         matchers = self._matchers.setdefault(text, {})
-        known, matcher = matchers.pop(row, ([], self._start.deep_copy()))
-        if tokens[: len(known)] != known:
-            known, matcher = [], self._start.deep_copy()
-        new = tokens[len(known) :]
+        tokens_read, matcher = matchers.pop(row, ([], self._start.deep_copy()))
+        if tokens[: len(tokens_read)] != tokens_read:
+            tokens_read, matcher = [], self._start.deep_copy()
+        new = tokens[len(tokens_read) :]
         count = matcher.try_consume_tokens(new)
         if count == len(new):
             matchers[row] = tokens, matcher
             return matcher
         if text.beams > 1:  # where fewer tokens are allowed than there are beams
             return None
+        step = len(tokens_read) + count
         raise BadEdit(
-            f"row {text.of(row)} has {self._lm.string(new[count])!r} at step {len(known) + count}, "
-            f"which {self._hook} forbids: what is not a hook or a rule of generate has written it"
+            f"row {text.of(row)} has {self._lm.string(new[count])!r} at step {step}, which "
+            f"{self._hook} forbids: what is not a hook or a rule of generate has written it"
         )
 
     def _mask(self, matcher: LLMatcher, ends: list[int], size: int) -> Any:
@@ -290,8 +291,8 @@ def grammar(
     >>> generate(lm, "The capital of France is", capital, **settings).generated
     [' Paris.<|im_end|>']
     """
-    given = {"json": json, "regex": regex, "ebnf": ebnf}
-    values = {kind: value for kind, value in given.items() if value is not None}
+    arguments = {"json": json, "regex": regex, "ebnf": ebnf}
+    values = {kind: value for kind, value in arguments.items() if value is not None}
     if len(values) != 1:
         named = " and ".join(values) or "none"
         raise BadHook(f"grammar() needs one of json=, regex= and ebnf=, and was given {named}")

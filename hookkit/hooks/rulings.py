@@ -106,9 +106,9 @@ def _allowed_tokens(ruling: Ruling, index: int) -> str:
     """Returns the grammar and the tokens that it allows in a row, in words."""
     ids = ruling.allowed[index].nonzero()[:, 0].tolist()
     names = ", ".join(map(ruling.name_token, ids[:NAMED]))
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    ending = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
     where = f"in row {ruling.prompts[index]} at step {ruling.steps[index]}"
-    return f"{ruling.hook} allows {where} ({names}{more})"
+    return f"{ruling.hook} allows {where} ({names}{ending})"
 
 
 def besides_ruling(here: EditContext, row: int) -> str:

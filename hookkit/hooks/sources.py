@@ -3,7 +3,7 @@
 A source is another distribution of the same next token: that of another model, of the model after
 another prompt, of the model without the run's hooks, or of an earlier layer. The edit adds
 by · (log p_source - log p) to the logits, or subtracts it. How a source is read while the model
-runs is in `hookkit.runs.sources`.
+runs is in `hookkit.runs.source_readers`.
 """
 
 from __future__ import annotations

@@ -69,13 +69,13 @@ class StateReader:
 
     def receive(self, forward_pass: ForwardPass, cells: Selection, values: Tensor) -> None:
         """Called with the values at the reader's site in each forward."""
-        here = EditContext(self.site, self.where, cells)
+        context = EditContext(self.site, self.where, cells)
         readings = self._texts.setdefault(cells.text, _TextReadings())
         readings.forward = forward_pass.number
         if self.pos is None:
-            self._read_each(readings, values, here)
-        elif not readings.decisions.keys() >= set(here.rows):
-            self._read_prompts(readings, values, here)
+            self._read_each(readings, values, context)
+        elif not readings.decisions.keys() >= set(context.rows):
+            self._read_prompts(readings, values, context)
 
     def _read_each(self, readings: _TextReadings, values: Tensor, here: EditContext) -> None:
         cells = here.cells
@@ -93,13 +93,15 @@ class StateReader:
     def _read_prompts(self, readings: _TextReadings, values: Tensor, here: EditContext) -> None:
         text, numbers = here.cells.text, self._measure(values, here).tolist()
         for index, prompt in enumerate(here.rows):
-            wanted = self._prompt_positions(text, prompt)
-            known = readings.by_position.setdefault(prompt, {})
+            prompt_positions = self._prompt_positions(text, prompt)
+            row_readings = readings.by_position.setdefault(prompt, {})
             for column, position in enumerate(here.cells.row_positions[index]):
-                if position in wanted:
-                    known.setdefault(position, numbers[index][column])
-            if len(known) == len(wanted):
-                readings.decisions[prompt] = self._combine([known[key] for key in sorted(known)])
+                if position in prompt_positions:
+                    row_readings.setdefault(position, numbers[index][column])
+            if len(row_readings) == len(prompt_positions):
+                readings.decisions[prompt] = self._combine(
+                    [row_readings[key] for key in sorted(row_readings)]
+                )
 
     def _prompt_positions(self, text: SequenceBatch, prompt: int) -> PositionRange:
         """Returns the positions of a prompt that decide."""

@@ -375,14 +375,14 @@ def prob_of(
 
 def _one_limit(call: str, limits: Mapping[str, float | None]) -> tuple[str, float]:
     """Returns the name of the limit that was given, and its value."""
-    given = [(name, limit) for name, limit in limits.items() if limit is not None]
-    if len(given) != 1:
+    used_limits = [(name, limit) for name, limit in limits.items() if limit is not None]
+    if len(used_limits) != 1:
         first, second = limits
         raise BadHook(
             f"{call} needs one limit: {first}= or {second}=; for both, combine two conditions "
             "with &"
         )
-    return given[0]
+    return used_limits[0]
 
 
 # ---- on the model's state

@@ -272,12 +272,12 @@ def _parts_of_features(stream: ResidualStream, site: Site) -> Iterator[Part]:
     dictionary = find_dictionary(stream.run.lm.layout.dictionaries, site)
     inputs, values = stream.values(dictionary.reads), stream.values(dictionary.site)
     along = stream.along.to(values.device)
-    shares, rest = dictionary.shares(stream.values(site), inputs.flatten(1), along)
-    shares, rest = shares.to(stream.along.device), rest.to(stream.along.device)
+    shares, bias = dictionary.shares(stream.values(site), inputs.flatten(1), along)
+    shares, bias = shares.to(stream.along.device), bias.to(stream.along.device)
     yield Part(str(site), "feature", site.layer, shares)
-    yield Part(f"{site} bias", "bias", site.layer, rest)
+    yield Part(f"{site} bias", "bias", site.layer, bias)
     total = stream.share(values.double().to(stream.along.device))
-    yield Part(f"{site} error", "error", site.layer, total - shares.sum(1) - rest)
+    yield Part(f"{site} error", "error", site.layer, total - shares.sum(1) - bias)
 
 
 # ---- blocks

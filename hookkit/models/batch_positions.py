@@ -305,7 +305,7 @@ class ForwardPass:
         self._begun[caller] = (start + count) % self.width
         if (start, count) not in self._pieces:
             assert self.images is not None
-            images = [_crop_places(places, start, start + count) for places in self.images]
+            images = [_crop_places(row_images, start, start + count) for row_images in self.images]
             self._pieces[start, count] = replace(
                 self, width=count, head=range(count), images=images, _selections={}
             )
@@ -394,8 +394,8 @@ class ForwardPass:
         columns: list[Columns] = []
         step = self.text.expand if new else 1
         for row in range(0, len(images), step):
-            places, wanted = images[row], selected[self.text.of(row)]
-            cells = [] if wanted is None else _cells_of_images(places, wanted)
+            row_images, row_selected = images[row], selected[self.text.of(row)]
+            cells = [] if row_selected is None else _cells_of_images(row_images, row_selected)
             if cells:
                 row_positions, row_indices, row_columns = zip(*cells, strict=True)
                 rows.append(row)
@@ -456,12 +456,12 @@ class KeySpan:
 def _keys_of_images(places: Sequence[ImagePlace], positions: PositionRange) -> list[KeySpan]:
     """Returns where the keys of a row's queries are: a patch sees those of its own image."""
     spans: list[KeySpan] = []
-    for place in places:
-        end = place.first + len(place.columns)
-        first, last = bisect_left(positions, place.first), bisect_left(positions, end)
+    for image in places:
+        end = image.first + len(image.columns)
+        first, last = bisect_left(positions, image.first), bisect_left(positions, end)
         if first < last:
             queries = list(range(first, last))
-            spans.append(KeySpan(queries, place.first, end, list(place.columns)))
+            spans.append(KeySpan(queries, image.first, end, list(image.columns)))
     return spans
 
 
@@ -470,22 +470,22 @@ def _cells_of_images(
 ) -> list[tuple[int, int, int]]:
     """Returns the positions of a row that are in these images, each with its index and column."""
     cells: list[tuple[int, int, int]] = []
-    for place in places:
-        end = place.first + len(place.columns)
-        first, last = bisect_left(positions, place.first), bisect_left(positions, end)
+    for image in places:
+        end = image.first + len(image.columns)
+        first, last = bisect_left(positions, image.first), bisect_left(positions, end)
         for position in positions[first:last]:
-            cells.append((position, place.index, place.columns[position - place.first]))
+            cells.append((position, image.index, image.columns[position - image.first]))
     return cells
 
 
 def _crop_places(places: Sequence[ImagePlace], start: int, stop: int) -> list[ImagePlace]:
     """Returns the parts of images that are in these columns, which are counted from `start`."""
     cropped: list[ImagePlace] = []
-    for place in places:
-        first, last = bisect_left(place.columns, start), bisect_left(place.columns, stop)
+    for image in places:
+        first, last = bisect_left(image.columns, start), bisect_left(image.columns, stop)
         if first < last:
-            columns = tuple(column - start for column in place.columns[first:last])
-            cropped.append(ImagePlace(place.first + first, place.index, columns))
+            columns = tuple(column - start for column in image.columns[first:last])
+            cropped.append(ImagePlace(image.first + first, image.index, columns))
     return cropped
 
 

@@ -124,17 +124,20 @@ def chat(
     chat(system='Answer in one word.', user='What do you drink?')
     """
     contents = dict(zip(ROLES, (system, user, assistant), strict=True))
-    given: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for role, content in contents.items():
         if content is not None:
-            given[role] = content
+            parts[role] = content
     if images:
-        given["user"] = [*map(_image_part, images), {"type": "text", "text": _text_beside(given)}]
+        parts["user"] = [
+            *map(_image_part, images),
+            {"type": "text", "text": _text_beside(parts)},
+        ]
     if messages is None:
-        messages = [{"role": role, "content": content} for role, content in given.items()]
-    elif given:
+        messages = [{"role": role, "content": content} for role, content in parts.items()]
+    elif parts:
         raise BadPrompt(
-            f"a chat was given a list of messages and {next(iter(given))}= too: put it into the "
+            f"a chat was given a list of messages and {next(iter(parts))}= too: put it into the "
             "list, {'role': …, 'content': …}"
         )
     return Chat(tuple(messages), tuple(map(_schema_of_tool, tools)), think)

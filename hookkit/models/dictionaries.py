@@ -53,7 +53,7 @@ class SiteDictionary(Protocol):
         ...
 
     def prepared(self, lm: LM, *, replace: bool, check: bool) -> SiteDictionary:
-        """Returns the dictionary for an LM. Raises if it is of another model, width or place."""
+        """Returns the dictionary for an LM. Raises if its model, width or site is another."""
         ...
 
     def about(self) -> dict[str, Any]:
@@ -83,10 +83,10 @@ def find_dictionary(dictionaries: Mapping[Site, SiteDictionary], site: Site) -> 
     dictionary = dictionaries.get(replace(site, head=None))
     if dictionary is None:
         names = ", ".join(map(str, dictionaries)) or "none"
-        place = str(replace(site, name=site.base_name, head=None))
+        base_site = str(replace(site, name=site.base_name, head=None))
         raise MissingSite(
             f"{site} was asked for, and this LM has no dictionary there (it has {names}): "
-            f"lm = lm.with_dictionaries(hk.load_dictionary(folder, at={place!r}))"
+            f"lm = lm.with_dictionaries(hk.load_dictionary(folder, at={base_site!r}))"
         )
     if site.head is not None and site.head >= dictionary.n_features:
         raise OutOfRange(

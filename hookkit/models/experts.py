@@ -158,14 +158,14 @@ class _Gate:
 
     def gate(self, inner: Callable[..., Tensor], /, *arguments: Any, **keywords: Any) -> Tensor:
         """Runs in place of `_apply_gate`, whose input holds a gate and a factor per neuron."""
-        (both,) = (*arguments, *keywords.values())
+        (gates_and_factors,) = (*arguments, *keywords.values())
         self.calls += 1
-        before = self._gate_part(both)
+        before = self._gate_part(gates_and_factors)
         new = self._pass("mlp_pre", before)
         if new is not before:
-            both = both.clone()
-            self._gate_part(both).copy_(new)
-        return self._pass("mlp_post", inner(both))
+            gates_and_factors = gates_and_factors.clone()
+            self._gate_part(gates_and_factors).copy_(new)
+        return self._pass("mlp_post", inner(gates_and_factors))
 
     def activate(self, inner: Callable[..., Tensor], /, *arguments: Any, **keywords: Any) -> Tensor:
         """Runs in place of the activation of experts without a gate."""
@@ -186,9 +186,9 @@ class _Gate:
         order = self.order.indices
         values = pairs
         if order is not None:
-            place = torch.empty_like(order)
-            place[order] = torch.arange(len(order), device=order.device)
-            values = pairs[place]
+            inverse_order = torch.empty_like(order)
+            inverse_order[order] = torch.arange(len(order), device=order.device)
+            values = pairs[inverse_order]
         values = values.unflatten(0, self.shape)
         new = self.callbacks.replace(name, values)
         # a new tensor that requires gradients counts as a change: a capture must be on their path

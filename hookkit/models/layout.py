@@ -244,20 +244,24 @@ class Layout:
             return part.shape[1:] if is_one_of_heads else part.shape
         # Some models project between the embedding and the residual stream.
         if site.name in ("embed", "pos_embed", "final_norm"):
-            location = self.location(site)
-            module = self.submodule(location.path)
-            width = _read_int(module, "embedding_dim", "out_features")
-            if location.side == "input":
-                width = _input_size(module)
+            width = self._module_width(self.location(site))
             if width is not None:
                 return (width,)
-            weight: Any = getattr(module, "weight", None)
-            if getattr(weight, "ndim", 0) == 1:  # a norm that is narrower than the stream
-                return tuple(weight.shape)
         sizes = dict(self.sizes_of(site.layer))
         sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of sites inside attention
         axes = self.axes(site).removeprefix("batch ").removeprefix("pos ").split()
         return tuple(sizes.get(axis) or 0 for axis in axes)
+
+    def _module_width(self, location: ModuleLocation) -> int | None:
+        """The numbers that a module has for each position there; None if it does not say."""
+        module = self.submodule(location.path)
+        width = _read_int(module, "embedding_dim", "out_features")
+        if location.side == "input":
+            width = _input_size(module)
+        weight: Any = getattr(module, "weight", None)
+        if width is None and getattr(weight, "ndim", 0) == 1:  # a norm, which may be narrower
+            return len(weight)
+        return width
 
     def factor(self, site: Site) -> float:
         """Returns the number by which the module's tensor is multiplied to give the site."""
@@ -540,9 +544,11 @@ class AttentionView(HeadFirstView):
         result = raw.clone()
         for row, row_spans in enumerate(self._keys(cells, forward, raw.shape[-1])):
             for span in row_spans:
-                own = result[row][span.queries].clone()
-                own[..., span.columns] = new[row][span.queries][..., span.first : span.last]
-                result[row, span.queries] = own
+                query_values = result[row][span.queries].clone()
+                query_values[..., span.columns] = new[row][span.queries][
+                    ..., span.first : span.last
+                ]
+                result[row, span.queries] = query_values
         return result
 
 

@@ -610,7 +610,9 @@ class LM(Vocabulary):
 def _is_along(path: str, modules: Collection[str]) -> bool:
     """True if a path is that of a module inside one of these modules, or around one of them."""
     pairs = [(f"{path}.".lstrip("."), f"{module}.") for module in modules]
-    return any(own.startswith(module) or module.startswith(own) for own, module in pairs)
+    return any(
+        own_path.startswith(module) or module.startswith(own_path) for own_path, module in pairs
+    )
 
 
 def _call_method(module: nn.Module, name: str) -> Any:

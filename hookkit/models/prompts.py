@@ -420,8 +420,8 @@ def tokenize(lm: LM, content: str | Chat | Row) -> Row:
 def _tokenize(lm: LM, content: str | Chat | Row) -> Row:
     if isinstance(content, Chat) and content.has_media:
         row = _row_of_mapping(read_with_processor(lm.processor, content), 0)
-        others = getattr(row, "inputs", None), getattr(row, "per_token", None)
-        return PromptRow(row, *others, speakers=content.roles)
+        inputs_of_row = getattr(row, "inputs", None), getattr(row, "per_token", None)
+        return PromptRow(row, *inputs_of_row, speakers=content.roles)
     if isinstance(content, Chat):
         rendering = render(lm.tokenizer, content)
         return PromptRow(rendering.ids, turns=rendering.turns, speakers=content.roles)

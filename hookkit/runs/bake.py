@@ -243,9 +243,9 @@ def _split_stream(lm: LM, hook: ProjectOut, sites: Sites) -> tuple[list[Site], l
     Raises `Unsupported` if the stream is there at some of its sites only.
     """
     stream = [site for site in sites if isinstance(site, Site) and site.name in STREAM]
-    others = [site for site in sites if isinstance(site, Site) and site.name not in STREAM]
+    parts = [site for site in sites if isinstance(site, Site) and site.name not in STREAM]
     if not stream:
-        return others, []
+        return parts, []
     points = {_point(site) for site in stream}
     names = [name for name in STREAM if name in lm.layout.names]
     missing = [site for site in lm.sites(names) if _point(site) not in points]  # pyright: ignore
@@ -256,14 +256,14 @@ def _split_stream(lm: LM, hook: ProjectOut, sites: Sites) -> tuple[list[Site], l
             f"lm.sites({names})"
         )
     writers = ("embed", "pos_embed", "attn_out", "mlp_out")
-    known = [name for name in writers if name in lm.layout.names]
+    writer_names = [name for name in writers if name in lm.layout.names]
     width = lm.sizes["d_model"]
     if lm.shape("embed") != (width,):
         raise Unsupported(
             f"{hook} cannot be baked: embed has {lm.shape('embed')[0]} numbers, which another "
             f"matrix brings to the stream's {width}"
         )
-    return others, list(lm.sites(known))  # pyright: ignore[reportReturnType]
+    return parts, list(lm.sites(writer_names))  # pyright: ignore[reportReturnType]
 
 
 def _point(site: Site) -> tuple[str, int]:

@@ -29,7 +29,7 @@ from ..models.layout import SiteView, source_of_features, view_of
 from ..models.lm import LM, refuse_no_gradient
 from ..models.positions import Where
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Site
-from .sources import LayerReader, Reader, reader_of
+from .source_readers import LayerReader, Reader, reader_of
 
 Reference: TypeAlias = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
 """A function that captures sites on the prompts of a reference."""
@@ -152,8 +152,9 @@ def build_hook_points(
             layer_readers.append(reader)
         condition = _bind_condition(lm, hook, tuple(locations))
         if condition is not None:
-            for asked in condition.readers:  # each stands where a capture before the hook would
-                _add_observer(lm, hook_points, number, hook, asked.site, asked.where, asked.receive)
+            # A state is read as a capture just before the hook would read it.
+            for reads in condition.readers:
+                _add_observer(lm, hook_points, number, hook, reads.site, reads.where, reads.receive)
         for site, location in locations.items():
             bound_hook = BoundHook(
                 number,
@@ -367,11 +368,11 @@ def _edit(
     selected_input, outcome = None, None
     if module_input is not None:
         selected_input = selection.gather(module_input)
-    here = EditContext(bound_hook.site, bound_hook.where, selection, selected_input)
+    context = EditContext(bound_hook.site, bound_hook.where, selection, selected_input)
     if bound_hook.condition is None:
-        new = bound_hook.change(values, here)
+        new = bound_hook.change(values, context)
     else:
-        new, outcome = _edit_where(bound_hook, bound_hook.condition, values, here, forward)
+        new, outcome = _edit_where(bound_hook, bound_hook.condition, values, context, forward)
     _check_result(bound_hook, selection, values, new)
     if new.dtype != values.dtype:
         raise BadEdit(

@@ -352,13 +352,13 @@ class CaptureStore:
     def check_fired(self, forwards: int) -> None:
         """Raises `NeverFired` for the first hook that did nothing, or not all that it was to do."""
         fired: set[BoundHook] = set()  # before the end of some row
-        asked: set[BoundHook] = set()  # with a condition that was not decided
+        undecided: set[BoundHook] = set()  # with a condition that was not decided
         for bound_hook, _, selection, _, _, outcome in self.firings:
             if bound_hook not in fired and _acts_before_end(selection, self._ending(selection)):
                 is_decided = outcome is None or bool(outcome.decided.any())
-                (fired if is_decided else asked).add(bound_hook)
+                (fired if is_decided else undecided).add(bound_hook)
         for bound_hook in self.bound_hooks:
-            if bound_hook in asked - fired:
+            if bound_hook in undecided - fired:
                 raise NeverFired(
                     f"{bound_hook.hook} never acted at {bound_hook.site}: its condition reads what "
                     "the model computes later, so that it acts from the next token on, and none "
@@ -404,12 +404,12 @@ def _log_of_rows(firing: Firing, ending: SequenceEnd | None) -> Iterator[tuple[A
         positions = _before_end(all_positions, row, ending)
         if not positions:
             continue
-        count, held, reason = len(positions), _positions_text(positions), ""
+        count, held_positions, reason = len(positions), _positions_text(positions), ""
         if outcome is not None:
-            held = _positions_text(outcome.held(index, positions))
+            held_positions = _positions_text(outcome.held(index, positions))
             reason = outcome.reason(index, count)
         numbers, n_changed = count * shape.numel(), sum(row_counts[:count])
-        yield prompt, _positions_text(positions), numbers, n_changed, held, reason
+        yield prompt, _positions_text(positions), numbers, n_changed, held_positions, reason
 
 
 def _plain_ending(text: SequenceBatch) -> SequenceEnd:

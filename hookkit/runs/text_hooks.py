@@ -23,7 +23,7 @@ from ..models.named_positions import find_positions
 from ..models.overrides import CURRENT_SCOPES, Scope
 from ..models.positions import PositionRange, resolve_rows
 from ..models.sites import LOGIT_SITES, Site
-from ..models.towers import find_images
+from ..models.tower_images import find_images
 from .generation import (
     Generation,
     GenerationWatch,

@@ -323,8 +323,8 @@ class Tracer:
             changes.append(LogitChange(hook, rows, ranks, removed_first))
         by_name = {name: stages[id(logits)] for name, logits in logits_by_name.items()}
         call = self._open_step.call
-        asked = [firing for firing in self._asked if firing[1] == call]
-        return Step(call, ids, by_name, changes, _condition_sentences(asked))
+        firings = [firing for firing in self._asked if firing[1] == call]
+        return Step(call, ids, by_name, changes, _condition_sentences(firings))
 
 
 def _condition_sentences(firings: Iterable[Firing]) -> dict[int, list[str]]:

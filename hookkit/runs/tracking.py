@@ -62,7 +62,7 @@ class PositionTracker:
     find: Callable[[Sequence[int], Named], tuple[int, ...]]  # the positions of a phrase in ids
     takes_logits_to_keep: bool
     two_texts: bool = False  # an encoder-decoder, in which a position may be of either text
-    # `hookkit.models.towers.find_images` of the model
+    # `hookkit.models.tower_images.find_images` of the model
     find_images: Callable[..., Any] = lambda *arguments: None
     towers: frozenset[str] = frozenset()  # those in which hooks act
     text: SequenceBatch | None = None  # the text of the last forward
@@ -170,8 +170,8 @@ class PositionTracker:
         if stack not in text.stacks:
             expand = rows // len(text.lengths)
             lengths: list[int] = []
-            for places in images[::expand]:
-                lengths.append(sum(len(place.columns) for place in places))
+            for row_images in images[::expand]:
+                lengths.append(sum(len(image.columns) for image in row_images))
             text.stacks[stack] = SequenceBatch(
                 list(map(range, lengths)),
                 lengths,
@@ -217,11 +217,11 @@ class PositionTracker:
         if isinstance(mask, Tensor):
             columns, lengths = columns_of_mask(mask.bool(), generating=False)
             columns = [_closed(row, width) for row in columns]
-        known = [getattr(row, "source", None) for row in self.prompts]
+        source_rows = [getattr(row, "source", None) for row in self.prompts]
         self.prompts = ()
 
         def prompt(row: int) -> tuple[int, ...]:
-            own = known[row] if len(known) == rows else None
+            own = source_rows[row] if len(source_rows) == rows else None
             if own is not None:
                 return tuple(own)
             if not isinstance(ids, Tensor):

@@ -302,7 +302,7 @@ def _read_labels(labels: Iterable[Any], count: int) -> tuple[tuple[Any, Any], An
     items = _plain_items(labels, "labels", count)
     counts = Counter(items)
     if len(counts) != 2:
-        words = ", ".join(f"{shown!r} ({number})" for shown, number in counts.most_common(5))
+        words = ", ".join(f"{label!r} ({number})" for label, number in counts.most_common(5))
         raise BadHook(
             f"the labels have {count_of(len(counts), 'value')}, {words}, and a probe tells two "
             "apart: keep the texts of two labels, or compare with one (label == 'spam')"
@@ -409,12 +409,12 @@ def _statistics_by_length(
     """Returns the statistics of each site. Texts of similar length run together."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     statistics = collect_statistics(lm, [rows[index] for index in order], sites, pos, batch)
-    places = torch.tensor(order).argsort()
+    inverse_order = torch.tensor(order).argsort()
     result = {}
     for site, of_site in statistics.items():
         if not bool(of_site.means.isfinite().all()):
             raise BadPrompt(f"the values at {site} are not all finite numbers: no probe fits them")
-        means, counts = of_site.means[places], of_site.counts[places]
+        means, counts = of_site.means[inverse_order], of_site.counts[inverse_order]
         result[site] = SiteStatistics(means, counts, of_site.lengths)
     return result
 

@@ -194,10 +194,10 @@ def _model_class() -> Callable[..., Any]:
             longest_first = sorted(range(len(requests)), key=lambda index: -lengths[index])
             scores: dict[int, tuple[float, bool]] = {}
             for start in range(0, len(requests), self.batch_size):
-                chosen = longest_first[start : start + self.batch_size]
-                texts = [requests[index][1:] for index in chosen]
-                found = self.forwards.likelihoods(texts, self.max_length, self.softmax_dtype)
-                scores.update(zip(chosen, found, strict=True))
+                batch_indices = longest_first[start : start + self.batch_size]
+                texts = [requests[index][1:] for index in batch_indices]
+                likelihoods = self.forwards.likelihoods(texts, self.max_length, self.softmax_dtype)
+                scores.update(zip(batch_indices, likelihoods, strict=True))
             return [scores[index] for index in range(len(requests))]
 
     return HookedModel

@@ -98,7 +98,7 @@ def test_a_scaling_factor_from_finetuning_multiplies_the_features(tmp_path: Path
         ({"k": 97}, "k=97", BadFile),
         ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input", BadFile),
         ({"metadata": {"hook_name": "blocks.1.ln2.hook_normalized"}}, "no site here", BadHook),
-        ({"metadata": {}}, "does not say its place", BadHook),
+        ({"metadata": {}}, "does not name its site", BadHook),
     ],
 )
 def test_a_setting_that_is_not_known_is_refused_by_name(tmp_path: Path, settings, message, error):

@@ -13,10 +13,10 @@ from ..models.loading import explain_load_error
 from ..models.sites import Site
 from . import other_formats, sae_lens
 from .dictionary import Dictionary
-from .parts import DictionaryParts, build_dictionary
+from .dictionary_parts import DictionaryParts, build_dictionary
 
-# The file that tells a format, and its reader. Formats that do not say it are told whether the
-# dictionary is a transcoder.
+# The file by which a format is recognised, and the reader of the format. The readers of formats
+# that do not record whether a dictionary is a transcoder have an argument for it.
 FORMATS: dict[str, Callable[..., DictionaryParts]] = {
     sae_lens.WEIGHTS: sae_lens.read_folder,
     other_formats.SPARSIFY: other_formats.read_sparsify,
@@ -37,9 +37,9 @@ def load_dictionary(
     source="owner/name/folder"    a folder in a repository of the Hugging Face Hub
     source=sae                    an object of SAELens
 
-    `at` is the site that the dictionary is of, such as "resid_post.12"; a file that says its place
-    needs none, and one that says another place is refused. A transcoder reads one site, `reads`,
-    and writes another, `at`, such as "mlp_in.12" and "mlp_out.12".
+    `at` is the site that the dictionary is of, such as "resid_post.12"; a file that names its
+    site needs none, and one that names another site is refused. A transcoder reads one site,
+    `reads`, and writes another, `at`, such as "mlp_in.12" and "mlp_out.12".
 
     SAELens' architectures standard, topk, batchtopk, jumprelu, gated, matryoshka_batchtopk,
     transcoder and skip_transcoder (also with jumprelu) are read, with their normalizations. A

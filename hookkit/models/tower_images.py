@@ -46,13 +46,13 @@ def find_images(
     assert tower is not None
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     config = text_config(lm.config, stack)
-    places: list[list[ImagePlace]] = []
+    images_by_row: list[list[ImagePlace]] = []
     shape = [0, 0]
-    for own in _inputs_by_row(lm, stack, tensors, rows, count):
+    for row_inputs in _inputs_by_row(lm, stack, tensors, rows, count):
         first, row_places = 0, []
         images = []
-        if values[0] in own:
-            images = image_columns(lm, tower, config, {**tensors, **own}, tensors[values[0]])
+        if values[0] in row_inputs:
+            images = image_columns(lm, tower, config, {**tensors, **row_inputs}, tensors[values[0]])
         for columns, width in images:
             if tower.packed:
                 columns = range(shape[1], shape[1] + width)
@@ -62,8 +62,8 @@ def find_images(
                 row_places.append(ImagePlace(first, shape[0], columns))
                 shape = [shape[0] + 1, width]
             first += len(columns)
-        places.append(row_places)
-    return (shape[0], shape[1]), places
+        images_by_row.append(row_places)
+    return (shape[0], shape[1]), images_by_row
 
 
 def _inputs_by_row(
@@ -75,7 +75,10 @@ def _inputs_by_row(
     """
     if any(isinstance(row, PromptRow) and row.inputs for row in rows):
         copies = count // len(rows)
-        return [getattr(row, "inputs", {}) for row in rows for _ in range(copies)]
+        inputs_by_row: list[Mapping[str, Tensor]] = []
+        for row in rows:
+            inputs_by_row += [getattr(row, "inputs", {})] * copies
+        return inputs_by_row
     per_image = ("pixel", "image_", "video_", "feature", "input_features")
     inputs = {name: value for name, value in tensors.items() if name.startswith(per_image)}
     try:
@@ -115,11 +118,11 @@ def image_columns(
         return [_all((height // size) * (width // size)) for height, width in sizes]
     grid = values.shape[-2] // size, values.shape[-1] // size
     patches = tower.before + math.prod(grid) + tower.after
-    own = inputs["pixel_values"]
+    pixels = inputs["pixel_values"]
     if tower.counts == "pixel mask":
-        return _masked_patches(own, inputs.get("pixel_attention_mask"), size, grid)
-    count = own.shape[0]
-    if tower.counts == "crops" and own.ndim == 5:
+        return _masked_patches(pixels, inputs.get("pixel_attention_mask"), size, grid)
+    count = pixels.shape[0]
+    if tower.counts == "crops" and pixels.ndim == 5:
         sizes = map(tuple, inputs["image_sizes"].tolist())
         count = sum(count_crops(lm.config, image_size) for image_size in sizes)
     return [_all(patches)] * count
@@ -152,8 +155,8 @@ def _masked_patches(
             continue
         columns: Columns = range(height * width)
         if mask is not None:
-            own = mask.flatten(0, 1)[number].unfold(0, size, size).unfold(1, size, size)
-            rows, places = (own.sum((-1, -2)) > 0).nonzero(as_tuple=True)
-            columns = tuple((rows * width + places).tolist())
+            pixels_by_patch = mask.flatten(0, 1)[number].unfold(0, size, size).unfold(1, size, size)
+            rows, patch_columns = (pixels_by_patch.sum((-1, -2)) > 0).nonzero(as_tuple=True)
+            columns = tuple((rows * width + patch_columns).tolist())
         images.append((columns, height * width))
     return images

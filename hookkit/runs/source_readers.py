@@ -63,13 +63,13 @@ class TextReader:
     def __call__(self, here: EditContext) -> SourceLogits:
         """Returns the source's logits at the cells of an edit."""
         rows, indices = self._texts(here)
-        behind = [len(row) - index[0] for row, index in zip(rows, indices, strict=True)]
+        n_unread = [len(row) - index[0] for row, index in zip(rows, indices, strict=True)]
         generating = here.cells.text.generating
-        logits = self._continue(rows, max(behind)) if generating else None
+        logits = self._continue(rows, max(n_unread)) if generating else None
         left = True
         if logits is None:
             left = generating or can_pad(self.lm, "left", rows)
-            logits = self._read_all(rows, max(behind), left=left, generating=generating)
+            logits = self._read_all(rows, max(n_unread), left=left, generating=generating)
         columns: list[list[int]] = []
         for row, index in zip(rows, indices, strict=True):
             shift = logits.shape[1] - len(row) if left else 0
@@ -88,20 +88,20 @@ class TextReader:
         rows: list[Row] = []
         indices: list[list[int]] = []
         for number, prompt in enumerate(here.rows):
-            own = here.cells.text.prompt(prompt)
-            self._check_own(own)
-            start = self._prompt(prompt, len(here.cells.text.lengths), own)
+            prompt_ids = here.cells.text.prompt(prompt)
+            self._check_own(prompt_ids)
+            start = self._prompt(prompt, len(here.cells.text.lengths), prompt_ids)
             positions = here.cells.row_positions[number]
-            if self.prompts is not None and positions[0] < len(own) - 1:
+            if self.prompts is not None and positions[0] < len(prompt_ids) - 1:
                 raise Unsupported(
                     f"{self.hook} means position {positions[0]} of row {prompt}, inside its "
-                    "prompt, where another prompt has nothing to say: it speaks from the prompt's "
-                    "last token on, step=0"
+                    "prompt, where another prompt has no tokens of its own: give positions from "
+                    "the prompt's last token on, or step=0"
                 )
-            count = positions[-1] - len(own) + 1
+            count = positions[-1] - len(prompt_ids) + 1
             generated = here.read(number, positions[-1], count) if count > 0 else []
             rows.append((*start, *generated))
-            indices.append([len(start) + position - len(own) for position in positions])
+            indices.append([len(start) + position - len(prompt_ids) for position in positions])
         return rows, indices
 
     def _check_own(self, row: Row) -> None:
@@ -302,9 +302,10 @@ def check_same_vocabulary(lm: LM, other: LM, hook: SourceEdit) -> None:
             "their probabilities do not belong to the same tokens: give a model of one vocabulary"
         )
     different = different_tokens(lm, other)
-    for number, (own, others) in different.items():
+    for number, (token, source_token) in different.items():
         if number < lm.n_tokens:  # later ones are no tokens of the models
             raise OtherVocabulary(
                 f"{hook}: the vocabularies differ in {len(different)} tokens: id {number} is "
-                f"{own!r} in the model and {others!r} in the source: give a model of one vocabulary"
+                f"{token!r} in the model and {source_token!r} in the source: give a model of one "
+                "vocabulary"
             )

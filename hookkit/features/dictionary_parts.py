@@ -1,6 +1,6 @@
 """DictionaryParts: what a file says about a dictionary, before its sites are known.
 
-Every format is read into it. `build_dictionary` checks the shapes and the places, and returns the
+Every format is read into it. `build_dictionary` checks the shapes and the sites, and returns the
 dictionary.
 """
 
@@ -54,7 +54,7 @@ NEEDED = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshol
 class DictionaryParts:
     """What a file says about a dictionary.
 
-    `hook` and `hook_out` are the places that are encoded and written, as the file names them, and
+    `hook` and `hook_out` are the sites that are encoded and written, as the file names them, and
     `head` is the head of the former. `rescaled` is True if activations are multiplied by the norm
     of the feature's decoder row before the activation function, and divided by it before decoding.
     """
@@ -76,7 +76,7 @@ class DictionaryParts:
 def build_dictionary(
     parts: DictionaryParts, at: str | Site | None, reads: str | Site | None
 ) -> Dictionary:
-    """Returns the dictionary of these parts. Raises for shapes or places that cannot be."""
+    """Returns the dictionary of these parts. Raises if shapes or sites do not fit."""
     weights = {name: _as_float(name, tensor, parts) for name, tensor in parts.weights.items()}
     weights.setdefault("b_enc", torch.zeros_like(weights["W_dec"][:, 0]))
     _check_shapes(weights, parts)
@@ -166,23 +166,22 @@ def _site(
 ) -> Site:
     """Returns one site, from an argument and from what the file says. They have to agree."""
     if value is None and not hook:
-        raise BadHook(
-            f"{parts.source} does not say its place: say which site it is of, with {name}="
-        )
+        raise BadHook(f"{parts.source} does not name its site: say it with {name}=")
     if value is None:
-        found = site_of_hook(hook)
-        if found is None:
+        hook_site = site_of_hook(hook)
+        if hook_site is None:
             raise BadHook(
-                f"{parts.source} is of {shorten(hook)!r}, a place of TransformerLens that is no "
+                f"{parts.source} is of {shorten(hook)!r}, a hook of TransformerLens that is no "
                 f"site here: say the site that is meant, with {name}="
             )
-        return _check_site(replace(found, head=head), name)
+        return _check_site(replace(hook_site, head=head), name)
     site = _check_site(parse_site(value) if isinstance(value, str) else value, name)
-    found = site_of_hook(hook)
-    if found is not None and replace(found, head=head) != site:
+    hook_site = site_of_hook(hook)
+    if hook_site is not None and replace(hook_site, head=head) != site:
         raise BadHook(
             f"{name}={str(site)!r}, and {parts.source} says {hook!r}, which is "
-            f"{replace(found, head=head)}: leave {name}= out, or give the dictionary of that site"
+            f"{replace(hook_site, head=head)}: leave {name}= out, or give the dictionary of that "
+            "site"
         )
     return site
 
@@ -202,11 +201,11 @@ def site_of_hook(name: str) -> Site | None:
     >>> site_of_hook("blocks.12.hook_resid_post")
     Site(name='resid_post', layer=12, head=None)
     """
-    blocks, _, rest = name.partition(".")
-    layer, _, place = rest.partition(".")
-    if blocks != "blocks" or not layer.isdecimal() or place not in PLACES:
+    blocks, _, after_blocks = name.partition(".")
+    layer, _, hook_name = after_blocks.partition(".")
+    if blocks != "blocks" or not layer.isdecimal() or hook_name not in PLACES:
         return None
-    return Site(PLACES[place], int(layer))
+    return Site(PLACES[hook_name], int(layer))
 
 
 def refuse_unknown(names: Collection[str], known: Collection[str], what: str) -> None:
