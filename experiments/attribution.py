@@ -160,8 +160,8 @@ def edges(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[pd
     given = (list(pairs.clean), list(pairs.corrupted), metric)
     truth = hk.stats.mean_over_prompts(hk.path_patching(lm, *given, freeze=("z", "mlp_out")))
     found = []
-    for method, steps in (("gradient", 1), ("integrated", STEPS)):
-        table = hk.edge_attribution(lm, *given, direction="noise", steps=steps)
+    for method, settings in (("gradient", {}), ("integrated", {"steps": STEPS})):
+        table = hk.edge_attribution(lm, *given, method=method, **settings)
         results.table(
             f"edges_{method}",
             table.nlargest(20, "logit_diff_delta"),

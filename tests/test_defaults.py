@@ -22,7 +22,7 @@ CALLS: dict[str, dict[str, object]] = {
     "model_diff": {"cka": True, "rank_pos": -1, "top": 10, "tolerance": 1e-4, "details": 3},
     "direct_logits": {"pos": -1, "heads": False, "neurons": False},
     "dose_response": {"samples": 20, "seed": 0},
-    "edge_attribution": {"steps": 1},
+    "edge_attribution": {"direction": "noise", "method": "gradient"},
     "fit_probe": {"pos": -1, "folds": 5, "c": 0.01, "shuffles": 20, "seed": 0},
     "fit_vector": {"steps": 50, "lr": 0.02},
     "fork": {"row": 0},

@@ -58,7 +58,7 @@ from .backward import (
     compute_gradients,
     mean_gradient,
     path_gradients,
-    path_points,
+    points_of_method,
     read_captures,
 )
 from .qk import QK_SITES, qk_effects
@@ -116,7 +116,7 @@ def attribution(
     >>> list(table.columns)[3:5]
     ['logit_diff', 'logit_diff_before']
     """
-    path = _points_of_path(method, steps, points)
+    path = points_of_method(method, steps, points)
     names = site_names(sites)
     target, source = bind_pair(lm, clean, corrupted, metric, direction, base_hooks)
     _check_names(names, by, method)
@@ -148,18 +148,6 @@ SiteEffects: TypeAlias = tuple[
     Float[Tensor, " row"], Float[Tensor, " row"], dict[AnySite, Float[Tensor, "mask row ..."]]
 ]
 """For each prompt the metric, the metric of the other prompt, and the effects of each site."""
-
-
-def _points_of_path(method: str, steps: int | None, points: Points | None) -> list[float]:
-    """Returns the points of method="integrated", else none."""
-    if method == "integrated":
-        return path_points(5 if steps is None else steps, points)
-    if steps is not None or points is not None:
-        raise BadHook(
-            "steps and points are of method='integrated', and have no effect with "
-            f"{method!r}: leave them out"
-        )
-    return []
 
 
 def _check_names(names: Sequence[str], by: str | None, method: str) -> None:

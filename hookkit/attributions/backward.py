@@ -74,9 +74,9 @@ class PromptMetric:
         for start in range(0, len(self.rows), size):
             yield replace(self, rows=self.rows[start : start + size])
 
-    def with_embeddings(self, values: Tensor) -> PromptMetric:
-        """Returns the metric of the same prompts with other embeddings."""
-        return replace(self, hooks=(edit("embed", lambda _: values), *self.hooks))
+    def with_values(self, site: Site, values: Tensor) -> PromptMetric:
+        """Returns the metric of the same prompts with other values at a site."""
+        return replace(self, hooks=(edit(site, lambda _: values), *self.hooks))
 
     def run(self, *hooks: Hook) -> Run:
         """Runs the prompts, with a continuation if there is one, and no more logits than the metric
@@ -243,7 +243,19 @@ def _check_gradient(site: AnySite, gradient: Tensor | None) -> Tensor:
     return gradient
 
 
-# ---- the path from the embeddings of some prompts to those of others
+# ---- the path from the values of some prompts at a site to those of others
+
+
+def points_of_method(method: str, steps: int | None, points: Points | None) -> list[float]:
+    """Returns the points of an integrated method, else none."""
+    if method.startswith("integrated"):
+        return path_points(5 if steps is None else steps, points)
+    if steps is not None or points is not None:
+        raise BadHook(
+            "steps and points are of method='integrated', and have no effect with "
+            f"{method!r}: leave them out"
+        )
+    return []
 
 
 def path_points(steps: int, points: Points | None) -> list[float]:
@@ -266,11 +278,12 @@ def path_gradients(
     end: Tensor,
     points: Sequence[float],
     *,
+    site: Site = EMBED,
     keep_graph: bool = False,
 ) -> Iterator[SiteGradients]:
-    """Yields the metric and its gradients at points between two tensors of embeddings."""
+    """Yields the metric and its gradients at points between two tensors of values at a site."""
     for point in points:
-        at_point = prompt_metric.with_embeddings(start + point * (end - start))
+        at_point = prompt_metric.with_values(site, start + point * (end - start))
         yield compute_gradients(at_point, sites, keep_graph=keep_graph)
 
 
@@ -287,7 +300,7 @@ def mean_gradient(results: Iterable[SiteGradients]) -> dict[AnySite, Tensor]:
 
 def check_path_end(target: PromptMetric, end: Tensor, source_metric: Tensor) -> None:
     """Raises `Unsupported` if the embeddings of the source's prompts do not give their metric."""
-    at_end = target.with_embeddings(end)
+    at_end = target.with_values(EMBED, end)
     metric = at_end.of_run(at_end.run())
     if not torch.allclose(metric, source_metric, rtol=1e-3, atol=1e-3):
         raise Unsupported(

@@ -16,8 +16,10 @@ the family has to be known except its sites.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Literal
 
 import pandas as pd
@@ -26,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..errors import BadHook, Unsupported
+from ..errors import Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import Captured, capture
 from ..models.lm import LM
@@ -43,7 +45,7 @@ from .backward import (
     check_path_end,
     compute_gradients,
     path_gradients,
-    path_points,
+    points_of_method,
     read_captures,
 )
 
@@ -73,21 +75,28 @@ def edge_attribution(
     metric: MetricLike,
     *,
     direction: Literal["noise", "denoise"] = "noise",
-    steps: int = 1,
+    method: Literal["gradient", "integrated", "integrated_activations"] = "gradient",
+    steps: int | None = None,
     points: Points | None = None,
     base_hooks: Hook | Sequence[Hook] = (),
 ) -> pd.DataFrame:
     """Returns by how much the metric would change, to first order, if one sender's value of the
-    other prompt reached one receiver alone: edge attribution patching (EAP: Syed et al. 2023), the
-    mean over the prompts.
+    other prompt reached one receiver alone: edge attribution patching, the mean over the prompts.
 
     direction  "noise", as in the papers: the clean prompts run, and an edge carries the corrupted
                prompt's value, so that an edge that the metric needs has a score below 0. "denoise":
                the corrupted prompts run, and an edge carries the clean prompt's value. The papers
                rank edges by the absolute value, which the table leaves to its reader
-    steps      above 1, the receivers' gradients are the mean over this many runs with embeddings
-               between the two prompts' (EAP-IG: Hanna et al. 2024)
-    points     where on that path, with `steps` above 1. "start" (the default), the paper's own
+    method     whose gradients the receivers have. "gradient": those of the prompts that are run
+               (EAP: Syed et al. 2023). "integrated": their mean over runs with embeddings between
+               the two prompts' (EAP-IG-inputs: Hanna et al. 2024). "integrated_activations": for
+               the edges of each sender, their mean over runs in which what it writes, with the
+               other heads of its layer, is between its values on the two prompts (EAP-IG-
+               activations in the code of Hanna et al.; integrated gradients of a node: Marks et al.
+               2024), so that the edges of a layer add up to the effect of patching it, if
+               no norm follows its heads
+    steps      for the integrated methods: how many runs (of each layer), 5 by default
+    points     for the integrated methods: where on the path. "start" (the default), the paper's own
                points: `steps` equal parts, each at its start, the first of which is the prompt that
                is run. "middle": their middles, which are closer to the integral
     base_hooks      hooks that act in every run
@@ -98,16 +107,17 @@ def edge_attribution(
     residual stream is not the sum of what its senders write, or that reads it in another way, and
     `MissingSite` for one whose blocks have no heads.
 
+    Heads that share a key and value (grouped queries) have one receiver for it, where the authors'
+    code has one for each query. Where a norm follows attention (Gemma 2), a head's difference
+    passes it to first order, which their code leaves out. With "integrated" their code starts at
+    the other prompt, unlike the paper; with "integrated_activations" it gives every edge the mean
+    over the runs of all layers, those of other senders too.
+
     >>> table = edge_attribution(lm, clean, corrupted, logit_diff(" Mary", " John"))
     >>> len(table), list(table.columns)
     (70651, ['sender', 'receiver', 'logit_diff_delta', 'n'])
     """
-    if points is not None and steps == 1:
-        raise BadHook(
-            f"points={points!r} has no effect with steps=1, the plain gradient: give more steps, "
-            "or leave it out"
-        )
-    path = path_points(steps, points)
+    path = points_of_method(method, steps, points)
     target, source = bind_pair(lm, clean, corrupted, metric, direction, base_hooks)
     sites = required_sites(lm)
     count = len(target.rows)
@@ -115,7 +125,7 @@ def edge_attribution(
     senders: list[EdgeEnd] = []
     receivers: list[EdgeEnd] = []
     for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
-        senders, receivers, scores = _score_edges(*batches, sites, path)
+        senders, receivers, scores = _score_edges(*batches, sites, method, path)
         batch_scores.append(scores)
     means = (torch.stack(batch_scores).sum(0) / count).tolist()
     records = []
@@ -129,40 +139,63 @@ def edge_attribution(
 
 
 def _score_edges(
-    target: PromptMetric, source: PromptMetric, sites: Sequence[Site], path: Sequence[float]
+    target: PromptMetric,
+    source: PromptMetric,
+    sites: Sequence[Site],
+    method: str,
+    path: Sequence[float],
 ) -> tuple[list[EdgeEnd], list[EdgeEnd], Float[Tensor, "sender receiver"]]:
     """Returns the senders, the receivers, and the score of each edge, summed over the prompts."""
     lm = target.lm
-    captured_sites = [*sites, EMBED] if len(path) > 1 else sites
+    captured_sites = [*sites, EMBED] if method == "integrated" else sites
     source_run = source.run(capture(captured_sites, name=CAPTURE_NAME))
     source_values = read_captures(source_run, captured_sites)
     result = compute_gradients(target, captured_sites, keep_graph=True)
     check_stream_is_sum(lm, result)
     senders = compute_senders(lm, result, source_values)
-    differences = _flatten(senders, lm.device)
-    results = iter([result])
-    if len(path) > 1:
-        start, end = result.values[EMBED].values.detach(), source_values[EMBED].values
+
+    def results_between(site: Site) -> Iterator[SiteGradients]:
+        start, end = result.values[site].values.detach(), source_values[site].values
+        return path_gradients(target, sites, start, end, path, site=site, keep_graph=True)
+
+    if method == "integrated":
+        end = source_values[EMBED].values
         check_path_end(target, end, source.of_run(source_run))
-        results = path_gradients(target, sites, start, end, path, keep_graph=True)
+        return senders, *_score_receivers(lm, senders, results_between(EMBED))
+    if method == "gradient":
+        return senders, *_score_receivers(lm, senders, [result])
     receivers: list[EdgeEnd] = []
-    scores = torch.zeros(())
-    for path_result in results:
-        receivers, path_scores = _score_receivers(lm, differences, path_result)
-        scores = scores + path_scores / len(path)
-    return senders, receivers, scores
+    scores = []
+    for stage, stage_senders in groupby(senders, key=attrgetter("stage")):
+        results = results_between(_site_of_stage(stage))
+        receivers, stage_scores = _score_receivers(lm, list(stage_senders), results)
+        scores.append(stage_scores)
+    return senders, receivers, torch.cat(scores)
+
+
+def _site_of_stage(stage: int) -> Site:
+    """Returns the site of what the senders of a stage write."""
+    if stage < 0:
+        return Site("resid_pre", 0)
+    return Site(("z", "mlp_out")[stage % 2], stage // 2)
 
 
 def _score_receivers(
-    lm: LM, differences: Float[Tensor, "sender numbers"], result: SiteGradients
+    lm: LM, senders: Sequence[EdgeEnd], results: Iterable[SiteGradients]
 ) -> tuple[list[EdgeEnd], Float[Tensor, "sender receiver"]]:
+    """Returns the receivers, and the mean over the results of the senders' differences times the
+    receivers' gradients."""
+    differences = _flatten(senders, lm.device)
     receivers: list[EdgeEnd] = []
-    columns = []
-    for group in compute_receivers(lm, result):
-        columns.append(differences @ _flatten(group, lm.device).T)
-        for end in group:  # without its vector, whose memory is freed
-            receivers.append(replace(end, vector=end.vector.new_zeros(())))
-    return receivers, torch.cat(columns, dim=1).double().cpu()
+    scores = []
+    for result in results:
+        receivers, columns = [], []
+        for group in compute_receivers(lm, result):
+            columns.append(differences @ _flatten(group, lm.device).T)
+            for end in group:  # without its vector, whose memory is freed
+                receivers.append(replace(end, vector=end.vector.new_zeros(())))
+        scores.append(torch.cat(columns, dim=1).double().cpu())
+    return receivers, torch.stack(scores).mean(0)
 
 
 def _flatten(ends: Sequence[EdgeEnd], device: torch.device) -> Float[Tensor, "end numbers"]:

@@ -79,7 +79,7 @@ def token_attribution(
     result = compute_gradients(prompt_metric, EMBED)
     embeddings = result.values[EMBED].values.detach()
     start = _baseline_embeddings(lm, baseline, embeddings)
-    at_baseline = prompt_metric.with_embeddings(start)
+    at_baseline = prompt_metric.with_values(EMBED, start)
     baseline_metric = at_baseline.of_run(at_baseline.run())
     gradient = result.gradient[EMBED]
     if method == "integrated":

@@ -546,7 +546,8 @@ def test_edges_in_a_parallel_block_do_not_lead_from_its_heads_to_its_mlp():
 
 def test_integrated_edges_to_the_logits_of_a_linear_end_are_the_plain_ones(linear_end):
     one, many = (
-        hk.edge_attribution(linear_end, CLEAN, CORRUPTED, DIFF, steps=steps) for steps in (1, 3)
+        hk.edge_attribution(linear_end, CLEAN, CORRUPTED, DIFF, **settings)
+        for settings in ({}, {"method": "integrated", "steps": 3})
     )
     plain, mean = (t[t["receiver"] == "logits"]["logit_diff_delta"].tolist() for t in (one, many))
     assert plain == pytest.approx(mean, abs=1e-4)

@@ -223,7 +223,7 @@ def test_the_model_is_left_as_found_after_any_ending():
 
     hk.gradients(lm, [LONG], DIFF, "resid_pre")
     hk.attribution(lm, [LONG], [LONG[::-1]], "z", DIFF, method="integrated", steps=2)
-    hk.edge_attribution(lm, [LONG], [LONG[::-1]], DIFF, steps=2)
+    hk.edge_attribution(lm, [LONG], [LONG[::-1]], DIFF, method="integrated", steps=2)
     with pytest.raises(ZeroDivisionError, match="mine"):
         hk.gradients(lm, [LONG], DIFF, "resid_pre", hk.edit("z.1", fails))
     with pytest.raises(Unsupported):
