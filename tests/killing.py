@@ -1,7 +1,7 @@
 """A process that is killed while it harvests, at random moments, until it comes to the end. Run by test_harvest.
 
-python killing.py FOLDER SEED KILLS: the harvest runs in a child of this process, which imports everything once. What is
-printed is how often the child was killed before it ended by itself.
+python killing.py FOLDER SEED KILLS [DICTIONARY]: the harvest runs in a child of this process, which imports everything once.
+What is printed is how often the child was killed before it ended by itself. Of a dictionary the features are harvested too.
 """
 
 import os
@@ -22,6 +22,7 @@ import hookkit as hk
 tqdm.set_lock(threading.RLock())
 
 SITES = ["resid_post.1", "z.2"]
+DICTIONARY = sys.argv[4] if len(sys.argv) == 5 and __name__ == "__main__" else None
 SETTINGS = {"batch_tokens": 64, "shard_size": 60, "progress": False}
 
 
@@ -32,7 +33,10 @@ def texts(seed: int = 0, count: int = 150) -> list[list[int]]:
 
 
 def harvest(folder: Path) -> hk.types.Harvest:
-    return hk.harvest(hk.tiny("llama"), iter(texts()), SITES, folder, **SETTINGS)
+    if DICTIONARY is None:
+        return hk.harvest(hk.tiny("llama"), iter(texts()), SITES, folder, **SETTINGS)
+    lm = hk.tiny("llama").with_dictionaries(hk.load_dictionary(DICTIONARY), check=False)
+    return hk.harvest(lm, iter(texts()), [*SITES, "feat.resid_post.1"], folder, **SETTINGS)
 
 
 def killed(folder: Path, after: float) -> bool:
@@ -71,4 +75,4 @@ def main(folder: str, seed: str, kills: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:4])

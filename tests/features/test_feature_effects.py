@@ -133,8 +133,3 @@ def test_a_gradient_at_features_leaves_the_gradients_before_them_as_they_are(lm)
     torch.testing.assert_close(result.of("resid_pre.1"), plain.of("resid_pre.1"))
     directions = lm.dictionaries[0].weights["W_dec"]
     torch.testing.assert_close(result.of(SITE), plain.of("resid_post.1") @ directions.T)
-
-
-def test_a_harvest_refuses_features_with_the_reason(lm, tmp_path):
-    with pytest.raises(BadHook, match=r"harvest resid_post\.1, whose features"):
-        hk.harvest(lm, [CLEAN[0]], SITE, tmp_path / "harvest")

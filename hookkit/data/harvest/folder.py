@@ -1,7 +1,8 @@
 """The files of a harvest's folder.
 
     harvest.json        the model, the sites and all settings that decide the values; written first
-    00000.safetensors   a shard: a tensor [row, ...] for each site, and the columns below
+    00000.safetensors   a shard: a tensor [row, ...] for each site, and the columns below; of the
+                        features of a dictionary the three tensors of sparse_rows.py
     index.jsonl         a line for each complete shard, with its sha256; then a last line
 
 Columns of a shard, [row]: text (the number of the text), piece (of the text, 0 unless it was

@@ -6,7 +6,7 @@ harvest["resid_post.6"][17], harvest["pos"][17], harvest.tokens(17)
 for batch in harvest.batches(4096, seed=0):
     batch["resid_post.6"], batch["token"]
 
-A `Column` has the rows of all shards at one site, one shard after another.
+Features of a dictionary are read as sparse tensors: see `SparseColumn`.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 from torch import Tensor
 
 from ...arguments import check_arguments
 from ...display import count_of, describe_outcome, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ...files.atomic import sha256
-from ...files.untrusted import check_folder, read_tensors
+from ...files.untrusted import check_folder
 from ...models.positions import Named, PosLike, Where, read_position
 from ...models.sites import AnySite, Site, Sites, SitesLike, as_sites, parse_site
-from .folder import End, Shard, read_index, read_settings
+from .columns import Column, RowsLike, Shards, SparseColumn, resolve_rows
+from .folder import End, read_index, read_settings
 from .statistics import Statistics, StatisticsSum
-from .texts import COLUMN_DTYPES, COLUMNS, TOKENS, positions_of_row
+from .texts import COLUMN_DTYPES, COLUMNS, positions_of_row
 
 Name = TypeVar("Name", bound=str | AnySite)
-RowsLike: TypeAlias = int | slice | Sequence[int] | Tensor
 
 TOKEN_COLUMNS: tuple[str, ...] = COLUMNS[:4]  # text, piece, pos, token
 CHUNK = 4096  # rows that statistics add at once
+CHUNK_NUMBERS = 2**24  # of features, with their zeros, that statistics add at once
 
 
 @check_arguments
@@ -61,165 +61,7 @@ def open_harvest(folder: str | os.PathLike[str]) -> Harvest:
     return Harvest(about, Shards(path, tuple(shards)), end)
 
 
-# ---- shards and columns
-
-
-@dataclass(frozen=True, eq=False)
-class Shards:
-    """The complete shards of a folder. It owns the tensors of the open ones, mapped into memory."""
-
-    folder: Path
-    all: tuple[Shard, ...]
-    _open: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """The number of each shard's first row, and the number of all rows."""
-        return [0, *accumulate(shard.rows for shard in self.all)]
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def tensors(self, shard: int) -> dict[str, Tensor]:
-        """Returns the tensors of a shard. Changes to them are never written to the disk."""
-        if shard not in self._open:
-            entry = self.all[shard]
-            try:
-                tensors, _ = read_tensors(entry.path(self.folder), error=DamagedHarvest)
-            except DamagedHarvest as error:
-                raise DamagedHarvest(
-                    f"{entry.file}, shard {shard} of {len(self.all)}, cannot be read ({error}): "
-                    "call verify(), which says what to do"
-                ) from error
-            problem = _find_problem(tensors, entry.rows)
-            if problem:
-                raise DamagedHarvest(
-                    f"{entry.file} {problem}: it was changed; call verify(), which says what to do"
-                )
-            self._open[shard] = tensors
-        return self._open[shard]
-
-    def close_before(self, row: int) -> None:
-        """Closes the shards that end before a row, so that they no longer take memory."""
-        for shard in list(self._open):
-            if self.starts[shard + 1] <= row:
-                del self._open[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # another process opens the shards itself
-
-
-def _find_problem(tensors: Mapping[str, Tensor], rows: int) -> str:
-    """Returns what is wrong with the tensors of a shard of so many rows; "" if nothing is."""
-    missing = sorted({*COLUMNS, *TOKENS} - tensors.keys())
-    if missing:
-        return f"has no {', '.join(missing)}"
-    for name, tensor in tensors.items():
-        if name not in TOKENS and tensor.shape[:1] != (rows,):
-            return f"does not have {rows} rows of {name}"
-    if not _has_valid_sequences(tensors):
-        return "refers to tokens that do not exist"
-    return ""
-
-
-def _has_valid_sequences(tensors: Mapping[str, Tensor]) -> bool:
-    starts, read = tensors["starts"], tensors["read"]
-    if starts.ndim != 1 or len(starts) < 2:
-        return False
-    if int(starts[0]) != 0 or int(starts[-1]) != len(tensors["ids"]):
-        return False
-    is_sequence = (read >= 0) & (read < len(starts) - 1)
-    return bool((starts.diff() >= 0).all() & is_sequence.all())
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Column:
-    """The rows of a site, of one of its heads, or of a token column. Indexing returns a copy.
-
-    The index is a number, a slice or a list of numbers. A column can be the data set of torch's
-    DataLoader.
-    """
-
-    shards: Shards
-    name: str
-    stored_sizes: tuple[int, ...]  # of the site's axes, of all heads
-    dtype: torch.dtype
-    head: int | None = None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The sizes of the axes of a row."""
-        return self.stored_sizes if self.head is None else self.stored_sizes[1:]
-
-    def __len__(self) -> int:
-        return self.shards.starts[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The number of rows, and the sizes of the site's axes."""
-        return (len(self), *self.sizes)
-
-    def __repr__(self) -> str:
-        name, dtype = self.name, str(self.dtype).removeprefix("torch.")
-        if self.head is not None:
-            name += f".{self.head}"
-        return f"Column({name}, {list(self.shape)}, {dtype})"
-
-    def __getitem__(self, rows: RowsLike) -> Shaped[Tensor, ...]:
-        if isinstance(rows, slice) and rows.step in (None, 1):
-            start, stop, _ = rows.indices(len(self))
-            return self._slice(start, stop)
-        numbers = resolve_rows(rows, len(self))
-        result = torch.empty((numbers.numel(), *self.sizes), dtype=self.dtype)
-        ordered, order = numbers.flatten().sort()  # the disk is read from front to back
-        bounds = torch.searchsorted(ordered, torch.tensor(self.shards.starts)).tolist()
-        for shard, (first, last) in enumerate(pairwise(bounds)):
-            if first < last:
-                rows_in_shard = ordered[first:last] - self.shards.starts[shard]
-                result[order[first:last]] = self._values(shard)[rows_in_shard]
-        return result.reshape(*numbers.shape, *self.sizes)
-
-    def _slice(self, start: int, stop: int) -> Tensor:
-        parts = [torch.empty((0, *self.sizes), dtype=self.dtype)]
-        for shard, (first, last) in enumerate(pairwise(self.shards.starts)):
-            if max(first, start) < min(last, stop):
-                parts.append(self._values(shard)[max(0, start - first) : stop - first])
-        return torch.cat(parts)
-
-    def _values(self, shard: int) -> Tensor:
-        """Returns this column's values in a shard. Raises `DamagedHarvest` for a wrong shape."""
-        values = self.shards.tensors(shard).get(self.name)
-        sizes = self.stored_sizes
-        if values is None or values.dtype != self.dtype or values.shape[1:] != sizes:
-            raise DamagedHarvest(
-                f"shard {shard} of {len(self.shards)} does not have the {self.name} of "
-                "harvest.json: call verify(), which says what to do"
-            )
-        return values if self.head is None else values[:, self.head]
-
-
 # ---- selections of rows
-
-
-def resolve_rows(rows: RowsLike, count: int) -> Int[Tensor, ...]:
-    """Returns row numbers from 0. Raises `OutOfRange` for a row that does not exist."""
-    if isinstance(rows, slice):
-        return torch.arange(*rows.indices(count))
-    numbers = torch.as_tensor(rows)
-    if not numbers.numel():
-        return numbers.long()
-    if numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.ndim > 1:
-        raise BadHook(
-            f"rows={rows!r} were asked for: give a number, a slice or a list of whole numbers"
-        )
-    numbers = numbers.long()
-    for number in (int(numbers.min()), int(numbers.max())):
-        if not -count <= number < count:
-            raise OutOfRange(
-                f"row {number} was asked for, and there are {count}: 0 to {count - 1}, "
-                "or counted from the end"
-            )
-    return torch.where(numbers < 0, numbers + count, numbers)
 
 
 def rows_at_positions(shard: Mapping[str, Tensor], where: Where) -> Int[Tensor, " row"]:
@@ -311,8 +153,8 @@ class Harvest:
         column = f"harvest[{str(self.sites[0])!r}]"
         return describe_outcome(text, column, "harvest.batches(...)", "harvest.table(...)")
 
-    def __getitem__(self, name: str | AnySite) -> Column:
-        """Returns all rows of a site, of one head of it, or of a token column."""
+    def __getitem__(self, name: str | AnySite) -> Column | SparseColumn:
+        """Returns all rows of a site, of one head or feature of it, or of a token column."""
         if name in TOKEN_COLUMNS:
             return Column(self.shards, str(name), (), COLUMN_DTYPES[str(name)])
         site = parse_site(name) if isinstance(name, str) else name
@@ -326,17 +168,22 @@ class Harvest:
             f"and the columns {', '.join(TOKEN_COLUMNS)}"
         )
 
-    def _columns(self, names: Iterable[Name]) -> dict[Name, Column]:
+    def _columns(self, names: Iterable[Name]) -> dict[Name, Column | SparseColumn]:
         return {name: self[name] for name in names}
 
-    def _column(self, site: AnySite, head: int | None = None) -> Column:
+    def _column(self, site: AnySite, head: int | None = None) -> Column | SparseColumn:
         kind = self.about["sites"][str(site)]
-        sizes = tuple(kind["shape"])
+        sizes, dtype = tuple(kind["shape"]), getattr(torch, kind["dtype"])
+        is_sparse = kind.get("sparse", False)
         if head is not None and head >= sizes[0]:
+            part = "features" if is_sparse else "heads"
             raise OutOfRange(
-                f"{site}.{head} was asked for, and {site} has {sizes[0]} heads: 0 to {sizes[0] - 1}"
+                f"{site}.{head} was asked for, and {site} has {sizes[0]} {part}: "
+                f"0 to {sizes[0] - 1}"
             )
-        return Column(self.shards, str(site), sizes, getattr(torch, kind["dtype"]), head)
+        if is_sparse:
+            return SparseColumn(self.shards, str(site), sizes[0], dtype, head)
+        return Column(self.shards, str(site), sizes, dtype, head)
 
     def tokens(self, row: int) -> tuple[int, ...]:
         """Returns all token ids that the model read with the token of a row: its text or piece."""
@@ -412,8 +259,13 @@ class Harvest:
         where, total = Where(read_position(pos)), StatisticsSum(covariance, top)
         selected = self.sites if sites is None else as_sites(sites)
         columns, token_columns = self._columns(selected), self._columns(TOKEN_COLUMNS)
-        for rows in self._chunks_at(where):
-            total.add(_rows_of(columns, rows), rows, _rows_of(token_columns, rows))
+        sizes = [CHUNK]
+        for column in columns.values():
+            if isinstance(column, SparseColumn):
+                sizes.append(max(1, CHUNK_NUMBERS // column.n_features))
+        for rows in self._chunks_at(where, min(sizes)):
+            values = {site: column[rows].to_dense() for site, column in columns.items()}
+            total.add(values, rows, _rows_of(token_columns, rows))
         if not total.of_site:
             raise EmptySelection(f"none of the {len(self)} rows is at pos={pos!r}: give others")
         about = {name: self.about[name] for name in ("model", "context", "long", "pos")}
@@ -423,12 +275,12 @@ class Harvest:
         about["stream"] = (self.end or self.shards.all[-1]).stream
         return total.statistics(about)
 
-    def _chunks_at(self, where: Where) -> Iterator[Int[Tensor, " row"]]:
+    def _chunks_at(self, where: Where, size: int) -> Iterator[Int[Tensor, " row"]]:
         """Yields the numbers of the rows at some positions, of one shard after another."""
         for shard, (start, end) in enumerate(pairwise(self.shards.starts)):
             rows = start + rows_at_positions(self.shards.tensors(shard), where)
-            for first in range(0, len(rows), CHUNK):
-                yield rows[first : first + CHUNK]
+            if len(rows):
+                yield from rows.split(size)
             self.shards.close_before(end)
 
     def verify(self) -> None:
@@ -452,22 +304,29 @@ def _site_names(sites: Sequence[str | AnySite] | str) -> list[str]:
     return [sites] if isinstance(sites, str) else list(map(str, sites))
 
 
-def _table_of_numbers(name: str, column: Column, rows: Tensor) -> pd.DataFrame:
+def _table_of_numbers(name: str, column: Column | SparseColumn, rows: Tensor) -> pd.DataFrame:
     """Returns a column for each number of a site, named by its index along the site's axes."""
+    if isinstance(column, SparseColumn) and column.feature is None:
+        raise BadHook(
+            f"a table has a column for each number, and {name} has {column.n_features} features, "
+            f"most of them zero: name features, {name}.7, or read harvest[{name!r}][rows]"
+        )
     values = column[rows]
     if values.dtype == torch.bfloat16:
         values = values.float()
+    if not column.sizes:
+        return pd.DataFrame({name: values.numpy()})
     indices = itertools.product(*map(range, column.sizes))
     names = [f"{name}[{', '.join(map(str, index))}]" for index in indices]
     return pd.DataFrame(values.flatten(1).numpy(), columns=names)
 
 
-def _rows_of(columns: Mapping[Name, Column], rows: RowsLike) -> dict[Name, Tensor]:
+def _rows_of(columns: Mapping[Name, Column | SparseColumn], rows: RowsLike) -> dict[Name, Tensor]:
     return {name: column[rows] for name, column in columns.items()}
 
 
 def _successive_batches(
-    shards: Shards, columns: Mapping[str, Column], size: int, end: int
+    shards: Shards, columns: Mapping[str, Column | SparseColumn], size: int, end: int
 ) -> Iterator[dict[str, Tensor]]:
     for start in range(0, end, size):
         shards.close_before(start)

@@ -5,12 +5,11 @@ the engines run, in this process or in others. `Progress` shows how many texts a
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,24 +20,37 @@ from ...models.positions import Where
 from ...models.prompts import pad_id
 from ...models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, SitesLike, refuse_stacks
 from ...runs.forward import forward
+from .sparse_rows import sparse_rows
 from .texts import Batch, TextReader, TokenSequence
 
+SPARSITY = 16  # of so many features one is active, where the size of a shard is chosen
+FEATURE_BYTES = 4  # of the number of an active feature
 PROBE_SHAPE = 2, 3  # rows and tokens of the forward that shows the shapes of sites
 
 
 @dataclass(frozen=True)
 class ValueKind:
-    """The shape and dtype of the values of a site at one position."""
+    """The shape and dtype of the values of a site at one position.
+
+    Of `sparse` values only those that are not zero are stored.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    sparse: bool = False
 
     @property
     def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        """The size on disk; of sparse values about the size, if few features are active."""
+        count = torch.Size(self.shape).numel()
+        if self.sparse:
+            return max(1, count // SPARSITY) * (self.dtype.itemsize + FEATURE_BYTES)
+        return self.dtype.itemsize * count
 
     def as_json(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+        facts: dict[str, Any] = {"shape": list(self.shape)}
+        facts["dtype"] = str(self.dtype).removeprefix("torch.")
+        return facts | {"sparse": True} if self.sparse else facts
 
 
 def probe_sites(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, ValueKind]:
@@ -73,15 +85,23 @@ def probe_sites(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, ValueKind]
 
 
 def compute_values(
-    lm: LM, sequences: Sequence[TokenSequence], sites: Sites, where: Where
-) -> dict[AnySite, Shaped[Tensor, "row ..."]]:
-    """Returns the values at each site, a row for each kept position of the sequences."""
+    lm: LM,
+    sequences: Sequence[TokenSequence],
+    sites: Sites,
+    where: Where,
+    sparse: Collection[AnySite] = (),
+) -> dict[AnySite, Any]:
+    """Returns the values at each site, a row for each kept position of the sequences.
+
+    They are a tensor [row, ...], and `SparseRows` at the sites of `sparse`.
+    """
     prompts = [sequence.ids for sequence in sequences]
-    run = forward(lm, prompts, capture(sites, pos=where.pos), logits=False)
+    captures = [capture(site, pos=where.pos, sparse=site in sparse) for site in sites]
+    run = forward(lm, prompts, *captures, logits=False)
     expected: list[int] = []
     for sequence in sequences:
         expected += sequence.positions
-    result: dict[AnySite, Tensor] = {}
+    result: dict[AnySite, Any] = {}
     for site in sites:
         captured = run.captured(site)
         assert captured.positions is not None
@@ -89,7 +109,9 @@ def compute_values(
         assert captured.positions[is_kept].tolist() == expected, (
             f"{site}: the positions are not those that were planned"
         )
-        if bool(is_kept.all()):
+        if site in sparse:
+            result[site] = sparse_rows(captured.values, is_kept.to(captured.values.device))
+        elif bool(is_kept.all()):
             result[site] = captured.values.flatten(0, 1)
         else:
             result[site] = captured.values[is_kept.to(captured.values.device)]
@@ -122,12 +144,18 @@ class ValueComputation:
     kinds: Mapping[AnySite, ValueKind]
     where: Where
 
-    def compute(self, batch: Batch) -> dict[AnySite, Tensor]:
+    def compute(self, batch: Batch) -> dict[AnySite, Any]:
         """Returns the values at each site, a row for each kept position of the batch, in order."""
-        computed = compute_values(self.lm, batch.sequences, Sites(tuple(self.kinds)), self.where)
-        stored: dict[AnySite, Tensor] = {}
-        for site, values in computed.items():
-            stored[site] = to_stored_dtype(site, values, self.kinds[site].dtype)
+        sites = Sites(tuple(self.kinds))
+        sparse = [site for site, kind in self.kinds.items() if kind.sparse]
+        stored = compute_values(self.lm, batch.sequences, sites, self.where, sparse)
+        for site, kind in self.kinds.items():
+            values = stored[site]
+            if kind.sparse:
+                numbers = to_stored_dtype(site, values.values, kind.dtype)
+                stored[site] = replace(values, values=numbers)
+            else:
+                stored[site] = to_stored_dtype(site, values, kind.dtype)
         return stored
 
 

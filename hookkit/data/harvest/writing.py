@@ -7,13 +7,13 @@ equal, byte for byte, to those of a harvest without interruption.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ...arguments import check_arguments, check_integer
 from ...errors import BadHook, EmptySelection, HarvestChanged
 from ...files.atomic import lock_folder, write_tensors
 from ...files.untrusted import check_folder
+from ...models.dictionaries import find_dictionary
 from ...models.lm import LM
 from ...models.positions import PosLike
 from ...models.sites import AnySite, Site, SitesLike
@@ -39,6 +40,7 @@ from .folder import (
     read_index,
 )
 from .harvest import Harvest, open_harvest
+from .sparse_rows import SparseWindow, join_sparse
 from .stored_values import Progress, ValueComputation, ValueKind, probe_sites
 from .texts import (
     Batch,
@@ -52,6 +54,7 @@ from .texts import (
 )
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
+Stored: TypeAlias = Tensor | SparseWindow  # the values of a window of texts at a site
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -78,7 +81,8 @@ def harvest(
     "text", as in the `datasets` package), or the path of a file with a text a line, .txt or .jsonl.
     The texts are read once, and never more than a few batches ahead. Each text is a prompt: `pos`
     selects the positions that are kept (all by default). The model runs no further than the last
-    site.
+    site. Of all features of a dictionary, such as "feat.resid_post.12", only the active ones are
+    written.
 
     dtype         of the values on disk: "float32", "bfloat16", "float16"; by default the model's
     context       the largest number of tokens of a text; the model's own limit by default
@@ -100,7 +104,6 @@ def harvest(
     """
     ray = read_engine(engine, lm)
     rules = read_rules(lm, pos, context, long, on_error, batch_tokens)
-    _refuse_features(lm, sites)
     kinds = _stored_kinds(probe_sites(lm, sites, "a harvest"), dtype)
     if shard_size is None:
         shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
@@ -108,7 +111,7 @@ def harvest(
     check_integer(shard_size, "shard_size", least=1, meaning=meaning, error=BadHook)
     settings = {
         "format": FORMAT,
-        "model": describe_model(lm),
+        "model": describe_model(lm) | _about_dictionaries(lm, kinds),
         "sites": {str(site): kind.as_json() for site, kind in kinds.items()},
         "pos": repr(rules.where.pos),
         "context": rules.context,
@@ -129,32 +132,34 @@ def harvest(
     return open_harvest(path)
 
 
-def _refuse_features(lm: LM, sites: SitesLike) -> None:
-    """Raises `BadHook` for features, which a harvest would write with all their zeros."""
-    for site in lm.expand(sites):
-        if isinstance(site, Site) and site.of_features:
-            raise BadHook(
-                f"a harvest writes every number of every token, and most features of {site} are "
-                f"zero: harvest {site.base_name}.{site.layer}, whose features "
-                "dictionary.encode(values) gives; hk.capture(site, sparse=True) keeps those of a "
-                "run"
-            )
-
-
 def _stored_kinds(
     kinds: dict[AnySite, ValueKind], dtype: torch.dtype | str | None
 ) -> dict[AnySite, ValueKind]:
     """Returns the shapes and dtypes in the shards: `dtype` applies to real numbers only."""
-    if dtype is None:
-        return kinds
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in DTYPES:
         raise BadHook(f"dtype={dtype!r}: values are kept as {', '.join(map(repr, DTYPES))}")
-    stored = dict(kinds)
+    stored: dict[AnySite, ValueKind] = {}
     for site, kind in kinds.items():
-        if kind.dtype.is_floating_point:
-            stored[site] = ValueKind(kind.shape, getattr(torch, name))
+        stored[site] = replace(kind, sparse=_is_sparse(site))
+        if name is not None and kind.dtype.is_floating_point:
+            stored[site] = replace(stored[site], dtype=getattr(torch, name))
     return stored
+
+
+def _is_sparse(site: AnySite) -> bool:
+    """True for all features of a dictionary."""
+    return isinstance(site, Site) and site.of_features and site.head is None
+
+
+def _about_dictionaries(lm: LM, sites: Iterable[AnySite]) -> dict[str, Any]:
+    """Returns the dictionaries whose features are harvested, as values for JSON."""
+    about: dict[str, Any] = {}
+    for site in sites:
+        if isinstance(site, Site) and site.of_features:
+            dictionary = find_dictionary(lm.layout.dictionaries, replace(site, head=None))
+            about[str(replace(site, head=None))] = dictionary.about()
+    return {"dictionaries": about} if about else {}
 
 
 @dataclass(eq=False)
@@ -207,15 +212,17 @@ class HarvestWriter:
     def _shard(self, number: int, expected: Shard | None) -> Generator[Step, None, bool]:
         """Yields the steps of a shard. Returns False, without a shard, after the last text."""
         sequences: list[TokenSequence] = []
-        values: list[dict[AnySite, Tensor]] = []
+        values: list[dict[AnySite, Stored]] = []
         rows = 0
         while rows < self.shard_size:
             window = self.reader.read_window(self.shard_size - rows)
             if window is None:
                 break
-            stored: dict[AnySite, Tensor] = {}
+            stored: dict[AnySite, Stored] = {}
             for site, kind in self.kinds.items():
-                stored[site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
+                stored[site] = SparseWindow(window.rows)
+                if not kind.sparse:
+                    stored[site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
             for batch in window.batches(self.reader.rules):
                 yield Step(batch, partial(self._store, stored, batch))
             last_text = window.sequences[-1].text
@@ -229,7 +236,7 @@ class HarvestWriter:
         return True
 
     def _store(
-        self, stored: dict[AnySite, Tensor], batch: Batch, computed: dict[AnySite, Tensor]
+        self, stored: dict[AnySite, Stored], batch: Batch, computed: dict[AnySite, Any]
     ) -> None:
         for site, values in computed.items():
             stored[site][batch.rows] = values
@@ -249,14 +256,19 @@ class HarvestWriter:
         number: int,
         expected: Shard | None,
         sequences: list[TokenSequence],
-        values: list[dict[AnySite, Tensor]],
+        values: list[dict[AnySite, Stored]],
     ) -> None:
         """Writes a shard, and adds it to the index or compares it with its line there."""
         if not self.lm.is_writer:
             return
         tensors = token_columns(sequences)
         for site in self.kinds:
-            tensors[str(site)] = torch.cat([window_values.pop(site) for window_values in values])
+            windows: list[Any] = [window_values.pop(site) for window_values in values]
+            if self.kinds[site].sparse:
+                rows = join_sparse([window.join() for window in windows])
+                tensors |= rows.stored(str(site))
+            else:
+                tensors[str(site)] = torch.cat(windows)
         file, last = SHARD.format(number), sequences[-1]
         size, sha256 = write_tensors(self.folder / file, tensors, tidy=False)
         shard = Shard(
