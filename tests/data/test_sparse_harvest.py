@@ -46,7 +46,9 @@ def dense(lm) -> torch.Tensor:
             lm.model(torch.tensor([ids]))
     handle.remove()
     parts = [state[0] if isinstance(state, tuple) else state for state in states]
-    return encode(random_weights("topk"), torch.cat([part.flatten(0, -2) for part in parts]), "topk")
+    return encode(
+        random_weights("topk"), torch.cat([part.flatten(0, -2) for part in parts]), "topk"
+    )
 
 
 def test_the_active_features_of_every_token_are_those_of_a_loop_over_forwards(made, dense, lm):
@@ -93,9 +95,7 @@ def test_statistics_of_a_sparse_harvest_are_those_of_the_dense_values(made, dens
 
 def test_a_gap_in_the_positions_and_another_dtype(lm, dense, tmp_path):
     rows = [row for ids in texts() for row in range(len(ids))]
-    made = hk.harvest(
-        lm, texts(), SITE, tmp_path, pos=slice(1, None), dtype="float16", **SETTINGS
-    )
+    made = hk.harvest(lm, texts(), SITE, tmp_path, pos=slice(1, None), dtype="float16", **SETTINGS)
     later = dense[[number for number, pos in enumerate(rows) if pos]]
     values = made[SITE][:]
     assert values.dtype == torch.float16
