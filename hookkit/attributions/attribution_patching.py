@@ -205,7 +205,7 @@ def _first_order_effects(
             change = change.sum(-1)
             if site.name in NEURONS and change.ndim == 3:  # the choices of experts
                 change = change.sum(-1)
-        row_masks = masks[:, target.rows.start : target.rows.stop, : change.shape[1]]
+        row_masks = masks[:, list(target.rows), : change.shape[1]]
         effects[site] = torch.einsum("nrp,rp...->nr...", row_masks, change)
     for site, base in bases.items():
         error = effects[base].flatten(2).sum(-1) - effects[site].sum(-1)

@@ -48,14 +48,14 @@ Points: TypeAlias = Literal["start", "middle"]
 class PromptMetric:
     """A metric of some prompts, at the position that it reads.
 
-    rows   the prompts of `inputs` that are run
+    rows   the prompts of `inputs` that are run; one may be there several times
     hooks  act in every run
     """
 
     metric: Metric
     measure: Measure
     inputs: SweepInputs
-    rows: range
+    rows: Sequence[int]
     hooks: tuple[Hook, ...] = ()
 
     @property

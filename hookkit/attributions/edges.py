@@ -28,12 +28,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..errors import Unsupported
+from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import Captured, capture
 from ..models.lm import LM
 from ..models.prompts import Prompts
-from ..models.sites import AnySite, Site
+from ..models.sites import AnySite, Site, as_site
 from ..tables.metrics.metric import MetricLike
 from .backward import (
     CAPTURE_NAME,
@@ -48,6 +48,7 @@ from .backward import (
     points_of_method,
     read_captures,
 )
+from .exact_edges import EdgePatching
 
 HEAD_INPUTS = ("q", "k", "v")
 
@@ -75,13 +76,14 @@ def edge_attribution(
     metric: MetricLike,
     *,
     direction: Literal["noise", "denoise"] = "noise",
-    method: Literal["gradient", "integrated", "integrated_activations"] = "gradient",
+    method: Literal["gradient", "integrated", "integrated_activations", "exact"] = "gradient",
     steps: int | None = None,
     points: Points | None = None,
+    edges: pd.DataFrame | None = None,
     base_hooks: Hook | Sequence[Hook] = (),
 ) -> pd.DataFrame:
-    """Returns by how much the metric would change, to first order, if one sender's value of the
-    other prompt reached one receiver alone: edge attribution patching, the mean over the prompts.
+    """Returns by how much the metric would change if one sender's value of the other prompt reached
+    one receiver alone: edge attribution patching, to first order; the mean over the prompts.
 
     direction  "noise", as in the papers: the clean prompts run, and an edge carries the corrupted
                prompt's value, so that an edge that the metric needs has a score below 0. "denoise":
@@ -94,11 +96,14 @@ def edge_attribution(
                other heads of its layer, is between its values on the two prompts (EAP-IG-
                activations in the code of Hanna et al.; integrated gradients of a node: Marks et al.
                2024), so that the edges of a layer add up to the effect of patching it, if
-               no norm follows its heads
+               no norm follows its heads. "exact": no gradient; every edge is patched, with a row
+               of a forward each (ACDC: Conmy et al. 2023): for small models, or few `edges`
     steps      for the integrated methods: how many runs (of each layer), 5 by default
     points     for the integrated methods: where on the path. "start" (the default), the paper's own
                points: `steps` equal parts, each at its start, the first of which is the prompt that
                is run. "middle": their middles, which are closer to the integral
+    edges      a table with columns sender and receiver, such as the first rows of another method's:
+               only these; by default all
     base_hooks      hooks that act in every run
 
     Senders are "embed", the heads "z.9.3" and the MLPs "mlp_out.9". Receivers are what heads read,
@@ -125,17 +130,49 @@ def edge_attribution(
     senders: list[EdgeEnd] = []
     receivers: list[EdgeEnd] = []
     for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
-        senders, receivers, scores = _score_edges(*batches, sites, method, path)
+        senders, receivers, scores = _score_edges(*batches, sites, method, path, edges)
         batch_scores.append(scores)
-    means = (torch.stack(batch_scores).sum(0) / count).tolist()
+    means = torch.stack(batch_scores).sum(0) / count
     records = []
-    for sender, sender_means in zip(senders, means, strict=True):
-        edges = zip(receivers, sender_means, strict=True)
-        for receiver, mean in sorted(edges, key=lambda edge: edge[0].stage):
-            if sender.stage < receiver.stage:
-                records.append((sender.name, receiver.name, mean, count))
+    for sender, receiver in select_edges(senders, receivers, edges):
+        mean = float(means[sender, receiver])
+        records.append((senders[sender].name, receivers[receiver].name, mean, count))
     names = ["sender", "receiver", f"{target.metric.name}_delta", "n"]
-    return pd.DataFrame(records, columns=names)
+    table = pd.DataFrame(records, columns=names)
+    table.attrs["direction"] = direction
+    table.attrs["method"] = method
+    if path:
+        table.attrs["steps"] = len(path)
+        table.attrs["points"] = points or "start"
+    return table
+
+
+def select_edges(
+    senders: Sequence[EdgeEnd], receivers: Sequence[EdgeEnd], edges: pd.DataFrame | None
+) -> list[tuple[int, int]]:
+    """Returns the numbers of the sender and the receiver of each edge, or of each of `edges`."""
+    numbers: dict[tuple[str, str], tuple[int, int]] = {}
+    order = sorted(range(len(receivers)), key=lambda number: receivers[number].stage)
+    for number, sender in enumerate(senders):
+        for receiver in order:
+            if sender.stage < receivers[receiver].stage:
+                numbers[sender.name, receivers[receiver].name] = (number, receiver)
+    if edges is None:
+        return list(numbers.values())
+    missing = {"sender", "receiver"}.difference(edges.columns)
+    if missing or edges.empty:
+        raise BadHook(
+            f"edges= has {len(edges)} rows and columns {', '.join(map(str, edges.columns))}: give "
+            "a table with columns sender and receiver, such as one of hk.edge_attribution"
+        )
+    pairs = list(dict.fromkeys(zip(edges["sender"], edges["receiver"], strict=True)))
+    for pair in pairs:
+        if pair not in numbers:
+            raise BadHook(
+                f"edges= has {pair[0]} to {pair[1]}, which is no edge of this model: its "
+                f"{len(numbers)} edges are those of hk.edge_attribution without edges="
+            )
+    return [numbers[pair] for pair in pairs]
 
 
 def _score_edges(
@@ -144,6 +181,7 @@ def _score_edges(
     sites: Sequence[Site],
     method: str,
     path: Sequence[float],
+    edges: pd.DataFrame | None,
 ) -> tuple[list[EdgeEnd], list[EdgeEnd], Float[Tensor, "sender receiver"]]:
     """Returns the senders, the receivers, and the score of each edge, summed over the prompts."""
     lm = target.lm
@@ -151,7 +189,7 @@ def _score_edges(
     source_run = source.run(capture(captured_sites, name=CAPTURE_NAME))
     source_values = read_captures(source_run, captured_sites)
     result = compute_gradients(target, captured_sites, keep_graph=True)
-    check_stream_is_sum(lm, result)
+    check_stream_is_sum(lm, result.values)
     senders = compute_senders(lm, result, source_values)
 
     def results_between(site: Site) -> Iterator[SiteGradients]:
@@ -164,6 +202,11 @@ def _score_edges(
         return senders, *_score_receivers(lm, senders, results_between(EMBED))
     if method == "gradient":
         return senders, *_score_receivers(lm, senders, [result])
+    if method == "exact":
+        receivers, scores = _score_receivers(lm, senders, [result])
+        patching = EdgePatching(target, _detached(result.values), _detached(source_values))
+        _patch_edges(patching, senders, receivers, select_edges(senders, receivers, edges), scores)
+        return senders, receivers, scores
     receivers: list[EdgeEnd] = []
     scores = []
     for stage, stage_senders in groupby(senders, key=attrgetter("stage")):
@@ -171,6 +214,62 @@ def _score_edges(
         receivers, stage_scores = _score_receivers(lm, list(stage_senders), results)
         scores.append(stage_scores)
     return senders, receivers, torch.cat(scores)
+
+
+def _detached(captures: Mapping[AnySite, Captured]) -> dict[AnySite, Tensor]:
+    return {site: captured.values.detach() for site, captured in captures.items()}
+
+
+def _patch_edges(
+    patching: EdgePatching,
+    senders: Sequence[EdgeEnd],
+    receivers: Sequence[EdgeEnd],
+    edges: Iterable[tuple[int, int]],
+    scores: Float[Tensor, "sender receiver"],
+) -> None:
+    """Replaces the scores of some edges by their exact effects, summed over the prompts."""
+    lm = patching.target.lm
+    before = patching.target.of_run(patching.target.run()).sum()
+    by_receiver: dict[int, list[int]] = {}
+    for sender, receiver in edges:
+        by_receiver.setdefault(receiver, []).append(sender)
+    differences: dict[int, Tensor] = {}
+    for receiver, numbers in by_receiver.items():
+        for number in numbers:
+            if number not in differences:
+                differences[number] = patching.difference(_site_of_sender(senders[number].name))
+        stream, site = _read_sites(lm, receivers[receiver])
+        metrics = patching.metrics(stream, site, [differences[number] for number in numbers])
+        for number, metric in zip(numbers, metrics, strict=True):
+            scores[number, receiver] = (metric.sum() - before).double()
+
+
+def _site_of_sender(name: str) -> Site:
+    return Site("resid_pre", 0) if name == "embed" else _site_of_end(name)
+
+
+def _site_of_end(name: str) -> Site:
+    """Returns the site of an end such as "q.9.3"."""
+    site = as_site(name)
+    assert isinstance(site, Site)
+    return site
+
+
+def _read_sites(lm: LM, receiver: EdgeEnd) -> tuple[Site, Site]:
+    """Returns the stream that a receiver reads, and the site of what it reads of it."""
+    if receiver.name == "logits":
+        last = Site("resid_post", lm.n_layers - 1)
+        return last, last
+    site = _site_of_end(receiver.name)
+    return _stream_before(lm, site), site
+
+
+def _stream_before(lm: LM, site: Site) -> Site:
+    """Returns the stream that a block's site reads. A block that runs attention and MLP in parallel
+    has no stream between them."""
+    if site.name == "mlp_in" and lm.layout.find("resid_mid", site.layer):
+        return Site("resid_mid", site.layer)
+    return Site("resid_pre", site.layer)
 
 
 def _site_of_stage(stage: int) -> Site:
@@ -216,14 +315,14 @@ def required_sites(lm: LM) -> list[Site]:
     return sites
 
 
-def check_stream_is_sum(lm: LM, result: SiteGradients) -> None:
+def check_stream_is_sum(lm: LM, values: Mapping[AnySite, Captured]) -> None:
     """Raises `Unsupported` if the residual stream is more than the sum of what the embedding,
     attention and the MLPs write."""
-    total = result.values[Site("resid_pre", 0)].values
+    total = values[Site("resid_pre", 0)].values
     for layer in range(lm.n_layers):
         for name in ("attn_out", "mlp_out"):  # blocks may be on several devices
-            total = total + result.values[Site(name, layer)].values.to(total.device)
-    last = result.values[Site("resid_post", lm.n_layers - 1)].values
+            total = total + values[Site(name, layer)].values.to(total.device)
+    last = values[Site("resid_post", lm.n_layers - 1)].values
     if not _is_close(total, last):
         reason = lm.family.exceptions.get("sum", "something else writes into it, or scales it")
         if lm.family.stream_norms:
@@ -284,12 +383,10 @@ def compute_receivers(lm: LM, result: SiteGradients) -> Iterator[list[EdgeEnd]]:
     total = result.gradient[last].clone()
     yield [EdgeEnd("logits", 2 * lm.n_layers, result.gradient[last])]
     for layer in reversed(range(lm.n_layers)):
-        before, mlp_in = Site("resid_pre", layer), Site("mlp_in", layer)
+        mlp_in = Site("mlp_in", layer)
         ends = _head_inputs(result, layer)
-        stream, stage = before, 2 * layer
-        # A block that runs attention and MLP in parallel has no stream between them.
-        if lm.layout.find("resid_mid", layer):
-            stream, stage = Site("resid_mid", layer), 2 * layer + 1
+        stream = _stream_before(lm, mlp_in)
+        stage = 2 * layer + (stream.name == "resid_mid")
         vector = _pull_back(result, mlp_in, stream, result.gradient[mlp_in])
         ends.append(EdgeEnd(str(mlp_in), stage, vector))
         for end in ends:

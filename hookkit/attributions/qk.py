@@ -199,7 +199,7 @@ def qk_effects(
     for layer in layers:
         attention = _read_attention(result, source_run, layer)
         attention.check(Site("scores", layer), limit)
-        row_masks = masks[:, rows.start : rows.stop, : attention.gradient.shape[-1]]
+        row_masks = masks[:, list(rows), : attention.gradient.shape[-1]]
         row_masks = row_masks.to(attention.gradient)
         for site in sites:
             if site.layer == layer:

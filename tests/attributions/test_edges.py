@@ -229,6 +229,37 @@ def test_every_edge_is_what_hooks_by_hand_give(family, settings, points_at, poin
     assert errors.max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exact_edge_is_the_run_in_which_only_its_receiver_reads_the_difference(family):
+    by_hand = ByHand(family)
+    differences, _, _ = by_hand.differences(exact=True)
+    table = hk.edge_attribution(by_hand.lm, CLEAN, CORRUPTED, DIFF, method="exact")
+    with torch.no_grad():
+        before, _ = by_hand.run(CLEAN, {})
+        for row in table.to_dict("records"):
+            after, _ = by_hand.run(CLEAN, {row["receiver"]: differences[row["sender"]]})
+            assert row["logit_diff_delta"] == pytest.approx(
+                float((after - before).mean()), abs=1e-5
+            )
+    assert table["logit_diff_delta"].abs().max() > 0.1
+
+
+def test_only_the_edges_that_are_named_are_patched():
+    lm = hk.tiny("llama")
+    table = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF)
+    strongest = table.nlargest(5, "logit_diff_delta")
+    some = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF, method="exact", edges=strongest)
+    every = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF, method="exact")
+    ends = ["sender", "receiver"]
+    assert some[ends].values.tolist() == strongest[ends].values.tolist()
+    pd.testing.assert_frame_equal(some, strongest[ends].merge(every, on=ends), atol=1e-6)
+    unknown = pd.DataFrame({"sender": ["mlp_out.1"], "receiver": ["q.0.1"]})
+    with pytest.raises(BadHook, match="mlp_out.1 to q.0.1, which is no edge"):
+        hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF, edges=unknown)
+    with pytest.raises(BadHook, match="columns sender and receiver"):
+        hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF, edges=unknown[["sender"]])
+
+
 def test_the_edges_of_a_layer_add_up_to_patching_it():
     """The integral of a gradient is a difference: a closed form for "integrated_activations"."""
     lm = hk.tiny("llama")
