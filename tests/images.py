@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 TOKENS = {  # how many tokens stand for the image or the sound
-    "gemma3": 4, "glm4v": 4, "idefics3": 1, "llama4": 1, "llava": 4, "llava_next": 10, "mistral3": 4, "paligemma": 4,
+    "gemma3": 4, "gemma4": 4, "glm4v": 4, "idefics3": 1, "llama4": 1, "llava": 4, "llava_next": 10, "mistral3": 4, "paligemma": 4,
     "qwen2_audio": 10, "qwen2_vl": 4, "qwen2_5_vl": 4, "qwen3_vl": 4, "qwen3_5": 4, "smolvlm": 1,
 }  # fmt: skip
 IN_GRIDS = ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
@@ -36,6 +36,13 @@ def image_prompt(
     if model_type in IN_GRIDS:
         inputs["pixel_values"] = numbers(16, 96, seed=seed)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+        inputs["mm_token_type_ids"] = (ids == PLACEHOLDER).long()
+    elif model_type == "gemma4":  # 16 patches of the image, and 4 of padding
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+        inputs["pixel_values"] = torch.cat(
+            [numbers(1, 16, 12, seed=seed), torch.zeros(1, 4, 12)], 1
+        )
+        inputs["image_position_ids"] = torch.cat([places, torch.full((4, 2), -1)])[None]
         inputs["mm_token_type_ids"] = (ids == PLACEHOLDER).long()
     elif model_type == "qwen2_audio":
         inputs["input_features"] = numbers(1, 8, 40, seed=seed)

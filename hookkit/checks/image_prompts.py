@@ -71,6 +71,14 @@ def _image_inputs(lm: LM, stack: str, generator: torch.Generator) -> dict[str, T
         channels = getattr(config, "in_channels", 3) * config.temporal_patch_size
         values = numbers(side * side, channels * config.patch_size**2)
         return {name: values, "image_grid_thw": torch.tensor([[1, side, side]])}
+    if tower.counts == "patch positions":
+        side = 2 * config.pooling_kernel_size
+        axis = torch.arange(side)
+        positions = torch.cartesian_prod(axis, axis).flip(-1)[None]
+        return {
+            name: numbers(1, side * side, 3 * config.patch_size**2),
+            "image_position_ids": positions,
+        }
     if tower.counts == "image sizes":
         side = 2 * config.patch_size * getattr(lm.config, "spatial_merge_size", 1)
         return {name: numbers(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}

@@ -56,6 +56,9 @@ class Layout:
     verified: dict[nn.Module, set[str]] = field(default_factory=dict)
     views: dict[AnySite, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Layout({self.family.name}: {', '.join(self.names)})"
+
     @cached_property
     def sizes(self) -> dict[str, int | None]:
         """The length of each axis that the model fixes; None where the family has no such axis."""
@@ -210,9 +213,15 @@ class Layout:
         if not site.stack:
             return self
         if site.stack not in self.stacks:
-            raise MissingSite(
-                f"{site} was asked for, and this {self.family.name} model has no {site.stack}"
-            )
+            reason = f"has no {site.stack}"
+            part = getattr(self.root.config, f"{site.stack}_config", None)
+            if part is not None:
+                kind = getattr(part, "model_type", "of another type")
+                reason = (
+                    f"has a tower ({kind}) whose sites have no names yet: name its modules, "
+                    "hk.module(path)"
+                )
+            raise MissingSite(f"{site} was asked for, and this {self.family.name} model {reason}")
         return self.stacks[site.stack]
 
     def cut(self, site: Site) -> AxisSplit | None:
@@ -391,6 +400,9 @@ def _input_size(module: nn.Module) -> int | None:
     in_features = _read_int(module, "in_features")
     if in_features is not None:
         return in_features
+    inner = getattr(module, "linear", None)  # as in a linear module of Gemma 4 that clips
+    if isinstance(inner, nn.Linear):
+        return inner.in_features
     weight: Any = getattr(module, "weight", None)
     if getattr(weight, "ndim", 0) != 2:
         return None

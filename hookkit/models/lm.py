@@ -306,6 +306,14 @@ class LM(Vocabulary):
         """True for an encoder-decoder: it reads one text and writes another."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
+    @property
+    def decodes_in_pieces(self) -> bool:
+        """True if the model's own `generate` calls transformers' for each piece of a long sound.
+
+        It returns other tokens than the decoder reads.
+        """
+        return self.two_texts and "input_features" in self.takes
+
     def why_no_positions(self, site: AnySite) -> str:
         """Returns why the positions in a module's tensor are not known; "" if they are.
 

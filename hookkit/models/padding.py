@@ -333,6 +333,15 @@ def _chunked_rows(
     return [row[:width] for row in rows], chunk
 
 
+def plain_generate(lm: LM) -> Any:
+    """Returns the function that decodes one batch, which reads the model as its first argument."""
+    if lm.decodes_in_pieces:
+        from transformers import GenerationMixin
+
+        return GenerationMixin.generate
+    return type(lm.root).generate
+
+
 def _generated_logits(
     lm: LM, rows: list[Row], chunk: int | None, cache: str | None = None
 ) -> Tensor:
@@ -350,7 +359,7 @@ def _generated_logits(
         options |= {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": 4}
     mask = (positions >= 0).long().to(lm.device)
     own = {"input_ids": ids.to(lm.device), "attention_mask": mask}
-    output = type(root).generate(
+    output = plain_generate(lm)(
         root,
         do_sample=False,
         num_beams=1,

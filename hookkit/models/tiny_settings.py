@@ -104,6 +104,8 @@ IDEFICS: dict[str, Any] = {
     "image_token_id": 9,
     "pad_token_id": 2,
 }
+# the last one must be full
+GEMMA4_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 QWEN_TEXT = TEXT | _rotary(1, 1, 2)
 
 MULTIMODAL: Mapping[str, dict[str, Any]] = {
@@ -114,6 +116,30 @@ MULTIMODAL: Mapping[str, dict[str, Any]] = {
         "image_token_index": 9,
         "boi_token_index": 11,
         "eoi_token_index": 12,
+    },
+    "gemma4": {
+        "text_config": TEXT
+        | SLIDING
+        | {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "layer_types": GEMMA4_LAYERS,
+            "vocab_size_per_layer_input": 320,
+            "hidden_size_per_layer_input": 8,
+            "pad_token_id": 2,
+            "use_bidirectional_attention": "vision",
+        },
+        "vision_config": VISION
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+        },
+        "image_token_id": 9,
+        "video_token_id": 10,
+        "audio_token_id": 8,
     },
     "glm4v": {
         "text_config": QWEN_TEXT,

@@ -112,6 +112,10 @@ def image_columns(
         width = (values.shape[-1] - 1) // 2 + 1
         frames = inputs["feature_attention_mask"].sum(-1).tolist()
         return [(range((count - 1) // 2 + 1), width) for count in frames]
+    if tower.counts == "patch positions":
+        positions = inputs["image_position_ids"]
+        counts = (positions != -1).all(-1).sum(-1).tolist()
+        return [(range(count), values.shape[1]) for count in counts]
     size = config.patch_size
     if tower.counts == "image sizes":
         sizes = inputs["image_sizes"].tolist()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..hooks.capture import Capture, Captured, CaptureLast
 from ..models.lm import LM
 from ..models.model_setup import warn_of_dropout
 from ..models.overrides import PROGRESS
-from ..models.padding import check_generation, forward_inputs
+from ..models.padding import check_generation, forward_inputs, plain_generate
 from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site, Sites
@@ -145,7 +146,11 @@ def generate_with_tracer(
         with draws, manager:
             inputs = _inputs(lm, batch, config, arguments)
             manager.expect(batch)
-            output = lm.model.generate(**inputs, **arguments)  # pyright: ignore
+            if lm.decodes_in_pieces:
+                whole = partial(plain_generate(lm), lm.root)
+                output = manager.generate(whole, **inputs, **arguments)
+            else:
+                output = lm.model.generate(**inputs, **arguments)  # pyright: ignore
     except NeverFired as error:
         error.run = result()
         raise
@@ -218,7 +223,7 @@ def _check_names(lm: LM, arguments: Mapping[str, Any]) -> None:
         )
     kind: Any = type(lm.root)
     defaults = GenerationConfig()
-    names = set(inspect.signature(kind.generate).parameters)
+    names = set(inspect.signature(plain_generate(lm)).parameters)
     names |= set(inspect.signature(kind.prepare_inputs_for_generation).parameters)
     names |= set(defaults.to_dict()) | lm.takes | {"tokenizer"}
     names |= getattr(lm.model, "special_peft_forward_args", set())

@@ -78,10 +78,11 @@ def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         arguments.pop(name, None)
     config, model_inputs = model._prepare_generation_config(config_argument, **arguments)
     _refuse_mode(config)
-    prompt, has_embeddings = _find_prompt(inputs, model_inputs)
     mask = model_inputs.get("attention_mask")
-    if getattr(model.config, "is_encoder_decoder", False):
-        prompt, has_embeddings = _decoder_prompt(model, config, prompt, model_inputs), False
+    if not getattr(model.config, "is_encoder_decoder", False):
+        prompt, has_embeddings = _find_prompt(inputs, model_inputs)
+    else:
+        prompt, has_embeddings = _decoder_prompt(config, inputs, model_inputs), False
         mask = model_inputs.get("decoder_attention_mask")
     columns, lengths = _lay_out_rows(prompt, mask, config)
     width = prompt.shape[1]
@@ -112,11 +113,6 @@ def _may_stop_early(config: Any) -> bool:
 def _find_prompt(inputs: Any, model_inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
     """The ids or the embeddings of the prompts; True if they are embeddings."""
     ids = inputs if inputs is not None else model_inputs.get("input_ids")
-    if ids is None and "input_features" in model_inputs:
-        raise Unsupported(
-            "generate of a model that reads sound decodes it in pieces, and returns other tokens "
-            "than its decoder read: call hk.forward with decoder_input_ids"
-        )
     embeddings = model_inputs.get("inputs_embeds")
     if embeddings is not None and (ids is None or ids.shape[1] == 0):
         return embeddings, True
@@ -125,13 +121,12 @@ def _find_prompt(inputs: Any, model_inputs: Mapping[str, Any]) -> tuple[Tensor, 
     return ids, False
 
 
-def _decoder_prompt(
-    model: Any, config: Any, source: Tensor, model_inputs: Mapping[str, Any]
-) -> Tensor:
+def _decoder_prompt(config: Any, inputs: Any, model_inputs: Mapping[str, Any]) -> Tensor:
     """The ids with which the decoder of an encoder-decoder begins."""
     ids = model_inputs.get("decoder_input_ids")
     if ids is not None:
         return ids
+    source, _ = _find_prompt(inputs, model_inputs)
     start = config.decoder_start_token_id
     if start is None:
         start = config.bos_token_id

@@ -286,7 +286,17 @@ class HookManager(HookBlock):
             self.overrides.wrap_method(self.lm.root, "generate", self._generate, acts_here)
 
     def _generate(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs in place of transformers' `generate`, and follows the text through its steps."""
+        """Runs in place of the model's `generate`."""
+        if self.lm.decodes_in_pieces and self.dispatcher.hook_thread != get_ident():
+            raise Unsupported(
+                f"generate of {type(self.lm.root).__name__} decodes a long sound in pieces, and "
+                "returns other tokens than its decoder read: hk.generate decodes one piece, with "
+                "the tokens for its language and task as decoder_input_ids"
+            )
+        return self.generate(inner, *args, **kwargs)
+
+    def generate(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Calls transformers' `generate`, and follows the text through its steps."""
         scope = self.dispatcher.scope
         if self.dispatcher.hook_thread == get_ident():
             return inner(*args, **kwargs)

@@ -112,7 +112,7 @@ class Tower:
     path        the path of its module
     counts      what says how many positions an image has: the size of its "pixels", of which a
                 processor may give several "crops" or a "pixel mask"; the "image sizes" in pixels;
-                the "grid" of its patches; or the "frames" of a sound
+                the "grid" of its patches; its "patch positions"; or the "frames" of a sound
     before      the number of class tokens before the patches of each image
     after       the number of class tokens after them
     packed      True if the positions of all images of a batch are one axis

@@ -125,6 +125,26 @@ def llama4_vision(config: Any, path: str) -> Family:
     return _row("vision tower", locations, missing, Tower(path, "pixels", after=1), block=block)
 
 
+def gemma4_vision(config: Any, path: str) -> Family:
+    """Returns the row of Gemma 4's tower, which pads images to one number of patches."""
+    del config
+    locations: Locations = {
+        "embed": output_of(f"{path}.patch_embedder"),
+        **STREAM,
+        **attention_sites(".self_attn"),
+        **separate_qkv(".self_attn"),
+        **rotary_sites(".self_attn"),
+        "attn_out": output_of(".post_attention_layernorm"),
+        "resid_mid": input_of(".pre_feedforward_layernorm", shared=True),
+        **mlp_sites(".mlp", "gate_proj", "down_proj"),
+        "mlp_out": output_of(".post_feedforward_layernorm"),
+    }
+    missing = {**ROTARY, "final_norm": "the tower ends without a norm"}
+    block = f"{path}.encoder.layers.{{layer}}"
+    tower = Tower(path, "patch positions")
+    return _row("vision tower", locations, missing, tower, block=block)
+
+
 QWEN_MLPS = {
     "qwen2_vl_vision": ("fc1", "fc2"),
     "qwen2_5_vl_vision": ("gate_proj", "down_proj"),
@@ -215,6 +235,7 @@ TOWERS: Mapping[str, Callable[[Any, str], Family]] = {
     **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), clip_like),
     **dict.fromkeys(("idefics3_vision", "smolvlm_vision"), clip_like),
     **dict.fromkeys(QWEN_MLPS, qwen_like),
+    "gemma4_vision": gemma4_vision,
     "pixtral": pixtral,
     "llama4_vision_model": llama4_vision,
     "qwen2_audio_encoder": qwen2_audio,
