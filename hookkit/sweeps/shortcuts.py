@@ -215,21 +215,27 @@ def _difference(inputs: SweepInputs, allowed: Shortcuts, expected: Tensor) -> st
 
 
 def _trial_logits(inputs: SweepInputs, allowed: Shortcuts) -> Tensor:
-    """Returns the last logits of each cell and prompt [cell row, vocab], with these shortcuts."""
+    """Returns the last logits of each cell and prompt [cell row, vocab], with these shortcuts.
+
+    The cells of the first block run by themselves, so that the others skip it.
+    """
     lm, edits = inputs.lm, _trial_edits(inputs.lm)
     hook_points = [build_hook_points(lm, [edit.on_rows()], no_reference) for edit in edits]
     cell_prompts: list[CellPrompt] = []
     for (number, edit), row in product(enumerate(edits), range(len(inputs))):
         block = edit.layer if allowed.grow else INPUT
         cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + edit.pos))
-    in_order = sorted(range(len(cell_prompts)), key=cell_prompts.__getitem__)
     width = -min(POSITIONS) if allowed.prefix else inputs.count_columns(range(len(inputs)))
     layers = [edit.layer for edit in edits]
     base = run_base(inputs, range(len(inputs)), [], layers, width, cache=allowed.prefix)
-    logits = run_cell_prompts(base, inputs, sorted(cell_prompts), hook_points, width, allowed)
-    unsorted = torch.empty_like(logits[:, -1])
-    unsorted[in_order] = logits[:, -1]
-    return unsorted
+    first_block = min(cell_prompt.block for cell_prompt in cell_prompts)
+    logits: dict[CellPrompt, Tensor] = {}
+    for is_first in (True, False):
+        group = [cell for cell in sorted(cell_prompts) if (cell.block == first_block) == is_first]
+        if group:
+            values = run_cell_prompts(base, inputs, group, hook_points, width, allowed)
+            logits |= zip(group, values[:, -1], strict=True)
+    return torch.stack([logits[cell_prompt] for cell_prompt in cell_prompts])
 
 
 def no_reference(sites: Any, prompts: Any) -> Any:

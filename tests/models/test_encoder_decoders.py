@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 
 import hookkit as hk
 from hookkit.errors import BadPrompt, MissingSite, OutOfRange, UnknownKeyword, Unsupported
+from hookkit.hooks.base import Hook
 from hookkit.models.prompts import as_batch
 from hookkit.models.tiny_settings import ENCODER_DECODERS
 
@@ -275,6 +276,23 @@ def test_texts_follow_a_source_given_as_prefix():
     }
     expected = -plain_logits(lm, inputs).log_softmax(-1)[torch.arange(3), torch.tensor(target)]
     assert torch.allclose(torch.tensor(table["loss"].to_numpy()).float(), expected, atol=1e-5)
+
+
+def test_cells_of_the_last_block_alone_equal_forwards(lm):
+    """The blocks before it are skipped, of which T5's first hands its position bias to the others."""
+    prompts = [prompt(lm, 1, source=5), prompt(lm, 2, source=7)]
+
+    def hooks(pos: int) -> Hook:
+        return hk.edit("q.1", lambda values: -3 * values, pos=pos)
+
+    table = hk.sweep(lm, prompts, {"pos": [1, 3]}, hooks, hk.metrics.logit(37), progress=False)
+    expected = [
+        float(hk.forward(lm, [inputs], hooks(pos)).logits[0, -1, 37])
+        for pos in (1, 3)
+        for inputs in prompts
+    ]
+    assert table["logit"].to_list() == pytest.approx(expected, abs=1e-4)
+    assert table.loc[table["pos"] == 3, "logit_delta"].abs().min() > 1e-4
 
 
 def test_a_sweep_of_cross_heads_equals_a_loop_of_forwards(lm):
