@@ -37,6 +37,7 @@ from .hooks.probe import load_probe as load_probe
 from .hooks.sources import UNEDITED as UNEDITED
 from .hooks.sources import away_from as away_from
 from .hooks.sources import toward as toward
+from .hooks.subspace import load_subspace as load_subspace
 from .hooks.text import format_hook as format_hook
 from .hooks.text import load_hooks as load_hooks
 from .hooks.text import parse_hook as parse_hook
@@ -85,6 +86,7 @@ from .steering.directions import mean_difference as mean_difference
 from .steering.directions import principal_direction as principal_direction
 from .steering.doses import dose_response as dose_response
 from .steering.probes import fit_probe as fit_probe
+from .steering.subspaces import fit_subspace as fit_subspace
 from .sweeps.grids import ablations as ablations
 from .sweeps.patching import causal_tracing as causal_tracing
 from .sweeps.patching import patching as patching

@@ -12,6 +12,7 @@ from .features.dictionary import Dictionary
 from .hooks.base import Condition, EditContext, Hook
 from .hooks.capture import Captured
 from .hooks.probe import Probe
+from .hooks.subspace import Subspace
 from .hooks.vector import Vectors
 from .lenses.tuned_lens import TunedLens
 from .models.chat import Chat
@@ -26,6 +27,7 @@ from .runs.manager import HookManager
 from .runs.run import Run
 from .runs.trace import Trace
 from .steering.probes import Probes
+from .steering.subspaces import SubspaceFit
 from .sweeps.plan import Plan
 from .tables.counterfactuals import Comparison
 from .tables.decoding import Stream
@@ -59,6 +61,8 @@ __all__ = [
     "Sites",
     "Statistics",
     "Stream",
+    "Subspace",
+    "SubspaceFit",
     "TokenShifts",
     "Trace",
     "TunedLens",

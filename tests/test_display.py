@@ -321,6 +321,10 @@ def outcomes(lm, folder):
     probes = hk.fit_probe(lm, prompts, labels, ["resid_post.0", "resid_post.1"], shuffles=2)
     yield "Probes", probes
     yield "Probe", probes.best
+    pairs = [(prompts[n], prompts[-n], n % 9) for n in range(MANY)]
+    fit = hk.fit_subspace(lm, pairs, "resid_post.0", 2, epochs=1, controls=[])
+    yield "SubspaceFit", fit
+    yield "Subspace", fit.subspace
     weights = random_weights("standard", n=MANY)
     yield "Dictionary", hk.load_dictionary(write(folder / "sae", "standard", weights))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_keywords, describe
 from ..errors import BadHook, NotCaptured, OutOfRange
 from ..models.chat import Chat
-from ..models.positions import PROMPT, IndicesLike, PosLike, Where
+from ..models.positions import PROMPT, IndicesLike, Pos, PosLike, Where, read_position
 from ..models.sites import AnySite, Site, Sites, SitesLike, as_sites
 from .base import (
     Binding,
@@ -33,6 +34,10 @@ from .values import (
     Reference,
     Source,
     bind_source,
+    check_directions,
+    check_width,
+    convert_once,
+    orthonormal_basis,
     reference_prompts,
 )
 
@@ -80,8 +85,14 @@ class Ablate(EditHook, verb="ablate", puts_in=True, takes_step=True):
     def gives_infinity(self) -> bool:
         return self.to == "zero"
 
+    @property
+    def source_where(self) -> Where:
+        """The positions in the source's text whose values are put in."""
+        return self.where
+
     def change(self, binding: Binding) -> Change:
-        replacement, units = bind_source(self.to, self.sites, self.where, binding), self.units
+        replacement = bind_source(self.to, self.sites, self.where, binding, self.source_where)
+        units = self.units
         if units is None:
             return replacement
         if binding.shape and max(units) >= binding.shape[-1]:
@@ -102,6 +113,9 @@ class Ablate(EditHook, verb="ablate", puts_in=True, takes_step=True):
 class Patch(Ablate, verb="patch", bare=("to",)):
     """Replaces the values by those of another run. `patch` returns it."""
 
+    subspace: Constant | None = None
+    source_pos: Pos = None
+
     def check(self) -> None:
         if not isinstance(self.to, FromRun | FromPrompt):
             raise BadHook(
@@ -109,6 +123,37 @@ class Patch(Ablate, verb="patch", bare=("to",)):
                 "ablate"
             )
         super().check()
+        set_field(self, "source_pos", read_position(self.source_pos))
+        if self.source_pos is not None and self.where.pos is None:
+            raise BadHook(
+                f"source_pos={self.source_pos!r} names positions of the source, and pos= those "
+                "that they are put in at: give both"
+            )
+        if self.subspace is None:
+            return
+        require_vectors(self.sites, "patch replaces a subspace of")
+        check_directions(self.subspace, "the subspace")
+        if self.units is not None:
+            raise BadHook(f"units={self.units} and subspace= were both given: one of them selects")
+
+    @property
+    def source_where(self) -> Where:
+        return self.where if self.source_pos is None else Where(self.source_pos)
+
+    def change(self, binding: Binding) -> Change:
+        replacement = super().change(binding)
+        if self.subspace is None:
+            return replacement
+        check_width(self.subspace, binding, "the subspace")
+        fit = convert_once(orthonormal_basis(self.subspace.tensor), "the subspace")
+
+        def apply(values: Tensor, here: EditContext) -> Tensor:
+            wide = values.to(torch.promote_types(values.dtype, torch.float32))
+            difference = replacement(values, here).to(wide.dtype) - wide
+            basis = fit(wide)
+            return (wide + (difference @ basis) @ basis.T).to(values.dtype)
+
+        return apply
 
 
 @check_keywords
@@ -188,7 +233,9 @@ def patch(
     source: HasCaptures | str | Chat,
     *,
     units: IndicesLike = None,
+    subspace: Any = None,
     pos: PosLike = None,
+    source_pos: PosLike = None,
     rows: IndicesLike = None,
     when: When | None = None,
 ) -> Patch:
@@ -201,7 +248,10 @@ def patch(
     By default the source's captured positions are replaced, and its prompts must be as long as
     these. A source of one prompt serves every row; otherwise rows are paired by index. A bare name
     such as "resid_post" means each layer that the source captured. `units` are the indices of the
-    last axis that are replaced, such as neurons of mlp_post; by default all of them.
+    last axis that are replaced, such as neurons of mlp_post; by default all of them. With
+    `subspace`, directions [k, d_model] that need not be orthogonal, only the component within their
+    span is replaced: an interchange intervention (Geiger et al. 2023). `source_pos` are the
+    positions in the source's text, paired in order with those of `pos`; by default `pos` too.
     """
     selected = as_sites(sites)
     if isinstance(source, str | Chat):
@@ -213,7 +263,9 @@ def patch(
             "patch needs a run or a prompt's text as its source, and was given "
             f"{type(source).__name__}; for a tensor: ablate(to=)"
         )
-    return Patch(selected, where, new_values, _as_units(units, selected), when=when)
+    basis = None if subspace is None else as_constant(subspace, "the subspace")
+    chosen, of_source = _as_units(units, selected), read_position(source_pos)
+    return Patch(selected, where, new_values, chosen, basis, of_source, when=when)
 
 
 def _as_units(units: IndicesLike, sites: Sites) -> tuple[int, ...] | None:

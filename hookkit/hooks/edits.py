@@ -32,7 +32,16 @@ from .base import (
     set_field,
 )
 from .capture import swap_head_and_query
-from .values import check_result, check_shape, convert_once, fit_to_values, scale_tensor
+from .values import (
+    check_directions,
+    check_result,
+    check_shape,
+    check_width,
+    convert_once,
+    fit_to_values,
+    orthonormal_basis,
+    scale_tensor,
+)
 
 
 @dataclass(frozen=True)
@@ -184,32 +193,11 @@ class ProjectOut(EditHook, verb="project_out", bare=("direction",)):
 
     def check(self) -> None:
         require_vectors(self.sites, "project_out takes a direction out of")
-        check_constant(self.direction, "the direction")
-        tensor = self.direction.tensor
-        if tensor.ndim not in (1, 2) or not tensor.numel():
-            raise BadHook(
-                f"the direction has shape {list(tensor.shape)}: give [d_model], or [k, d_model] "
-                "for several"
-            )
-        if tensor.ndim == 2 and len(tensor) > tensor.shape[1]:
-            raise BadHook(
-                f"{len(tensor)} directions of {tensor.shape[1]} numbers cannot be independent: "
-                f"give at most {tensor.shape[1]}, [k, d_model]"
-            )
+        check_directions(self.direction, "the direction")
 
     def change(self, binding: Binding) -> Change:
-        width = self.direction.tensor.shape[-1]
-        if binding.shape == ():
-            raise BadHook(
-                f"{binding.site} is one number at each position, which has no direction to take "
-                "out: use hk.ablate, or project out of all features together"
-            )
-        if binding.shape is not None and binding.shape[-1] != width:
-            raise BadHook(
-                f"the direction has {width} numbers, and the last axis of {binding.site} has "
-                f"{binding.shape[-1]}"
-            )
-        fit = convert_once(_orthonormal_basis(self.direction.tensor), "the direction")
+        check_width(self.direction, binding, "the direction")
+        fit = convert_once(orthonormal_basis(self.direction.tensor), "the direction")
 
         def apply(values: Tensor, here: EditContext) -> Tensor:
             wide = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -217,20 +205,6 @@ class ProjectOut(EditHook, verb="project_out", bare=("direction",)):
             return (wide - (wide @ basis) @ basis.T).to(values.dtype)
 
         return apply
-
-
-def _orthonormal_basis(directions: Tensor) -> Tensor:
-    """Returns a basis [d_model, k] of the directions. Raises `BadHook` for dependent ones."""
-    directions = torch.atleast_2d(directions).double()
-    largest = directions.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)
-    directions = directions / largest  # squares stay finite
-    basis, weights = torch.linalg.qr(directions.T)
-    smallest_weight = 1e-9 * directions.norm(dim=1).clamp(min=1e-30)
-    if bool((weights.diagonal().abs() < smallest_weight).any()):
-        raise BadHook(
-            "the directions are zero, or one of them is made of the others: give independent ones"
-        )
-    return basis
 
 
 @check_keywords

@@ -73,7 +73,7 @@ class Probe:
         set_field(self, "direction", as_constant(vector.tensor, "the direction"))
         set_field(self, "bias", check_number(self.bias, "bias"))
         set_field(self, "norm", check_number(self.norm, "norm"))
-        set_field(self, "about", _as_plain_mapping(self.about))
+        set_field(self, "about", as_plain_mapping(self.about))
 
     @property
     def vector(self) -> Vector:
@@ -146,7 +146,7 @@ class Probe:
         return describe_outcome(text, "probe.read(run)", "probe.vector.steer(dose=0.3)")
 
 
-def _as_plain_mapping(about: object) -> dict[str, Any]:
+def as_plain_mapping(about: object) -> dict[str, Any]:
     """Returns a copy of a mapping that JSON can express."""
     try:
         return json.loads(json.dumps(dict(about), allow_nan=False))  # pyright: ignore

@@ -141,8 +141,13 @@ def _problem_of(source: Captured) -> str | None:
 Source: TypeAlias = Literal["zero"] | Constant | Means | FromRun | FromPrompt | Reference
 
 
-def bind_source(source: Source, sites: Sites, where: Where, binding: Binding) -> Change:
-    """Returns the change of the values at one of a hook's sites to those of its source."""
+def bind_source(
+    source: Source, sites: Sites, where: Where, binding: Binding, source_where: Where
+) -> Change:
+    """Returns the change of the values at one of a hook's sites to those of its source.
+
+    `where` says which positions change, `source_where` which of the source's text they are from.
+    """
     match source:
         case "zero":
             return lambda values, here: torch.zeros_like(values)
@@ -154,7 +159,7 @@ def bind_source(source: Source, sites: Sites, where: Where, binding: Binding) ->
     if binding.shape is not None:
         _check_sizes(captured, captured.values.shape[2:], binding.shape)
     if not isinstance(source, Reference):
-        return _patch(captured, where, binding.lm)
+        return _patch(captured, where, source_where, binding.lm)
     if source.how == "mean":
         return _mean(captured, source.per)
     return _resample(captured, source.per, source.seed)
@@ -180,12 +185,12 @@ def _captured(source: FromRun | FromPrompt | Reference, binding: Binding) -> Cap
     return captured
 
 
-def _patch(source: Captured, where: Where, lm: LM) -> Change:
-    """Returns the change to the source's values at the positions that `where` means in its text."""
+def _patch(source: Captured, where: Where, source_where: Where, lm: LM) -> Change:
+    """Returns the change to the source's values, position by position of `source_where` in it."""
 
     def apply(values: Tensor, here: EditContext) -> Tensor:
         rows = [source.row(prompt) for prompt in here.rows]
-        columns = _source_columns(source, where, rows, here, lm)
+        columns = _source_columns(source, (where, source_where), rows, here, lm)
         new = source.by_position[torch.tensor(rows)[:, None], columns]
         new = convert_like(new, values, f"what the source has at {source.site}")
         if isinstance(source.site, ModuleSite) or source.site.name not in QUERY_KEY_SITES:
@@ -212,24 +217,27 @@ def _check_sizes(source: Captured, sizes: Sequence[int], model_sizes: Sequence[i
 
 
 def _source_columns(
-    source: Captured, where: Where, rows: list[int], here: EditContext, lm: LM
+    source: Captured, wheres: tuple[Where, Where], rows: list[int], here: EditContext, lm: LM
 ) -> Tensor:
     """Returns the column of the source's values for each cell.
 
-    Both texts resolve `where` for themselves, and their positions are paired in order.
+    `wheres` are the positions in the text that changes and in the source's. Each text resolves its
+    own, and they are paired in order.
     """
+    where, source_where = wheres
     columns = torch.zeros_like(here.positions)
     positions_of_prompt = here.cells.text.selected_positions(where)
     for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
         ids, length = source.prompts[row], here.cells.text.lengths[prompt]
         positions = positions_of_prompt[prompt] or ()
-        source_positions = resolve_positions(where, len(ids), partial(find_positions, lm, ids))
+        find = partial(find_positions, lm, ids)
+        source_positions = resolve_positions(source_where, len(ids), find)
         is_unpaired = where.pos is None and length != len(ids)
         if is_unpaired or len(positions) != len(source_positions):
             raise BadHook(
                 f"row {prompt} has {length} tokens and the source of {source.site} has {len(ids)}, "
                 f"so pos={where.pos!r} does not pair their positions: say which are meant, with "
-                "pos="
+                "pos= (and source_pos=)"
             )
         row_columns = []
         for position in here.cells.row_positions[number]:
@@ -423,3 +431,47 @@ def overflow_message(count: int, name: str, dtype: torch.dtype) -> str:
         f"{name} has {numbers} that {str(dtype).removeprefix('torch.')} cannot hold: its largest "
         f"is {torch.finfo(dtype).max:g}; give smaller ones"
     )
+
+
+def check_directions(directions: Constant, name: str) -> None:
+    """Raises `BadHook` unless a tensor is one direction, [d], or several, [k, d]."""
+    check_constant(directions, name)
+    tensor = directions.tensor
+    if tensor.ndim not in (1, 2) or not tensor.numel():
+        raise BadHook(
+            f"{name} has shape {list(tensor.shape)}: give [d_model], or [k, d_model] for several"
+        )
+    if tensor.ndim == 2 and len(tensor) > tensor.shape[1]:
+        raise BadHook(
+            f"{len(tensor)} directions of {tensor.shape[1]} numbers cannot be independent: "
+            f"give at most {tensor.shape[1]}, [k, d_model]"
+        )
+
+
+def check_width(directions: Constant, binding: Binding, name: str) -> None:
+    """Raises `BadHook` if the last axis of a site is not as wide as the directions."""
+    width = directions.tensor.shape[-1]
+    if binding.shape == ():
+        raise BadHook(
+            f"{binding.site} is one number at each position, which has no direction: use "
+            "hk.ablate, or name all features together"
+        )
+    if binding.shape is not None and binding.shape[-1] != width:
+        raise BadHook(
+            f"{name} has {width} numbers, and the last axis of {binding.site} has "
+            f"{binding.shape[-1]}"
+        )
+
+
+def orthonormal_basis(directions: Tensor) -> Tensor:
+    """Returns a basis [d_model, k] of the directions. Raises `BadHook` for dependent ones."""
+    directions = torch.atleast_2d(directions).double()
+    largest = directions.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)
+    directions = directions / largest  # squares stay finite
+    basis, weights = torch.linalg.qr(directions.T)
+    smallest_weight = 1e-9 * directions.norm(dim=1).clamp(min=1e-30)
+    if bool((weights.diagonal().abs() < smallest_weight).any()):
+        raise BadHook(
+            "the directions are zero, or one of them is made of the others: give independent ones"
+        )
+    return basis

@@ -30,7 +30,7 @@ import torch
 
 from ..arguments import check_integer
 from ..display import render_html
-from ..hooks.ablation import Ablate
+from ..hooks.ablation import Ablate, Patch
 from ..hooks.capture import Captured
 from ..hooks.values import FromRun
 from ..models.lm import LM
@@ -108,7 +108,10 @@ class FirstEffect:
     def _unchanged_prefix(self, bound: BoundHook, row: int) -> int:
         """Returns the first position at which a patch may change a row; 0 for any other edit."""
         source = patch_source(bound)
-        if source is None or not self._has_same_positions(bound.where, source, row):
+        has_other_positions = isinstance(bound.hook, Patch) and bound.hook.source_pos is not None
+        if source is None or has_other_positions:
+            return 0
+        if not self._has_same_positions(bound.where, source, row):
             return 0
         return self.common_prefix(source, row)
 
