@@ -21,6 +21,7 @@ from ..models.padding import can_pad
 from ..models.positions import Where
 from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site
+from .kept_tensors import can_keep_tensors
 from .manager import HookManager
 from .run import Run
 from .text_hooks import Stop
@@ -95,18 +96,12 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
             "the forward was asked for nothing: give it hooks, or logits='all' or 'last'"
         )
     batch = _batch_of(lm, prompts, option)
-    manager = HookManager(lm, hooks, stop_early=option == "none")
-    with_gradients = any(isinstance(hook, Capture) and hook.grad for hook in hooks)
-    if with_gradients:
-        manager.refuse_checkpoints()
     warn_of_dropout(lm.root)
-    output, started = None, time.perf_counter()
-    try:
-        with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):
-            manager.expect(batch)
-            output = _call_model(lm, batch, option)
-    finally:
-        manager.close()  # again, since Ctrl-C may have come before `__exit__` began
+    started = time.perf_counter()
+    manager, output = _run_with_hooks(lm, hooks, batch, option)
+    kept = manager.strategy.kept
+    if kept is not None and kept.note_overwritten():
+        manager, output = _run_with_hooks(lm, hooks, batch, option)
     tokens, mask = _padded_at_the_end(lm, batch)
     return Run(
         lm=lm,
@@ -122,6 +117,25 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         prompts=batch.rows,
         _captures=manager.captures,
     )
+
+
+def _run_with_hooks(
+    lm: LM, hooks: tuple[Hook, ...], batch: Batch, option: LogitsOption
+) -> tuple[HookManager, Any]:
+    """Runs the model once. Returns the manager of the hooks, and the model's output."""
+    keeps_tensors = can_keep_tensors(lm, hooks)
+    manager = HookManager(lm, hooks, stop_early=option == "none", keeps_tensors=keeps_tensors)
+    with_gradients = any(isinstance(hook, Capture) and hook.grad for hook in hooks)
+    if with_gradients:
+        manager.refuse_checkpoints()
+    output = None
+    try:
+        with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):
+            manager.expect(batch)
+            output = _call_model(lm, batch, option)
+    finally:
+        manager.close()  # again, since Ctrl-C may have come before `__exit__` began
+    return manager, output
 
 
 def _check_logits(lm: LM) -> None:

@@ -246,7 +246,8 @@ class HookManager(HookBlock):
     The hooks of one block act in the order in which they were passed. Blocks can be nested: the
     hooks of an outer block act first. A block can be entered again after it was left; it then
     starts anew. `observers` are captures of hookkit's own: the user sees them neither in `texts`
-    nor in the log.
+    nor in the log. With `keeps_tensors`, captures of a forward may keep the model's own tensors:
+    the caller asks `strategy.kept` whether the forward has to run again.
     """
 
     strategy: TextHooks
@@ -260,6 +261,7 @@ class HookManager(HookBlock):
         stop_early: bool = False,
         tracer: Tracer | None = None,
         attached: bool = False,
+        keeps_tensors: bool = False,
     ) -> None:
         reference = partial(capture_reference, lm)
         hook_points = build_hook_points(lm, hooks, reference, observers, sources=True)
@@ -274,6 +276,7 @@ class HookManager(HookBlock):
             tracer,
             traced_point,
             stop_early=stop_early,
+            keeps_tensors=keeps_tensors,
         )
         replace_generate = HookManager._replace_generate  # a bound method would make a cycle
         super().__init__(lm, hook_points, make_strategy, replace_generate, attached=attached)

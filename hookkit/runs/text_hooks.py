@@ -33,6 +33,7 @@ from .generation import (
     without_compilation,
 )
 from .hook_points import BoundHook, HookPoint, apply_hook, forget, settle
+from .kept_tensors import KeptTensors
 from .run import CaptureStore, first_to_last, one_per_selection
 from .trace import Tracer
 from .tracking import PositionTracker
@@ -60,8 +61,10 @@ class TextHooks:
         traced_point: HookPoint | None = None,
         *,
         stop_early: bool = False,
+        keeps_tensors: bool = False,
     ) -> None:
         self.lm, self.bound_hooks = lm, bound_hooks
+        self.kept = KeptTensors(lm) if keeps_tensors else None
         self.tracer, self._traced_point, self._stop_early = tracer, traced_point, stop_early
         self.tracker = PositionTracker(
             partial(find_positions, lm),
@@ -201,7 +204,7 @@ class TextHooks:
         return tensor
 
     def _copy_whole(self, hook_point: HookPoint, forward_pass: ForwardPass, tensor: Tensor) -> bool:
-        """Captures a whole tensor by a copy, the most common work. False if more is needed."""
+        """Captures a whole tensor, the most common work. False if more is needed."""
         if not hook_point.copies_output or forward_pass.inference:
             return False
         bound_hook = hook_point.actions[0]
@@ -214,7 +217,11 @@ class TextHooks:
         bound_hook.last_pass = forward_pass
         bound_hook.fired += 1
         number = forward_pass.number
-        bound_hook.pieces.append(CapturedChunk(number, selection, tensor.clone()))
+        if self.kept is None:
+            values = tensor.clone()
+        else:
+            values = self.kept.keep(bound_hook.site, hook_point.location, tensor)
+        bound_hook.pieces.append(CapturedChunk(number, selection, values))
         self.captures.firings.append((bound_hook, number, selection, tensor.shape[2:], None, None))
         return True
 
