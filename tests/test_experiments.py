@@ -248,3 +248,15 @@ def test_the_loop_of_gradient_descent_learns_the_same_sentence_twice_in_the_same
         one["loss"].iloc[-1] < 0.05
         and (one.iloc[-1][["'love'", "'deep'", "'learning'"]] > 0.9).all()
     )
+
+
+def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    gpu = importlib.import_module("experiments.benchmarks.gpu")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "FAMILIES", ["gpt2"])
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    gpu.main("cpu")
+    assert "All laws hold in 3" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []

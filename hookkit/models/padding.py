@@ -339,7 +339,8 @@ def plain_generate(lm: LM) -> Any:
         from transformers import GenerationMixin
 
         return GenerationMixin.generate
-    return type(lm.root).generate
+    kind: Any = type(lm.root)
+    return kind.generate
 
 
 def _generated_logits(
