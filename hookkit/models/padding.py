@@ -338,7 +338,7 @@ def plain_generate(lm: LM) -> Any:
     if lm.decodes_in_pieces:
         from transformers import GenerationMixin
 
-        return GenerationMixin.generate
+        return GenerationMixin.generate  # pyright: ignore[reportAttributeAccessIssue]
     kind: Any = type(lm.root)
     return kind.generate
 
