@@ -15,6 +15,7 @@ from .data import datasets as datasets
 from .data.harvest.harvest import open_harvest as open_harvest
 from .data.harvest.writing import harvest as harvest
 from .features.dictionary_files import load_dictionary as load_dictionary
+from .features.training import train_dictionary as train_dictionary
 from .hooks import when as when
 from .hooks.ablation import ablate as ablate
 from .hooks.ablation import patch as patch

@@ -78,6 +78,15 @@ CALLS: dict[str, dict[str, object]] = {
     "sweep": {"pos": -1, "verify": 0},
     "token_attribution": {"method": "gradient", "pos": -1},
     "trace": {"top": 5},
+    "train_dictionary": {
+        "features": None,
+        "k": 32,
+        "architecture": "topk",
+        "epochs": 6,
+        "batch_size": 512,
+        "learning_rate": None,
+        "seed": 0,
+    },
     "train_lens": {
         "sites": "resid_post",
         "window": 128,
@@ -90,6 +99,7 @@ CALLS: dict[str, dict[str, object]] = {
 
 COMMANDS: dict[str, dict[str, float]] = {
     "compare": {"max_new_tokens": 20, "top": 5},
+    "dictionary": {"site": "resid_post.12", "k": 32, "epochs": 6, "seed": 0},
     "diff": {"tolerance": 1e-4},
     "direct": {"top": 15, "pos": -1},
     "generate": {"max_new_tokens": 20},

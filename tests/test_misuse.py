@@ -678,7 +678,11 @@ CALLS = {
     "pairs.check(5)": "as an LM",
     "pairs.solved(lm, top1='yes')": "True or False",
     "hk.forward(lm, pairs)": "pairs.clean",
-    # harvests and statistics
+    # harvests, dictionaries and statistics
+    "hk.train_dictionary(lm, 5, out=folder)": "Harvest",
+    "hk.train_dictionary(5, folder, out=folder)": "LM",
+    "hk.load_dictionary(5)": "folder",
+    "hk.load_dictionary('no/such/folder')": "Hub",
     "hk.harvest(lm, frame, 'z.1', folder, progress=False)": "one column",
     "hk.harvest(lm, 5, 'z.1', folder, progress=False)": "texts",
     "hk.harvest(lm, 'Tea', 'z.1', folder, progress=False)": "file of texts",

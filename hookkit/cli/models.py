@@ -1,10 +1,11 @@
 """Commands about models, harvests and benchmarks.
 
-hookkit sites     the sites of a model
-hookkit doctor    what works with a model, what does not, and why
-hookkit models    the models on this machine: list, fetch, remove
-hookkit harvest   the activations of every text of a file, written to a folder
-hookkit eval      the score of a model with hooks on tasks of lm-evaluation-harness
+hookkit sites       the sites of a model
+hookkit doctor      what works with a model, what does not, and why
+hookkit models      the models on this machine: list, fetch, remove
+hookkit harvest     the activations of every text of a file, written to a folder
+hookkit dictionary  a sparse autoencoder of a site, trained on texts
+hookkit eval        the score of a model with hooks on tasks of lm-evaluation-harness
 """
 
 import json
@@ -21,7 +22,7 @@ from typer import Argument, Option
 import hookkit as hk
 
 from ..display import printable
-from ..errors import BadPrompt, ModelNotFound
+from ..errors import BadFile, BadPrompt, ModelNotFound
 from .app import DONE, FAILED, app, command, create_program, exit_cleanly
 from .options import (
     Device,
@@ -276,6 +277,13 @@ class HarvestOptions:
         return {"dtype": arguments.pop("keep_as"), **arguments}
 
 
+def _check_text_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise BadPrompt(
+            f"{path!r} is not a file of texts: give a file with one text a line (.txt, .jsonl)"
+        )
+
+
 @command(
     "hookkit harvest texts.txt resid_post.6 z.9 --out folder --keep-as bfloat16",
     panel="Grids and corpora",
@@ -292,10 +300,7 @@ def harvest(
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> None:
     """Write the activations of every text of a file to a folder, and print a summary as JSON."""
-    if not os.path.isfile(texts):
-        raise BadPrompt(
-            f"{texts!r} is not a file of texts: give a file with one text a line (.txt, .jsonl)"
-        )
+    _check_text_file(texts)
     check_result_folder("--out", Path(out))
     with exit_cleanly(f"the results in {out} are kept, and the same command continues"):
         arguments = {**options.arguments(), "engine": engine.create(), "progress": not quiet}
@@ -308,6 +313,73 @@ def harvest(
         "sites": [str(site) for site in results.sites],
     }
     print_text(json.dumps(summary, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options for the training of a dictionary."""
+
+    features: Annotated[
+        int | None, Option(min=2, help="How many features; four times the site's width if left out.")
+    ] = None
+    k: Annotated[int, Option(min=1, help="How many features are kept at a token.")] = 32
+    architecture: Annotated[str, Option(help="topk or batchtopk.")] = "topk"
+    epochs: Annotated[int, Option(min=1, help="How often the values are read.")] = 6
+    seed: Annotated[int, Option(help="The seed of all draws.")] = 0
+
+
+@command(
+    "hookkit dictionary --texts texts.txt --site resid_post.6 --out folder",
+    panel="Grids and corpora",
+)
+def dictionary(
+    model: ModelOptions,
+    options: TrainingOptions,
+    site: Annotated[str, Option(help="The site, in one block.")] = "resid_post.12",
+    texts: Annotated[
+        str | None,
+        Option(metavar="FILE", help="A text a line: .txt, .jsonl; labelled texts if left out."),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="The folder; the cache, for the default model's own dictionary.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a sparse autoencoder, and print its quality on held-out texts.
+
+    Without options it makes the dictionary that hk.load_dictionary() loads: 40 minutes on one core.
+    The same command continues after an interruption.
+    """
+    from ..features.default_dictionary import make_dictionary, mixed_texts, shuffled_texts
+    from ..features.dictionary_files import DEFAULT_SITE, default_dictionary_folder
+    from ..features.training import QUALITY
+
+    is_default = model.model is None and texts is None and site == DEFAULT_SITE
+    if out is None and not is_default:
+        raise BadFile("with --model, --texts or --site, say the folder of the dictionary: --out")
+    folder = default_dictionary_folder() if out is None else out
+    check_result_folder("--out", folder)
+    if texts is not None:
+        _check_text_file(texts)
+
+    def report(text: str) -> None:
+        if not quiet:
+            print_message(text)
+
+    with exit_cleanly(f"what is in {folder} is kept, and the same command continues"):
+        lm = model.load(quiet=quiet)
+        all_texts = mixed_texts() if texts is None else shuffled_texts(texts)
+        settings = {"report": report, "progress": False if quiet else None, **asdict(options)}
+        make_dictionary(lm, all_texts, site, folder, **settings)
+    report(f"the dictionary is in {folder}")
+    import pandas as pd
+
+    table = pd.read_csv(folder / QUALITY)
+    if as_json:
+        print_text(json.dumps(rows_as_dicts(table)) + "\n")
+    else:
+        print_table(table.round(4))
 
 
 @command(

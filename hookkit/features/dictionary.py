@@ -22,6 +22,9 @@ from ..models.layout import SiteView
 from ..models.sites import Site
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..data.harvest.texts import TextsLike
     from ..models.lm import LM
 
 Activation: TypeAlias = Literal["relu", "topk", "groupmax", "jumprelu", "gated"]
@@ -264,6 +267,30 @@ class Dictionary:
             largest, indices = groups.max(dim=-1)
             indices = indices + torch.arange(self.k, device=before.device) * groups.shape[-1]
         return torch.zeros_like(before).scatter(-1, indices, largest.relu())
+
+    def quality(
+        self, lm: LM, texts: TextsLike, *, context: int | None = None, batch_tokens: int = 1024
+    ) -> pd.DataFrame:
+        """Returns how well the dictionary describes a model on some texts, best on held-out ones.
+
+        Columns: measure, value, low, high (95 % intervals over the texts), texts, tokens. Measures:
+
+        fvu                         the fraction of variance unexplained at the site
+        l0                          the mean number of active features at a token
+        dead_share                  the share of features that are active at none of the tokens
+        loss_clean                  the model's loss in nats per token, as it is
+        loss_reconstruction         … with the reconstruction in place of the site's values
+        loss_mean, loss_zero        … with the mean of the site's values, and with zeros
+        loss_recovered              (loss_zero - loss_reconstruction) / (loss_zero - loss_clean)
+        loss_recovered_from_mean    the same with loss_mean, which is stricter
+
+        The first token of each text, and values of more than ten times the median norm, are not
+        measured and keep their values: a dictionary is not trained on them. `context` is the
+        number of tokens of a text that are read. The values of all texts are held in memory.
+        """
+        from .quality import measure_quality  # it imports this module
+
+        return measure_quality(self, lm, texts, context=context, batch_tokens=batch_tokens)
 
     # ---- as sites of an LM
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from ..arguments import check_keywords, describe
 from ..errors import BadFile, BadHook, ModelNotFound
+from ..models.cache import DEFAULT, WHEEL_SHA256, cache_folder
 from ..models.loading import explain_load_error
 from ..models.sites import Site
 from . import other_formats, sae_lens
 from .dictionary import Dictionary
 from .dictionary_parts import DictionaryParts, build_dictionary
 
+DEFAULT_SITE = "resid_post.12"  # of the default model's dictionary
 # The file by which a format is recognised, and the reader of the format. The readers of formats
 # that do not record whether a dictionary is a transcoder have an argument for it.
 FORMATS: dict[str, Callable[..., DictionaryParts]] = {
@@ -27,10 +29,11 @@ FORMATS: dict[str, Callable[..., DictionaryParts]] = {
 
 @check_keywords
 def load_dictionary(
-    source: Any, *, at: str | Site | None = None, reads: str | Site | None = None
+    source: Any = None, *, at: str | Site | None = None, reads: str | Site | None = None
 ) -> Dictionary:
     """Returns a dictionary of features: a sparse autoencoder or a transcoder, as a frozen value.
 
+    source=None                   the default model's own, which `hookkit dictionary` trains once
     source="path/to/folder"       a folder of SAELens (cfg.json and sae_weights.safetensors), of
                                   sparsify (sae.safetensors), of dictionary_learning (ae.pt), or
                                   of Gemma Scope (params.npz, which needs `at`)
@@ -51,6 +54,8 @@ def load_dictionary(
     """
     if hasattr(source, "cfg") and hasattr(source, "state_dict"):
         return build_dictionary(sae_lens.read_object(source), at, reads)
+    if source is None:
+        source = _default_folder()
     if not isinstance(source, str | os.PathLike):
         raise BadHook(
             f"load_dictionary was given {describe(source)}: give a folder, the name of a "
@@ -58,6 +63,22 @@ def load_dictionary(
         )
     parts = _read(_folder(os.fspath(source)), transcoder=reads is not None)
     return build_dictionary(parts, at, reads)
+
+
+def default_dictionary_folder() -> Path:
+    """Returns the folder of the default model's dictionary, which may not exist."""
+    return cache_folder() / "dictionaries" / f"{DEFAULT}-{WHEEL_SHA256[:8]}-{DEFAULT_SITE}"
+
+
+def _default_folder() -> Path:
+    folder = default_dictionary_folder()
+    if not (folder / sae_lens.CONFIG).is_file():
+        raise ModelNotFound(
+            f"the default model's dictionary of {DEFAULT_SITE} is not on this machine: train it "
+            "once with the command `hookkit dictionary`, which takes less than an hour, or give a "
+            "folder or a name on the Hub"
+        )
+    return folder
 
 
 def _read(folder: Path, *, transcoder: bool) -> DictionaryParts:

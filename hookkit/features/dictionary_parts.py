@@ -174,8 +174,8 @@ def _site(
                 f"{parts.source} is of {shorten(hook)!r}, a hook of TransformerLens that is no "
                 f"site here: say the site that is meant, with {name}="
             )
-        return _check_site(replace(hook_site, head=head), name)
-    site = _check_site(parse_site(value) if isinstance(value, str) else value, name)
+        return check_dictionary_site(replace(hook_site, head=head), name)
+    site = check_dictionary_site(parse_site(value) if isinstance(value, str) else value, name)
     hook_site = site_of_hook(hook)
     if hook_site is not None and replace(hook_site, head=head) != site:
         raise BadHook(
@@ -186,7 +186,8 @@ def _site(
     return site
 
 
-def _check_site(site: Any, name: str) -> Site:
+def check_dictionary_site(site: Any, name: str) -> Site:
+    """Returns the site. Raises `BadHook` if a dictionary cannot be of it."""
     if not isinstance(site, Site) or site.name not in SITES_OF_DICTIONARIES or site.layer is None:
         raise BadHook(
             f"{name}={str(site)!r}: a dictionary is of one site in one block, such as "

@@ -57,7 +57,7 @@ class Fit:
 
 def prepare(dictionary: Dictionary, lm: LM, *, replaces: bool, check: bool) -> Dictionary:
     """Returns a dictionary for an LM. Raises if its model, width or site is another."""
-    _check_widths(dictionary, lm)
+    check_widths(dictionary, lm)
     if check:
         _check_name(dictionary, lm)
         _check_fit(dictionary, measure_fit(dictionary, lm, _text(lm)))
@@ -91,7 +91,8 @@ def _text(lm: LM) -> Prompts:
     return [tuple(number * 7 % (lm.n_tokens or 1) for number in range(1, 65))]
 
 
-def _check_widths(dictionary: Dictionary, lm: LM) -> None:
+def check_widths(dictionary: Dictionary, lm: LM) -> None:
+    """Raises `OtherModel` if the site has another width in this model."""
     weights = dictionary.weights
     widths = {dictionary.reads: weights["W_enc"].shape[0]}
     if dictionary.site != dictionary.reads:

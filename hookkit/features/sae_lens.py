@@ -1,10 +1,12 @@
 """Dictionaries in the format of SAELens: cfg.json and sae_weights.safetensors.
 
-Files of SAELens 3 to 6 are read, and objects of the library. The library itself is not needed.
+Files of SAELens 3 to 6 are read, and objects of the library; those of SAELens 6 are written. The
+library itself is not needed.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from ..arguments import describe
 from ..errors import BadFile, Unsupported
+from ..files.atomic import write_tensors, write_text
 from ..files.untrusted import check_mapping, read_json, read_tensors
+from ..models.sites import Site
 from .dictionary import Activation, Normalization
-from .dictionary_parts import DictionaryParts, refuse_unknown
+from .dictionary_parts import PLACES, DictionaryParts, refuse_unknown
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -196,3 +200,53 @@ def _weights(
             )
         weights["W_dec"] = weights["W_dec"] * scaling[:, None]
     return weights
+
+
+# ---- writing
+
+
+def write_folder(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    k: int | None,
+    site: Site,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes a topk dictionary, or without `k` a jumprelu one, that is centred and not normalized.
+
+    cfg.json is written last: a folder with it is complete.
+    """
+    has_heads = site.name in ("q", "k", "v", "z")
+    config = {
+        "architecture": "jumprelu" if k is None else "topk",
+        "d_in": weights["W_enc"].shape[0],
+        "d_sae": weights["W_enc"].shape[1],
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z" if has_heads else "none",
+        "metadata": dict(metadata),
+    }
+    if k is not None:
+        config |= {"k": k, "rescale_acts_by_decoder_norm": False}
+    write_tensors(folder / WEIGHTS, weights)
+    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def hook_of_site(site: Site) -> str:
+    """Returns TransformerLens' name of a site. Raises `Unsupported` if it has none."""
+    for hook, name in PLACES.items():
+        if name == site.name and not site.stack and site.head is None:
+            return f"blocks.{site.layer}.{hook}"
+    raise Unsupported(
+        f"{site} has no name in SAELens' format, in which dictionaries are saved: train at one of "
+        f"{', '.join(dict.fromkeys(PLACES.values()))}"
+    )
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """Returns the settings of the training of a dictionary; none of one from elsewhere."""
+    config = check_mapping(read_json(folder / CONFIG), f"{CONFIG} of {folder.name!r}")
+    metadata = check_mapping(config.get("metadata") or {}, "metadata")
+    return check_mapping(metadata.get("training") or {}, "training")

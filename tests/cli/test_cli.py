@@ -91,6 +91,24 @@ def test_as_many_tokens_run_together_in_a_harvest_as_are_asked_for(hookkit, llam
     assert counts["1"] - counts["2048"] == 5, "six texts one by one, or all at once"
 
 
+def test_a_dictionary_is_trained_by_a_command_that_says_each_step(hookkit, llama, tmp_path):
+    lines = [f"Tea number {n} with milk, and coffee for Mary in Paris, {n * n}." for n in range(80)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "dictionary"
+    words = ["--texts", str(tmp_path / "texts.txt"), "--site", "resid_post.1", "--out", str(out)]
+    done = hookkit("dictionary", *words, "--k", "4", "--epochs", "2", "--features", "64", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "step 1 of 2" in done.stderr and "step 2 of 2" in done.stderr and str(out) in done.stderr
+    values = {row["measure"]: row["value"] for row in json.loads(done.stdout)}
+    assert values["l0"] == 4 and 0 < values["fvu"] < 1 and values["loss_clean"] > 0
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["cfg.json", "quality.csv", "sae_weights.safetensors"]
+    dictionary = hk.load_dictionary(out)
+    assert (str(dictionary.site), dictionary.n_features, dictionary.k) == ("resid_post.1", 64, 4)
+    again = hookkit("dictionary", *words)
+    assert again.exit_code == 2 and "has a dictionary already" in again.stderr
+
+
 def test_a_sweep_prints_its_table_as_csv(hookkit, llama):
     words = ["--token", " coffee", "--against", " milk", "--layer", "1", "--layer", "2"]
     done = hookkit("sweep", "ablations", MILK, "attn_out", *words)

@@ -66,6 +66,8 @@ WITHOUT_MODEL = [
     ["steer", MILK], ["steer", MILK, "--vector", "nowhere"], ["steer", MILK, "--vector", "folder"],
     ["harvest", "nowhere", "z.1", "--out", "h"], ["harvest", "folder", "z.1", "--out", "h"],
     ["harvest", "texts.txt", "z.1", "--out", "file"], ["harvest", "texts.txt", "z.1", "--out", "h", "--engine", "x"],
+    ["dictionary", "--site", "resid_post.1"], ["dictionary", "--texts", "nowhere", "--out", "h"],
+    ["dictionary", "--texts", "folder", "--out", "h"], ["dictionary", "--out", "file"],
     ["sweep", "ablations", MILK, "z", "--token", " tea", "--save", "file"],
     ["sweep", "ablations", MILK, "z", "--token", " tea", "--engine", "x"],
     ["sweep", "patching", MILK, MILK, "z", "--token", " tea", "--save", "file"],
