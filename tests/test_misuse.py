@@ -679,7 +679,7 @@ CALLS = {
     "pairs.solved(lm, top1='yes')": "True or False",
     "hk.forward(lm, pairs)": "pairs.clean",
     # harvests, dictionaries and statistics
-    "hk.train_dictionary(lm, 5, out=folder)": "Harvest",
+    "hk.train_dictionary(lm, 5, out=folder)": "open_harvest",
     "hk.train_dictionary(5, folder, out=folder)": "LM",
     "hk.load_dictionary(5)": "folder",
     "hk.load_dictionary('no/such/folder')": "Hub",

@@ -320,7 +320,8 @@ class TrainingOptions:
     """The options for the training of a dictionary."""
 
     features: Annotated[
-        int | None, Option(min=2, help="How many features; four times the site's width if left out.")
+        int | None,
+        Option(min=2, help="How many features; four times the site's width if left out."),
     ] = None
     k: Annotated[int, Option(min=1, help="How many features are kept at a token.")] = 32
     architecture: Annotated[str, Option(help="topk or batchtopk.")] = "topk"

@@ -1,8 +1,8 @@
 """The steps by which `hookkit dictionary` makes a dictionary from texts, and its default texts.
 
-The steps are: texts, some of which are held out; a harvest of the site; the training; the quality on
-the held-out texts. Each continues after an interruption. The default text is a mixture of the sets
-of `hk.datasets.labelled`.
+The steps are: texts, some of which are held out; a harvest of the site; the training; the quality
+on the held-out texts. Each continues after an interruption. The default text is a mixture of the
+sets of `hk.datasets.labelled`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def make_dictionary(
     if not trained:
         raise TooFew(f"{len(texts)} texts were given, and one is held out: give more")
     context = min(CONTEXT, lm.context or CONTEXT)
-    report(f"step 1 of 2: the values at {site} of {len(trained)} texts, of {context} tokens at most")
+    report(
+        f"step 1 of 2: the values at {site} of {len(trained)} texts, of {context} tokens at most"
+    )
     values = harvest(
         lm,
         trained,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -140,7 +141,9 @@ def _table(dictionary: Dictionary, lm: LM, batches: list[TextValues]) -> pd.Data
         losses["clean"] += batch.losses
         replaced = {"reconstruction": decoded, "mean": mean.to(decoded.dtype), "zero": 0.0}
         for name, replacement in replaced.items():
-            losses[name] += _losses(forward(lm, batch.texts, _replace(dictionary, batch, replacement)))
+            losses[name] += _losses(
+                forward(lm, batch.texts, _replace(dictionary, batch, replacement))
+            )
         predicted += [len(text) - 1 for text in batch.texts]
     return _quality_table(sums, losses, predicted, float((~fired).double().mean()))
 
@@ -171,7 +174,9 @@ def _quality_table(
 ) -> pd.DataFrame:
     """Returns the table. Every measure but the share of dead features is a ratio of two sums."""
     loss = {name: np.array(values) for name, values in losses.items()}
-    pairs = {"fvu": (sums["error"], sums["spread"]), "l0": (sums["active"], sums["tokens"])}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    pairs["fvu"] = sums["error"], sums["spread"]
+    pairs["l0"] = sums["active"], sums["tokens"]
     for name, values in loss.items():
         pairs[f"loss_{name}"] = (values, predicted)
     for ending, name in (("", "zero"), ("_from_mean", "mean")):

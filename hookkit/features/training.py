@@ -1,7 +1,7 @@
 """hk.train_dictionary: trains a sparse autoencoder on the values of a harvest.
 
-topk       the k largest features of each token are kept, and features that no longer fire learn from
-           the error of the others (AuxK): Gao et al. 2024, "Scaling and evaluating sparse
+topk       the k largest features of each token are kept, and features that no longer fire learn
+           from the error of the others (AuxK): Gao et al. 2024, "Scaling and evaluating sparse
            autoencoders"
 batchtopk  the k largest features per token on average over a batch; the mean over batches of the
            smallest one is the threshold of the jumprelu dictionary that is saved: Bussmann et al.
@@ -191,8 +191,8 @@ def _read_settings(
     check_seed(seed)
     if learning_rate is None:
         learning_rate = 2e-4 * (2**14 / features) ** 0.5
-    check_number(learning_rate, "learning_rate", above=0.0, meaning="the length of a step,")
-    return TrainingSettings(architecture, features, k, epochs, batch_size, learning_rate, seed)
+    rate = check_number(learning_rate, "learning_rate", above=0.0, meaning="the length of a step,")
+    return TrainingSettings(architecture, features, k, epochs, batch_size, rate, seed)
 
 
 # ---- the rows of a harvest
@@ -219,6 +219,7 @@ class TrainingRows:
 def read_training_rows(harvest: Harvest, site: Site) -> TrainingRows:
     """Returns the rows that are trained on. Raises if a value is infinite or NaN."""
     column, positions = harvest[site], harvest["pos"][:]
+    assert isinstance(column, Column)  # a sparse column is of features
     norms = torch.empty(len(column))
     for start in range(0, len(column), CHUNK):
         values = column[start : start + CHUNK].flatten(1).float()
@@ -254,11 +255,11 @@ class _Trainer:
         sample = rows.read(torch.randperm(len(rows.numbers), generator=draws)[:SAMPLE])
         self.scale = float(rows.width**0.5 / sample.norm(dim=-1).mean())
         directions = torch.randn(settings.features, rows.width, generator=draws)
-        W_dec = directions / directions.norm(dim=-1, keepdim=True)
+        decoder = directions / directions.norm(dim=-1, keepdim=True)
         self.weights = {
-            "W_enc": W_dec.T.clone(),
+            "W_enc": decoder.T.clone(),
             "b_enc": torch.zeros(settings.features),
-            "W_dec": W_dec,
+            "W_dec": decoder,
             "b_dec": geometric_median(sample * self.scale),
         }
         self.silent = torch.zeros(settings.features, dtype=torch.int64)  # batches since it fired
@@ -293,10 +294,10 @@ class _Trainer:
 
     def _train(self, values: Float[Tensor, "batch width"]) -> float:
         """Takes a step of Adam, and returns the fraction of variance unexplained before it."""
-        W_dec = self.weights["W_dec"]
+        decoder = self.weights["W_dec"]
         before = self._before(values)
         active, features, starts = self._largest(before)
-        decoded = embedding_bag(features, W_dec, starts, mode="sum", per_sample_weights=active)
+        decoded = embedding_bag(features, decoder, starts, mode="sum", per_sample_weights=active)
         error = values - self.weights["b_dec"] - decoded
         spread = (values - values.mean(0)).square().sum()
         unexplained = error.square().sum() / spread
@@ -305,13 +306,13 @@ class _Trainer:
         loss = unexplained + AUXILIARY * self._auxiliary_loss(before, error.detach())
         self.adam.zero_grad()
         loss.backward()
-        assert W_dec.grad is not None
+        assert decoder.grad is not None
         with torch.no_grad():  # a step keeps the length of each feature's direction
-            along = (W_dec.grad * W_dec).sum(-1, keepdim=True)
-            W_dec.grad -= along * W_dec
+            along = (decoder.grad * decoder).sum(-1, keepdim=True)
+            decoder.grad -= along * decoder
             self.adam.param_groups[0]["lr"] = self._learning_rate()
             self.adam.step()
-            W_dec /= W_dec.norm(dim=-1, keepdim=True)
+            decoder /= decoder.norm(dim=-1, keepdim=True)
         return float(unexplained.detach())
 
     def _before(self, values: Float[Tensor, "batch width"]) -> Float[Tensor, "batch feature"]:
