@@ -7,7 +7,13 @@ from . import stats as stats
 from . import types as types
 from .attributions.attribution_patching import attribution as attribution
 from .attributions.backward import gradients as gradients
+from .attributions.circuit import Circuit as Circuit
+from .attributions.circuit import circuit as circuit
+from .attributions.circuit_run import run_circuit as run_circuit
 from .attributions.edges import edge_attribution as edge_attribution
+from .attributions.faithfulness import compare_circuits as compare_circuits
+from .attributions.faithfulness import faithfulness as faithfulness
+from .attributions.faithfulness import minimality as minimality
 from .attributions.input_tokens import token_attribution as token_attribution
 from .checks.doctor import doctor as doctor
 from .checks.laws import check_laws as check_laws

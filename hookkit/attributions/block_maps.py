@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -68,11 +69,12 @@ class BlockMaps:
 
 def _linear(projection: nn.Module) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
     """Returns the weight and the bias of a module that computes a linear function."""
-    weight = getattr(projection, "weight", None)
     if type(projection) is nn.Linear:
-        bias = projection.bias
+        weight, bias = projection.weight, projection.bias
         return weight.T, weight.new_zeros(len(weight)) if bias is None else bias
-    width = getattr(projection, "in_features", None) or weight.shape[0]  # of Conv1D
+    width: Any = getattr(projection, "in_features", None)
+    if width is None:  # transformers' Conv1D
+        width = len(projection.get_parameter("weight"))
     like = next(projection.parameters())
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     zero = projection.forward(torch.zeros(1, width, dtype=dtype, device=like.device))[0]
@@ -84,7 +86,9 @@ def _columns(lm: LM, site: Site, width: int) -> Tensor:
     """Returns which numbers of a module's last axis a site's heads are: [head, d_head]."""
     view = view_of(lm.layout, site, lm.location(site))
     if not isinstance(view, FusedView):
-        raise Unsupported(f"{site} is not the output of a projection by heads, so that an edge has no end there")
+        raise Unsupported(
+            f"{site} is not the output of a projection by heads, so that an edge has no end there"
+        )
     numbers = view.view(torch.arange(width)[None, None])
     return numbers.reshape(1, 1, -1, numbers.shape[-1])[0, 0]
 
@@ -92,7 +96,9 @@ def _columns(lm: LM, site: Site, width: int) -> Tensor:
 def find_block_maps(lm: LM, row: Row) -> list[BlockMaps]:
     """Returns the functions of every block, checked on one prompt. Raises `Unsupported`."""
     if lm.ranks is not None:
-        raise Unsupported("a model that is split among processes has no circuits here: load it whole")
+        raise Unsupported(
+            "a model that is split among processes has no circuits here: load it whole"
+        )
     sites: list[AnySite] = list(required_sites(lm))
     for layer in range(lm.n_layers):
         location = lm.location(Site("z", layer))

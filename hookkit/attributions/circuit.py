@@ -1,9 +1,9 @@
 """Circuits: the edges, or the nodes, of a model that are kept, with the scores that chose them.
 
-    scores = hk.edge_attribution(lm, clean, corrupted, hk.metrics.logit_diff(" Mary", " John"))
-    circuit = hk.circuit(scores, share=0.01)        # the best hundredth of all edges
-    hk.run_circuit(lm, clean, corrupted, circuit)   # the model with all other edges ablated
-    circuit.save("ioi.json", lm)                    # the JSON of the MIB benchmark
+scores = hk.edge_attribution(lm, clean, corrupted, hk.metrics.logit_diff(" Mary", " John"))
+circuit = hk.circuit(scores, share=0.01)        # the best hundredth of all edges
+hk.run_circuit(lm, clean, corrupted, circuit)   # the model with all other edges ablated
+circuit.save("ioi.json", lm)                    # the JSON of the MIB benchmark
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import heapq
 import json
 import os
 import random
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -29,10 +27,18 @@ from ..errors import BadFile, BadHook, EmptySelection, OtherModel
 from ..files.atomic import write_text
 from ..files.untrusted import check_file, check_mapping, check_path, read_json
 from ..models.lm import LM
-from .edge_graph import EMBEDDING, LOGITS, EdgeGraph, graph_of_model, graph_of_names
+from .circuit_files import circuit_document, read_circuit_document
+from .edge_graph import (
+    EDGE,
+    EMBEDDING,
+    LOGITS,
+    NODE,
+    EdgeGraph,
+    Mask,
+    graph_of_model,
+    graph_of_names,
+)
 
-Mask = Bool[np.ndarray, "sender receiver"]
-EDGE, NODE = ["sender", "receiver"], ["node"]
 NODE_SITES = ("z", "mlp_out")
 DEFAULT_SHARE = 0.01
 
@@ -55,9 +61,8 @@ class Circuit:
     direction: str = ""
 
     def __post_init__(self) -> None:
-        names = NODE if "node" in self.table.columns else EDGE
-        missing = {*names, "score", "in_circuit"} - set(self.table.columns)
-        if missing or self.table.empty or self.table.duplicated(names).any():
+        missing = {*self.names, "score", "in_circuit"} - set(self.table.columns)
+        if missing or self.table.empty or self.table.duplicated(self.names).any():
             raise BadHook(
                 "a circuit is a table with a row for each edge (sender, receiver) or node (node), "
                 f"with score and in_circuit, and this one lacks {sorted(missing) or 'rows'} or "
@@ -77,11 +82,18 @@ class Circuit:
     @property
     def chosen(self) -> pd.DataFrame:
         """The edges or nodes in the circuit, by the absolute value of their scores."""
-        kept = self.table[self.table["in_circuit"]].drop(columns="in_circuit")
-        return kept.sort_values("score", key=abs, ascending=False, ignore_index=True)
+        rows = np.flatnonzero(self.is_inside)
+        scores = self.table["score"].to_numpy(float)
+        order = rows[np.argsort(-np.abs(scores[rows]), kind="stable")]
+        return self.table.iloc[order].drop(columns="in_circuit").reset_index(drop=True)
+
+    @property
+    def is_inside(self) -> Bool[np.ndarray, " edge"]:
+        """For each row of the table, whether it is in the circuit."""
+        return self.table["in_circuit"].to_numpy(bool)
 
     def __len__(self) -> int:
-        return int(self.table["in_circuit"].sum())
+        return int(self.is_inside.sum())
 
     @property
     def share(self) -> float:
@@ -98,7 +110,7 @@ class Circuit:
 
     def complement(self) -> Circuit:
         """Returns the circuit of all edges, or scored nodes, that are not in this one."""
-        return self.with_only(~self.table["in_circuit"].to_numpy(bool))
+        return self.with_only(~self.is_inside)
 
     def random(self, *, seed: int = 0) -> Circuit:
         """Returns a random circuit of as many edges or nodes.
@@ -108,29 +120,28 @@ class Circuit:
         """
         draws = random.Random(check_seed(seed))
         if self.kind == "nodes" or self.share in (0.0, 1.0):
-            kept = self.table["in_circuit"].tolist()
+            kept = self.is_inside.tolist()
             draws.shuffle(kept)
             return self.with_only(np.array(kept))
         return self._of_mask(self._graph, _random_edges(self._graph, len(self), draws))
 
     def _of_mask(self, graph: EdgeGraph, kept: Mask) -> Circuit:
-        senders = graph.senders.get_indexer(self.table["sender"])
-        receivers = graph.receivers.get_indexer(self.table["receiver"])
-        return self.with_only(kept[senders, receivers])
+        senders = graph.find_senders(self.table["sender"])
+        return self.with_only(kept[senders, graph.find_receivers(self.table["receiver"])])
 
     def mask(self, graph: EdgeGraph) -> Mask:
         """Returns which edges of a model's graph are in the circuit.
 
         Raises `OtherModel` if the model lacks one.
         """
-        kept = self.table[self.table["in_circuit"]]
+        kept = self.table[self.is_inside]
         if self.kind == "nodes":
-            nodes = ~graph.senders.isin(self.table["node"])
-            nodes[_find(graph.senders, kept["node"])] = True
+            nodes = ~np.isin(graph.senders, self.table["node"].tolist())
+            nodes[graph.find_senders(kept["node"])] = True
             return graph.between(nodes)
         mask = np.zeros_like(graph.allowed)
-        senders = _find(graph.senders, kept["sender"])
-        mask[senders, _find(graph.receivers, kept["receiver"])] = True
+        senders = graph.find_senders(kept["sender"])
+        mask[senders, graph.find_receivers(kept["receiver"])] = True
         if (mask & ~graph.allowed).any():
             raise OtherModel("the circuit has edges that this model lacks: it is of another model")
         return mask
@@ -145,38 +156,9 @@ class Circuit:
         There every head has its own key and value: an edge to those that several heads share is
         written once for each, with an equal part of its score.
         """
-        graph, mask = graph_of_model(lm), self.mask(graph_of_model(lm))
-        scores, node_scores = np.zeros(mask.shape), {}
-        if self.kind == "nodes":
-            node_scores = dict(zip(self.table["node"], self.table["score"], strict=True))
-        else:
-            senders = _find(graph.senders, self.table["sender"])
-            scores[senders, _find(graph.receivers, self.table["receiver"])] = self.table["score"]
-        nodes: dict[str, dict[str, Any]] = {}
-        for name, is_inside in zip(graph.senders, mask.any(axis=1), strict=True):
-            nodes[_mib_node(name)] = {"in_graph": bool(is_inside)}
-            if name in node_scores:
-                nodes[_mib_node(name)]["score"] = float(node_scores[name])
-        nodes[LOGITS] = {"in_graph": True}
-        edges: dict[str, dict[str, Any]] = {}
-        for sender, receiver in np.argwhere(graph.allowed):
-            ends = _mib_receivers(graph, graph.receivers[receiver])
-            fields = {
-                "score": float(scores[sender, receiver]) / len(ends),
-                "in_graph": bool(mask[sender, receiver]),
-            }
-            start = _mib_node(graph.senders[sender])
-            edges |= {f"{start}->{end}": fields for end in ends}
-        sizes = lm.sizes
-        config = {
-            "n_layers": lm.n_layers,
-            "n_heads": sizes["head"],
-            "n_kv_heads": sizes["kv_head"],
-            "parallel_attn_mlp": lm.layout.find("resid_mid", 0) is None,
-            "d_model": sizes["d_model"],
-        }
+        graph = graph_of_model(lm)
         about = {"metric": self.metric, "direction": self.direction, "kind": self.kind}
-        document = {"cfg": config, "nodes": nodes, "edges": edges, "hookkit": about}
+        document = circuit_document(lm, graph, self.table, self.mask(graph)) | {"hookkit": about}
         file = check_path(path)
         write_text(file, json.dumps(document))
         return file
@@ -190,7 +172,9 @@ class Circuit:
         """
         document = check_mapping(read_json(check_file(path), finite=False), repr(str(path)))
         try:
-            return _read_document(document, kv_heads)
+            table = read_circuit_document(document, kv_heads)
+            about = document.get("hookkit", {})
+            return cls(table, about.get("metric", ""), about.get("direction", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadFile(
                 f"{str(path)!r} is no circuit in MIB's JSON, which has cfg, nodes and edges "
@@ -209,17 +193,6 @@ class Circuit:
         numbers = {self.kind: len(self), "of": len(self.table), "metric": self.metric}
         best = self.chosen.head(5)[self.names].agg("->".join, axis=1).tolist()
         return render_html("Circuit", numbers | {"best": ", ".join(best)})
-
-
-def _find(index: pd.Index, names: pd.Series) -> np.ndarray:
-    codes = index.get_indexer(names)
-    if (codes < 0).any():
-        unknown = names[codes < 0].iloc[0]
-        raise OtherModel(
-            f"the circuit has {unknown!r}, which this model lacks: it is of another model, or was "
-            "read from a file without the number of key-value heads (kv_heads=)"
-        )
-    return codes
 
 
 # ---- choosing
@@ -277,6 +250,7 @@ def count_of_share(total: int, share: float) -> int:
 def score_table(scores: pd.DataFrame) -> Circuit:
     """Returns the circuit of no edge with these scores."""
     columns = [name for name in scores.columns if str(name).endswith("_delta")]
+    scores = scores.reset_index(drop=True)
     is_edges, is_nodes = set(EDGE) <= set(scores.columns), {"site", "layer"} <= set(scores.columns)
     if len(columns) != 1 or not (is_edges or is_nodes):
         raise BadHook(
@@ -287,10 +261,7 @@ def score_table(scores: pd.DataFrame) -> Circuit:
     values = scores[columns[0]].to_numpy(float)
     if not np.isfinite(values).all():
         raise BadHook(f"{columns[0]} has values that are not finite, which have no order")
-    if is_edges:
-        table = scores[EDGE].assign(score=values)
-    else:
-        table = _node_scores(scores, values)
+    table = _node_scores(scores, values) if is_nodes else scores[EDGE].assign(score=values)
     table = table.reset_index(drop=True).assign(in_circuit=False)
     metric, direction = columns[0].removesuffix("_delta"), scores.attrs.get("direction", "")
     return Circuit(table, metric, direction)
@@ -301,14 +272,18 @@ def _node_scores(scores: pd.DataFrame, values: Float[np.ndarray, " row"]) -> pd.
     others = set(scores["site"]) - set(NODE_SITES)
     if others:
         raise BadHook(f"{sorted(others)} are no nodes: score the sites ['z', 'mlp_out']")
-    names = scores["site"] + "." + scores["layer"].astype(int).astype(str)
-    is_head = scores["site"] == "z"
-    if is_head.any():
-        heads = scores.loc[is_head, "head"].astype(int).astype(str)
-        names = names.where(~is_head, names + "." + heads.reindex(scores.index, fill_value=""))
-    sums = pd.Series(values).groupby(names.to_numpy(), sort=False).sum()
-    count = scores["row"].nunique() if "row" in scores.columns else 1
-    return pd.DataFrame({"node": sums.index, "score": sums.to_numpy() / count})
+    columns = [name for name in ("site", "layer", "head") if name in scores.columns]
+    cells = scores[columns].to_numpy(object).tolist()
+    names = []
+    for site, layer, *head in cells:
+        numbers = [int(layer), *map(int, head[: site == "z"])]
+        names.append(".".join([site, *map(str, numbers)]))
+    totals: dict[str, float] = {}
+    for name, value in zip(names, values.tolist(), strict=True):
+        totals[name] = totals.get(name, 0.0) + value
+    count = len(set(scores["row"])) if "row" in scores.columns else 1
+    means = [total / count for total in totals.values()]
+    return pd.DataFrame({"node": list(totals), "score": means})
 
 
 def choose(
@@ -351,7 +326,7 @@ def _greedy_edges(table: Circuit, merits: Float[np.ndarray, " edge"], count: int
             if receiver not in reached:
                 reached.add(receiver)
                 for row in rows_of_receiver[receiver]:
-                    heapq.heappush(candidates, (-merits[row], int(row)))
+                    heapq.heappush(candidates, (-float(merits[row]), int(row)))
 
     reach([LOGITS])
     chosen: list[int] = []
@@ -366,10 +341,11 @@ def _random_edges(graph: EdgeGraph, count: int, draws: random.Random) -> Mask:
     kept = np.zeros_like(graph.allowed)
     senders_of = [np.flatnonzero(column).tolist() for column in graph.allowed.T]
     receivers_of = [np.flatnonzero(column).tolist() for column in graph.readers.T]
-    logits, embedding = graph.receivers.get_loc(LOGITS), graph.senders.get_loc(EMBEDDING)
+    logits, embedding = graph.receivers.index(LOGITS), graph.senders.index(EMBEDDING)
     left = count
     for _ in range(count + 100):
-        path, receiver, sender = [], logits, -1
+        path: list[tuple[int, int]] = []
+        receiver, sender = logits, -1
         while sender != embedding:
             sender = draws.choice(senders_of[receiver])
             path.append((sender, receiver))
@@ -380,75 +356,7 @@ def _random_edges(graph: EdgeGraph, count: int, draws: random.Random) -> Mask:
             left -= len(new)
             for edge in new:
                 kept[edge] = True
-    free = np.argwhere(graph.between(kept.any(axis=1)) & ~kept).tolist()
+    free = np.argwhere(graph.between(kept.sum(axis=1) > 0) & ~kept).tolist()
     for edge in draws.sample(free, min(left, len(free))):
         kept[tuple(edge)] = True
     return kept
-
-
-# ---- names in MIB's JSON
-
-
-def _mib_node(sender: str) -> str:
-    name, *numbers = sender.split(".")
-    if name == EMBEDDING:
-        return "input"
-    return f"a{numbers[0]}.h{numbers[1]}" if name == "z" else f"m{numbers[0]}"
-
-
-def _mib_receivers(graph: EdgeGraph, receiver: str) -> list[str]:
-    nodes = list(map(_mib_node, graph.nodes_of(receiver)))
-    if not nodes:
-        return [LOGITS]
-    return nodes if receiver.startswith("mlp_in") else [f"{node}<{receiver[0]}>" for node in nodes]
-
-
-def _sender_of(node: str) -> str:
-    if node == "input":
-        return EMBEDDING
-    head = re.fullmatch(r"a(\d+)\.h(\d+)", node)
-    if head:
-        return f"z.{int(head[1])}.{int(head[2])}"
-    return f"mlp_out.{int(node.removeprefix('m'))}"
-
-
-def _receiver_of(end: str, share: int) -> str:
-    if end == LOGITS:
-        return end
-    node, _, letter = end.removesuffix(">").partition("<")
-    name, layer, *head = _sender_of(node).split(".")
-    if name != "z":
-        return f"mlp_in.{layer}"
-    number = int(head[0]) if letter == "q" else int(head[0]) // share
-    return f"{letter}.{layer}.{number}"
-
-
-def _read_document(document: Mapping[str, Any], kv_heads: int | None) -> Circuit:
-    config, about = document["cfg"], document.get("hookkit", {})
-    nodes = document["nodes"]
-    if any("neurons" in fields for fields in nodes.values()):
-        raise BadFile("the circuit is of neurons, which hookkit's circuits do not have")
-    share = config["n_heads"] // (kv_heads or config.get("n_kv_heads") or config["n_heads"])
-    edges = []
-    for name, fields in document["edges"].items():
-        start, end = name.split("->")
-        score, is_inside = float(fields["score"]), bool(fields["in_graph"])
-        edges.append((_sender_of(start), _receiver_of(end, share), score, is_inside))
-    frame = pd.DataFrame(edges, columns=[*EDGE, "score", "in_circuit"])
-    groups = frame.groupby(EDGE, sort=False)
-    if (groups["in_circuit"].nunique() > 1).any():
-        raise BadFile(
-            "heads that share a key or a value have different edges to it there, which this model "
-            "cannot separate: it is one key"
-        )
-    metric, direction = about.get("metric", ""), about.get("direction", "")
-    scored = {name: fields for name, fields in nodes.items() if "score" in fields}
-    if about.get("kind") == "nodes" or (scored and not frame["score"].any()):
-        rows = []
-        for name, fields in scored.items():
-            if np.isfinite(fields["score"]):
-                rows.append((_sender_of(name), float(fields["score"]), bool(fields["in_graph"])))
-        return Circuit(pd.DataFrame(rows, columns=[*NODE, "score", "in_circuit"]), metric, direction)
-    table = groups.agg({"score": "sum", "in_circuit": "first"}).reset_index()
-    return Circuit(table, metric, direction)
-

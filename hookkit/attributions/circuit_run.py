@@ -14,19 +14,19 @@ model's own value, bit for bit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeAlias
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..errors import BadHook, BadPrompt, Unsupported
+from ..errors import BadPrompt, Unsupported
 from ..hooks.base import EditHook, Hook
 from ..hooks.capture import capture
 from ..hooks.edits import edit
@@ -38,7 +38,7 @@ from ..runs.run import Run
 from ..sweeps.grids import check_pairs
 from .backward import CAPTURE_NAME, read_captures
 from .block_maps import BlockMaps, find_block_maps
-from .circuit import Circuit, Mask
+from .circuit import Circuit
 from .edge_graph import EMBEDDING, LOGITS, EdgeGraph, graph_of_model
 from .edges import HEAD_INPUTS, TOLERANCES, required_sites
 
@@ -83,7 +83,9 @@ def run_circuit(
     rows, corrupted_rows = as_batch(lm, clean).rows, as_batch(lm, corrupted).rows
     circuits = [circuit] * len(rows) if isinstance(circuit, Circuit) else list(circuit)
     if len(circuits) != len(rows):
-        raise BadPrompt(f"{len(circuits)} circuits for {len(rows)} prompts: give one for each, or one")
+        raise BadPrompt(
+            f"{len(circuits)} circuits for {len(rows)} prompts: give one for each, or one"
+        )
     model = CircuitModel.of(lm, rows, corrupted_rows)
     masks = {id(each): each.mask(model.graph) for each in circuits}
     kept = np.stack([masks[id(each)] for each in circuits])
@@ -153,15 +155,13 @@ class CircuitModel:
         if ablate == "counterfactual":
             return lambda rows: read_captures_values(self.corrupted_run(rows), self.sender_sites)
         sums: dict[AnySite, Tensor] = {}
-        count = 0
         for rows in batches if ablate == "mean" else [batches[0][:1]]:
             values = read_captures_values(self.corrupted_run(rows), self.sender_sites)
-            count += sum(map(len, rows))
             for site, tensor in values.items():  # zero in the padding of shorter rows
                 sums[site] = sums.get(site, 0) + tensor.double().sum((0, 1), keepdim=True)
+        count = sum(map(len, itertools.chain.from_iterable(batches)))
         factor = 1 / count if ablate == "mean" else 0.0
-        dtype = values[EMBED_SITE].dtype
-        constants = {site: (total * factor).to(dtype) for site, total in sums.items()}
+        constants = {site: total * factor for site, total in sums.items()}
         return lambda rows: constants
 
     def _check_readers(self, clean: Row, corrupted: Row) -> None:
@@ -170,7 +170,7 @@ class CircuitModel:
         Without the embedding's edges, and with all others, the run has to be the corrupted one.
         """
         run = self.corrupted_run([corrupted], logits="all")
-        kept = self.graph.allowed & (self.graph.senders != EMBEDDING)[:, None]
+        kept = self.graph.allowed & ~self.graph.is_sender(EMBEDDING)[:, None]
         ablated = read_captures_values(run, self.sender_sites)
         logits = self.run([clean], kept[None], ablated, logits="all", keep_senders=True).logits
         error = float((logits - run.logits).abs().max())
@@ -178,9 +178,9 @@ class CircuitModel:
         if not error <= TOLERANCES.get(logits.dtype, 1e-3) * spread:
             raise Unsupported(
                 f"in this {self.lm.family.name} model something else than queries, keys, values, "
-                "MLPs and the logits reads the stream: a run whose receivers all read the corrupted "
-                f"embedding differs from the corrupted run by {error:.2g}, where logits vary by "
-                f"{spread:.2g}"
+                "MLPs and the logits reads the stream: a run whose receivers all read the "
+                f"corrupted embedding differs from the corrupted run by {error:.2g}, where logits "
+                f"vary by {spread:.2g}"
             )
 
 
@@ -210,11 +210,9 @@ class _CircuitPass:
 
     def __post_init__(self) -> None:
         graph = self.model.graph
-        live = self.kept.any(axis=2) | self.keep_senders  # [row, sender]
-        reads = live.astype(np.float32) @ graph.readers.T.astype(np.float32) > 0
-        reads |= graph.receivers == LOGITS
-        missing = live[:, :, None] & reads[:, None, :] & graph.allowed & ~self.kept
-        needed = missing.any(axis=(0, 2))
+        live = (self.kept.sum(axis=2) > 0) | self.keep_senders  # [row, sender]
+        missing = live[:, :, None] & graph.feeds(live)[:, None] & graph.allowed & ~self.kept
+        needed = missing.sum(axis=(0, 2)) > 0
         self.slots = np.where(needed, needed.cumsum() - 1, -1)
         self.missing = torch.from_numpy(missing[:, needed])
         self.dead = torch.from_numpy(~live)
@@ -226,14 +224,14 @@ class _CircuitPass:
         recorded: set[Site] = set()
 
         def send(site: Site, names: Sequence[str], function: Callable[..., Tensor]) -> None:
-            indices = graph.senders.get_indexer(names)
+            indices = graph.find_senders(names)
             if self.dead[:, indices].any() or (self.slots[indices] >= 0).any():
                 hooks.append(edit(site, partial(function, site, torch.from_numpy(indices))))
 
         def receive(
             site: Site, names: Sequence[str], stream: Site, function: Callable[..., Tensor]
         ) -> None:
-            indices = torch.from_numpy(graph.receivers.get_indexer(names))
+            indices = torch.from_numpy(graph.find_receivers(names))
             if not self.missing[:, :, indices].any():
                 return
             if stream not in recorded and stream != site:
@@ -259,7 +257,7 @@ class _CircuitPass:
 
     def _send(self, site: Site, sender: Tensor, values: Tensor) -> Tensor:
         """The embedding, or an MLP."""
-        ablated = self.ablated[site].to(values.device)
+        ablated = self.ablated[site].to(values)
         dead = self.dead[:, sender[0]].to(values.device)
         values = torch.where(dead[:, None, None], ablated, values)
         if self.slots[sender[0]] >= 0:
@@ -268,7 +266,7 @@ class _CircuitPass:
 
     def _send_heads(self, site: Site, senders: Tensor, values: Tensor) -> Tensor:
         maps = self.model.maps[site.layer or 0]
-        ablated = self.ablated[site].to(values.device)
+        ablated = self.ablated[site].to(values)
         dead = self.dead[:, senders].to(values.device)
         values = torch.where(dead[:, None, :, None], ablated, values)
         heads = np.flatnonzero(self.slots[senders] >= 0)
@@ -317,7 +315,7 @@ class _CircuitPass:
         for layer, projected in self.projected.items():  # with a norm after attention
             maps = self.model.maps[layer]
             heads = _names_of(self.model.graph.senders, Site("z", layer))
-            filled = self.slots[self.model.graph.senders.get_indexer(heads)]
+            filled = self.slots[self.model.graph.find_senders(heads)]
             filled = filled[filled >= 0]
             slots = slice(int(filled[0]), int(filled[-1]) + 1)
             if not weights[:, :, slots].any():
@@ -350,7 +348,9 @@ class _CircuitPass:
         values[streams.rows] = self.model.maps[site.layer or 0].read_mlp(streams.read[:, 0])
         return values
 
-    def _receive_logits(self, site: Site, stream: Site, receivers: Tensor, values: Tensor) -> Tensor:
+    def _receive_logits(
+        self, site: Site, stream: Site, receivers: Tensor, values: Tensor
+    ) -> Tensor:
         streams = self._streams_of(values, receivers)
         values[streams.rows] = streams.read[:, 0]
         return values
@@ -367,7 +367,7 @@ class _Streams:
     read: Float[Tensor, "row receiver pos d_model"]
 
 
-def _names_of(names: pd.Index, site: Site) -> list[str]:
+def _names_of(names: Sequence[str], site: Site) -> list[str]:
     """Returns the heads of a site among names."""
     return [name for name in names if name.startswith(f"{site}.")]
 

@@ -7,19 +7,26 @@ two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
-import pandas as pd
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
+from ..errors import OtherModel
 from ..models.lm import LM
 from ..models.sites import Site
 
 LOGITS = "logits"
 EMBEDDING = "embed"
+EDGE, NODE = ["sender", "receiver"], ["node"]  # the columns that name an edge, or a node
+NO_EDGE = np.zeros((0, 0), bool)
+
+Mask: TypeAlias = Bool[np.ndarray, "sender receiver"]
+Indices: TypeAlias = Int[np.ndarray, " name"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,23 +36,46 @@ class EdgeGraph:
     allowed  [sender, receiver]  True if there is such an edge
     """
 
-    senders: pd.Index
-    receivers: pd.Index
-    allowed: Bool[np.ndarray, "sender receiver"]
+    senders: list[str]
+    receivers: list[str]
+    allowed: Mask
 
     @cached_property
     def readers(self) -> Bool[np.ndarray, "receiver sender"]:
         """True if a receiver belongs to a node; nothing belongs to the logits."""
         readers = np.zeros((len(self.receivers), len(self.senders)), bool)
         for index, name in enumerate(self.receivers):
-            readers[index, self.senders.get_indexer(self.nodes_of(name))] = True
+            readers[index, self.find_senders(self.nodes_of(name))] = True
         return readers
 
+    def find_senders(self, names: Iterable[str]) -> Indices:
+        """Returns the indices of senders. Raises `OtherModel` for one that is not there."""
+        return _find(self._sender_index, names)
+
+    def find_receivers(self, names: Iterable[str]) -> Indices:
+        """Returns the indices of receivers. Raises `OtherModel` for one that is not there."""
+        return _find(self._receiver_index, names)
+
+    def is_sender(self, name: str) -> Bool[np.ndarray, " sender"]:
+        """Returns True for the sender of this name."""
+        return np.array(self.senders, object) == name
+
     @cached_property
-    def _heads(self) -> pd.Series:
-        """The number of receivers, or of heads, by the name without the head."""
-        names = pd.Series([*self.senders, *self.receivers])
-        return names.str.rpartition(".")[0].value_counts()
+    def _sender_index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.senders)}
+
+    @cached_property
+    def _receiver_index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.receivers)}
+
+    @cached_property
+    def _is_logits(self) -> Bool[np.ndarray, " receiver"]:
+        return np.array(self.receivers, object) == LOGITS
+
+    @cached_property
+    def _heads(self) -> Counter[str]:
+        """The number of heads, by the name without the head."""
+        return Counter(name.rpartition(".")[0] for name in (*self.senders, *self.receivers))
 
     def nodes_of(self, receiver: str) -> list[str]:
         """Returns the nodes that read what a receiver reads."""
@@ -58,28 +88,40 @@ class EdgeGraph:
         share = self._heads[f"z.{layer}"] // self._heads[f"{name}.{layer}"]
         return [f"z.{layer}.{number}" for number in range(head * share, (head + 1) * share)]
 
-    def feeds(self, nodes: Bool[np.ndarray, " sender"]) -> Bool[np.ndarray, " receiver"]:
+    def feeds(self, nodes: Bool[np.ndarray, "*row sender"]) -> Bool[np.ndarray, "*row receiver"]:
         """Returns which receivers belong to one of some nodes, or are the logits."""
-        return (self.readers & nodes).any(axis=1) | (self.receivers == LOGITS)
+        counts = nodes.astype(np.float32) @ self.readers.T.astype(np.float32)
+        return (counts > 0) | self._is_logits
 
-    def prune(self, kept: Bool[np.ndarray, "sender receiver"]) -> Bool[np.ndarray, "..."]:
+    def prune(self, kept: Mask) -> Mask:
         """Returns the edges that are on a path from the embedding to the logits."""
         before = -1
-        while kept.sum() != before:
-            before = kept.sum()
-            has_input = (kept.any(axis=0)[:, None] & self.readers).any(axis=0)
-            nodes = kept.any(axis=1) & (has_input | (self.senders == EMBEDDING))
+        while int(kept.sum()) != before:
+            before = int(kept.sum())
+            has_input = (kept.sum(axis=0) > 0) @ self.readers
+            nodes = (kept.sum(axis=1) > 0) & (has_input | self.is_sender(EMBEDDING))
             kept = kept & nodes[:, None] & self.feeds(nodes)[None]
         return kept
 
-    def between(self, nodes: Bool[np.ndarray, " sender"]) -> Bool[np.ndarray, "sender receiver"]:
+    def between(self, nodes: Bool[np.ndarray, " sender"]) -> Mask:
         """Returns all edges between some nodes, and from them to the logits."""
         return self.allowed & nodes[:, None] & self.feeds(nodes)[None]
 
 
+def _find(index: Mapping[str, int], names: Iterable[str]) -> Indices:
+    try:
+        return np.array([index[name] for name in names], int)
+    except KeyError as error:
+        raise OtherModel(
+            f"the circuit has {error}, which this model lacks: it is of another model, or was "
+            "read from a file without the number of key-value heads (kv_heads=)"
+        ) from error
+
+
 def graph_of_model(lm: LM) -> EdgeGraph:
     """Returns the graph of a model, whose blocks have all sites of edges."""
-    senders, receivers = {EMBEDDING: -1}, {}
+    senders: dict[str, int] = {EMBEDDING: -1}
+    receivers: dict[str, int] = {}
     for layer in range(lm.n_layers):
         attention, mlp = 2 * layer, 2 * layer + 1
         senders |= dict.fromkeys(_heads_at(lm, "z", layer), attention)
@@ -91,7 +133,7 @@ def graph_of_model(lm: LM) -> EdgeGraph:
         receivers[f"mlp_in.{layer}"] = attention if is_parallel else mlp
     receivers[LOGITS] = 2 * lm.n_layers
     sent, read = np.array(list(senders.values())), np.array(list(receivers.values()))
-    return EdgeGraph(pd.Index(senders), pd.Index(receivers), sent[:, None] < read[None])
+    return EdgeGraph(list(senders), list(receivers), sent[:, None] < read[None])
 
 
 def _heads_at(lm: LM, name: str, layer: int) -> list[str]:
@@ -100,8 +142,7 @@ def _heads_at(lm: LM, name: str, layer: int) -> list[str]:
 
 def graph_of_names(senders: Sequence[str], receivers: Sequence[str]) -> EdgeGraph:
     """Returns the graph of a table of edges."""
-    sender_codes, sender_names = pd.factorize(np.asarray(senders, object))
-    receiver_codes, receiver_names = pd.factorize(np.asarray(receivers, object))
-    allowed = np.zeros((len(sender_names), len(receiver_names)), bool)
-    allowed[sender_codes, receiver_codes] = True
-    return EdgeGraph(pd.Index(sender_names), pd.Index(receiver_names), allowed)
+    graph = EdgeGraph(list(dict.fromkeys(senders)), list(dict.fromkeys(receivers)), NO_EDGE)
+    allowed = np.zeros((len(graph.senders), len(graph.receivers)), bool)
+    allowed[graph.find_senders(senders), graph.find_receivers(receivers)] = True
+    return replace(graph, allowed=allowed)
