@@ -302,6 +302,11 @@ def choose(
             raise BadHook("greedy=True follows edges, and these are nodes: leave it out")
         kept[np.argsort(-merits, kind="stable")[:count]] = True
         return table.with_only(kept)
+    if not table._graph.is_complete:
+        raise BadHook(
+            f"scores are of {len(scores)} edges, which are not all of a model, so that it is not "
+            "known which of them are on a path: give every edge a score, such as 0"
+        )
     if greedy:
         kept[_greedy_edges(table, merits, count)] = True
     else:

@@ -77,6 +77,22 @@ class EdgeGraph:
         """The number of heads, by the name without the head."""
         return Counter(name.rpartition(".")[0] for name in (*self.senders, *self.receivers))
 
+    @property
+    def is_complete(self) -> bool:
+        """True if the edges are all that a model with these names has."""
+        before, total = 1, {False: 0, True: 0}  # by whether attention and MLPs run in parallel
+        for layer in range(self._heads["mlp_out"]):
+            names = [f"{name}.{layer}" for name in ("z", "q", "k", "v")]
+            n_heads, n_queries, n_keys, n_values = map(self._heads.__getitem__, names)
+            if n_queries != n_heads or n_keys != n_values or n_heads % max(1, n_keys):
+                return False
+            n_inputs = n_queries + n_keys + n_values
+            for is_parallel in total:
+                mlp_reads = before if is_parallel else before + n_heads
+                total[is_parallel] += before * n_inputs + mlp_reads
+            before += n_heads + 1
+        return int(self.allowed.sum()) - before in total.values()
+
     def nodes_of(self, receiver: str) -> list[str]:
         """Returns the nodes that read what a receiver reads."""
         name, *numbers = receiver.split(".")

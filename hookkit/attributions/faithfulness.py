@@ -244,6 +244,7 @@ class CircuitValues:
         masks: dict[bytes, Mask] = {}
         keys = []
         for circuit in circuits:
+            self._check_complete(circuit)
             mask = circuit.mask(self.model.graph)
             keys.append(np.packbits(mask).tobytes())
             masks[keys[-1]] = mask
@@ -275,6 +276,16 @@ class CircuitValues:
                 values[start : start + len(kept), part] = measured.reshape(len(kept), len(part))
         index = {key: number for number, key in enumerate(masks)}
         return values[[index[key] for key in keys]]
+
+    def _check_complete(self, circuit: Circuit) -> None:
+        """Raises `BadHook` for a circuit from a table of some edges, whose complement and random
+        circuits would leave the others out."""
+        n_edges = int(self.model.graph.allowed.sum())
+        if circuit.kind == "edges" and len(circuit.table) != n_edges:
+            raise BadHook(
+                f"the scores are of {len(circuit.table)} edges, and the model has {n_edges}: "
+                "controls need all of them: give every edge a score, such as 0"
+            )
 
     def _clean_logits(self, part: Sequence[int]) -> Tensor | None:
         if not self.clean.metric.compares:

@@ -696,3 +696,18 @@ def test_a_metric_that_the_prompts_do_not_change_has_no_faithfulness(llama):
     constant = lambda logits: logits[:, 0] * 0 + 1  # noqa: E731
     with pytest.raises(EmptySelection, match="there is nothing that a circuit could explain"):
         hk.faithfulness(llama, CLEAN, CORRUPTED, some_of(all_edges(llama)), constant, draws=0)
+
+
+def test_scores_of_some_edges_have_no_paths_and_no_controls(llama):
+    everything = all_edges(llama)
+    for name in ("gpt2", "gpt_neox", "mimo_v2_flash"):
+        assert len(hk.circuit(scores_of(all_edges(hk.tiny(name))), share=1.0).table)
+    for part in (everything.table["sender"] != "mlp_out.0", everything.table.index != 7):
+        some = hk.Circuit(everything.table[part])
+        with pytest.raises(BadHook, match="not all of a model"):
+            hk.circuit(scores_of(some), n=80)
+        logits = hk.run_circuit(llama, CLEAN, CORRUPTED, some).logits
+        left_out = everything.with_only(part)
+        assert torch.equal(logits, hk.run_circuit(llama, CLEAN, CORRUPTED, left_out).logits)
+        with pytest.raises(BadHook, match="controls need all of them"):
+            hk.faithfulness(llama, CLEAN, CORRUPTED, some, DIFF, draws=0)
