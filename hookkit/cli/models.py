@@ -349,7 +349,7 @@ def dictionary(
 ) -> None:
     """Train a sparse autoencoder, and print its quality on held-out texts.
 
-    Without options it makes the dictionary that hk.load_dictionary() loads: 40 minutes on one core.
+    Without options it makes the one that hk.load_dictionary() loads, in less than an hour.
     The same command continues after an interruption.
     """
     from ..features.default_dictionary import make_dictionary, mixed_texts, shuffled_texts
