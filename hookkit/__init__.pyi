@@ -26,6 +26,7 @@ from .hooks import when as when
 from .hooks.ablation import ablate as ablate
 from .hooks.ablation import patch as patch
 from .hooks.capture import capture as capture
+from .hooks.concepts import swap_concept as swap_concept
 from .hooks.edits import edit as edit
 from .hooks.edits import knockout as knockout
 from .hooks.edits import project_out as project_out
@@ -53,6 +54,7 @@ from .hooks.vector import load_vector as load_vector
 from .lenses.direct import direct_logits as direct_logits
 from .lenses.direct import logit_terms as logit_terms
 from .lenses.direct import unembedding as unembedding
+from .lenses.jacobian_fit import fit_jacobian as fit_jacobian
 from .lenses.logit_lens import logit_lens as logit_lens
 from .lenses.logit_lens import logit_path as logit_path
 from .lenses.logit_lens import patchscope as patchscope

@@ -291,6 +291,7 @@ HOW_TO_GET = {
     "Pairs": "pairs of hk.datasets",
     "Harvest": "a harvest, hk.open_harvest(folder)",
     "Statistics": "statistics, hk.results.load_statistics(folder)",
+    "JacobianLens": "a lens, hk.fit_jacobian(…) or hk.load_lens(path)",
     "TunedLens": "a lens, hk.train_lens(…) or hk.load_lens(folder)",
     "Probe": "a probe, hk.fit_probe(…).best or hk.load_probe(lm, path)",
     "Vector": "a vector, hk.mean_difference(…) or hk.load_vector(lm, path)",

@@ -14,6 +14,7 @@ from .hooks.capture import Captured
 from .hooks.probe import Probe
 from .hooks.subspace import Subspace
 from .hooks.vector import Vectors
+from .lenses.jacobian_lens import JacobianLens
 from .lenses.tuned_lens import TunedLens
 from .models.chat import Chat
 from .models.families.schema import ModuleLocation
@@ -46,6 +47,7 @@ __all__ = [
     "Harvest",
     "Hook",
     "HookManager",
+    "JacobianLens",
     "Metric",
     "MetricInput",
     "ModuleLocation",

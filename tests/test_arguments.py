@@ -20,6 +20,7 @@ from hookkit.errors import NotOneToken
 from hookkit.hooks.serialization import HOOK_TYPES
 
 ONES = torch.ones(32)
+LENS = hk.fit_jacobian(hk.tiny("llama"), [list(range(3, 40))], tokens=[7, 9], progress=False)
 WORDS = [word for text in TEXTS for word in re.findall(r"\w+", text)]
 
 WHERE = {"$value": "Where", "pos": None, "rows": None, "step": 0}
@@ -86,6 +87,12 @@ SPOILED = [
     (hk.steer("resid_post.1", ONES), {"vector": {"$value": "Constant", "tensor": {"$tensor": 5}}}),
     (hk.steer("resid_post.1", ONES), {"sites": {"$sites": ["pattern.1"]}}),
     (hk.project_out("resid_post.1", ONES), {"direction": None}),
+    (hk.swap_concept(LENS, 7, 9, layers=[0]), {"vectors": None}),
+    (
+        hk.swap_concept(LENS, 7, 9, layers=[0]),
+        {"sites": {"$sites": ["resid_post.0", "resid_post.1"]}},
+    ),
+    (hk.swap_concept(LENS, 7, 9, layers=[0]), {"sites": {"$sites": ["z.0"]}}),
     (hk.skip_block(1), {"sites": {"$sites": ["resid_pre.1"]}}),
     (hk.knockout(1, key=0), {"key": None}),
     (hk.knockout(1, key=0), {"key": 1.5}),
@@ -156,7 +163,7 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
         hk.patch("z.1", run), hk.knockout(1, key=hk.at("tea")), hk.force(hk.word([7, 8])), hk.ban(" tea", 5),
         hk.restrict(5), hk.boost(by={5: 1.0, 6: 2.0}), hk.cap(5, prob=0.5), hk.swap(5, 6), hk.set_rank(5, 3),
         hk.toward("tea", by=1.0), hk.away_from(hk.Site("resid_post", 1), by=1.0),
-        hk.grammar(regex="a"),
+        hk.grammar(regex="a"), hk.swap_concept(LENS, 7, 9, layers=[0, 1]),
     ]  # fmt: skip
     grid = {"layer": [1]}
     plan = hk.sweep_plan(

@@ -26,6 +26,7 @@ ANSWERED = {
     "families": "families",
     "how_sure": "how_sure",
     "indirect_object": "indirect_object",
+    "jacobian_lens": "jacobian_lens",
     "lens_of_paris": "lens_of_paris",
     "logits_are_dot_products": "logits_are_dot_products",
     "loss_and_gradient_descent": "loss_and_gradient_descent",

@@ -49,6 +49,7 @@ HOOK_TYPES: dict[str, str] = {
     "set_rank": "hookkit.hooks.logit_shifts:SetRank",
     "toward": "hookkit.hooks.sources:Toward",
     "away_from": "hookkit.hooks.sources:AwayFrom",
+    "swap_concept": "hookkit.hooks.concepts:SwapConcept",
     "grammar": "hookkit.hooks.grammar:Grammar",
     "randomised": "hookkit.sweeps.cells:Randomised",
 }

@@ -27,6 +27,7 @@ from ..models.provenance import about_model, weights_hash
 from ..models.sites import Site, SitesLike
 from ..runs.forward import forward
 from ..runs.model_end import model_end_of
+from .jacobian_lens import PUBLISHED, JacobianLens, read_jacobian, read_published
 from .logit_lens import stream_sites
 
 BATCH = 8  # windows that run together
@@ -83,19 +84,29 @@ class TunedLens:
 
 
 @check_arguments
-def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLens:
-    """The tuned lens that `save` wrote.
+def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLens | JacobianLens:
+    """The tuned lens or the Jacobian lens that `save` wrote, or a published Jacobian lens.
 
-    Raises `BadHook` if `lm` is given and its weights are not those that the lens was trained on.
+    A file whose name ends in .pt is a lens of anthropics/jacobian-lens or of TransformerLens. It is
+    unpickled with `weights_only=True`, and does not say which weights it is for. For other files,
+    `BadHook` is raised if `lm` is given and its weights are not those that the lens was fitted on.
 
     >>> small = hk.tiny("llama")
     >>> lens = train_lens(small, [list(range(2, 90))], window=16, steps=2, progress=False)
     >>> load_lens(lens.save("lens.safetensors"), lm=small).history.columns.tolist()
     ['site', 'layer', 'kl_before', 'kl_after']
     """
-    tensors, words = read_tensors(check_file(path))
+    file = check_file(path)
+    if file.suffix == PUBLISHED:
+        return read_published(file, lm)
+    tensors, words = read_tensors(file)
+    if "jacobian" in words:
+        name = f"the lens in {os.fspath(path)!r}"
+        return read_jacobian(tensors, words["jacobian"], name, lm)
     if "history" not in words or "about" not in words:
-        raise BadHook(f"{os.fspath(path)!r} is no tuned lens: it was not written by TunedLens.save")
+        raise BadHook(
+            f"{os.fspath(path)!r} is no lens: neither TunedLens.save nor JacobianLens.save wrote it"
+        )
     name = f"the tuned lens in {os.fspath(path)!r}"
     about = parse_json(words["about"], name, finite=False)
     about = check_mapping(about, name, "weights_sha256", "model")

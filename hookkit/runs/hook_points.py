@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook
 from ..hooks.capture import Capture, Captured, CapturedChunk, CaptureLast, swap_head_and_query
+from ..hooks.concepts import SwapConcept
 from ..hooks.conditions import BoundCondition, Outcome, edit_where
 from ..hooks.sources import SourceEdit
 from ..hooks.values import convert_dtype
@@ -147,7 +148,9 @@ def build_hook_points(
         locations = lm.located(hook.sites)
         reference_value = _reference_values(tuple(locations), reference)
         where = hook.placed(lm)
-        reader = reader_of(lm, hook) if sources and isinstance(hook, SourceEdit) else None
+        reader = None
+        if sources and isinstance(hook, SourceEdit | SwapConcept):
+            reader = reader_of(lm, hook)
         if isinstance(reader, LayerReader):
             layer_readers.append(reader)
         condition = _bind_condition(lm, hook, tuple(locations))

@@ -1,17 +1,18 @@
-"""Reads the sources of `hk.toward` and `hk.away_from` while the model runs.
+"""Reads the sources of `hk.toward`, `hk.away_from` and `hk.swap_concept` while the model runs.
 
 A `TextReader` runs a model on a text of its own, beside the rows of the run: another model, or the
 model itself after another prompt or without hooks. It has its own cache, to which it adds the
 tokens that its rows have got since. Whether the cache is that of its rows is decided by their
 tokens alone, so that it is right for whatever called it: with another order of rows, or another
-text, it reads all of the text again. A `LayerReader` applies the model's own end to a state of the
-same forward.
+text, it reads all of the text again. It gives logits, or the states at some sites. A `LayerReader`
+applies the model's own end to a state of the same forward.
 
 No hook of hookkit acts in a reader's forwards, and none is registered.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..errors import BadHook, BadPrompt, OtherVocabulary, Unsupported
 from ..hooks.base import EditContext
+from ..hooks.concepts import SwapConcept
 from ..hooks.sources import EarlierLayer, OtherModel, OtherPrompts, SourceEdit
 from ..models.batch_positions import ForwardPass, Selection, pad_rows
 from ..models.lm import LM, logits_of
@@ -33,6 +35,7 @@ from ..models.tokens import different_tokens
 from .tracking import cache_of
 
 SourceLogits: TypeAlias = Float[Tensor, "row pos vocab"]
+SourceStates: TypeAlias = Float[Tensor, "row pos site d_model"]
 
 
 @dataclass(eq=False)
@@ -51,17 +54,21 @@ class TextReader:
     """Reads a model on texts of its own. Owned by the `BoundHook` of the edit.
 
     `prompts` take the place of the rows' own prompts: one for all rows or one for each; None for
-    the rows' own. `last` is what was read last, for a trace.
+    the rows' own. With `sites`, their states are read and not the logits. `last` is what was read
+    last, for a trace and for the next site of the same forward.
     """
 
-    hook: SourceEdit
+    hook: SourceEdit | SwapConcept
     lm: LM
     prompts: tuple[Row, ...] | None = None
-    last: tuple[Selection, SourceLogits] | None = None
+    sites: tuple[Site, ...] = ()
+    last: tuple[Selection, SourceLogits | SourceStates] | None = None
     text: ReadText | None = None
 
-    def __call__(self, here: EditContext) -> SourceLogits:
-        """Returns the source's logits at the cells of an edit."""
+    def __call__(self, here: EditContext) -> SourceLogits | SourceStates:
+        """Returns the source's logits or states at the cells of an edit."""
+        if self.last is not None and self.last[0] is here.cells:
+            return self.last[1]
         rows, indices = self._texts(here)
         n_unread = [len(row) - index[0] for row, index in zip(rows, indices, strict=True)]
         generating = here.cells.text.generating
@@ -173,14 +180,19 @@ class TextReader:
     def _run(
         self, inputs: dict[str, Tensor], text: ReadText, *, use_cache: bool, keep: int = 0
     ) -> SourceLogits:
+        if self.sites:
+            keep = 1  # no logits are read
         settings = self.lm.accepted(use_cache=use_cache, return_dict=True, logits_to_keep=keep)
         if text.cache is not None:
             settings["past_key_values"] = text.cache
         with Overrides() as overrides, torch.no_grad():
             turn_hooks_off(overrides)
+            states = _record_states(self.lm, self.sites, overrides)
             output = self.lm.model(**inputs, **settings)
         if use_cache and "past_key_values" in self.lm.takes:
             text.cache = cache_of(output)
+        if self.sites:
+            return torch.stack([states[site].to(self.lm.device) for site in self.sites], dim=2)
         return logits_of(output)
 
     def _check_context(self, rows: Sequence[Row]) -> None:
@@ -190,6 +202,23 @@ class TextReader:
                 f"{self.hook} has come to {longest} tokens, and its model's context is "
                 f"{self.lm.context}: give a shorter prompt, or generate fewer tokens"
             )
+
+
+def _record_states(lm: LM, sites: Sequence[Site], overrides: Overrides) -> dict[Site, Tensor]:
+    """Returns a dict that the next forward fills with the outputs of the blocks of these sites."""
+    from .dispatch import pick_output  # which imports this module
+
+    states: dict[Site, Tensor] = {}
+
+    def run_block(site: Site, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        states[site] = pick_output(output, lm.location(site))
+        return output
+
+    for site in sites:
+        block = lm.submodule(lm.location(site).path)
+        overrides.wrap_method(block, "forward", partial(run_block, site))
+    return states
 
 
 @dataclass(eq=False)
@@ -256,8 +285,11 @@ def _index_of(cells: Selection, some: Selection) -> tuple[Tensor, Tensor]:
 Reader: TypeAlias = TextReader | LayerReader
 
 
-def reader_of(lm: LM, hook: SourceEdit) -> Reader:
+def reader_of(lm: LM, hook: SourceEdit | SwapConcept) -> Reader:
     """Returns the reader of an edit's source. Raises for a source that this model cannot have."""
+    if isinstance(hook, SwapConcept):
+        _check_model(lm, hook)
+        return TextReader(hook, lm, sites=_states_of_blocks(lm, hook))
     source = hook.source
     reading = source.lm if isinstance(source, OtherModel) else lm
     for model in (lm, reading):
@@ -273,7 +305,17 @@ def reader_of(lm: LM, hook: SourceEdit) -> Reader:
     return TextReader(hook, reading)
 
 
-def _check_model(lm: LM, hook: SourceEdit) -> None:
+def _states_of_blocks(lm: LM, hook: SwapConcept) -> tuple[Site, ...]:
+    """Returns the sites of the hook, each of which must be the output of a module."""
+    sites = []
+    for site in lm.expand(hook.sites):
+        if not isinstance(site, Site) or lm.location(site).side != "output":
+            raise Unsupported(f"{hook}: {site} is no output of a block of {type(lm.root).__name__}")
+        sites.append(site)
+    return tuple(sites)
+
+
+def _check_model(lm: LM, hook: SourceEdit | SwapConcept) -> None:
     kind = type(lm.root).__name__
     if lm.config is None:
         raise Unsupported(f"{hook}: {kind} is no model of transformers, so no source can be read")

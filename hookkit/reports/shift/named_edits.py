@@ -48,6 +48,7 @@ DESCRIPTIONS = {
     "set_rank": "gives its rank to",
     "toward": "moves the logits toward",
     "away_from": "moves the logits away from",
+    "swap_concept": "exchanges two tokens in the stream at",
     "grammar": "allows only texts of",
     "randomised": "changes by as much, in a random direction,",
 }
