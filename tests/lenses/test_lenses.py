@@ -424,7 +424,7 @@ def test_a_saved_lens_is_the_same_and_knows_its_model(trained, tmp_path):
     with pytest.raises(hk.errors.BadHook, match="whose weights are not those"):
         hk.load_lens(path, lm=hk.tiny("llama", seed=1))
     hk.results.save_tensors({"a": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(hk.errors.BadHook, match="no tuned lens"):
+    with pytest.raises(hk.errors.BadHook, match="is no lens"):
         hk.load_lens(tmp_path / "other.safetensors")
 
 
