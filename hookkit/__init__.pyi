@@ -20,7 +20,9 @@ from .checks.laws import check_laws as check_laws
 from .data import datasets as datasets
 from .data.harvest.harvest import open_harvest as open_harvest
 from .data.harvest.writing import harvest as harvest
+from .features.build_graph import attribution_graph as attribution_graph
 from .features.dictionary_files import load_dictionary as load_dictionary
+from .features.graph_json import load_graph as load_graph
 from .features.training import train_dictionary as train_dictionary
 from .hooks import when as when
 from .hooks.ablation import ablate as ablate

@@ -9,6 +9,7 @@ from .data.datasets.pairs import Pairs
 from .data.harvest.harvest import Harvest
 from .data.harvest.statistics import Statistics
 from .features.dictionary import Dictionary
+from .features.graph import Graph
 from .hooks.base import Condition, EditContext, Hook
 from .hooks.capture import Captured
 from .hooks.probe import Probe
@@ -44,6 +45,7 @@ __all__ = [
     "Difference",
     "EditContext",
     "Gradients",
+    "Graph",
     "Harvest",
     "Hook",
     "HookManager",

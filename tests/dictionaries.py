@@ -104,3 +104,16 @@ def fitted(lm: Any, folder: Path, *, layer: int = 12, half: int = 16, k: int = 4
         "model_name": "SmolLM2-135M-Instruct",
     }
     return write(folder, "topk", weights, k=k, metadata=metadata)
+
+
+def random_transcoders(d: int = 32, layers: int = 3, n: int = 48, k: int = 4) -> list[Any]:
+    """Random transcoders of the MLPs of a tiny model."""
+    from hookkit.features.dictionary import Dictionary
+    from hookkit.models.sites import Site
+
+    transcoders = []
+    for layer in range(layers):
+        weights = random_weights("transcoder", d=d, n=n, seed=layer)
+        sites = (Site("mlp_out", layer), Site("mlp_in", layer))
+        transcoders.append(Dictionary(*sites, weights, "topk", k=k))
+    return transcoders

@@ -14,6 +14,13 @@ CALLS: dict[str, dict[str, object]] = {
     "compare_attributions": {"top": 10},
     "effect_at_damage": {"by": "damage_kl", "toward": 1},
     "evaluate": {"batch_size": 8, "seed": 0},
+    "attribution_graph": {
+        "max_features": 4096,
+        "beyond": "raise",
+        "max_logits": 10,
+        "logit_share": 0.95,
+        "batch_size": 64,
+    },
     "attribution": {"direction": "denoise", "method": "gradient"},
     "calibration": {"bins": 10},
     "capture": {"grad": False},

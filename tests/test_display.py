@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from conftest import tokenizer
@@ -326,6 +327,12 @@ def outcomes(lm, folder):
     yield "SubspaceFit", fit
     yield "Subspace", fit.subspace
     weights = random_weights("standard", n=MANY)
+    kinds = ["token"] * MANY + ["logit"]
+    nodes = pd.DataFrame({"kind": kinds, "site": long_text, "pos": 0, "token": long_text})
+    nodes = nodes.assign(value=0.5, influence=0.1)
+    about = {"prompt": long_text, "model": long_text}
+    edges = torch.ones(MANY + 1, MANY + 1)
+    yield "Graph", hk.types.Graph(nodes, edges, (long_text,) * MANY, about)
     yield "Dictionary", hk.load_dictionary(write(folder / "sae", "standard", weights))
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import typer
-from dictionaries import fitted
+from dictionaries import fitted, random_transcoders
 from pages import GUIDE, ROOT, commands, links, new_session, run_command, run_page
 from shown import Checker
 from test_house import MODULES
@@ -62,6 +62,7 @@ def words(smol, tmp_path_factory):
     inputs = lm.tokenizer("I like oat milk in my", return_tensors="pt")
     folder = fitted(lm, tmp_path_factory.mktemp("dictionary"))
     given |= {"folder": folder, "dictionary": hk.load_dictionary(folder)}
+    given["transcoders"] = random_transcoders()
     return given | {"hk": hk, "torch": torch, "lm": lm, "run": run, "other": other, "inputs": inputs,
                     "prompt": "I like oat milk in my", "clean": CLEAN, "corrupted": CORRUPTED, "table": swept(lm),
                     "vector": torch.randn(576), "direction": torch.randn(576)}  # fmt: skip

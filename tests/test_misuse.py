@@ -595,6 +595,13 @@ CALLS = {
     "hk.edge_attribution(lm, P, P, 5)": "metric",
     "hk.stats.compare_attributions(5, 5)": "table",
     "hk.stats.compare_attributions(run, run)": "not a run",
+    "hk.attribution_graph(5, P)": "as an LM",
+    "hk.attribution_graph(lm, P)": "none at mlp_out.0",
+    "hk.attribution_graph(lm, P, beyond='drop')": "beyond",
+    "hk.attribution_graph(lm, P, max_features=0)": "max_features",
+    "hk.attribution_graph(lm, P, logit_share=2)": "logit_share",
+    "hk.load_graph('no/such/file')": "no/such/file",
+    "hk.load_graph(junk)": "junk",
     # lenses and logits
     "hk.logit_lens(5, P)": "as an LM|run",
     "hk.logit_lens(lm, P, top=-1)": "top",

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..display import render_html
@@ -227,6 +227,20 @@ class Dictionary:
                 f"0 to {self.n_features - 1}"
             )
         return self.weights["W_dec"][feature].clone()
+
+    def encoder_directions(
+        self, features: Int[Tensor, " feature"]
+    ) -> Float[Tensor, "feature d_in"]:
+        """Returns by how much each feature grows with what is encoded, where it is active.
+
+        It does so for a dictionary without a normalization.
+        """
+        columns = self.weights["W_enc"].T[features]
+        if self.activation == "gated":
+            columns = columns * self.weights["r_mag"].exp()[features, None]
+        if "decoder_norms" in self.weights:
+            columns = columns * self.weights["decoder_norms"][features, None]
+        return columns
 
     def _weights_on(self, device: torch.device) -> Mapping[str, Tensor]:
         """Returns the weights on a device, to which they are moved once."""

@@ -458,6 +458,8 @@ class SiteView:
         scaled = new / self.factor
         if old is None:
             return scaled
+        if new.requires_grad:  # the gradient goes to `new`, also where no value changed
+            raw = raw.detach() + (scaled - scaled.detach())
         return torch.where(new == old, raw, scaled)
 
 
