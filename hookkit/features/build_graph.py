@@ -206,7 +206,13 @@ class ActiveFeatures:
     @property
     def directions(self) -> Float[Tensor, "feature d_in"]:
         """The gradient of each feature with respect to what the transcoder reads."""
-        return self.transcoder.encoder_directions(self.numbers.cpu()).to(self.values)
+        return self.transcoder.affine(self.numbers.cpu())[0].to(self.values)
+
+    def before(self, inputs: Float[Tensor, "pos d_in"]) -> Float[Tensor, " feature"]:
+        """Returns the pre-activation of each feature for other values that are read."""
+        constants = self.transcoder.affine(self.numbers.cpu())[1].to(self.values)
+        products = inputs[self.positions].to(self.values) * self.directions
+        return products.sum(-1) + constants
 
 
 def _limit(
@@ -295,9 +301,7 @@ class _GraphBuilder:
         read = self.model.without_sources()
         biases: list[Tensor] = []
         for features in self.active:
-            reads = features.transcoder.reads
-            change = (read[reads] - self.plain[reads])[0, features.positions].to(features.values)
-            biases.append((features.values + (change * features.directions).sum(-1)).cpu())
+            biases.append(features.before(read[features.transcoder.reads][0]).cpu())
         return torch.cat([*biases, self._centred(read[HEAD])])
 
     def _centred(self, head: Tensor) -> Float[Tensor, " target"]:

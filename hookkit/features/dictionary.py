@@ -228,19 +228,23 @@ class Dictionary:
             )
         return self.weights["W_dec"][feature].clone()
 
-    def encoder_directions(
+    def affine(
         self, features: Int[Tensor, " feature"]
-    ) -> Float[Tensor, "feature d_in"]:
-        """Returns by how much each feature grows with what is encoded, where it is active.
-
-        It does so for a dictionary without a normalization.
+    ) -> tuple[Float[Tensor, "feature d_in"], Float[Tensor, " feature"]]:
+        """Returns the direction and the constant of each feature: where it is active, it is
+        direction · values + constant. It is so for a dictionary without a normalization.
         """
-        columns = self.weights["W_enc"].T[features]
+        weights = self.weights
+        directions = weights["W_enc"].T[features]
         if self.activation == "gated":
-            columns = columns * self.weights["r_mag"].exp()[features, None]
-        if "decoder_norms" in self.weights:
-            columns = columns * self.weights["decoder_norms"][features, None]
-        return columns
+            directions = directions * weights["r_mag"].exp()[features, None]
+        constants = weights["b_mag" if self.activation == "gated" else "b_enc"][features]
+        if "decoder_norms" in weights:
+            directions = directions * weights["decoder_norms"][features, None]
+            constants = constants * weights["decoder_norms"][features]
+        if self.centred:
+            constants = constants - directions @ weights["b_dec"]
+        return directions, constants
 
     def _weights_on(self, device: torch.device) -> Mapping[str, Tensor]:
         """Returns the weights on a device, to which they are moved once."""

@@ -73,6 +73,7 @@ KINDS = [
         transcoder(1, activation="jumprelu", skip=True),
         transcoder(2, activation="gated", reads="resid_mid"),
     ],
+    [transcoder(layer, centred=True) for layer in range(3)],
 ]
 
 
@@ -175,7 +176,7 @@ def test_a_planted_graph_has_its_edges_and_no_others():
 # ---- the law
 
 
-@pytest.mark.parametrize("kinds", [0, 1])
+@pytest.mark.parametrize("kinds", [0, 1, 2])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox", "granite", "mixtral"])
 def test_edges_and_bias_sum_to_what_the_transcoder_reads_and_to_the_logit(family, kinds):
     lm = exact(family)
@@ -191,6 +192,7 @@ def test_edges_and_bias_sum_to_what_the_transcoder_reads_and_to_the_logit(family
     for number, node in graph.nodes[graph.nodes["kind"] == "feature"].iterrows():
         weights = transcoders[node["layer"]].weights
         x = run[reads[node["layer"]]][0, node["pos"]]
+        x = x - weights["b_dec"] * transcoders[node["layer"]].centred
         before = x @ weights["W_enc"][:, node["feature"]]
         if "r_mag" in weights:
             expected = before * weights["r_mag"][node["feature"]].exp()
