@@ -56,6 +56,9 @@ from .hooks.vector import load_vector as load_vector
 from .lenses.direct import direct_logits as direct_logits
 from .lenses.direct import logit_terms as logit_terms
 from .lenses.direct import unembedding as unembedding
+from .lenses.head_scores import head_scores as head_scores
+from .lenses.head_weights import ov as ov
+from .lenses.head_weights import qk as qk
 from .lenses.jacobian_fit import fit_jacobian as fit_jacobian
 from .lenses.logit_lens import logit_lens as logit_lens
 from .lenses.logit_lens import logit_path as logit_path

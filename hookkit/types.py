@@ -15,6 +15,7 @@ from .hooks.capture import Captured
 from .hooks.probe import Probe
 from .hooks.subspace import Subspace
 from .hooks.vector import Vectors
+from .lenses.head_weights import OV, QK
 from .lenses.jacobian_lens import JacobianLens
 from .lenses.tuned_lens import TunedLens
 from .models.chat import Chat
@@ -36,6 +37,8 @@ from .tables.decoding import Stream
 from .tables.metrics.metric import Metric, MetricInput
 
 __all__ = [
+    "OV",
+    "QK",
     "Captured",
     "Chat",
     "Checkup",

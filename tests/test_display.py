@@ -322,6 +322,8 @@ def outcomes(lm, folder):
     probes = hk.fit_probe(lm, prompts, labels, ["resid_post.0", "resid_post.1"], shuffles=2)
     yield "Probes", probes
     yield "Probe", probes.best
+    yield "OV", hk.ov(lm, 0, 1)
+    yield "QK", hk.qk(lm, 0, 1)
     pairs = [(prompts[n], prompts[-n], n % 9) for n in range(MANY)]
     fit = hk.fit_subspace(lm, pairs, "resid_post.0", 2, epochs=1, controls=[])
     yield "SubspaceFit", fit

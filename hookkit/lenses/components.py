@@ -378,7 +378,7 @@ def _after_projection(
     outward = stream.along.to(added.device) * factor
     with torch.no_grad():
         raw, zero = project(flat), project(torch.zeros_like(flat[:1]))
-    if _agree(raw * factor, added):
+    if agree(raw * factor, added):
         return outward.to(raw), (outward * zero.double()).sum(-1)
     path = lm.location(site).path
     norm = lm.submodule(path).forward
@@ -400,12 +400,13 @@ def _gives(norm: Map, raw: Tensor, added: Tensor, factor: float) -> bool:
         return False
     try:
         with torch.no_grad():
-            return _agree(norm(raw) * factor, added)
+            return agree(norm(raw) * factor, added)
     except (TypeError, RuntimeError):  # it is no norm, and takes other arguments
         return False
 
 
-def _agree(one: Tensor, other: Tensor) -> bool:
+def agree(one: Tensor, other: Tensor) -> bool:
+    """True if two tensors differ by no more than rounding."""
     if one.shape != other.shape:
         return False
     limit = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
