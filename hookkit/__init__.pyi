@@ -10,6 +10,7 @@ from .attributions.backward import gradients as gradients
 from .attributions.circuit import Circuit as Circuit
 from .attributions.circuit import circuit as circuit
 from .attributions.circuit_run import run_circuit as run_circuit
+from .attributions.edge_mask import edge_mask as edge_mask
 from .attributions.edges import edge_attribution as edge_attribution
 from .attributions.faithfulness import compare_circuits as compare_circuits
 from .attributions.faithfulness import faithfulness as faithfulness

@@ -31,6 +31,7 @@ CALLS: dict[str, dict[str, object]] = {
     "dose_response": {"samples": 20, "seed": 0},
     "edge_attribution": {"direction": "noise", "method": "gradient"},
     "fit_jacobian": {"window": 128, "skip": 16, "batch_tokens": 2048},
+    "edge_mask": {"steps": 100, "lr": 0.3, "batch_size": 8, "seed": 0},
     "fit_probe": {"pos": -1, "folds": 5, "c": 0.01, "shuffles": 20, "seed": 0},
     "fit_subspace": {
         "pos": -1,

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -261,3 +262,56 @@ def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu_and_writes_nothing(
     gpu.main("cpu")
     assert "All laws hold in 3" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+IOI_ROWS = [
+    {
+        "prompt": f"When {a} and {b} went to the store, {b} gave a drink to",
+        "s2_io_flip_counterfactual": {
+            "prompt": f"When {a} and {b} went to the store, {a} gave a drink to"
+        },
+        "metadata": {"indirect_object": a, "subject": b},
+    }
+    for a, b in [("Mary", "John"), ("Tom", "Anna"), ("Paul", "Mark"), ("Jane", "Bob")]
+]
+
+
+def test_mibs_tasks_give_prompts_and_answers():
+    examples = importlib.import_module("experiments.mib").examples
+    clean, corrupted, right, wrong = next(examples("ioi", IOI_ROWS))
+    assert clean.endswith("John gave a drink to") and corrupted.endswith("Mary gave a drink to")
+    assert (right, wrong) == (" Mary", " John")
+    other = {"prompt": "2+2=", "label": 4}
+    sums = [
+        {"prompt": "1+2=", "label": 3, "operator": "+", "random_counterfactual": other},
+        {"prompt": "1+3=", "label": 4, "operator": "+", "random_counterfactual": None},
+        {"prompt": "3-2=", "label": 1, "operator": "-", "random_counterfactual": other},
+    ]
+    assert list(examples("arithmetic_addition", sums)) == [("1+2=", "2+2=", "3", "4")]
+    choice = {"prompt": "A red B blue", "choices": {"label": ["A", "B"]}, "answerKey": 1}
+    row = choice | {"symbol_counterfactual": choice | {"prompt": "C D", "answerKey": 0}}
+    assert list(examples("mcqa", [row])) == [("A red B blue", "C D", "B", "A")]
+
+
+def test_mib_scores_one_split_and_measures_the_other_by_the_sign_of_the_scores(smol):
+    mib = importlib.import_module("experiments.mib")
+    config = {"vocab_size": smol.model.config.vocab_size}
+    lm = hk.tiny("llama", tokenizer=smol.tokenizer, config=config)
+    train, validation = IOI_ROWS[:2], IOI_ROWS[2:]
+    curve, areas = mib.measure(lm, "ioi", "EAP", train, validation, 2)
+    scores = hk.edge_attribution(lm, *mib.select_pairs(lm, "ioi", train, 2))
+    circuit = hk.circuit(scores, share=0.5, signed="negative")
+    clean, corrupted, metric = mib.select_pairs(lm, "ioi", validation, 2)
+    run = hk.run_circuit(lm, clean, corrupted, circuit)
+    row = curve[(curve["circuit"] == "circuit") & (curve["size"] == 0.5)].iloc[0]
+    assert row[metric.name] == pytest.approx(float(metric(run).mean()), abs=1e-4)
+    table = mib.beside_paper(areas, "ioi", "gpt2", "EAP").set_index("circuit")
+    assert table.loc["EAP", "cpr_paper"] == 1.2 and table.loc["random", "cmd_paper"] == 0.75
+    assert "(in the paper 1.20)" in mib.answer({"areas": table.reset_index()})
+
+
+def test_mib_says_that_it_needs_the_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    mib = importlib.import_module("experiments.mib")
+    with pytest.raises(hk.errors.Unsupported, match="'mib-bench/ioi' is on the Hugging Face Hub"):
+        mib.read_rows("ioi", "train")

@@ -39,6 +39,7 @@ from .edge_graph import (
     graph_of_names,
 )
 
+MASK = "mask"  # the column of hk.edge_mask
 NODE_SITES = ("z", "mlp_out")
 DEFAULT_SHARE = 0.01
 
@@ -209,8 +210,8 @@ def circuit(
 ) -> Circuit:
     """Returns the circuit of the edges, or nodes, with the best scores.
 
-    scores  the table of `hk.edge_attribution`; for nodes that of `hk.attribution` at the sites
-            ["z", "mlp_out"], whose rows are averaged
+    scores  the table of `hk.edge_attribution` or `hk.edge_mask`; for nodes those of
+            `hk.attribution` at the sites "z" and "mlp_out" in one, whose rows are averaged
     share   how many of all edges or nodes are taken (0.01 if `n` is not given either)
     n       the same as a number
     signed  by default the largest absolute values are the best; "negative" takes the lowest scores
@@ -226,6 +227,10 @@ def circuit(
     True
     """
     table = score_table(scores)
+    if signed is not None and MASK in scores.columns:
+        raise BadHook(
+            f"signed={signed!r} has no meaning here, since masks have no sign: leave it out"
+        )
     if share is not None and n is not None:
         raise BadHook(f"share={share} and n={n} both say how many: give one of the two")
     count = n
@@ -249,7 +254,7 @@ def count_of_share(total: int, share: float) -> int:
 
 def score_table(scores: pd.DataFrame) -> Circuit:
     """Returns the circuit of no edge with these scores."""
-    columns = [name for name in scores.columns if str(name).endswith("_delta")]
+    columns = [name for name in scores.columns if str(name).endswith("_delta") or name == MASK]
     scores = scores.reset_index(drop=True)
     is_edges, is_nodes = set(EDGE) <= set(scores.columns), {"site", "layer"} <= set(scores.columns)
     if len(columns) != 1 or not (is_edges or is_nodes):
@@ -264,6 +269,8 @@ def score_table(scores: pd.DataFrame) -> Circuit:
     table = _node_scores(scores, values) if is_nodes else scores[EDGE].assign(score=values)
     table = table.reset_index(drop=True).assign(in_circuit=False)
     metric, direction = columns[0].removesuffix("_delta"), scores.attrs.get("direction", "")
+    if columns == [MASK]:
+        metric = scores.attrs.get("metric", "")
     return Circuit(table, metric, direction)
 
 

@@ -140,6 +140,17 @@ class CircuitModel:
         plan = _CircuitPass(self, kept, ablated, keep_senders)
         return forward(self.lm, list(rows), *plan.hooks(), *captures, logits=logits)
 
+    def hooks_of_mask(self, mask: Float[Tensor, "sender receiver"], ablated: Values) -> list[Hook]:
+        """Returns the edits of a run in which each edge carries a mix of its sender's value and
+        the ablated one, with weights mask and 1 - mask, through which gradients flow."""
+        rows = len(ablated[EMBED_SITE])
+        kept = np.broadcast_to(self.graph.allowed, (rows, *self.graph.allowed.shape))
+        plan = _CircuitPass(self, kept, ablated, keep_senders=True)
+        plan.slots = np.arange(len(self.graph.senders))
+        missing = torch.from_numpy(self.graph.allowed).to(mask) - mask
+        plan.missing = missing.expand(rows, -1, -1)
+        return plan.hooks()
+
     def corrupted_run(self, rows: Sequence[Row], logits: LogitsOption = "none") -> Run:
         """Returns a run with the senders' values."""
         senders = capture(self.sender_sites, name=CAPTURE_NAME)
@@ -279,14 +290,13 @@ class _CircuitPass:
         return values.clone()
 
     def _keep(self, new: Float[Tensor, "row slot pos d_model"]) -> None:
-        """Keeps the differences of the next senders."""
-        if not self.n_filled:
-            rows, n_slots = self.missing.shape[:2]
-            dtype = torch.promote_types(new.dtype, torch.float32)
-            shape = (rows, n_slots, *new.shape[2:])
-            self.differences = torch.empty(shape, dtype=dtype, device=new.device)
-        self.differences[:, self.n_filled : self.n_filled + new.shape[1]] = new
-        self.n_filled += new.shape[1]
+        """Keeps the differences of the next senders. Nothing is written in place, since a gradient
+        may need the earlier ones."""
+        new = new.to(torch.promote_types(new.dtype, torch.float32))
+        if self.n_filled:
+            new = torch.cat([self.differences, new.to(self.differences.device)], dim=1)
+        self.differences = new
+        self.n_filled = new.shape[1]
 
     # ---- receivers
 
@@ -297,7 +307,7 @@ class _CircuitPass:
     def _streams_of(self, stream: Tensor, receivers: Tensor) -> _Streams:
         """Returns what some receivers read, for the rows in which one of them lacks an edge."""
         missing = self.missing[:, : self.n_filled, receivers]  # [row, slot, receiver]
-        active = missing.any(dim=1)
+        active = (missing != 0).any(dim=1)
         rows, columns = active.any(1).nonzero()[:, 0], active.any(0).nonzero()[:, 0]
         differences = self.differences[:, : self.n_filled]
         if len(rows) < len(missing):
@@ -339,21 +349,19 @@ class _CircuitPass:
         columns = streams.columns.to(values.device)
         new = torch.einsum("nhpd,dhk->nphk", read, weight[:, columns]) + bias[columns]
         own = values[streams.rows]
-        own[:, :, columns] = torch.where(streams.active[:, None, :, None], new, own[:, :, columns])
-        values[streams.rows] = own
-        return values
+        new = torch.where(streams.active[:, None, :, None], new, own[:, :, columns])
+        return values.index_put((streams.rows,), own.index_copy(2, columns, new))
 
     def _receive_mlp(self, site: Site, stream: Site, receivers: Tensor, values: Tensor) -> Tensor:
         streams = self._streams_of(self.streams[stream], receivers)
-        values[streams.rows] = self.model.maps[site.layer or 0].read_mlp(streams.read[:, 0])
-        return values
+        new = self.model.maps[site.layer or 0].read_mlp(streams.read[:, 0])
+        return values.index_put((streams.rows,), new)
 
     def _receive_logits(
         self, site: Site, stream: Site, receivers: Tensor, values: Tensor
     ) -> Tensor:
         streams = self._streams_of(values, receivers)
-        values[streams.rows] = streams.read[:, 0]
-        return values
+        return values.index_put((streams.rows,), streams.read[:, 0])
 
 
 @dataclass(frozen=True, eq=False)

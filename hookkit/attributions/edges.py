@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..arguments import check_arguments
 from ..errors import BadHook, Unsupported
@@ -211,8 +212,9 @@ def _score_edges(
     scores = []
     for stage, stage_senders in groupby(senders, key=attrgetter("stage")):
         results = results_between(_site_of_stage(stage))
-        receivers, stage_scores = _score_receivers(lm, list(stage_senders), results)
-        scores.append(stage_scores)
+        later, stage_scores = _score_receivers(lm, list(stage_senders), results, after=stage)
+        receivers = receivers or later  # the embedding's are all
+        scores.append(pad(stage_scores, (0, len(receivers) - len(later))))
     return senders, receivers, torch.cat(scores)
 
 
@@ -280,16 +282,18 @@ def _site_of_stage(stage: int) -> Site:
 
 
 def _score_receivers(
-    lm: LM, senders: Sequence[EdgeEnd], results: Iterable[SiteGradients]
+    lm: LM, senders: Sequence[EdgeEnd], results: Iterable[SiteGradients], after: int = -1
 ) -> tuple[list[EdgeEnd], Float[Tensor, "sender receiver"]]:
-    """Returns the receivers, and the mean over the results of the senders' differences times the
-    receivers' gradients."""
+    """Returns the receivers in blocks with one after a stage, and the mean over the results of the
+    senders' differences times the receivers' gradients."""
     differences = _flatten(senders, lm.device)
     receivers: list[EdgeEnd] = []
     scores = []
     for result in results:
         receivers, columns = [], []
         for group in compute_receivers(lm, result):
+            if max(end.stage for end in group) <= after:
+                break
             columns.append(differences @ _flatten(group, lm.device).T)
             for end in group:  # without its vector, whose memory is freed
                 receivers.append(replace(end, vector=end.vector.new_zeros(())))
