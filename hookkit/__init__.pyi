@@ -84,6 +84,7 @@ from .models.sites import Site as Site
 from .models.sites import module as module
 from .models.words import word as word
 from .reports.diff.model_diff import model_diff as model_diff
+from .reports.feature_report import feature as feature
 from .reports.page import report as report
 from .reports.record import record as record
 from .reports.scan import scan as scan

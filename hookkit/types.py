@@ -22,6 +22,7 @@ from .models.chat import Chat
 from .models.families.schema import ModuleLocation
 from .models.sites import ModuleSite, Sites
 from .reports.diff.model_diff import Difference
+from .reports.feature_report import FeatureReport
 from .reports.page import Report
 from .reports.record import Record
 from .reports.scan import Scan
@@ -47,6 +48,7 @@ __all__ = [
     "Dictionary",
     "Difference",
     "EditContext",
+    "FeatureReport",
     "Gradients",
     "Graph",
     "Harvest",

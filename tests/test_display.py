@@ -335,7 +335,10 @@ def outcomes(lm, folder):
     about = {"prompt": long_text, "model": long_text}
     edges = torch.ones(MANY + 1, MANY + 1)
     yield "Graph", hk.types.Graph(nodes, edges, (long_text,) * MANY, about)
-    yield "Dictionary", hk.load_dictionary(write(folder / "sae", "standard", weights))
+    dictionary = hk.load_dictionary(write(folder / "sae", "standard", weights))
+    yield "Dictionary", dictionary
+    own = lm.with_dictionaries(dictionary, check=False)
+    yield "FeatureReport", hk.feature(own, prompts[:4], "feat.resid_post.1", progress=False)
 
 
 def test_the_repr_of_an_outcome_says_what_it_holds_in_a_few_lines(llama, tmp_path):

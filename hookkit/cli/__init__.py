@@ -12,7 +12,7 @@ output          tables, plain text, CSV, JSON and pages
 inspect_prompt  hookkit scan, ranks, lens, direct, surprisal
 intervene       hookkit shift, patch, sweep, diff
 generate_text   hookkit generate, compare, steer, trace
-models          hookkit sites, doctor, models, harvest, dictionary, eval
+models          hookkit sites, doctor, models, harvest, dictionary, feature, eval
 experiments     hookkit new, run, show
 """
 

@@ -5,6 +5,7 @@ hookkit doctor      what works with a model, what does not, and why
 hookkit models      the models on this machine: list, fetch, remove
 hookkit harvest     the activations of every text of a file, written to a folder
 hookkit dictionary  a sparse autoencoder of a site, trained on texts
+hookkit feature     a page about features of a dictionary, over the texts of a file
 hookkit eval        the score of a model with hooks on tasks of lm-evaluation-harness
 """
 
@@ -381,6 +382,47 @@ def dictionary(
         print_text(json.dumps(rows_as_dicts(table)) + "\n")
     else:
         print_table(table.round(4))
+
+
+@command(
+    "hookkit feature feat.resid_post.12.7 --texts texts.txt --dictionary folder --out page",
+    panel="Grids and corpora",
+)
+def feature(
+    sites: Annotated[
+        list[str], Argument(help="Features, such as feat.resid_post.12.7; feat.resid_post.12: all.")
+    ],
+    texts: Annotated[str, Option(help="A file with a text a line, .txt or .jsonl.")],
+    model: ModelOptions,
+    output: OutputOptions,
+    dictionary: Annotated[
+        str | None,
+        Option(help="A folder, or owner/name/folder; the default model's own if left out."),
+    ] = None,
+    top: Annotated[int, Option(min=1, help="How many texts and tokens of a feature.")] = 10,
+    effects: Annotated[
+        int, Option(min=0, help="For how many features to measure what clamping does.")
+    ] = 10,
+) -> None:
+    """What features do: when they are active, what they promote, and what clamping them changes.
+
+    JSON has every table; --out FOLDER is a page with figures and tables.
+    """
+    output.check(several=True)
+    _check_text_file(texts)
+    sources = [] if dictionary is None else [dictionary]
+    lm = model.load(quiet=output.quiet).with_dictionaries(hk.load_dictionary(*sources))
+    settings: dict[str, Any] = {"top": top, "effects": effects, "progress": not output.quiet}
+    results = hk.feature(lm, texts, sites, **settings)
+    if output.format in ("html", "folder"):
+        output.write_page(results.page())
+        return
+    parts = {}
+    for name, table in results.tables.items():
+        parts[name] = TableView(table, (), name)
+    if not output.format:
+        parts = {"summary": TableView(results.summary)}
+    output.write(f"Features of {results.site}", parts)
 
 
 @command(

@@ -295,3 +295,20 @@ def token_shares(table: pd.DataFrame, name: str, top: int, *, title: str = "") -
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(f"positions at which it is among the {top} {name} tokens, 95 % interval")
     return apply_style(figure, title)
+
+
+# ---- features
+
+
+def activation_histogram(histogram: pd.DataFrame, *, title: str = "") -> Figure:
+    """How often a feature has which activation, where it is active, on a log axis."""
+    figure, axes = style.new_figure(6.0, 2.4)
+    low, high = histogram["low"].to_numpy(float), histogram["high"].to_numpy(float)
+    counts = histogram["count"].to_numpy(float)
+    axes.bar(low, counts, width=0.92 * (high - low), align="edge", color=POINT)
+    axes.set_yscale("log")
+    axes.set_ylim(0.7, 1.5 * counts.max())
+    axes.set_xlim(0, float(high.max()))
+    axes.set_xlabel("activation, where it is not 0")
+    axes.set_ylabel("tokens (log axis)")
+    return apply_style(figure, title or "How often it has which activation")

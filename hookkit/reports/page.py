@@ -40,7 +40,10 @@ from .parts import (
     README_HASHES,
     Content,
     Folded,
+    PagePart,
     Part,
+    Passage,
+    Passages,
     as_svg,
     check_name,
     encode_text,
@@ -75,7 +78,7 @@ class Report:
     """
 
     title: str
-    parts: tuple[str | Part | Folded, ...]
+    parts: tuple[PagePart, ...]
     footer: str = ""
     data: tuple[Part, ...] = ()
     formats: tuple[str, ...] = ("csv",)
@@ -197,7 +200,7 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
     >>> report("Oat milk", "# Before", ranks(run)).write("results/oat_milk").name
     'report.html'
     """
-    page_parts: list[str | Part | Folded] = []
+    page_parts: list[PagePart] = []
     names: list[str] = []
     for part in parts:
         part = _with_name(part, names)
@@ -213,10 +216,10 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
     return Report(title, tuple(page_parts), footer)
 
 
-def _with_name(part: Content, names: Sequence[str]) -> str | Part | Folded:
+def _with_name(part: Content, names: Sequence[str]) -> PagePart:
     """A table or figure as a part, numbered after those with these names; other parts as is."""
     match part:
-        case str() | Part() | Folded():
+        case str() | Part() | Folded() | Passages():
             return part
         case pd.DataFrame():
             kind = "table"
@@ -279,7 +282,7 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
         return {}
 
 
-def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
+def _render_part(part: PagePart, formats: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(part, str):
         heading = re.fullmatch(r"(#{1,2}) (.*)", part, flags=re.DOTALL)
         if heading is None:
@@ -287,6 +290,9 @@ def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[st
         return {"kind": HEADINGS[heading[1]], "text": heading[2]}
     if isinstance(part, Folded):
         return {"kind": "folded", "summary": part.summary, "text": part.text}
+    if isinstance(part, Passages):
+        passages = [_render_passage(passage) for passage in part.passages]
+        return {"kind": "passages", "caption": part.caption, "passages": passages}
     if isinstance(part.content, Figure):
         svg = Markup(as_svg(part.content, part.name, part.caption))
         return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
@@ -295,6 +301,15 @@ def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[st
     files = table_files(part.file or part.name, part.content, formats)
     table = _render_table(part.content, part.caption)
     return {"kind": "table", "name": part.name, "files": files, **table}
+
+
+def _render_passage(passage: Passage) -> dict[str, Any]:
+    """A text's label, and its tokens with the percentages of their colour."""
+    tokens = []
+    for text, share in passage.tokens:
+        percent = 0 if share != share else round(100 * min(share, 1.0))
+        tokens.append({"text": text.replace("\n", "⏎"), "percent": percent})
+    return {"label": passage.label, "tokens": tokens}
 
 
 def _order_headings(parts: Sequence[dict[str, Any]]) -> None:

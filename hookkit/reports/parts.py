@@ -70,7 +70,24 @@ class Folded:
     text: str
 
 
-Content: TypeAlias = str | pd.DataFrame | Figure | Part | Folded
+@dataclass(frozen=True)
+class Passage:
+    """A text with a label: its tokens, each with a share of 0 to 1; NaN for an unknown one."""
+
+    label: str
+    tokens: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Texts whose tokens are coloured: the larger the share, the stronger the colour."""
+
+    caption: str
+    passages: tuple[Passage, ...]
+
+
+PagePart: TypeAlias = str | Part | Folded | Passages
+Content: TypeAlias = PagePart | pd.DataFrame | Figure
 
 
 def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, bytes]:
@@ -127,7 +144,7 @@ def read_head(path: Path) -> bytes:
 
 def render_readme(
     title: str,
-    parts: Iterable[str | Part | Folded],
+    parts: Iterable[PagePart],
     footer: str = "",
     hashes: Mapping[str, str] | None = None,
 ) -> str:
@@ -144,8 +161,10 @@ def render_readme(
     return "\n\n".join(blocks) + "\n"
 
 
-def _render_part(part: str | Part | Folded) -> list[str]:
+def _render_part(part: PagePart) -> list[str]:
     match part:
+        case Passages():
+            return ["\n".join(map(_render_passage, part.passages)), escape_markdown(part.caption)]
         case str():
             return [_render_text(part)]
         case Folded():  # details such as hooks in full, which about.json has
@@ -162,6 +181,20 @@ def _render_text(words: str) -> str:
     if heading:
         return f"#{heading[1]} {escape_markdown(heading[2])}"
     return "\\\n".join(map(escape_markdown, words.split("\n")))
+
+
+def _render_passage(passage: Passage) -> str:
+    """A text as an item of a list, with its strongest token in bold."""
+    shares = [share for _, share in passage.tokens]
+    strongest = max(range(len(shares)), key=lambda index: np.nan_to_num(shares[index]))
+    words = ""
+    for index, (token, _) in enumerate(passage.tokens):
+        text = escape_markdown(token)
+        if index == strongest and text.strip():
+            bold = f"**{text.strip()}**"
+            text = text.replace(text.strip(), bold, 1)
+        words += text
+    return f"- {escape_markdown(passage.label)}: {words.strip()}"
 
 
 def _render_table(part: Part) -> list[str]:
