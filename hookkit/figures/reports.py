@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from ..tables.intervals import MIN_FOR_INTERVAL
 from . import style
@@ -308,6 +308,8 @@ def activation_histogram(histogram: pd.DataFrame, *, title: str = "") -> Figure:
     axes.bar(low, counts, width=0.92 * (high - low), align="edge", color=POINT)
     axes.set_yscale("log")
     axes.set_ylim(0.7, 1.5 * counts.max())
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(0, float(high.max()))
     axes.set_xlabel("activation, where it is not 0")
     axes.set_ylabel("tokens (log axis)")

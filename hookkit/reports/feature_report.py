@@ -27,7 +27,7 @@ from ..data.harvest.writing import harvest as harvest_texts
 from ..display import count_of, describe_outcome, first_rows, render_html
 from ..errors import BadHook, OtherModel, Unsupported
 from ..features.clamping import Context, clamp_effects
-from ..features.corpus import BINS, NO_TOKEN, FeatureCorpus, read_corpus
+from ..features.corpus import BEFORE, BINS, NO_TOKEN, FeatureCorpus, read_corpus
 from ..features.decoder import nearest_features, promoted_tokens
 from ..features.dictionary import Dictionary
 from ..figures.reports import activation_histogram
@@ -108,7 +108,7 @@ class FeatureReport:
                 f"active it is {facts['mean']:.3g} on average, and {facts['max']:.3g} at most."
             )
             histogram = activation_histogram(self._of("histogram", number))
-            yield Part(histogram, f"histogram_{number}", "How often it has which activation.")
+            yield Part(histogram, f"histogram_{number}")
         else:
             yield f"It is active at none of {self.n_tokens:,} tokens."
         yield from self.passages.get(number, ())
@@ -382,7 +382,7 @@ def _passages(lm: LM, corpus: FeatureCorpus, number: int, maximum: float) -> lis
     """Returns the example texts of a feature: the top ones, and those at quantiles."""
     examples: Any = corpus.examples
     captions = {
-        True: "The texts at which it is largest. The colour is the activation at each token.",
+        True: "The texts at which it is largest. Colours are activations.",
         False: "Tokens at quantiles of its activations, where it is active.",
     }
     result = []
@@ -391,16 +391,16 @@ def _passages(lm: LM, corpus: FeatureCorpus, number: int, maximum: float) -> lis
         part = examples[is_part & (examples["feature"] == number)]
         passages = []
         for index, example in part.iterrows():
-            tokens = []
-            for token, value in zip(
-                corpus.tokens[index].tolist(), corpus.activations[index].tolist(), strict=True
-            ):
-                if token != NO_TOKEN:
-                    tokens.append((lm.string(token), max(0.0, value / maximum)))
+            ids, values = corpus.tokens[index], corpus.activations[index]
+            is_token = ids != NO_TOKEN
+            shares = (values[is_token] / maximum).clamp(min=0).tolist()
+            words = token_texts(lm, ids[is_token].tolist())
+            tokens = tuple(zip(words, shares, strict=True))
+            focus = int(is_token[:BEFORE].sum())
             label = f"{example['activation']:.3g}"
             if not is_top:
                 label += f" ({example['kind']})"
-            passages.append(Passage(label, tuple(tokens)))
+            passages.append(Passage(label, tokens, focus))
         if passages:
             result.append(Passages(caption, tuple(passages)))
     return result

@@ -306,9 +306,10 @@ def _render_part(part: PagePart, formats: tuple[str, ...]) -> dict[str, Any]:
 def _render_passage(passage: Passage) -> dict[str, Any]:
     """A text's label, and its tokens with the percentages of their colour."""
     tokens = []
-    for text, share in passage.tokens:
+    for index, (text, share) in enumerate(passage.tokens):
         percent = 0 if share != share else round(100 * min(share, 1.0))
-        tokens.append({"text": text.replace("\n", "⏎"), "percent": percent})
+        token = {"text": text.replace("\n", "⏎"), "percent": percent}
+        tokens.append({**token, "focus": index == passage.focus})
     return {"label": passage.label, "tokens": tokens}
 
 

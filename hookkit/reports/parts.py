@@ -72,10 +72,14 @@ class Folded:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text with a label: its tokens, each with a share of 0 to 1; NaN for an unknown one."""
+    """A text with a label: its tokens, each with a share of 0 to 1; NaN for an unknown one.
+
+    `focus` is the index of the token that the label is about.
+    """
 
     label: str
     tokens: tuple[tuple[str, float], ...]
+    focus: int
 
 
 @dataclass(frozen=True)
@@ -184,13 +188,11 @@ def _render_text(words: str) -> str:
 
 
 def _render_passage(passage: Passage) -> str:
-    """A text as an item of a list, with its strongest token in bold."""
-    shares = [share for _, share in passage.tokens]
-    strongest = max(range(len(shares)), key=lambda index: np.nan_to_num(shares[index]))
+    """A text as an item of a list, with the token of its label in bold."""
     words = ""
     for index, (token, _) in enumerate(passage.tokens):
         text = escape_markdown(token)
-        if index == strongest and text.strip():
+        if index == passage.focus and text.strip():
             bold = f"**{text.strip()}**"
             text = text.replace(text.strip(), bold, 1)
         words += text

@@ -11,7 +11,9 @@ import hookkit as hk
 
 @pytest.fixture
 def folder(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("hookkit.features.fit_to_model.TEXT", " ".join(TEXTS)[:200])  # a short context
+    monkeypatch.setattr(
+        "hookkit.features.fit_to_model.TEXT", " ".join(TEXTS)[:200]
+    )  # a short context
     fitted(llama, tmp_path / "sae", layer=1, half=8)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     return tmp_path

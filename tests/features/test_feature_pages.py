@@ -105,6 +105,7 @@ def test_the_colours_are_the_activations_at_each_token(everything, dense, lm):
     ids = lm.tokenizer.encode(CORPUS[example["text"]])
     start, end = max(0, example["pos"] - 16), example["pos"] + 9
     assert [text for text, _ in passage.tokens] == list(map(lm.string, ids[start:end]))
+    assert passage.tokens[passage.focus][0] == example["token"]
     shares = (values[start:end] / values[1:].max()).clamp(min=0).tolist()
     largest = everything.summary["max"][4]
     expected = [share * float(values[1:].max()) / largest for share in shares]
