@@ -91,7 +91,7 @@ class Passages:
 
 
 PagePart: TypeAlias = str | Part | Folded | Passages
-Content: TypeAlias = PagePart | pd.DataFrame | Figure
+Content: TypeAlias = str | pd.DataFrame | Figure | Part | Folded | Passages
 
 
 def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, bytes]:
