@@ -160,7 +160,11 @@ def edges(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[pd
     given = (list(pairs.clean), list(pairs.corrupted), metric)
     truth = hk.stats.mean_over_prompts(hk.path_patching(lm, *given, freeze=("z", "mlp_out")))
     found = []
-    for method, settings in (("gradient", {}), ("integrated", {"steps": STEPS})):
+    methods: list[tuple[Any, dict[str, Any]]] = [
+        ("gradient", {}),
+        ("integrated", {"steps": STEPS}),
+    ]
+    for method, settings in methods:
         table = hk.edge_attribution(lm, *given, method=method, **settings)
         results.table(
             f"edges_{method}",

@@ -173,7 +173,8 @@ class JacobianSum:
             raise BadFile(f"{str(file)!r} is no Jacobian lens: give the path of a new file")
         lens = read_jacobian(tensors, words["jacobian"], name, None)
         old, progress = lens.about.get("settings"), lens.about.get("progress")
-        if not isinstance(old, dict) or not set(PROGRESS) <= set(progress or ()):
+        progress = progress if isinstance(progress, dict) else {}
+        if not isinstance(old, dict) or not set(PROGRESS) <= set(progress):
             raise BadFile(f"{name} was merged, and no fit continues it: give another path")
         refuse_other_settings(file, "a lens", dict(flatten(old)), dict(flatten(self.settings)))
         self.sums = {site: sums.clone() for site, sums in lens.sums.items()}
