@@ -110,8 +110,8 @@ class JacobianLens:
         """How far each site's Jacobian can be trusted, and whether it says more than the stream.
 
         Columns: site, layer, texts; noise, the length of the difference of the two halves' means as
-        a fraction of the mean's length (the mean's own error is about half of it, and near 1 it is
-        all noise; NaN for a published lens); identity, the multiple of the identity that is nearest
+        a fraction of the mean's length (half of it is about the mean's own error, and 2 is nothing
+        but noise; NaN for a published lens); identity, the multiple of the identity that is nearest
         to the Jacobian, and identity_distance, the length of what remains as a fraction (0: the
         lens is the logit lens). For a lens of tokens, the same of their rows.
         """
