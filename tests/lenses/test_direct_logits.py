@@ -411,3 +411,12 @@ def test_a_model_of_several_streams_has_no_sum_and_no_lens(family):
         hk.direct_logits(hk.forward(lm, IDS[:1]), 7)
     with pytest.raises(hk.errors.MissingSite, match="several residual streams"):
         hk.logit_lens(lm, IDS[:1])
+
+
+def test_a_model_in_float64_whose_norms_compute_in_float32_is_split():
+    lm = hk.tiny("llama")
+    lm.model.double()
+    run = hk.forward(lm, [[5, 6, 7]])
+    table = hk.direct_logits(run, 7)
+    assert table["logit"].sum() == pytest.approx(float(run.logits[0, -1, 7]), abs=1e-9)
+    assert table.attrs["residual"] < 1e-5
