@@ -4,6 +4,7 @@ def first_token(run: hk.types.Run) -> str: ...
 """
 
 from .attributions.backward import Gradients
+from .attributions.faithfulness import Faithfulness
 from .checks.doctor import Checkup
 from .data.datasets.pairs import Pairs
 from .data.harvest.harvest import Harvest
@@ -48,6 +49,7 @@ __all__ = [
     "Dictionary",
     "Difference",
     "EditContext",
+    "Faithfulness",
     "FeatureReport",
     "Gradients",
     "Graph",

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from ..arguments import check_arguments, check_integer, check_number, check_seed
+from ..arguments import check_arguments, check_fields, check_integer, check_number, check_seed
 from ..display import describe_outcome, render_html
 from ..errors import BadFile, BadHook, EmptySelection, OtherModel
 from ..files.atomic import write_text
@@ -44,6 +44,7 @@ NODE_SITES = ("z", "mlp_out")
 DEFAULT_SHARE = 0.01
 
 
+@check_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
     """Edges, or nodes, of a model, and which of them are in the circuit. From `hk.circuit`.
@@ -241,7 +242,7 @@ def circuit(
     if not len(result):
         raise EmptySelection(
             f"none of the best {count} of {len(table.table)} {table.kind} is on a path from the "
-            "embedding to the logits: take more (share=, n=), or greedy=True"
+            f"embedding to the logits: take more (share=, n=){'' if greedy else ', or greedy=True'}"
         )
     return result
 

@@ -4,7 +4,7 @@
     result = hk.faithfulness(lm, clean, corrupted, scores, metric)
     result.table          # a curve over sizes, with random circuits and the complements beside it
     result.areas          # CPR and CMD of each curve, as in the MIB benchmark
-    hk.figures.faithfulness(result.table)
+    hk.figures.faithfulness_curve(result.table)
 
 The faithfulness of a circuit is (m(circuit) - m(none)) / (m(model) - m(none)), a ratio of means
 over the prompts, where m(none) is the metric with everything ablated: that of the corrupted
@@ -22,8 +22,8 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer
-from ..display import describe_outcome, render_html
+from ..arguments import as_items, check_arguments, check_integer, describe
+from ..display import describe_outcome, first_rows, render_html
 from ..errors import BadHook, EmptySelection
 from ..models.lm import LM
 from ..models.prompts import Prompts
@@ -72,7 +72,8 @@ class Faithfulness:
 
     def _repr_html_(self) -> str:
         numbers = {"forwards": self.n_forwards, "rows": self.n_rows}
-        return render_html("Faithfulness", numbers) + self.table.to_html(index=False)
+        names = ("circuit", "draw", "size", "n_edges", "faithfulness")
+        return render_html("Faithfulness", numbers, first_rows(self.table, *names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +142,12 @@ def _circuits_of(
         raise BadHook(
             "sizes= is for a table of scores, and circuits have their sizes: leave it out"
         )
-    circuits = [scores] if isinstance(scores, Circuit) else list(scores)
-    if not circuits:
-        raise EmptySelection("no circuit was given: give a table of scores, or circuits")
+    circuits = [scores] if isinstance(scores, Circuit) else as_items(scores)
+    if not circuits or not all(isinstance(circuit, Circuit) for circuit in circuits):
+        raise EmptySelection(
+            f"scores={describe(scores)} has no circuit: give a table of scores, a circuit, or a "
+            "list of circuits"
+        )
     return [(circuit.share, circuit) for circuit in circuits]
 
 

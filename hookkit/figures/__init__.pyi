@@ -2,6 +2,8 @@
 
 from .calibration import reliability_diagram as reliability_diagram
 from .calibration import roc_curves as roc_curves
+from .circuits import circuit_graph as circuit_graph
+from .circuits import faithfulness_curve as faithfulness_curve
 from .decoding import prob_against as prob_against
 from .decoding import rank_lines as rank_lines
 from .internals import attention_view as attention_view
