@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from ..arguments import check_arguments, check_fields, check_integer, check_number, check_seed
+from ..arguments import check_arguments, check_integer, check_number, check_seed, describe
 from ..display import describe_outcome, render_html
-from ..errors import BadFile, BadHook, EmptySelection, OtherModel
+from ..errors import BadArgument, BadFile, BadHook, EmptySelection, OtherModel
 from ..files.atomic import write_text
 from ..files.untrusted import check_file, check_mapping, check_path, read_json
 from ..models.lm import LM
@@ -44,7 +44,6 @@ NODE_SITES = ("z", "mlp_out")
 DEFAULT_SHARE = 0.01
 
 
-@check_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
     """Edges, or nodes, of a model, and which of them are in the circuit. From `hk.circuit`.
@@ -63,6 +62,8 @@ class Circuit:
     direction: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.table, pd.DataFrame):
+            raise BadArgument(f"table={describe(self.table)}: give a table, as hk.circuit makes it")
         missing = {*self.names, "score", "in_circuit"} - set(self.table.columns)
         if missing or self.table.empty or self.table.duplicated(self.names).any():
             raise BadHook(
