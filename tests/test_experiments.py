@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from dictionaries import fitted
 
 import hookkit as hk
 
@@ -25,6 +26,7 @@ ANSWERED = {
     "contrast": "contrast",
     "datasets": "datasets",
     "families": "families",
+    "features_of_milk": "features_of_milk",
     "how_sure": "how_sure",
     "indirect_object": "indirect_object",
     "jacobian_lens": "jacobian_lens",
@@ -201,6 +203,43 @@ def test_a_vector_within_the_spread_of_random_ones_is_not_called_better():
     assert words.startswith("No: 0 of 4") and words.count("does not tell it from a random") == 4
     equal.loc[own, "logit_diff_gain_high"] = -0.05
     assert experiment.answer(tables).count("less than a random vector") == 4
+
+
+def test_a_feature_within_the_spread_of_random_ones_is_no_answer():
+    experiment = importlib.import_module("experiments.features_of_milk")
+    tables = tables_of("features_of_milk")
+    effects = tables["effects"]
+    off = effects["edit"] == "to 0"
+    effects.loc[off, ["effect", "control_lowest", "gain_high"]] = [-0.1, -0.2, -0.05]
+    words = experiment.answer(tables)
+    assert words.startswith("No: for 0 of 6") and "random features have down to -0.20" in words
+    effects.loc[off, "control_lowest"] = -0.05
+    assert experiment.answer(tables).startswith("Yes: for 6 of 6")
+    effects.loc[off, "gain_high"] = 0.01
+    assert experiment.answer(tables).startswith("No: for 0 of 6")
+
+
+def test_the_features_of_milk_are_clamped_as_by_a_hand_written_hook(smol, tmp_path, monkeypatch):
+    experiment = importlib.import_module("experiments.features_of_milk")
+    monkeypatch.setattr(experiment, "DRAWS", 1)
+    dictionary = hk.load_dictionary(fitted(smol, tmp_path))
+    lm = smol.with_dictionaries(dictionary)
+    table = experiment.measure(lm, dictionary, [0])
+    own = table.query("draw == -1 and edit == 'to 0'").set_index("row")["logprob_delta"]
+    ids = torch.tensor([lm.encode(experiment.PROMPTS[1])])
+    coffee = lm.token(experiment.COFFEE)
+
+    def switch_off(_module, _inputs, output):
+        feature = dictionary.encode(output)[..., 0]
+        feature[:, 0] = 0
+        return output - feature[..., None] * dictionary.direction(0)
+
+    with torch.no_grad():
+        before = lm.model(ids).logits[0, -1].log_softmax(-1)[coffee]
+        handle = lm.model.model.layers[12].register_forward_hook(switch_off)
+        after = lm.model(ids).logits[0, -1].log_softmax(-1)[coffee]
+        handle.remove()
+    assert own[1] == pytest.approx(float(after - before), abs=1e-3)
 
 
 def test_a_head_is_far_above_its_control_at_twice_as_much_and_has_its_sign():

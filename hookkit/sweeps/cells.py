@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import as_items, check_choice, check_integer, check_seed, describe
-from ..errors import BadEdit, BadHook, EmptySelection
+from ..errors import BadEdit, BadHook, EmptySelection, Unsupported
 from ..hooks.ablation import Ablate
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook, require_vectors, set_field
 from ..hooks.capture import Capture, Captured
@@ -275,6 +275,12 @@ class Randomised(EditHook):
         if self.sites != self.of.sites or self.where != self.of.where:
             raise BadHook(f"{self} acts at other places than the edit that it is the control of")
         require_vectors(self.sites, "control='random' needs vectors, and changes")
+        for site in self.sites:
+            if isinstance(site, Site) and site.of_features and site.head is not None:
+                raise Unsupported(
+                    f"{site} is one number at a token, which has no random direction: compare "
+                    "with the same edit of other features"
+                )
         set_field(self, "when", self.of.when)
         set_field(self, "seed", check_seed(self.seed))
         check_choice(self.per, "per", ("position", "all"))

@@ -133,3 +133,16 @@ def test_a_gradient_at_features_leaves_the_gradients_before_them_as_they_are(lm)
     torch.testing.assert_close(result.of("resid_pre.1"), plain.of("resid_pre.1"))
     directions = lm.dictionaries[0].weights["W_dec"]
     torch.testing.assert_close(result.of(SITE), plain.of("resid_post.1") @ directions.T)
+
+
+def test_a_shift_report_says_which_features_moved_the_token(lm):
+    edit = hk.scale(f"{SITE}.3", 3.0)
+    report = hk.shift_report(lm, list(CLEAN), edit, watch=7)
+    table = report.tables["features"]
+    for name, hooks in (("before", []), ("after", [edit])):
+        run = hk.forward(lm, CLEAN, *hooks)
+        first = table.groupby("row")[f"logit_{name}"].sum() / len(lm.dictionaries)
+        assert first.tolist() == pytest.approx(run.logits[:, -1, 7].tolist(), abs=1e-3)
+    assert "Which features moved it" in report.html()
+    plain = hk.shift_report(hk.tiny("llama"), list(CLEAN), hk.ban(9), watch=7)
+    assert "features" not in plain.tables and "Which features" not in plain.html()

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 
 from ...errors import HookkitError, Unsupported
-from ...lenses.components import required_sites
-from ...lenses.direct import decompose_logits
+from ...lenses.components import WITH_FEATURES, required_sites
+from ...lenses.direct import decompose_logits, direct_logits
 from ...lenses.logit_lens import LensStates, lens_table, stream_sites
 from ...models.lm import LM
 from ...models.prompts import Row
 from ...models.sites import Site
+from ...runs.forward import forward
 from ...tables.distributions import token_texts
 from ...tables.rank_tables import add_deltas
 from .before_after import NextTokenLogits
@@ -151,11 +152,39 @@ def why_of(
         decompositions[tuple(tokens)] = decompose_logits(before.run, row_tokens)
     after_parts = decompose_logits(after.run, row_tokens)
     table = join_decompositions(decompositions[tuple(tokens)], after_parts)
+    return _with_tokens(table, after, tokens)
+
+
+def _with_tokens(table: Any, after: NextTokenLogits, tokens: Sequence[int]) -> pd.DataFrame:
+    """The table with the name of the edit and the token of each prompt."""
     ids = [tokens[row] for row in table["row"]]
     table.insert(1, "edit", after.edit.name)
     table.insert(2, "token", token_texts(after.lm, ids))
     table.insert(3, "token_id", ids)
     return table
+
+
+def feature_sites(lm: LM) -> list[Site]:
+    """The dictionaries' sites by whose features a logit can be split."""
+    return [site for site in lm.layout.dictionaries if site.base_name in WITH_FEATURES]
+
+
+def features_of(
+    before: NextTokenLogits,
+    after: NextTokenLogits,
+    rows: Sequence[Row],
+    tokens: Sequence[int],
+    site: Site,
+) -> pd.DataFrame:
+    """The table of `why_of`, with a dictionary's features and its error for what they stand for.
+
+    The prompts `rows` are read again. Raises `HookkitError` if the logit is no sum.
+    """
+    tables: list[pd.DataFrame] = []
+    for outcome in (before, after):
+        run = forward(outcome.lm, list(rows), *outcome.edit.hooks, logits="last")
+        tables.append(direct_logits(run, list(tokens), features=site))
+    return _with_tokens(join_decompositions(*tables), after, tokens)
 
 
 def join_decompositions(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:

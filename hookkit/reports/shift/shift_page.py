@@ -30,6 +30,7 @@ from ...models.words import WordLike
 from ...sweeps.summary import mean_over_prompts
 from ...tables.intervals import MIN_FOR_INTERVAL
 from ...tables.rank_tables import Pair, shift_table, watched_ids
+from ...tables.show import largest_rows
 from ..comparison_page import (
     SHIFT_COLUMNS,
     compose_page,
@@ -53,7 +54,15 @@ from .headline import (
     control_table,
     with_ranges_of_draws,
 )
-from .inside import attempt, layers_of, lens_sites, most_moved, why_of
+from .inside import (
+    attempt,
+    feature_sites,
+    features_of,
+    layers_of,
+    lens_sites,
+    most_moved,
+    why_of,
+)
 from .named_edits import (
     Controls,
     Edit,
@@ -80,6 +89,7 @@ CAPTIONS = {
     "watched": "watched tokens of every prompt",
     "distances": "how far every prompt's distribution moved",
     "why": "the logit's parts before and after",
+    "features": "the logit by the features of dictionaries, before and after",
     "layers": "the logit lens before and after",
     "texts": "what was written",
     "against_control": "every edit beside the draws of its control",
@@ -289,6 +299,8 @@ def _write_prompt(measured: ShiftTables, row: int, *, with_figures: bool) -> Ite
         yield _draw_ranks(measured, row)
     yield from _write_layers(measured, row, with_figures=with_figures)
     yield from _write_components(measured, row, with_figures=with_figures)
+    if feature_sites(measured.lm):
+        yield from _write_features(measured, row)
     yield from _write_texts(measured, row)
 
 
@@ -323,6 +335,26 @@ def _write_layers(measured: ShiftTables, row: int, *, with_figures: bool) -> Ite
         yield Part(figure, f"layers_{row}", caption)
     else:
         yield "The ranks at every layer are in layers.csv."
+
+
+def _write_features(measured: ShiftTables, row: int) -> Iterable[Content]:
+    yield "## Which features moved it"
+    for number, edit in enumerate(measured.edits):
+        table: Any = measured.of("features", row, edit.name)
+        if table.empty:
+            yield f"{edit.name}: there is no sum. {measured.refusals[f'features {edit.name}']}"
+            continue
+        is_feature, is_error = table["kind"] == "feature", table["kind"] == "error"
+        count, change = int(is_feature.sum()), table[is_feature]["logit_delta"].sum()
+        largest = largest_rows(table[is_feature], "logit_delta", COMPONENTS)
+        columns = ["component", "logit_before", "logit_after", "logit_delta"]
+        caption = (
+            f"{edit.name}: the change of the logit of {table['token'].iloc[0]!r} through the "
+            f"{count} features that are active before or after, {change:+.4f} in all; the largest, "
+            "and the error of the dictionary. Later blocks read features too: see features.csv."
+        )
+        shown: Any = pd.concat([largest, table[is_error]])[columns]
+        yield Part(shown, f"features_{row}_{number}", caption, file="features")
 
 
 def _write_components(measured: ShiftTables, row: int, *, with_figures: bool) -> Iterable[Content]:
@@ -528,6 +560,11 @@ def _measure(measured: ShiftTables, request: DrawRequest) -> None:
             pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
         )
         tables["why"].append(why)
+        for site in feature_sites(lm):
+            features, measured.refusals[f"features {edit.name}"] = attempt(
+                pd.DataFrame(), features_of, before, after, rows[:details], tokens, site
+            )
+            tables["features"].append(features)
         edited.append(replace(after, logits=after.logits[:details]))
     for edit in measured.edits:
         _measure_draws(measured, before, edit, request, tables)
