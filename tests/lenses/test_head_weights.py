@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hookkit as hk
 from hookkit.errors import MissingSite, OutOfRange, Unsupported
+from hookkit.lenses.head_weights import fold
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,10 +62,14 @@ def test_an_ov_circuit_is_the_dense_product_with_biases_groups_and_the_norms_wei
     assert bottom["token_id"].tolist() == dense[50].topk(2, largest=False).indices.tolist()
 
 
-def test_the_eigenvalues_are_those_of_the_matrix_of_all_tokens():
-    lm = hk.tiny("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_eigenvalues_are_those_of_the_matrix_of_all_tokens_without_biases(family):
+    lm = varied(family)
     _, _, value, output = llama_like(lm, 0, 2)
+    bias = lm.model.model.layers[0].self_attn.v_proj.bias
     with torch.no_grad():
+        if bias is not None:
+            value = value - bias[8:16]
         gain = torch.diag(lm.model.model.norm.weight)
         dense = (value @ output.T @ gain @ lm.model.lm_head.weight.T).double()
     eigenvalues = np.linalg.eigvals(dense.numpy())
@@ -164,6 +169,18 @@ def test_a_planted_head_composes_with_the_one_that_reads_what_it_writes():
         line = table.loc[("k", head)]
         assert line["score"] > 1.3 * line["random_high"]
     assert all(table.loc["k"]["score"][:2] < table.loc["k"]["score"][2:].min())
+
+
+def test_a_norm_is_folded_and_what_is_no_norm_is_refused():
+    states = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    layer_norm, linear = torch.nn.LayerNorm(16), torch.nn.Linear(16, 8)
+    with torch.no_grad():
+        layer_norm.weight.normal_()
+        centred = torch.eye(16) - 1 / 16
+        assert torch.allclose(fold(layer_norm, states), centred * layer_norm.weight, atol=1e-4)
+        assert torch.allclose(fold(linear, states), linear.weight.T, atol=1e-4)
+    with pytest.raises(Unsupported, match="neither a LayerNorm"):
+        fold(torch.tanh, states)
 
 
 REFUSED = {

@@ -103,6 +103,20 @@ def test_generate_and_a_sweep_do_the_same_as_a_forward(llama):
         assert line[value] == pytest.approx(float(single.logits[0, -1, 5]), abs=1e-4)
 
 
+def test_a_sweep_reads_other_positions_of_a_source_that_begins_as_the_prompt_does(llama):
+    prompt, source = "I like oat milk in my", "I like oat milk in Paris"
+    run = hk.forward(llama, source, hk.capture(SITE))
+
+    def at_position(pos):
+        return [hk.patch(SITE, run, pos=pos, source_pos=-1)]
+
+    table = hk.sweep(llama, prompt, {"pos": [0, 1, 2]}, at_position, hk.metrics.logit(5))
+    value = next(name for name in table if name.endswith("5") or name == "logit")
+    for line in table.to_dict("records"):
+        single = hk.forward(llama, prompt, *at_position(line["pos"]))
+        assert line[value] == pytest.approx(float(single.logits[0, -1, 5]), abs=1e-4)
+
+
 def test_a_patch_with_a_subspace_of_the_run_itself_is_the_identity_bit_for_bit(llama):
     run = hk.forward(llama, "I like oat milk", hk.capture(SITE))
     hook = hk.patch(SITE, run, subspace=directions(4))
