@@ -224,9 +224,10 @@ def circuit(
     Then edges that are on no path from the embedding to the logits are left out, as in MIB, so that
     there may be fewer. Raises `EmptySelection` if none remains.
 
-    >>> table = hk.edge_attribution(lm, clean, corrupted, hk.metrics.logit_diff(5, 7))
-    >>> len(hk.circuit(table, n=20, greedy=True)) <= 20
-    True
+    >>> scores = edge_attribution(lm, clean, corrupted, logit_diff(" Mary", " John"))
+    >>> chosen = circuit(scores, n=1413)
+    >>> len(chosen), len(chosen.table)
+    (1275, 70651)
     """
     table = score_table(scores)
     if signed is not None and MASK in scores.columns:

@@ -70,8 +70,9 @@ def run_circuit(
     one prompt, which check that nothing else in this model reads the stream. Raises `Unsupported`
     for models without edges (see `hk.edge_attribution`), and where another part reads the stream.
 
-    >>> run = hk.run_circuit(lm, clean, corrupted, circuit, hk.capture("pattern.9"))
-    >>> run.logits.shape == hk.forward(lm, clean).logits.shape
+    >>> scores = edge_attribution(lm, clean, corrupted, logit_diff(" Mary", " John"))
+    >>> run = run_circuit(lm, clean, corrupted, circuit(scores, share=0.02), capture("pattern.9"))
+    >>> run.logits.shape == forward(lm, clean).logits.shape
     True
     """
     for hook in captures:

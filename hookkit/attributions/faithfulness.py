@@ -113,7 +113,9 @@ def faithfulness(
     complements 10. Three more of one prompt check the model. A row takes about twice as long as in
     a plain forward, since receivers compute their own inputs.
 
-    >>> result = hk.faithfulness(lm, clean, corrupted, scores, metric, sizes=[0.1, 1.0], draws=1)
+    >>> metric = logit_diff(" Mary", " John")
+    >>> scores = edge_attribution(lm, clean, corrupted, metric)
+    >>> result = faithfulness(lm, clean, corrupted, scores, metric, sizes=[0.1, 1.0], draws=1)
     >>> result.table["circuit"].tolist()
     ['circuit', 'circuit', 'random', 'random', 'complement', 'complement', 'model', 'none']
     """
@@ -333,9 +335,6 @@ def minimality(
     `change`, that minus the circuit's own, with `_low` and `_high` (95 %, over the prompts); n. An
     edge whose change is about 0 can go alone, which does not say that two such edges can. It costs
     a row for each edge and prompt. Sorted by the change, the edges that can go last.
-
-    >>> hk.minimality(lm, clean, corrupted, hk.circuit(scores, n=20), metric).columns[:2].tolist()
-    ['sender', 'receiver']
     """
     chosen = np.flatnonzero(circuit.is_inside)
     everything = np.ones(len(circuit.table), bool)
@@ -379,7 +378,10 @@ def compare_circuits(
     weighted_jaccard, the same with absolute scores, scaled to a sum of 1 in each circuit, as
     weights; and jaccard_by_chance, that of random sets of as many edges.
 
-    >>> hk.compare_circuits(lm, clean, corrupted, one, two, metric)["circuit"].tolist()
+    >>> metric = logit_diff(" Mary", " John")
+    >>> scores = edge_attribution(lm, clean, corrupted, metric)
+    >>> one, two = circuit(scores, n=1000), circuit(scores, n=1000, signed="negative")
+    >>> compare_circuits(lm, clean, corrupted, one, two, metric)["circuit"].tolist()
     ['first', 'second', 'shared', 'both']
     """
     if first.kind != second.kind:
