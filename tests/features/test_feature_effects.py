@@ -143,6 +143,11 @@ def test_a_shift_report_says_which_features_moved_the_token(lm):
         run = hk.forward(lm, CLEAN, *hooks)
         first = table.groupby("row")[f"logit_{name}"].sum() / len(lm.dictionaries)
         assert first.tolist() == pytest.approx(run.logits[:, -1, 7].tolist(), abs=1e-3)
+    assert {"feature", "error"} <= set(table["kind"])
+    tripled = table[(table["component"] == f"{SITE}.3") & (table["row"] == 0)].iloc[0]
+    direct = hk.direct_logits(hk.forward(lm, CLEAN, edit), 7, features=SITE)
+    expected = direct[(direct["component"] == f"{SITE}.3") & (direct["row"] == 0)]["logit"].item()
+    assert tripled["logit_after"] == pytest.approx(expected, abs=1e-5)
     assert "Which features moved it" in report.html()
     plain = hk.shift_report(hk.tiny("llama"), list(CLEAN), hk.ban(9), watch=7)
     assert "features" not in plain.tables and "Which features" not in plain.html()
