@@ -110,7 +110,7 @@ def measure(lm: hk.LM, dictionary: hk.types.Dictionary, features: Sequence[int])
         order = torch.randperm(dictionary.n_features, generator=generator).tolist()
         others = [number for number in order if number != feature][:DRAWS]
         for edit, factor in EDITS.items():
-            hooks = {-1: hk.scale(name, 1 + factor, pos=LATER)}
+            hooks: dict[int, hk.types.Hook] = {-1: hk.scale(name, 1 + factor, pos=LATER)}
             for draw_number, other in enumerate(others):
                 direction = dictionary.direction(other)
                 direction = direction * (own.norm() / direction.norm().clamp(min=1e-30))
