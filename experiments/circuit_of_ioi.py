@@ -1,9 +1,9 @@
 """Which scorer finds the most faithful circuit of the indirect object, and is it the only one?
 
 Each scorer ranks all edges of the default model on some pairs of indirect-object sentences. Then
-circuits of ten sizes run on other pairs, with all other edges at their corrupted values. CPR is the
+circuits of six sizes run on other pairs, with all other edges at their corrupted values. CPR is the
 area under a scorer's curve and CMD the area between it and 1 (the benchmark MIB: Mueller et al.
-2025). A scorer is worth its cost if its CMD is below that of the plain gradient
+2025, with ten sizes). A scorer is worth its cost if its CMD is below that of the plain gradient
 (EAP) and of random circuits. The circuit is not the only one if two scorers' circuits of one size
 are both faithful and share few of their edges.
 
@@ -25,9 +25,10 @@ QUESTION = (
     "Which scorer finds the most faithful circuit of the indirect object, and is it the only one?"
 )
 SEED, SCORED, MEASURED = 0, 4, 4  # pairs that edges are scored on, and others for the circuits
-STEPS, LAYER_STEPS, MASK_STEPS = 5, 1, 24
-SIZES = None  # shares of all edges: the ten of the benchmark MIB
+STEPS, LAYER_STEPS, MASK_STEPS = 5, 1, 16
+SIZES = (0.002, 0.01, 0.05, 0.2, 0.5, 1.0)  # shares of all edges: six of the ten of MIB
 SIZE = 0.05  # share of all edges in the circuits that are compared
+COMPARED = ("EAP-IG-inputs", "mask")  # with the first scorer
 FAITHFUL = 0.8
 
 Scorer = Callable[..., pd.DataFrame]
@@ -130,10 +131,10 @@ def measure(
 def compare(lm: hk.LM, pairs: hk.types.Pairs, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """How many edges the circuits of two scorers share, and what the shared edges do alone."""
     circuits = {name: hk.circuit(table, share=SIZE) for name, table in tables.items()}
-    first, *others = circuits
+    first = next(iter(circuits))
     clean, corrupted, metric = arguments_of(pairs)
     records = []
-    for other in others:
+    for other in COMPARED:
         two = (circuits[first], circuits[other])
         table = hk.compare_circuits(lm, clean, corrupted, *two, metric).set_index("circuit")
         faithful = table["faithfulness"].add_prefix("faithfulness_")
