@@ -5,7 +5,7 @@ circuits of six sizes run on other pairs, with all other edges at their corrupte
 area under a scorer's curve and CMD the area between it and 1 (the benchmark MIB: Mueller et al.
 2025, with ten sizes). A scorer is worth its cost if its CMD is below that of the plain gradient
 (EAP) and of random circuits. The circuit is not the only one if two scorers' circuits of one size
-are both faithful and share few of their edges.
+are both faithful and the edges that they share are not.
 
 python -m experiments.circuit_of_ioi
     some minutes on one core; writes results/circuit_of_ioi/
@@ -187,17 +187,21 @@ def answer(tables: Mapping[str, Any]) -> str:
         verdict += f", {scorers.loc[best, 'cmd']:.3f} against {scorers.loc[plain, 'cmd']:.3f}"
         verdict += f" of the plain gradient ({plain})"
     nearest = overlap.loc[overlap["jaccard"].idxmin()]
-    is_other = min(nearest["faithfulness_first"], nearest["faithfulness_second"]) >= FAITHFUL
+    both = min(nearest["faithfulness_first"], nearest["faithfulness_second"])
     unique = "that no other circuit is faithful is not shown"
-    if is_other:
-        unique = "so it is not the only one"
+    if both >= FAITHFUL and nearest["faithfulness_shared"] >= FAITHFUL:
+        unique = "so they are two circuits around one core, and none without it was found"
+    elif both >= FAITHFUL:
+        unique = "so the circuit is not the only one"
     return (
-        f"{verdict}. {' '.join(sentences)} Random circuits have CMD {random['cmd']:.3f} and CPR "
-        f"{random['cpr']:.2f}, and what {plain} leaves out CPR {without['cpr']:.2f}. At {SIZE:.0%} "
-        f"of the edges, the circuits of {nearest['first']} and {nearest['second']} share "
-        f"{nearest['jaccard']:.0%} of their edges (by chance {nearest['jaccard_by_chance']:.0%}), "
-        f"and are {nearest['faithfulness_first']:.2f} and {nearest['faithfulness_second']:.2f} "
-        f"faithful: {unique}."
+        f"{verdict}, on {curves['n'].iloc[0]} pairs that were not scored. {' '.join(sentences)} "
+        f"The mask was trained for {MASK_STEPS} steps. Random circuits have CMD "
+        f"{random['cmd']:.3f} and CPR {random['cpr']:.2f}, and what {plain} leaves out CPR "
+        f"{max(0.0, without['cpr']):.2f}. At {SIZE:.0%} of the edges, the circuits of "
+        f"{nearest['first']} and {nearest['second']} share {nearest['jaccard']:.0%} of their edges "
+        f"(by chance {nearest['jaccard_by_chance']:.0%}) and are "
+        f"{nearest['faithfulness_first']:.2f} and {nearest['faithfulness_second']:.2f} faithful; "
+        f"the shared edges alone are {nearest['faithfulness_shared']:.2f} faithful: {unique}."
     )
 
 

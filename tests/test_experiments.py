@@ -21,6 +21,7 @@ ANSWERED = {
     "patch_one_grid": "patch_one_grid",
     "attribution": "attribution",
     "bfloat16": "bfloat16",
+    "circuit_of_ioi": "circuit_of_ioi",
     "coffee_everywhere": "coffee_everywhere",
     "context_shapes_predictions": "context_shapes_predictions",
     "contrast": "contrast",
