@@ -216,21 +216,27 @@ def draw(table: Any, effects: pd.DataFrame) -> Any:
     names = list(dict.fromkeys(effects["feature"]))
     controls = table[(table["draw"] >= 0) & (table["row"] > 0)]
     means = controls.groupby(["feature", "edit", "draw"])["logprob_delta"].mean()
-    for row in effects.to_dict("records"):
+    records = effects.to_dict("records")
+    last = records[-1]
+    for row in records:
         side = -0.15 if row["edit"] == "to 0" else 0.15
         height = names.index(row["feature"]) + side
         colour = COLOURS[row["edit"]]
         draws = means.loc[row["feature"], row["edit"]]
-        axes.plot(draws, [height] * len(draws), ".", color="#8a8f98", markersize=4, alpha=0.6)
+        drawn = f"one of {DRAWS} random features, as long" if row is last else None
+        axes.plot(
+            draws, [height] * len(draws), ".", color="#8a8f98", ms=4, alpha=0.6, label=drawn
+        )
         axes.plot([row["effect_low"], row["effect_high"]], [height] * 2, color=colour, lw=1.5)
         label = row["edit"] if height < 0.5 else None
         axes.plot(row["effect"], height, "D", color=colour, markersize=6, label=label)
     axes.axvline(0, color="#8a8f98", linewidth=0.8)
     axes.set_yticks(range(len(names)), [f"feature {name}" for name in names])
     axes.invert_yaxis()
+    axes.set_title(f"What clamping a feature does to {COFFEE!r} in 11 sentences", loc="left")
     axes.set_xlabel(f"change of the log-probability of {COFFEE!r} (nats), mean over sentences")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
