@@ -305,6 +305,9 @@ def outcomes(lm, folder):
             {f"resid_post.{n}": torch.eye(32) for n in range(MANY)}, {}, hk.ranks(run)
         ),
     )
+    sums = {f"resid_post.{n}": torch.ones(2, 4, 32) for n in range(MANY)}
+    about = {"texts": long_text}
+    yield "JacobianLens", hk.types.JacobianLens(sums, (MANY, MANY), {}, (1, 2, 3, 4), about=about)
     yield "Scan", hk.scan(lm, prompts)
     yield "Report", hk.report(long_text, *[hk.ranks(run)] * MANY)
     yield "Difference", hk.model_diff(lm, lm, prompts[:20], hooks_after=hk.ban(7))
