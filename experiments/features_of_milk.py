@@ -224,9 +224,7 @@ def draw(table: Any, effects: pd.DataFrame) -> Any:
         colour = COLOURS[row["edit"]]
         draws = means.loc[row["feature"], row["edit"]]
         drawn = f"one of {DRAWS} random features, as long" if row is last else None
-        axes.plot(
-            draws, [height] * len(draws), ".", color="#8a8f98", ms=4, alpha=0.6, label=drawn
-        )
+        axes.plot(draws, [height] * len(draws), ".", color="#8a8f98", ms=4, alpha=0.6, label=drawn)
         axes.plot([row["effect_low"], row["effect_high"]], [height] * 2, color=colour, lw=1.5)
         label = row["edit"] if height < 0.5 else None
         axes.plot(row["effect"], height, "D", color=colour, markersize=6, label=label)
