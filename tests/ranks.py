@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from dictionaries import random_weights, write
 from transformers import AutoModelForCausalLM
 
 import hookkit as hk
@@ -87,6 +88,26 @@ def steered(lm):
         vector = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         found[site] = hk.forward(lm, IDS, hk.steer(site, vector)).logits
         found[f"{site} projected out"] = hk.forward(lm, IDS, hk.project_out(site, vector)).logits
+    return found
+
+
+def featured(lm):
+    """Features of a dictionary, captured and edited, in a forward and while text is written."""
+    folder = FOLDER / "dictionaries" / f"{lm.family.name}-{RANK}"
+    write(folder, "topk", random_weights("topk", d=lm.sizes["d_model"]))
+    own = lm.with_dictionaries(hk.load_dictionary(folder), check=False)
+    features = hk.forward(own, IDS, hk.capture("feat.resid_post.1"))["feat.resid_post.1"]
+    active = features[0, 2].topk(2).indices.tolist()
+    found = {"features": features}
+    for number, hook in enumerate(
+        [
+            hk.ablate("feat.resid_post.1", units=active),
+            hk.scale(f"feat.resid_post.1.{active[0]}", -3.0, pos=slice(1, 4)),
+            hk.patch("feat.resid_post.1", OTHER),
+        ]
+    ):
+        found[f"edit {number}"] = hk.forward(own, IDS, hook).logits
+    found["text"] = hk.generate(own, IDS, hk.scale(f"feat.resid_post.1.{active[0]}", -3.0), **GREEDY).tokens
     return found
 
 
@@ -260,6 +281,7 @@ CHECKS = [
     ablated,
     patched,
     steered,
+    featured,
     generated,
     drawn,
     traced,

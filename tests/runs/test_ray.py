@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from conftest import tiny
+from dictionaries import write
 
 import hookkit as hk
 from hookkit.errors import ActorLost, BadHook, OtherModel, Unsupported
@@ -128,6 +129,28 @@ def test_a_harvest_on_actors_is_that_of_one_process_byte_for_byte(
     )  # which is four
     assert files(tmp_path / "a") == files(undisturbed) and rows_once(found)
     assert ray.is_initialized()  # what the program initialised is its own to end
+
+
+def test_features_of_a_dictionary_on_actors_are_those_of_one_process(cluster, small, tmp_path):
+    dictionary = hk.load_dictionary(write(tmp_path / "sae", "topk"))
+    own = small.with_dictionaries(dictionary, check=False)
+    sites = ["feat.resid_post.1", "feat.resid_post.1.7", "resid_post.1"]
+    for name, engine in (("here", None), ("there", hk.Ray(actors=2))):
+        texts = killing.texts()[:60]
+        hk.harvest(own, texts, sites, tmp_path / name, batch_tokens=64, engine=engine, progress=False)
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+
+    def hooks(feature: int, by: float):
+        return hk.scale(f"feat.resid_post.1.{feature}", by)
+
+    grid = {"feature": [3, 7, 30, 90], "by": [0.0, 2.0]}
+    prompts = killing_sweeps.PROMPTS
+    here, there = (
+        hk.sweep(own, prompts, grid, hooks, hk.metrics.logit(5), engine=engine, progress=False)
+        for engine in (None, hk.Ray(actors=2))
+    )
+    pd.testing.assert_frame_equal(there, here, check_exact=True)
+    assert (here["logit_delta"] != 0).any()
 
 
 @pytest.mark.parametrize("kind", ["steer", "model"])
