@@ -1,9 +1,9 @@
 """Which scorer finds the most faithful circuit of the indirect object, and is it the only one?
 
 Each scorer ranks all edges of the default model on some pairs of indirect-object sentences. Then
-circuits of MIB's ten sizes run on other pairs, with all other edges at their corrupted values. CPR is the
-area under a scorer's curve and CMD the area between it and 1 (the benchmark MIB: Mueller et al.
-2025). A scorer is worth its cost if its CMD is below that of the plain gradient
+circuits of MIB's ten sizes run on other pairs, with all other edges at their corrupted values. CPR
+is the area under a scorer's curve and CMD the area between it and 1 (the benchmark MIB: Mueller et
+al. 2025). A scorer is worth its cost if its CMD is below that of the plain gradient
 (EAP) and of random circuits. The circuit is not the only one if two scorers' circuits of one size
 are both faithful and the edges that they share are not.
 
@@ -72,8 +72,8 @@ def main() -> None:
         results.figure(
             "faithfulness",
             draw(curves),
-            caption="1 is the whole model, 0 the corrupted prompts. Bands are 95 % intervals; that of "
-            "random circuits reaches from the lowest draw to the highest.",
+            caption="1 is the whole model, 0 the corrupted prompts. Bands are 95 % intervals; that "
+            "of random circuits reaches from the lowest draw to the highest.",
         )
         caption = "CPR is higher, CMD lower for better circuits; 95 % intervals over the pairs."
         results.table("areas", areas.round(3), caption=caption)
@@ -207,8 +207,8 @@ def answer(tables: Mapping[str, Any]) -> str:
     return (
         f"{verdict}, on {curves['n'].iloc[0]} pairs that were not scored. {' '.join(sentences)} "
         f"The mask was trained for {MASK_STEPS} steps. Of {len(drawn)} draws of random "
-        f"circuits, the best has CMD {drawn['cmd'].min():.3f} and CPR {drawn['cpr'].max():.2f}, and "
-        f"what {plain} leaves out CPR "
+        f"circuits, the best has CMD {drawn['cmd'].min():.3f} and CPR {drawn['cpr'].max():.2f}, "
+        f"and what {plain} leaves out CPR "
         f"{max(0.0, without['cpr']):.2f}. At {SIZE:.0%} of the edges, the circuits of "
         f"{nearest['first']} and {nearest['second']} share {nearest['jaccard']:.0%} of their edges "
         f"(by chance {nearest['jaccard_by_chance']:.0%}) and are "
