@@ -25,6 +25,7 @@ import hookkit as hk
 
 SEED, DRAWS, CANDIDATES = 0, 40, 6
 COFFEE, MILK = " coffee", "I like oat milk in my"
+TEXTS = "55_open_qa"  # of the labelled texts
 QUESTION = f'Which features make "{COFFEE}" likely after "{MILK}"?'
 PROMPTS = [
     MILK, "She always puts sugar in her", "He likes a little cream in his",
@@ -47,14 +48,18 @@ def main(folder: str = "results/features_of_milk") -> None:
         screened = screen(lm, dictionary)
         chosen = screened["feature"].head(CANDIDATES).tolist()
         site = f"feat.{dictionary.site}"
-        words = hk.feature(
-            lm, PROMPTS, [f"{site}.{number}" for number in chosen], effects=0, progress=False
-        ).summary
-        features = screened.merge(words[["feature", "promoted"]], on="feature", how="left")
+        corpus = hk.datasets.labelled(TEXTS, 200)["text"].tolist()
+        report = hk.feature(
+            lm, corpus, [f"{site}.{number}" for number in chosen], effects=0, progress=False
+        )
+        words = report.summary.merge(fires_on(report), on="feature", how="left")
+        words = words[["feature", "promoted", "fires_on"]]
+        features = screened.merge(words, on="feature", how="left")
         caption = (
             f"Every feature that is active in “{MILK}”, switched off: change of the "
-            f"log-probability of {COFFEE!r}. direct: its share of the logit. promoted: of the "
-            "candidates."
+            f"log-probability of {COFFEE!r}. direct: its share of the logit. Of the candidates: "
+            f"promoted, by its decoder row; fires_on, the tokens at which it is largest in "
+            f"{len(corpus)} questions and answers."
         )
         results.table("features", features, caption=caption)
         table = measure(lm, dictionary, chosen)
@@ -71,6 +76,17 @@ def main(folder: str = "results/features_of_milk") -> None:
         results.figure("effects_figure", draw(table, effects), caption=caption)
         results.answer(answer({"effects": effects, "features": features}))
     print(results.answered)
+
+
+def fires_on(report: hk.types.FeatureReport) -> pd.DataFrame:
+    """The most frequent tokens among those at which each feature is largest."""
+    examples: Any = report.tables["examples"]
+    top = examples[examples["kind"] == "top"]
+    records = []
+    for feature, tokens in top.groupby("feature")["token"]:
+        frequent = tokens.value_counts().index[:3]
+        records.append({"feature": feature, "fires_on": " ".join(map(repr, frequent))})
+    return pd.DataFrame(records, columns=["feature", "fires_on"])
 
 
 def coffee(run: hk.types.Run) -> pd.DataFrame:
@@ -188,7 +204,7 @@ def answer(tables: Mapping[str, Any]) -> str:
     ]
     for row in off[works].to_dict("records"):
         words.append(
-            f"Feature {row['feature']} (it promotes {features.loc[row['feature'], 'promoted']}): "
+            f"Feature {row['feature']}, which fires on {features.loc[row['feature'], 'fires_on']}: "
             f"{row['effect']:+.2f} nats [{row['effect_low']:+.2f}, {row['effect_high']:+.2f}], its "
             f"control {row['control']:+.2f}; after “{MILK}” the rank goes from "
             f"{row['rank_before']:.0f} to {row['rank_after']:.0f}."
