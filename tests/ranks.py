@@ -107,7 +107,9 @@ def featured(lm):
         ]
     ):
         found[f"edit {number}"] = hk.forward(own, IDS, hook).logits
-    found["text"] = hk.generate(own, IDS, hk.scale(f"feat.resid_post.1.{active[0]}", -3.0), **GREEDY).tokens
+    found["text"] = hk.generate(
+        own, IDS, hk.scale(f"feat.resid_post.1.{active[0]}", -3.0), **GREEDY
+    ).tokens
     return found
 
 

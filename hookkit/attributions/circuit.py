@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,9 @@ from .edge_graph import (
     graph_of_model,
     graph_of_names,
 )
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 MASK = "mask"  # the column of hk.edge_mask
 NODE_SITES = ("z", "mlp_out")
@@ -148,6 +151,28 @@ class Circuit:
         if (mask & ~graph.allowed).any():
             raise OtherModel("the circuit has edges that this model lacks: it is of another model")
         return mask
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """Returns the circuit as a graph of networkx, which graphviz can draw.
+
+        Its nodes are "embed", heads "z.9.3", MLPs "mlp_out.9" and "logits". An edge has the score,
+        and its key is what reads: "q", "k" or "v" of a head, "mlp_in" or "logits". A key or value
+        that several heads share is an edge to each of them. A circuit of nodes has no edges.
+        `networkx.nx_agraph.to_agraph(graph).draw("circuit.svg", prog="dot")` draws it where
+        pygraphviz is installed.
+        """
+        import networkx as nx
+
+        graph = nx.MultiDiGraph(metric=self.metric, direction=self.direction)
+        if self.kind == "nodes":
+            for row in self.chosen.to_dict("records"):
+                graph.add_node(row["node"], score=row["score"])
+            return graph
+        for row in self.chosen.to_dict("records"):
+            reader = row["receiver"].partition(".")[0]
+            for node in self._graph.nodes_of(row["receiver"]) or [LOGITS]:
+                graph.add_edge(row["sender"], node, key=reader, score=row["score"])
+        return graph
 
     # ---- the JSON of the benchmark MIB
 

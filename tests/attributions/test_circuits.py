@@ -2,6 +2,7 @@
 
 import json
 
+import networkx
 import numpy as np
 import pandas as pd
 import pytest
@@ -711,3 +712,19 @@ def test_scores_of_some_edges_have_no_paths_and_no_controls(llama):
         assert torch.equal(logits, hk.run_circuit(llama, CLEAN, CORRUPTED, left_out).logits)
         with pytest.raises(BadHook, match="controls need all of them"):
             hk.faithfulness(llama, CLEAN, CORRUPTED, some, DIFF, draws=0)
+
+
+def test_a_circuit_is_a_graph_of_networkx_whose_paths_lead_from_the_embedding_to_the_logits(llama):
+    circuit = some_of(all_edges(llama), share=0.3)
+    graph = circuit.to_networkx()
+    n_shared = llama.sizes["head"] // llama.sizes["kv_head"]
+    counts = circuit.chosen["receiver"].str[0].value_counts()
+    expected = counts.sum() + (n_shared - 1) * (counts["k"] + counts["v"])
+    assert graph.number_of_edges() == expected and n_shared == 2
+    row = circuit.chosen[circuit.chosen["receiver"].str.startswith("k.1.1")].iloc[0]
+    for head in (2, 3):  # which share this key
+        assert graph.edges[row["sender"], f"z.1.{head}", "k"]["score"] == row["score"]
+    assert networkx.is_directed_acyclic_graph(graph)
+    assert networkx.has_path(graph, "embed", "logits")
+    nodes = hk.Circuit(pd.DataFrame({"node": ["z.0.1"], "score": [2.0], "in_circuit": [True]}))
+    assert list(nodes.to_networkx().nodes(data="score")) == [("z.0.1", 2.0)]

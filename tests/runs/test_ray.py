@@ -137,7 +137,9 @@ def test_features_of_a_dictionary_on_actors_are_those_of_one_process(cluster, sm
     sites = ["feat.resid_post.1", "feat.resid_post.1.7", "resid_post.1"]
     for name, engine in (("here", None), ("there", hk.Ray(actors=2))):
         texts = killing.texts()[:60]
-        hk.harvest(own, texts, sites, tmp_path / name, batch_tokens=64, engine=engine, progress=False)
+        hk.harvest(
+            own, texts, sites, tmp_path / name, batch_tokens=64, engine=engine, progress=False
+        )
     assert files(tmp_path / "there") == files(tmp_path / "here")
 
     def hooks(feature: int, by: float):
