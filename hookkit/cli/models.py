@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PANEL = "Models"
+DICTIONARY_SITE = "resid_post.12"  # that of the default model's dictionary
 
 
 @command("hookkit sites 'resid*' --model HuggingFaceTB/SmolLM2-135M", panel=PANEL)
@@ -337,7 +338,7 @@ class TrainingOptions:
 def dictionary(
     model: ModelOptions,
     options: TrainingOptions,
-    site: Annotated[str, Option(help="The site, in one block.")] = "resid_post.12",
+    site: Annotated[str, Option(help="The site, in one block.")] = DICTIONARY_SITE,
     texts: Annotated[
         str | None,
         Option(metavar="FILE", help="A text a line: .txt, .jsonl; labelled texts if left out."),
@@ -353,17 +354,19 @@ def dictionary(
     Without options it makes the one that hk.load_dictionary() loads, in less than an hour.
     The same command continues after an interruption.
     """
-    from ..features.default_dictionary import make_dictionary, mixed_texts, shuffled_texts
-    from ..features.dictionary_files import DEFAULT_SITE, default_dictionary_folder
-    from ..features.training import QUALITY
-
-    is_default = model.model is None and texts is None and site == DEFAULT_SITE
+    is_default = model.model is None and texts is None and site == DICTIONARY_SITE
     if out is None and not is_default:
         raise BadFile("with --model, --texts or --site, say the folder of the dictionary: --out")
-    folder = default_dictionary_folder() if out is None else out
-    check_result_folder("--out", folder)
+    if out is not None:
+        check_result_folder("--out", out)
     if texts is not None:
         _check_text_file(texts)
+    from ..features.default_dictionary import make_dictionary, mixed_texts, shuffled_texts
+    from ..features.dictionary_files import default_dictionary_folder
+    from ..features.training import QUALITY
+
+    folder = default_dictionary_folder() if out is None else out
+    check_result_folder("--out", folder)
 
     def report(text: str) -> None:
         if not quiet:

@@ -279,7 +279,8 @@ def test_ctrl_c_ends_every_command_with_a_word_and_130(hookkit, name, monkeypatc
     ban = [MILK, "--ban", " tea"]
     words = {"harvest": [str(tmp_path / "texts.txt"), "z.1", "--out", str(tmp_path / "a")], "shift": ban, "compare": ban,
              "steer": [MILK, "--toward", "good", "--away", "bad"], "sweep ablations": [MILK, "z", "--token", " tea"],
-             "sweep patching": [MILK, MILK, "z", "--token", " tea"], "patch": [MILK, MILK], "sites": [], "doctor": [], "dictionary": ["--out", str(tmp_path / "b")], "eval": ["arc_easy"], "diff": ["default", "default", MILK]}  # fmt: skip
+             "sweep patching": [MILK, MILK, "z", "--token", " tea"], "patch": [MILK, MILK], "sites": [], "doctor": [], "dictionary": ["--out", str(tmp_path / "b")], "eval": ["arc_easy"],
+             "feature": ["feat.resid_post.12.7", "--texts", str(tmp_path / "texts.txt")], "diff": ["default", "default", MILK]}  # fmt: skip
     done = hookkit(*name.split(), *words.get(name, [MILK]))
     assert done.exit_code == 130 and not done.stdout
     assert done.stderr.startswith("hookkit: interrupted") and len(done.stderr.splitlines()) == 1

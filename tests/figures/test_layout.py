@@ -200,6 +200,40 @@ def watched_means(kind: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return summary.assign(logprob_delta_low=low, logprob_delta_high=high), watched
 
 
+def faithfulness(kind: str) -> pd.DataFrame:
+    count = {"many": 40, "one": 1}.get(kind, 10)
+    sizes = np.geomspace(0.001, 1, count) if count > 1 else np.array([0.5])
+    arms = [("circuit", 0), ("random", 0), ("random", 1), ("complement", 0)]
+    table = pd.DataFrame(
+        [(*arm, size) for arm in arms for size in sizes], columns=["circuit", "draw", "size"]
+    )
+    values = spoil(kind, np.random.default_rng(0).uniform(-0.1, 1.2, len(table)))
+    return table.assign(
+        faithfulness=values, faithfulness_low=values - 0.1, faithfulness_high=values + 0.1, n=16
+    )
+
+
+def circuit_edges(kind: str) -> pd.DataFrame:
+    layers, heads = {"many": (30, 9), "one": (1, 1)}.get(kind, (4, 3))
+    senders, receivers = ["embed"], []
+    for layer in range(layers):
+        for head in range(heads):
+            receivers += [f"{name}.{layer}.{head}" for name in "qkv"]
+            senders.append(f"z.{layer}.{head}")
+        senders.append(f"mlp_out.{layer}")
+        receivers.append(f"mlp_in.{layer}")
+    edges = [(sender, receivers[7 * n % len(receivers)]) for n, sender in enumerate(senders)]
+    edges += [(sender, "logits") for sender in senders[::2]]
+    table = pd.DataFrame(edges, columns=["sender", "receiver"])
+    return table.assign(score=np.random.default_rng(0).normal(0, 1, len(edges)), in_circuit=True)
+
+
+def histogram(kind: str) -> pd.DataFrame:
+    low = np.linspace(0, {"long": 1e6}.get(kind, 40), 20)
+    counts = {"one": [1] + [0] * 19, "many": list(range(0, 20_000_000, 1_000_000))}
+    return pd.DataFrame({"low": low, "high": low + low[1], "count": counts.get(kind, [9] * 20)})
+
+
 def diff_sites(kind: str) -> pd.DataFrame:
     layers = {"many": 80, "one": 1}.get(kind, 12)
     cells = list(itertools.product(["resid_post", "attn_out", "mlp_out"], range(layers)))
@@ -250,6 +284,8 @@ MAKERS = {
         hk.stats.calibration(*answers(kind))
     ),
     "roc_curves": lambda kind: hk.figures.roc_curves(curves(kind)),
+    "faithfulness_curve": lambda kind: hk.figures.faithfulness_curve(faithfulness(kind)),
+    "circuit_graph": lambda kind: hk.figures.circuit_graph(circuit_edges(kind)),
 }
 REPORT_MAKERS = {
     "rank_against_rank": lambda kind: reports.rank_against_rank(rank_parts(kind)),
@@ -259,6 +295,7 @@ REPORT_MAKERS = {
     "diff_through_layers": lambda kind: reports.diff_through_layers(diff_sites(kind), 1e-4),
     "token_bars": lambda kind: reports.token_bars(diff_tokens(kind)),
     "stream_map": lambda kind: reports.stream_map(diff_stream(kind)),
+    "activation_histogram": lambda kind: reports.activation_histogram(histogram(kind)),
 }
 
 
@@ -284,6 +321,8 @@ EMPTY = {
         hk.stats.calibration(*answers("plain")).head(0)
     ),
     "roc_curves": lambda: hk.figures.roc_curves({}),
+    "faithfulness_curve": lambda: hk.figures.faithfulness_curve(faithfulness("plain").head(0)),
+    "circuit_graph": lambda: hk.figures.circuit_graph(circuit_edges("plain").head(0)),
 }
 
 

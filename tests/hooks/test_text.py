@@ -93,7 +93,7 @@ def test_a_hook_without_a_short_form_is_spelled_as_json():
 
 
 def test_every_verb_but_that_of_a_function_can_be_written():
-    assert {*PARSERS} == {*HOOK_TYPES} - {"edit", "randomised"}
+    assert {*PARSERS} == {*HOOK_TYPES} - {"edit", "randomised", "swap_concept"}
     with pytest.raises(BadHook, match="an edit needs a function, which no text holds"):
         hk.parse_hook("edit:mlp_out.3")
 
