@@ -97,13 +97,14 @@ def featured(lm):
     write(folder, "topk", random_weights("topk", d=lm.sizes["d_model"]))
     own = lm.with_dictionaries(hk.load_dictionary(folder), check=False)
     features = hk.forward(own, IDS, hk.capture("feat.resid_post.1"))["feat.resid_post.1"]
+    source = hk.forward(own, OTHER, hk.capture("feat.resid_post.1"))
     active = features[0, 2].topk(2).indices.tolist()
     found = {"features": features}
     for number, hook in enumerate(
         [
             hk.ablate("feat.resid_post.1", units=active),
             hk.scale(f"feat.resid_post.1.{active[0]}", -3.0, pos=slice(1, 4)),
-            hk.patch("feat.resid_post.1", OTHER),
+            hk.patch("feat.resid_post.1", source),
         ]
     ):
         found[f"edit {number}"] = hk.forward(own, IDS, hook).logits

@@ -44,6 +44,7 @@ ANSWERED = {
     "where_is_paris": "where_is_paris",
     "benchmarks.attention": "benchmarks_attention",
     "benchmarks.conditions": "benchmarks_conditions",
+    "benchmarks.features": "benchmarks_features",
     "benchmarks.gradients": "benchmarks_gradients",
     "benchmarks.grammar": "benchmarks_grammar",
     "benchmarks.harvest": "benchmarks_harvest",
