@@ -34,7 +34,6 @@ AFTER_THE_ADD = (
     "a norm stands after each addition, so that the stream is not the sum of what was added"
 )
 POST_NORM = dict.fromkeys(("sum", "one stream"), AFTER_THE_ADD)
-IN_PIECES = "transformers' generate decodes sound in pieces, and hk.generate raises"
 SHARED_EMBEDDING = {
     "embed": "encoder and decoder call one embedding module; resid_pre.0 is what it gives"
 }
@@ -173,8 +172,7 @@ def whisper(config: Any) -> Family:
     locations["pos_embed"] = output_of("model.encoder.embed_positions")
     reason = {"embed": "the encoder reads sound: its first layers are convolutions"}
     encoder = replace(encoder, locations=locations, missing={**encoder.missing, **reason})
-    exceptions = dict.fromkeys(("writing", "without cache"), IN_PIECES)
-    return replace(row, stacks={"encoder": encoder}, exceptions=exceptions)
+    return replace(row, stacks={"encoder": encoder})
 
 
 # ---- T5Gemma
