@@ -188,7 +188,8 @@ def answer(tables: Mapping[str, Any]) -> str:
         reached = curves[(curves["scorer"] == name) & (curves["faithfulness"] >= FAITHFUL)]
         size = f"from {reached['size'].min():.1%} of the edges on" if len(reached) else "never"
         sentences.append(
-            f"{name}: CMD {row['cmd']:.3f}, CPR {row['cpr']:.2f} "
+            f"{name}: CMD {row['cmd']:.3f} ({row['cmd_low']:.3f} to {row['cmd_high']:.3f}), CPR "
+            f"{row['cpr']:.2f} "
             f"({row['cpr_low']:.2f} to {row['cpr_high']:.2f}), {FAITHFUL:.0%} faithful {size}, "
             f"{row['rows']:.0f} rows of forwards."
         )

@@ -26,9 +26,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
+from ..errors import BadHook, EmptySelection, OutOfRange, Unsupported, did_you_mean
 from ..hooks.base import Hook
-from ..hooks.capture import Capture, capture, swap_head_and_query
+from ..hooks.capture import Capture, Captured, capture, swap_head_and_query
+from ..hooks.edits import edit
 from ..models.dictionaries import find_dictionary
 from ..models.experts import NEURONS
 from ..models.lm import LM
@@ -64,6 +65,8 @@ from .backward import (
 from .qk import QK_SITES, qk_effects
 
 NO_UNIT = -1  # what a dictionary does not explain; the column has no number there
+ADDED = ("attn_out", "mlp_out")  # what a block adds to the stream
+OUTSIDE_BLOCKS = ("resid", "embed", "pos_embed", "final_norm", "logits", "lm_head", "feat.")
 BATCH = 16  # prompts of one backward: the graph of each is in memory until then
 
 
@@ -80,7 +83,7 @@ def attribution(
     heads: Iterable[int] | None = None,
     pos: Positions = None,
     by: Literal["neuron"] | None = None,
-    method: Literal["gradient", "integrated", "qk_fix"] = "gradient",
+    method: Literal["gradient", "integrated", "qk_fix", "grad_drop"] = "gradient",
     steps: int | None = None,
     points: Points | None = None,
     base_hooks: Hook | Sequence[Hook] = (),
@@ -94,7 +97,10 @@ def attribution(
              et al. 2024), which is closer where the metric is not linear. "qk_fix": for queries and
              keys, the gradient at the pattern times the change of the pattern with the other
              prompt's queries or keys (AtP*: Kramár et al. 2024, 3.1.1), which is right where a
-             softmax is saturated; the keys of a cell are inserted together
+             softmax is saturated; the keys of a cell are inserted together. "grad_drop": the mean
+             size of the estimates with the gradient through one block left out, a backward for each
+             block, which does not miss effects that cancel between two paths (AtP*, 3.1.2); its
+             sign is that of "gradient"
     steps    for "integrated": how many runs, 5 by default
     points   for "integrated": where on the path. "start" (the default), the paper's own points:
              `steps` equal parts, each at its start, the first of which is the prompt patched into.
@@ -108,8 +114,7 @@ def attribution(
     (the estimate), `_target`, `_effect`; the value is `_before` plus `_delta`. The estimate is
     wrong where the gradient vanishes and the effect does not (a saturated pattern), or where the
     inserted value is far away (early in the stream); `compare_attributions` measures by how much.
-    "qk_fix" is the first of AtP*'s two corrections. The other, GradDrop (effects that cancel
-    between a direct and an indirect path), is not available: it takes a backward for each layer.
+    "qk_fix" and "grad_drop" are the two corrections of AtP*.
 
     >>> metric = logit_diff(" Mary", " John")
     >>> table = attribution(lm, clean, corrupted, "attn_out", metric, layers=[9], pos=[-1])
@@ -132,7 +137,13 @@ def attribution(
         _first_order_effects, sites=grid_sites, masks=masks, path=path, by_neuron=by_neuron
     )
     qk_fix = partial(qk_effects, sites=grid_sites, masks=masks)
-    effects = {"gradient": first_order, "integrated": first_order, "qk_fix": qk_fix}[method]
+    grad_drop = partial(_grad_drop_effects, sites=grid_sites, masks=masks, by_neuron=by_neuron)
+    effects = {
+        "gradient": first_order,
+        "integrated": first_order,
+        "qk_fix": qk_fix,
+        "grad_drop": grad_drop,
+    }[method]
     parts = list(map(effects, target.batches(BATCH), source.batches(BATCH)))
     table = _table(target.metric.name, grid, parts, by_neuron)
     table.attrs |= describe_prompts(lm, target.inputs.rows, tokens=True)
@@ -161,6 +172,13 @@ def _check_names(names: Sequence[str], by: str | None, method: str) -> None:
         raise BadHook(
             f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {min(unfit)!r} "
             "is neither"
+        )
+    outside = [name for name in names if name.startswith(OUTSIDE_BLOCKS)]
+    if method == "grad_drop" and outside:
+        raise BadHook(
+            "method='grad_drop' leaves out the gradient through what a block adds to the stream, "
+            f"and {outside[0]!r} is not inside a block: name z, attn_out, mlp_out or another site "
+            "of attention or an MLP"
         )
 
 
@@ -195,6 +213,23 @@ def _first_order_effects(
         result = _mean_over_path(target, sites, captures, end, source_metric, path)
     else:
         result = compute_gradients(target, sites)
+    row_masks = masks[:, list(target.rows)]
+    effects = _effects_of(result, source_values, sites, row_masks, by_neuron=by_neuron)
+    for site, base in bases.items():
+        error = effects[base].flatten(2).sum(-1) - effects[site].sum(-1)
+        effects[site] = torch.cat([effects[site], error[..., None]], dim=-1)
+    return result.metric, source_metric, effects
+
+
+def _effects_of(
+    result: SiteGradients,
+    source_values: Mapping[AnySite, Captured],
+    sites: Sequence[Site],
+    masks: Float[Tensor, "mask row pos"],
+    *,
+    by_neuron: bool,
+) -> dict[AnySite, Float[Tensor, "mask row ..."]]:
+    """Returns (the source's value - the value) times the gradient, summed over positions."""
     effects: dict[AnySite, Tensor] = {}
     for site in sites:
         difference = source_values[site].by_position - result.values[site].by_position.detach()
@@ -205,12 +240,52 @@ def _first_order_effects(
             change = change.sum(-1)
             if site.name in NEURONS and change.ndim == 3:  # the choices of experts
                 change = change.sum(-1)
-        row_masks = masks[:, list(target.rows), : change.shape[1]]
-        effects[site] = torch.einsum("nrp,rp...->nr...", row_masks, change)
-    for site, base in bases.items():
-        error = effects[base].flatten(2).sum(-1) - effects[site].sum(-1)
-        effects[site] = torch.cat([effects[site], error[..., None]], dim=-1)
-    return result.metric, source_metric, effects
+        effects[site] = torch.einsum("nrp,rp...->nr...", masks[..., : change.shape[1]], change)
+    return effects
+
+
+def _grad_drop_effects(
+    target: PromptMetric,
+    source: PromptMetric,
+    sites: Sequence[Site],
+    masks: Float[Tensor, "mask row pos"],
+    by_neuron: bool,
+) -> SiteEffects:
+    """Returns the mean size of the effects with the gradient through one block left out, over all
+    blocks but the site's own, with the sign of the effect to first order."""
+    lm = target.lm
+    if lm.n_layers < 2:
+        raise Unsupported("method='grad_drop' leaves out one block, and this model has no other")
+    source_run = source.run(capture(sites, name=CAPTURE_NAME))
+    values = read_captures(source_run, sites)
+    row_masks = masks[:, list(target.rows)]
+    result = compute_gradients(target, sites)
+    whole = _effects_of(result, values, sites, row_masks, by_neuron=by_neuron)
+    sizes = {site: torch.zeros_like(effect) for site, effect in whole.items()}
+    for layer in range(lm.n_layers):
+        cuts = [edit(site, _detached) for site in _added_sites(lm, layer)]
+        without = compute_gradients(target, sites, *cuts)
+        effects = _effects_of(without, values, sites, row_masks, by_neuron=by_neuron)
+        for site, effect in effects.items():
+            if site.layer != layer:
+                sizes[site] += effect.abs() / (lm.n_layers - 1)
+    signed = {site: size.copysign(whole[site]) for site, size in sizes.items()}
+    return result.metric, source.of_run(source_run), signed
+
+
+def _added_sites(lm: LM, layer: int) -> list[Site]:
+    """Returns the sites of what a block adds to the stream."""
+    sites = [Site(name, layer) for name in ADDED if lm.layout.find(name, layer)]
+    if not sites:
+        raise Unsupported(
+            f"block {layer} of this {lm.family.name} model has neither {' nor '.join(ADDED)}, so "
+            "that method='grad_drop' cannot leave out the gradient through it"
+        )
+    return sites
+
+
+def _detached(values: Tensor) -> Tensor:
+    return values.detach()
 
 
 def _sites_of_dictionaries(lm: LM, sites: Sequence[Site]) -> dict[Site, Site]:

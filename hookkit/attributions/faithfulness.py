@@ -51,7 +51,8 @@ class Faithfulness:
                "none"), draw, size, n_edges, the metric's mean, faithfulness with `_low` and `_high`
                (95 %), n (the prompts)
     areas      for each curve CPR, the area under it (higher is better), with its interval; and CMD,
-               the area between it and 1 (lower is better); by trapezoids over the sizes
+               the area between it and 1 (lower is better), with that of a bootstrap over 10 prompts
+               or more; by trapezoids over the sizes
     n_forwards, n_rows, seconds   what it cost: rows are prompts in forwards
     """
 
@@ -211,8 +212,24 @@ def _areas(arms: Sequence[_Arm], numbers: Float[np.ndarray, "arm prompt"]) -> pd
         area = ratios_of(weights[None] @ (numbers[index] - none), model - none)
         curve = ratios_of(numbers[index] - none, model - none).mean
         cmd = float(weights @ np.abs(1 - curve))
-        records.append((*key, area.mean[0], area.low[0], area.high[0], cmd))
-    return pd.DataFrame(records, columns=[*ARM, "cpr", "cpr_low", "cpr_high", "cmd"])
+        limits = _cmd_limits(weights, numbers[index] - none, model - none)
+        records.append((*key, area.mean[0], area.low[0], area.high[0], cmd, *limits))
+    columns = ["cpr", "cpr_low", "cpr_high", "cmd", "cmd_low", "cmd_high"]
+    return pd.DataFrame(records, columns=[*ARM, *columns])
+
+
+def _cmd_limits(
+    weights: Float[np.ndarray, " size"],
+    kept: Float[np.ndarray, "size prompt"],
+    whole: Float[np.ndarray, " prompt"],
+) -> tuple[float, float]:
+    """Returns the limits of CMD by a bootstrap over the prompts; NaN for fewer than 10."""
+    if len(whole) < intervals.MIN_FOR_INTERVAL:
+        return float("nan"), float("nan")
+    draws = intervals.resampling_weights(len(whole), RESAMPLES, 0)
+    curves = (kept @ draws.T) / (whole @ draws.T)
+    low, high = np.quantile(weights @ np.abs(1 - curves), [0.025, 0.975])
+    return float(low), float(high)
 
 
 # ---- the metric of many circuits

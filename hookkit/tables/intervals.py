@@ -304,7 +304,7 @@ def _bootstrap(
 
     Every cell has the same draws.
     """
-    weights = _weights(over.shape[1], resamples, seed)
+    weights = resampling_weights(over.shape[1], resamples, seed)
     step = max(1, NUMBERS_AT_ONCE // resamples)
     parts = []
     for start in range(0, len(over), step):
@@ -316,7 +316,9 @@ def _bootstrap(
 
 
 @lru_cache(maxsize=8)
-def _weights(count: int, resamples: int, seed: int) -> Float[np.ndarray, "resample value"]:
+def resampling_weights(
+    count: int, resamples: int, seed: int
+) -> Float[np.ndarray, "resample value"]:
     """Returns how often each value is in each draw with replacement, divided by `count`."""
     generator = np.random.default_rng([seed, count])
     draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)

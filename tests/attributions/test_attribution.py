@@ -618,3 +618,64 @@ def test_a_mistake_at_tokens_says_what_to_do(llama):
         hk.token_attribution(llama, CLEAN, DIFF, method="both")
     with pytest.raises(Unsupported, match="take hk.metrics.logprob"):
         hk.token_attribution(llama, CLEAN, hk.metrics.loss((8, 9)))
+
+
+def drop_by_hand(lm, ids, other, path, layer_dropped):
+    """A site's values in both prompts, and the gradient there with a block's contributions detached."""
+    model, kept = lm.model, []
+
+    def keep(module, arguments):
+        values = arguments[0] * 1.0
+        if values.requires_grad:
+            values.retain_grad()
+        kept.append(values)
+        return (values, *arguments[1:])
+
+    def detach(module, arguments, output):
+        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(keep)]
+    block = model.model.layers[layer_dropped]
+    handles += [part.register_forward_hook(detach) for part in (block.self_attn, block.mlp)]
+    try:
+        with torch.no_grad():
+            model(torch.tensor([other]))
+        embeddings = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+        logits = model(inputs_embeds=embeddings).logits[0, -1]
+        (logits[5] - logits[7]).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    other_values, values = kept
+    gradient = torch.zeros_like(values) if values.grad is None else values.grad
+    return ((other_values - values.detach()) * gradient)[0]
+
+
+def test_grad_drop_is_the_mean_size_over_gradients_without_one_block_by_hand():
+    lm = hk.tiny("llama")
+    clean, corrupted = [5, 6, 7, 8, 9], [5, 6, 17, 8, 10]
+    metric = hk.metrics.logit_diff(5, 7)
+    for name, path, n_parts in (("z", "self_attn.o_proj", 4), ("mlp_post", "mlp.down_proj", 1)):
+        table = hk.attribution(
+            lm, [clean], [corrupted], name, metric, direction="noise", method="grad_drop", pos=[-1]
+        )
+        plain = hk.attribution(lm, [clean], [corrupted], name, metric, direction="noise", pos=[-1])
+        for layer in range(3):
+            full = f"model.layers.{layer}.{path}"
+            sizes = [
+                drop_by_hand(lm, clean, corrupted, full, dropped)[-1]
+                .unflatten(-1, (n_parts, -1))
+                .sum(-1)
+                .abs()
+                for dropped in range(3)
+                if dropped != layer
+            ]
+            expected = sum(sizes) / 2
+            own = table[table["layer"] == layer]["logit_diff_delta"].to_numpy()
+            assert abs(own) == pytest.approx(expected.numpy(), abs=1e-4), (name, layer)
+            signs = plain[plain["layer"] == layer]["logit_diff_delta"].to_numpy()
+            assert (own * signs >= 0).all()
+    with pytest.raises(hk.errors.BadHook, match="not inside a block"):
+        hk.attribution(lm, [clean], [corrupted], "resid_pre", metric, method="grad_drop")
+    with pytest.raises(hk.errors.BadHook, match="steps and points"):
+        hk.attribution(lm, [clean], [corrupted], "z", metric, method="grad_drop", steps=3)

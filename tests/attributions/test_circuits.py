@@ -728,3 +728,38 @@ def test_a_circuit_is_a_graph_of_networkx_whose_paths_lead_from_the_embedding_to
     assert networkx.has_path(graph, "embed", "logits")
     nodes = hk.Circuit(pd.DataFrame({"node": ["z.0.1"], "score": [2.0], "in_circuit": [True]}))
     assert list(nodes.to_networkx().nodes(data="score")) == [("z.0.1", 2.0)]
+
+
+def test_cmd_has_the_interval_of_a_bootstrap_over_prompts_or_none_for_few(llama):
+    generator = np.random.default_rng(0)
+    clean = generator.integers(20, 300, (60, 5)).tolist()
+    corrupted = [[*row[:2], (row[2] + 3) % 300, *row[3:]] for row in clean]
+    gaps = []  # the prompts on which the metric moves most, in one direction
+    for prompts in (clean, corrupted):
+        logits = hk.forward(llama, prompts).logits[:, -1]
+        gaps.append(logits[:, 5] - logits[:, 7])
+    best = (gaps[0] - gaps[1]).topk(12).indices.tolist()
+    clean, corrupted = [clean[row] for row in best], [corrupted[row] for row in best]
+    scores = hk.edge_attribution(llama, clean, corrupted, DIFF)
+    sizes = [0.1, 0.4, 1.0]
+    result = hk.faithfulness(llama, clean, corrupted, scores, DIFF, sizes=sizes, draws=0)
+    own = result.areas.set_index("circuit").loc["circuit"]
+    alone = []
+    for first, second in zip(clean, corrupted, strict=True):
+        arms = [hk.circuit(scores, share=size) for size in sizes]
+        runs = [hk.run_circuit(llama, [first], [second], arm) for arm in arms]
+        runs += [hk.forward(llama, [first]), hk.forward(llama, [second])]
+        alone.append([float(run.logits[0, -1, 5] - run.logits[0, -1, 7]) for run in runs])
+    values = np.array(alone).T
+    kept, whole = values[:3] - values[4], values[3] - values[4]
+    areas = []
+    for _ in range(2000):
+        rows = generator.integers(0, 12, 12)
+        curve = np.abs(1 - kept[:, rows].sum(1) / whole[rows].sum())
+        areas.append(np.trapezoid(curve, sizes))
+    low, high = np.quantile(areas, [0.025, 0.975])
+    assert own["cmd_low"] == pytest.approx(low, rel=0.15)
+    assert own["cmd_high"] == pytest.approx(high, rel=0.15)
+    assert own["cmd_low"] <= own["cmd"] <= own["cmd_high"]
+    few = hk.faithfulness(llama, clean[:5], corrupted[:5], scores, DIFF, sizes=sizes, draws=0)
+    assert few.areas["cmd_low"].isna().all()

@@ -68,9 +68,10 @@ def test_a_scorer_ranks_the_planted_edges_first(family, scorer):
     assert set(found) == set(pd.MultiIndex.from_frame(table.loc[planted, ["sender", "receiver"]]))
 
 
-def test_the_same_circuit_of_nodes_is_found_by_attribution():
+@pytest.mark.parametrize("method", ["gradient", "integrated", "grad_drop"])
+def test_the_same_circuit_of_nodes_is_found_by_attribution(method):
     lm = plant("llama")
-    settings = {"direction": "noise", "method": "integrated"}
+    settings = {"direction": "noise", "method": method}
     tables = []
     for site in ("z", "mlp_out"):
         table = hk.attribution(lm, CLEAN, CORRUPTED, site, DIFF, **settings)
