@@ -5,6 +5,7 @@ reader's light or dark theme. No torch, no display, no global state of pyplot.
 """
 
 import io
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -584,6 +585,15 @@ def escape_missing_glyphs(token: str) -> str:
             letter = letter.encode("unicode_escape").decode()
         letters.append(letter)
     return "".join(letters)
+
+
+def _has_font_weight(record: logging.LogRecord) -> bool:
+    """False for matplotlib's message that a fallback font lacks a weight, which changes nothing."""
+    is_of_weight = str(record.msg).startswith("findfont: Failed to find font weight")
+    return not (is_of_weight and any(name in record.getMessage() for name in FALLBACK_FONTS))
+
+
+logging.getLogger("matplotlib.font_manager").addFilter(_has_font_weight)
 
 
 @cache

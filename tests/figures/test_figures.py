@@ -307,13 +307,14 @@ def test_a_character_that_another_installed_font_has_is_drawn(tmp_path, monkeypa
     manager = font_manager.fontManager
     monkeypatch.setattr(manager, "ttflist", list(manager.ttflist))
     manager.addfont(tmp_path / "font.ttf")
+    monkeypatch.setattr(style, "FALLBACK_FONTS", ("Noto Emoji",))  # whatever else is installed
     for cached in (style.fallback_fonts, style._font_characters):
         monkeypatch.setattr(style, cached.__name__, cached.__wrapped__)
     figure = hk.figures.logit_bars(parts)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     drawn(figure)  # without a warning about a missing character
     assert labels[:2] == ["漢", r"\u5b57"]
-    monkeypatch.undo()
+    monkeypatch.setattr(style, "FALLBACK_FONTS", ())
     plain = hk.figures.logit_bars(parts).axes[0].get_yticklabels()
     assert plain[0].get_text() == r"\u6f22"
 
