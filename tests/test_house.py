@@ -193,3 +193,13 @@ def test_git_has_the_tables_and_figures_of_results_and_two_pages():
     assert others == {"README.md", "about.json", "plan.md"}
     for folder in {path.parent for path in paths}:
         assert folder / "README.md" in paths or folder.name == "shift_reports", folder
+
+
+def test_every_protocol_can_be_checked_at_run_time():
+    """The laws run with the types of all annotations checked, and such a check needs it."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            if "Protocol" in [ast.unparse(base).partition("[")[0] for base in node.bases]:
+                assert "runtime_checkable" in map(ast.unparse, node.decorator_list), node.name

@@ -266,9 +266,9 @@ def _grad_drop_effects(
         cuts = [edit(site, _detached) for site in _added_sites(lm, layer)]
         without = compute_gradients(target, sites, *cuts)
         effects = _effects_of(without, values, sites, row_masks, by_neuron=by_neuron)
-        for site, effect in effects.items():
+        for site in sites:
             if site.layer != layer:
-                sizes[site] += effect.abs() / (lm.n_layers - 1)
+                sizes[site] += effects[site].abs() / (lm.n_layers - 1)
     signed = {site: size.copysign(whole[site]) for site, size in sizes.items()}
     return result.metric, source.of_run(source_run), signed
 

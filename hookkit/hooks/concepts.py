@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from .vector import Vector
 PARALLEL = 0.999  # the cosine from which on two vectors have no coordinates of their own
 
 
+@runtime_checkable
 class TokenVectors(Protocol):
     """Gives the direction of a token in the residual stream after a block, as `JacobianLens`."""
 
