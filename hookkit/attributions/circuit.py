@@ -110,9 +110,9 @@ class Circuit:
     def _graph(self) -> EdgeGraph:
         return graph_of_names(list(self.table["sender"]), list(self.table["receiver"]))
 
-    def with_only(self, kept: Bool[np.ndarray, " edge"]) -> Circuit:
+    def with_only(self, kept_edges: Bool[np.ndarray, " edge"]) -> Circuit:
         """Returns the circuit of these rows of the table."""
-        return replace(self, table=self.table.assign(in_circuit=np.asarray(kept, bool)))
+        return replace(self, table=self.table.assign(in_circuit=np.asarray(kept_edges, bool)))
 
     def complement(self) -> Circuit:
         """Returns the circuit of all edges, or scored nodes, that are not in this one."""
@@ -126,28 +126,28 @@ class Circuit:
         """
         draws = random.Random(check_seed(seed))
         if self.kind == "nodes" or self.share in (0.0, 1.0):
-            kept = self.is_inside.tolist()
-            draws.shuffle(kept)
-            return self.with_only(np.array(kept))
+            kept_edges = self.is_inside.tolist()
+            draws.shuffle(kept_edges)
+            return self.with_only(np.array(kept_edges))
         return self._of_mask(self._graph, _random_edges(self._graph, len(self), draws))
 
-    def _of_mask(self, graph: EdgeGraph, kept: Mask) -> Circuit:
+    def _of_mask(self, graph: EdgeGraph, kept_edges: Mask) -> Circuit:
         senders = graph.find_senders(self.table["sender"])
-        return self.with_only(kept[senders, graph.find_receivers(self.table["receiver"])])
+        return self.with_only(kept_edges[senders, graph.find_receivers(self.table["receiver"])])
 
     def mask(self, graph: EdgeGraph) -> Mask:
         """Returns which edges of a model's graph are in the circuit.
 
         Raises `OtherModel` if the model lacks one.
         """
-        kept = self.table[self.is_inside]
+        kept_edges = self.table[self.is_inside]
         if self.kind == "nodes":
             nodes = ~np.isin(graph.senders, self.table["node"].tolist())
-            nodes[graph.find_senders(kept["node"])] = True
+            nodes[graph.find_senders(kept_edges["node"])] = True
             return graph.between(nodes)
         mask = np.zeros_like(graph.allowed)
-        senders = graph.find_senders(kept["sender"])
-        mask[senders, graph.find_receivers(kept["receiver"])] = True
+        senders = graph.find_senders(kept_edges["sender"])
+        mask[senders, graph.find_receivers(kept_edges["receiver"])] = True
         if (mask & ~graph.allowed).any():
             raise OtherModel("the circuit has edges that this model lacks: it is of another model")
         return mask
@@ -304,9 +304,9 @@ def score_table(scores: pd.DataFrame) -> Circuit:
 
 def _node_scores(scores: pd.DataFrame, values: Float[np.ndarray, " row"]) -> pd.DataFrame:
     """Returns the score of each node: the sum over positions, the mean over prompts."""
-    others = set(scores["site"]) - set(NODE_SITES)
-    if others:
-        raise BadHook(f"{sorted(others)} are no nodes: score the sites ['z', 'mlp_out']")
+    unknown_sites = set(scores["site"]) - set(NODE_SITES)
+    if unknown_sites:
+        raise BadHook(f"{sorted(unknown_sites)} are no nodes: score the sites ['z', 'mlp_out']")
     columns = [name for name in ("site", "layer", "head") if name in scores.columns]
     cells = scores[columns].to_numpy(object).tolist()
     names = []
@@ -331,23 +331,23 @@ def choose(
     """Returns the best edges or nodes of a table of scores, pruned; there may be none."""
     scores = table.table["score"].to_numpy(float)
     merits = {None: np.abs(scores), "negative": -scores, "positive": scores}[signed]
-    kept = np.zeros(len(scores), bool)
+    kept_edges = np.zeros(len(scores), bool)
     if table.kind == "nodes":
         if greedy:
             raise BadHook("greedy=True follows edges, and these are nodes: leave it out")
-        kept[np.argsort(-merits, kind="stable")[:count]] = True
-        return table.with_only(kept)
+        kept_edges[np.argsort(-merits, kind="stable")[:count]] = True
+        return table.with_only(kept_edges)
     if not table._graph.is_complete:
         raise BadHook(
             f"scores are of {len(scores)} edges, which are not all of a model, so that it is not "
             "known which of them are on a path: give every edge a score, such as 0"
         )
     if greedy:
-        kept[_greedy_edges(table, merits, count)] = True
+        kept_edges[_greedy_edges(table, merits, count)] = True
     else:
-        kept[np.argsort(-merits, kind="stable")[:count]] = True
+        kept_edges[np.argsort(-merits, kind="stable")[:count]] = True
     graph = table._graph
-    return table._of_mask(graph, graph.prune(table.with_only(kept).mask(graph)))
+    return table._of_mask(graph, graph.prune(table.with_only(kept_edges).mask(graph)))
 
 
 def _greedy_edges(table: Circuit, merits: Float[np.ndarray, " edge"], count: int) -> list[int]:
@@ -378,12 +378,14 @@ def _greedy_edges(table: Circuit, merits: Float[np.ndarray, " edge"], count: int
 
 def _random_edges(graph: EdgeGraph, count: int, draws: random.Random) -> Mask:
     """Returns `count` random edges; fewer if no more fit on paths."""
-    kept = np.zeros_like(graph.allowed)
+    kept_edges = np.zeros_like(graph.allowed)
     senders_of = [np.flatnonzero(column).tolist() for column in graph.allowed.T]
     receivers_of = [np.flatnonzero(column).tolist() for column in graph.readers.T]
     logits, embedding = graph.receivers.index(LOGITS), graph.senders.index(EMBEDDING)
     left = count
     for _ in range(count + 100):
+        if not left:
+            break
         path: list[tuple[int, int]] = []
         receiver, sender = logits, -1
         while sender != embedding:
@@ -391,12 +393,12 @@ def _random_edges(graph: EdgeGraph, count: int, draws: random.Random) -> Mask:
             path.append((sender, receiver))
             if sender != embedding:
                 receiver = draws.choice(receivers_of[sender])
-        new = [edge for edge in path if not kept[edge]]
+        new = [edge for edge in path if not kept_edges[edge]]
         if len(new) <= left:
             left -= len(new)
             for edge in new:
-                kept[edge] = True
-    free = np.argwhere(graph.between(kept.sum(axis=1) > 0) & ~kept).tolist()
+                kept_edges[edge] = True
+    free = np.argwhere(graph.between(kept_edges.sum(axis=1) > 0) & ~kept_edges).tolist()
     for edge in draws.sample(free, min(left, len(free))):
-        kept[tuple(edge)] = True
-    return kept
+        kept_edges[tuple(edge)] = True
+    return kept_edges

@@ -88,10 +88,10 @@ def run_circuit(
             f"{len(circuits)} circuits for {len(rows)} prompts: give one for each, or one"
         )
     model = CircuitModel.of(lm, rows, corrupted_rows)
-    masks = {id(each): each.mask(model.graph) for each in circuits}
-    kept = np.stack([masks[id(each)] for each in circuits])
+    masks = {id(member): member.mask(model.graph) for member in circuits}
+    kept_edges = np.stack([masks[id(member)] for member in circuits])
     ablated = model.ablated_values([corrupted_rows], ablate)(corrupted_rows)
-    return model.run(rows, kept, ablated, *captures, logits=logits)
+    return model.run(rows, kept_edges, ablated, *captures, logits=logits)
 
 
 Values: TypeAlias = Mapping[AnySite, Tensor]
@@ -131,22 +131,22 @@ class CircuitModel:
     def run(
         self,
         rows: Sequence[Row],
-        kept: Bool[np.ndarray, "row sender receiver"],
+        kept_edges: Bool[np.ndarray, "row sender receiver"],
         ablated: Values,
         *captures: Hook,
         logits: LogitsOption = "last",
         keep_senders: bool = False,
     ) -> Run:
         """Runs prompts with a circuit for each row."""
-        plan = _CircuitPass(self, kept, ablated, keep_senders)
+        plan = _CircuitPass(self, kept_edges, ablated, keep_senders)
         return forward(self.lm, list(rows), *plan.hooks(), *captures, logits=logits)
 
     def hooks_of_mask(self, mask: Float[Tensor, "sender receiver"], ablated: Values) -> list[Hook]:
         """Returns the edits of a run in which each edge carries a mix of its sender's value and
         the ablated one, with weights mask and 1 - mask, through which gradients flow."""
         rows = len(ablated[EMBED_SITE])
-        kept = np.broadcast_to(self.graph.allowed, (rows, *self.graph.allowed.shape))
-        plan = _CircuitPass(self, kept, ablated, keep_senders=True)
+        kept_edges = np.broadcast_to(self.graph.allowed, (rows, *self.graph.allowed.shape))
+        plan = _CircuitPass(self, kept_edges, ablated, keep_senders=True)
         plan.slots = np.arange(len(self.graph.senders))
         missing = torch.from_numpy(self.graph.allowed).to(mask) - mask
         plan.missing = missing.expand(rows, -1, -1)
@@ -165,10 +165,10 @@ class CircuitModel:
         `batches` are all of these prompts, over which means are taken.
         """
         if ablate == "counterfactual":
-            return lambda rows: read_captures_values(self.corrupted_run(rows), self.sender_sites)
+            return lambda rows: captured_tensors(self.corrupted_run(rows), self.sender_sites)
         sums: dict[AnySite, Tensor] = {}
         for rows in batches if ablate == "mean" else [batches[0][:1]]:
-            values = read_captures_values(self.corrupted_run(rows), self.sender_sites)
+            values = captured_tensors(self.corrupted_run(rows), self.sender_sites)
             for site, tensor in values.items():  # zero in the padding of shorter rows
                 sums[site] = sums.get(site, 0) + tensor.double().sum((0, 1), keepdim=True)
         count = sum(map(len, itertools.chain.from_iterable(batches)))
@@ -182,9 +182,11 @@ class CircuitModel:
         Without the embedding's edges, and with all others, the run has to be the corrupted one.
         """
         run = self.corrupted_run([corrupted], logits="all")
-        kept = self.graph.allowed & ~self.graph.is_sender(EMBEDDING)[:, None]
-        ablated = read_captures_values(run, self.sender_sites)
-        logits = self.run([clean], kept[None], ablated, logits="all", keep_senders=True).logits
+        kept_edges = self.graph.allowed & ~self.graph.is_sender(EMBEDDING)[:, None]
+        ablated = captured_tensors(run, self.sender_sites)
+        logits = self.run(
+            [clean], kept_edges[None], ablated, logits="all", keep_senders=True
+        ).logits
         error = float((logits - run.logits).abs().max())
         spread = float(run.logits.std())
         if not error <= TOLERANCES.get(logits.dtype, 1e-3) * spread:
@@ -196,7 +198,7 @@ class CircuitModel:
             )
 
 
-def read_captures_values(run: Run, sites: Sequence[AnySite]) -> dict[AnySite, Tensor]:
+def captured_tensors(run: Run, sites: Sequence[AnySite]) -> dict[AnySite, Tensor]:
     """Returns the captured tensors [row, pos, ...] at some sites."""
     return {site: captured.values for site, captured in read_captures(run, sites).items()}
 
@@ -212,7 +214,7 @@ class _CircuitPass:
     """
 
     model: CircuitModel
-    kept: Bool[np.ndarray, "row sender receiver"]
+    kept_edges: Bool[np.ndarray, "row sender receiver"]
     ablated: Values
     keep_senders: bool
     n_filled: int = 0
@@ -222,8 +224,8 @@ class _CircuitPass:
 
     def __post_init__(self) -> None:
         graph = self.model.graph
-        live = (self.kept.sum(axis=2) > 0) | self.keep_senders  # [row, sender]
-        missing = live[:, :, None] & graph.feeds(live)[:, None] & graph.allowed & ~self.kept
+        live = (self.kept_edges.sum(axis=2) > 0) | self.keep_senders  # [row, sender]
+        missing = live[:, :, None] & graph.feeds(live)[:, None] & graph.allowed & ~self.kept_edges
         needed = missing.sum(axis=(0, 2)) > 0
         self.slots = np.where(needed, needed.cumsum() - 1, -1)
         self.missing = torch.from_numpy(missing[:, needed])
@@ -331,10 +333,13 @@ class _CircuitPass:
             slots = slice(int(filled[0]), int(filled[-1]) + 1)
             if not weights[:, :, slots].any():
                 continue
-            own = projected[rows][:, None]
+            model_values = projected[rows][:, None]
             lacking = _weighted_sum(weights[:, :, slots], differences[:, slots])
             assert maps.after is not None
-            parts.append(maps.after(own) - maps.after((own - lacking).to(own.dtype)))
+            parts.append(
+                maps.after(model_values)
+                - maps.after((model_values - lacking).to(model_values.dtype))
+            )
             weights = weights.clone()
             weights[:, :, slots] = 0
         total = _weighted_sum(weights, differences)
@@ -349,9 +354,9 @@ class _CircuitPass:
         weight, bias = maps.head_weights(site.name)
         columns = streams.columns.to(values.device)
         new = torch.einsum("nhpd,dhk->nphk", read, weight[:, columns]) + bias[columns]
-        own = values[streams.rows]
-        new = torch.where(streams.active[:, None, :, None], new, own[:, :, columns])
-        return values.index_put((streams.rows,), own.index_copy(2, columns, new))
+        model_values = values[streams.rows]
+        new = torch.where(streams.active[:, None, :, None], new, model_values[:, :, columns])
+        return values.index_put((streams.rows,), model_values.index_copy(2, columns, new))
 
     def _receive_mlp(self, site: Site, stream: Site, receivers: Tensor, values: Tensor) -> Tensor:
         streams = self._streams_of(self.streams[stream], receivers)

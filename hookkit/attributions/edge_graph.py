@@ -1,8 +1,8 @@
 """The graph of a model's edges: its senders, its receivers, and which may reach which.
 
-Names are those of `hk.edge_attribution`. A node is a sender: the embedding, a head or an MLP. What
-a head reads are three receivers (its query, key and value), of which heads that share keys share
-two.
+Names are those of `hk.edge_attribution`. A node is a sender: the embedding, a head or an MLP. A
+head reads by three receivers: its query, key and value. Heads that share keys have the receivers of
+keys and values in common.
 """
 
 from __future__ import annotations
@@ -109,15 +109,15 @@ class EdgeGraph:
         counts = nodes.astype(np.float32) @ self.readers.T.astype(np.float32)
         return (counts > 0) | self._is_logits
 
-    def prune(self, kept: Mask) -> Mask:
+    def prune(self, kept_edges: Mask) -> Mask:
         """Returns the edges that are on a path from the embedding to the logits."""
         before = -1
-        while int(kept.sum()) != before:
-            before = int(kept.sum())
-            has_input = (kept.sum(axis=0) > 0) @ self.readers
-            nodes = (kept.sum(axis=1) > 0) & (has_input | self.is_sender(EMBEDDING))
-            kept = kept & nodes[:, None] & self.feeds(nodes)[None]
-        return kept
+        while int(kept_edges.sum()) != before:
+            before = int(kept_edges.sum())
+            has_input = (kept_edges.sum(axis=0) > 0) @ self.readers
+            nodes = (kept_edges.sum(axis=1) > 0) & (has_input | self.is_sender(EMBEDDING))
+            kept_edges = kept_edges & nodes[:, None] & self.feeds(nodes)[None]
+        return kept_edges
 
     def between(self, nodes: Bool[np.ndarray, " sender"]) -> Mask:
         """Returns all edges between some nodes, and from them to the logits."""

@@ -26,7 +26,7 @@ from ..models.prompts import Prompts
 from ..models.sites import Site
 from ..tables.metrics.metric import MetricLike
 from .backward import CAPTURE_NAME, PromptMetric, bind_pair
-from .circuit_run import CircuitModel, Values, read_captures_values
+from .circuit_run import CircuitModel, Values, captured_tensors
 
 LEAST_SHARE = 0.01  # of all edges, the smallest circuit that is drawn
 
@@ -154,5 +154,5 @@ class _Batch:
 
 def _read_batch(model: CircuitModel, target: PromptMetric, source: PromptMetric) -> _Batch:
     run = source.run(capture(model.sender_sites, name=CAPTURE_NAME))
-    ablated = read_captures_values(run, model.sender_sites)
+    ablated = captured_tensors(run, model.sender_sites)
     return _Batch(target, ablated, target.of_run(target.run()), target.of_run(run))

@@ -19,21 +19,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..arguments import as_items, check_arguments, check_integer, describe
 from ..display import describe_outcome, first_rows, render_html
 from ..errors import BadHook, EmptySelection
 from ..models.lm import LM
-from ..models.prompts import Prompts
+from ..models.prompts import Prompts, Row
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables import intervals
 from ..tables.metrics.metric import MetricInput, MetricLike
 from .backward import PromptMetric, as_float, bind_pair
 from .circuit import Circuit, choose, count_of_share, score_table
-from .circuit_run import Ablate, CircuitModel
+from .circuit_run import Ablate, CircuitModel, Values
 from .edge_graph import Mask
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -63,8 +63,8 @@ class Faithfulness:
     seconds: float
 
     def __repr__(self) -> str:
-        own = self.table[self.table["circuit"] == "circuit"]
-        pairs = zip(own["size"], own["faithfulness"], strict=True)
+        of_circuit = self.table[self.table["circuit"] == "circuit"]
+        pairs = zip(of_circuit["size"], of_circuit["faithfulness"], strict=True)
         values = [f"{size:g}: {value:.2f}" for size, value in pairs]
         text = (
             f"Faithfulness({', '.join(values)}; {self.n_rows} rows in {self.n_forwards} forwards)"
@@ -103,8 +103,8 @@ def faithfulness(
     many edges, of their complements, and of the whole model (Wang et al. 2022; Mueller et al.
     2025).
 
-    scores  a table of `hk.edge_attribution`, or of nodes, of which `hk.circuit` takes each size; or
-            a circuit, or a list of circuits
+    scores  a table of scores, of edges or nodes, from which `hk.circuit` makes a circuit of each
+            size; or a circuit, or a list of circuits
     sizes   shares of all edges, with a table of scores; by default the ten of MIB, 0.001 to 1
     ablate  what ablated senders write, as in `hk.run_circuit`
     draws   how many random circuits of each size (`Circuit.random`); 0 for none
@@ -220,14 +220,14 @@ def _areas(arms: Sequence[_Arm], numbers: Float[np.ndarray, "arm prompt"]) -> pd
 
 def _cmd_limits(
     weights: Float[np.ndarray, " size"],
-    kept: Float[np.ndarray, "size prompt"],
+    kept_edges: Float[np.ndarray, "size prompt"],
     whole: Float[np.ndarray, " prompt"],
 ) -> tuple[float, float]:
     """Returns the limits of CMD by a bootstrap over the prompts; NaN for fewer than 10."""
     if len(whole) < intervals.MIN_FOR_INTERVAL:
         return float("nan"), float("nan")
     draws = intervals.resampling_weights(len(whole), RESAMPLES, 0)
-    curves = (kept @ draws.T) / (whole @ draws.T)
+    curves = (kept_edges @ draws.T) / (whole @ draws.T)
     low, high = np.quantile(weights @ np.abs(1 - curves), [0.025, 0.975])
     return float(low), float(high)
 
@@ -271,34 +271,54 @@ class CircuitValues:
             mask = circuit.mask(self.model.graph)
             keys.append(np.packbits(mask).tobytes())
             masks[keys[-1]] = mask
-        rows, corrupted = self.clean.inputs.rows, self.corrupted.inputs.rows
-        width = max(map(len, rows))
-        numbers = len(self.model.graph.senders) * width * (self.model.lm.sizes["d_model"] or 1)
-        at_once = max(1, NUMBERS_AT_ONCE // numbers)
-        parts = [range(start, len(rows))[:at_once] for start in range(0, len(rows), at_once)]
-        batches = [[corrupted[row] for row in part] for part in parts]
+        n_prompts = len(self.clean.inputs.rows)
+        at_once = self._rows_at_once()
+        parts = [
+            range(n_prompts)[start : start + at_once] for start in range(0, n_prompts, at_once)
+        ]
+        batches = list(map(self._corrupted_rows, parts))
         ablated_values = self.model.ablated_values(batches, self.ablate)
-        values = np.zeros((len(masks), len(rows)))
+        values = np.zeros((len(masks), n_prompts))
         stacked = np.stack(list(masks.values()))
         for part, batch in zip(parts, batches, strict=True):
             self._count(len(batch))
-            ablated = ablated_values(batch)
-            before = self._clean_logits(part)
+            ablated, before = ablated_values(batch), self._clean_logits(part)
             step = max(1, at_once // len(part))
             for start in range(0, len(stacked), step):
-                kept = stacked[start : start + step]
-                prompts = list(part) * len(kept)
-                repeated = {site: _repeat(value, len(kept)) for site, value in ablated.items()}
-                self._count(len(prompts))
-                run = self.model.run(
-                    [rows[row] for row in prompts], np.repeat(kept, len(part), axis=0), repeated
-                )
-                repeated_before = None if before is None else before.repeat(len(kept), 1)
-                inputs = MetricInput(_last_logits(run), prompts, repeated_before)
-                measured = self.clean.measure(inputs).double().cpu().numpy()
-                values[start : start + len(kept), part] = measured.reshape(len(kept), len(part))
+                some_masks = stacked[start : start + step]
+                measured = self._measure_part(part, some_masks, ablated, before)
+                values[start : start + len(some_masks), part] = measured
         index = {key: number for number, key in enumerate(masks)}
         return values[[index[key] for key in keys]]
+
+    def _rows_at_once(self) -> int:
+        """Returns how many rows of a forward may have the differences of all senders in memory."""
+        width = max(map(len, self.clean.inputs.rows))
+        d_model = self.model.lm.sizes["d_model"] or 1
+        return max(1, NUMBERS_AT_ONCE // (len(self.model.graph.senders) * width * d_model))
+
+    def _corrupted_rows(self, part: range) -> list[Row]:
+        return [self.corrupted.inputs.rows[row] for row in part]
+
+    def _measure_part(
+        self,
+        part: range,
+        masks: Bool[np.ndarray, "circuit sender receiver"],
+        ablated: Values,
+        before: Tensor | None,
+    ) -> Float[np.ndarray, "circuit prompt"]:
+        """Returns the metric of some circuits and prompts, from one forward."""
+        count = len(masks)
+        prompts = list(part) * count
+        rows = [self.clean.inputs.rows[row] for row in prompts]
+        repeated = {site: _repeat(value, count) for site, value in ablated.items()}
+        self._count(len(prompts))
+        run = self.model.run(rows, np.repeat(masks, len(part), axis=0), repeated)
+        if before is not None:
+            before = before.repeat(count, 1)
+        inputs = MetricInput(_last_logits(run), prompts, before)
+        measured = self.clean.measure(inputs).double().cpu().numpy()
+        return measured.reshape(count, len(part))
 
     def _check_complete(self, circuit: Circuit) -> None:
         """Raises `BadHook` for a circuit from a table of some edges, whose complement and random
@@ -357,15 +377,15 @@ def minimality(
     everything = np.ones(len(circuit.table), bool)
     circuits = [circuit, circuit.with_only(everything), circuit.with_only(~everything)]
     for row in chosen:
-        kept = circuit.is_inside.copy()
-        kept[row] = False
-        circuits.append(circuit.with_only(kept))
+        kept_edges = circuit.is_inside.copy()
+        kept_edges[row] = False
+        circuits.append(circuit.with_only(kept_edges))
     values = CircuitValues.of(lm, clean, corrupted, metric, ablate)
-    own, model, none, *without = values.measure(circuits)
+    of_circuit, model, none, *without = values.measure(circuits)
     if not without:
         raise EmptySelection("the circuit is empty, so that nothing can be taken out of it")
     without = np.array(without)
-    changes = ratios_of(without - own, model - none)
+    changes = ratios_of(without - of_circuit, model - none)
     table = circuit.table.iloc[chosen].drop(columns="in_circuit").reset_index(drop=True)
     table[values.name] = without.mean(axis=1)
     table["faithfulness"] = ratios_of(without - none, model - none).mean
@@ -403,7 +423,7 @@ def compare_circuits(
     """
     if first.kind != second.kind:
         raise BadHook("one circuit is of edges, the other of nodes: compare two of a kind")
-    tables = [each.table.set_index(each.names) for each in (first, second)]
+    tables = [member.table.set_index(member.names) for member in (first, second)]
     if set(tables[0].index) != set(tables[1].index):
         raise BadHook("the two circuits are of tables with other edges, so of two models")
     one, two = tables[0], tables[1].loc[tables[0].index]
@@ -418,7 +438,10 @@ def compare_circuits(
     }
     masks = {"first": a, "second": b, "shared": a & b, "both": a | b}
     full = np.ones(total, bool)
-    arms = [_Arm(name, 0, kept.mean(), first.with_only(kept)) for name, kept in masks.items()]
+    arms = [
+        _Arm(name, 0, kept_edges.mean(), first.with_only(kept_edges))
+        for name, kept_edges in masks.items()
+    ]
     arms += [_Arm("model", 0, 1.0, first.with_only(full))]
     arms += [_Arm("none", 0, 0.0, first.with_only(~full))]
     values = CircuitValues.of(lm, clean, corrupted, metric, ablate)

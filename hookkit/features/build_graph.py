@@ -139,22 +139,7 @@ def _transcoders_of(lm: LM) -> list[Dictionary]:
         if not isinstance(dictionary, Dictionary):
             missing.append(str(site))
             continue
-        reads = dictionary.reads
-        if reads.layer != site.layer or reads.name not in READS:
-            raise BadHook(
-                f"the dictionary of {site} reads {reads}, and a graph is of transcoders, which "
-                f"read {', '.join(f'{name}.{site.layer}' for name in READS)}"
-            )
-        if not dictionary.keeps_error:
-            raise BadHook(
-                f"the dictionary of {site} replaces what the MLP adds, and a graph has the error "
-                "as nodes: make the LM by with_dictionaries without replace=True"
-            )
-        if dictionary.normalization != "none":
-            raise Unsupported(
-                f"the transcoder of {site} normalizes what it reads ({dictionary.normalization}), "
-                "so that its features are not linear in it"
-            )
+        _check_transcoder(dictionary, site)
         transcoders.append(dictionary)
     if missing or not layers:
         raise BadHook(
@@ -163,6 +148,26 @@ def _transcoders_of(lm: LM) -> list[Dictionary]:
             "lm.with_dictionaries(*transcoders)"
         )
     return transcoders
+
+
+def _check_transcoder(dictionary: Dictionary, site: Site) -> None:
+    """Raises if a dictionary of an MLP's output cannot be used in a graph."""
+    reads = dictionary.reads
+    if reads.layer != site.layer or reads.name not in READS:
+        raise BadHook(
+            f"the dictionary of {site} reads {reads}, and a graph is of transcoders, which "
+            f"read {', '.join(f'{name}.{site.layer}' for name in READS)}"
+        )
+    if not dictionary.keeps_error:
+        raise BadHook(
+            f"the dictionary of {site} replaces what the MLP adds, and a graph has the error "
+            "as nodes: make the LM by with_dictionaries without replace=True"
+        )
+    if dictionary.normalization != "none":
+        raise Unsupported(
+            f"the transcoder of {site} normalizes what it reads ({dictionary.normalization}), "
+            "so that its features are not linear in it"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,8 +336,8 @@ class _GraphBuilder:
         columns["value"] = self._centred(self.plain[HEAD]).tolist()
         tables.append(pd.DataFrame({"kind": "logit", **columns}))
         table = pd.concat(tables, ignore_index=True)
-        here = table["pos"].astype(int).map(ids.__getitem__)
-        table["token_id"] = table["token_id"].fillna(here)
+        ids_at_positions = table["pos"].astype(int).map(ids.__getitem__)
+        table["token_id"] = table["token_id"].fillna(ids_at_positions)
         table["token"] = token_texts(self.plain.lm, table["token_id"].astype(int))
         table["bias"] = float("nan")
         return table.astype(dict.fromkeys(INTEGERS, "Int64")).reindex(columns=COLUMNS)

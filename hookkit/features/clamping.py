@@ -63,7 +63,7 @@ def clamp_effects(
     before_run = forward(lm, prompts, look, logits="last")
     before = _Outcome.of(before_run, came, watched)
     activations = before_run[feature][:, 0].float().cpu()
-    others = _draw_others(dictionary, feature.head, seed)
+    directions = _draw_others(dictionary, feature.head, seed)
     parts: list[pd.DataFrame] = []
     for name, value in (("to 0", 0.0), ("to 2 x max", 2 * peak)):
         clamp = ablate(feature, to=torch.tensor(value), pos=-1)
@@ -72,9 +72,11 @@ def clamp_effects(
         added = after_run[base_site] - before_run[base_site]
         lengths = added.flatten(1).float().norm(dim=-1).cpu()
         sign = torch.where(value > activations, 1.0, -1.0)
-        control_hook = _add_others(base_site, others, lengths * sign)
-        control_run = forward(lm, prompts * len(others), control_hook, logits="last")
-        control = _Outcome.of(control_run, came.repeat(len(others)), watched.repeat(len(others)))
+        control_hook = _add_others(base_site, directions, lengths * sign)
+        control_run = forward(lm, prompts * len(directions), control_hook, logits="last")
+        control = _Outcome.of(
+            control_run, came.repeat(len(directions)), watched.repeat(len(directions))
+        )
         columns = {
             "feature": feature.head,
             "edit": name,
@@ -86,7 +88,7 @@ def clamp_effects(
             "token": token_texts(lm, watched.tolist()),
             "token_id": watched.tolist(),
         }
-        columns |= _compare(before, after, control, len(others))
+        columns |= _compare(before, after, control, len(directions))
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
@@ -118,10 +120,10 @@ def _draw_others(dictionary: Dictionary, feature: int, seed: int) -> Float[Tenso
 
 
 def _add_others(
-    site: Site, others: Float[Tensor, "draw d"], lengths: Float[Tensor, " row"]
+    site: Site, directions: Float[Tensor, "draw d"], lengths: Float[Tensor, " row"]
 ) -> Hook:
     """Returns an edit of all rows for each draw: it adds the draw's direction, of these lengths."""
-    added = torch.einsum("nd,r->nrd", others, lengths).flatten(0, 1)
+    added = torch.einsum("nd,r->nrd", directions, lengths).flatten(0, 1)
 
     def add(values: Tensor) -> Tensor:
         return values + added.to(values).reshape(values.shape)

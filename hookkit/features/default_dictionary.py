@@ -1,6 +1,6 @@
 """The steps by which `hookkit dictionary` makes a dictionary from texts, and its default texts.
 
-The steps are: texts, some of which are held out; a harvest of the site; the training; the quality
+The steps: read the texts, and hold some of them out; harvest the site; train; measure the quality
 on the held-out texts. Each continues after an interruption. The default text is a mixture of the
 sets of `hk.datasets.labelled`.
 """

@@ -85,17 +85,17 @@ class Graph:
         is_feature = torch.tensor([kind == "feature" for kind in self.nodes["kind"]])
         weights = logit_weights(self.nodes)
         influence = path_influence(self.adjacency, weights)
-        kept = always | (influence >= smallest_kept(influence, node_share))
-        between = self.adjacency * kept[:, None] * kept
+        mask = always | (influence >= smallest_kept(influence, node_share))
+        between = self.adjacency * mask[:, None] * mask
         scores = _shares(between) * (path_influence(between, weights) + weights)[:, None]
         edges = (scores > 0) & (scores >= smallest_kept(scores.flatten(), edge_share))
         while True:
-            connected = kept & (always | edges.any(0)) & (~is_feature | edges.any(1))
-            if torch.equal(connected, kept):
+            connected = mask & (always | edges.any(0)) & (~is_feature | edges.any(1))
+            if torch.equal(connected, mask):
                 break
-            kept = connected
-            edges &= kept[:, None] & kept
-        numbers = kept.nonzero().flatten()
+            mask = connected
+            edges &= mask[:, None] & mask
+        numbers = mask.nonzero().flatten()
         about = {**self.about, "pruned": {"node_share": node_share, "edge_share": edge_share}}
         nodes = self.nodes.iloc[numbers.tolist()].reset_index(drop=True)
         adjacency = (self.adjacency * edges)[numbers][:, numbers]

@@ -79,10 +79,16 @@ def _content(graph: Graph, slug: str, scan: str) -> dict[str, Any]:
         "schema_version": 1,
     }
     columns = graph.nodes.astype(object).where(graph.nodes.notna(), None).to_dict("list")
-    own = {"nodes": columns, "tokens": list(graph.tokens), "about": dict(graph.about)}
-    own["dtype"] = str(graph.adjacency.dtype).removeprefix("torch.")
+    tables = {"nodes": columns, "tokens": list(graph.tokens), "about": dict(graph.about)}
+    tables["dtype"] = str(graph.adjacency.dtype).removeprefix("torch.")
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links, "hookkit": own}
+    return {
+        "metadata": metadata,
+        "qParams": view,
+        "nodes": nodes,
+        "links": links,
+        "hookkit": tables,
+    }
 
 
 def _node(row: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
@@ -121,8 +127,8 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
     if "hookkit" not in content:
         raise BadFile(f"{name} is no graph that Graph.save wrote: it has no part 'hookkit'")
     try:
-        own = content["hookkit"]
-        nodes = pd.DataFrame(own["nodes"])
+        tables = content["hookkit"]
+        nodes = pd.DataFrame(tables["nodes"])
         integers = dict.fromkeys(INTEGER_COLUMNS, "Int64")
         floats = dict.fromkeys(("value", "bias", "prob", "influence", "cumulative"), "float64")
         nodes = nodes.astype(integers | floats)
@@ -130,9 +136,9 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         links = content["links"]
         targets = torch.tensor([numbers[link["target"]] for link in links], dtype=torch.long)
         sources = torch.tensor([numbers[link["source"]] for link in links], dtype=torch.long)
-        dtype = getattr(torch, own["dtype"])
+        dtype = getattr(torch, tables["dtype"])
         adjacency = torch.zeros(len(nodes), len(nodes), dtype=dtype)
         adjacency[targets, sources] = torch.tensor([link["weight"] for link in links], dtype=dtype)
-        return Graph(nodes, adjacency, tuple(own["tokens"]), dict(own["about"]))
+        return Graph(nodes, adjacency, tuple(tables["tokens"]), dict(tables["about"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BadFile(f"{name} is no graph that Graph.save wrote: {error!r}") from error

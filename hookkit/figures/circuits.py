@@ -93,17 +93,18 @@ def circuit_graph(table: pd.DataFrame, *, title: str = "") -> Figure:
         start = _nodes_of(sender, n_heads)[0]
         lines += [(start, end, float(score)) for end in _nodes_of(receiver, n_heads)]
     lines.sort(key=lambda line: abs(line[2]))  # the strongest on top
-    places = _place({node for sender, reader, _ in lines for node in (sender, reader)})
-    right, top = np.array(list(places.values())).max(axis=0)
+    senders, readers, _ = zip(*lines, strict=True)
+    positions = _place({*senders, *readers})
+    right, top = np.array(list(positions.values())).max(axis=0)
     width = min(MOST_SIDE, max(5.0, HEAD_WIDTH * (right + 2)))
     figure, axes = style.new_figure(width, min(MOST_SIDE, max(3.0, BLOCK_HEIGHT * (top + 2))))
     largest = max(abs(score) for *_, score in lines) or 1.0
     for sender, reader, score in lines:
-        x, y = zip(places[sender], places[reader], strict=True)
+        x, y = zip(positions[sender], positions[reader], strict=True)
         share = abs(score) / largest
         look = {"lw": 0.4 + 2.6 * share, "alpha": 0.25 + 0.6 * share, "zorder": 1}
         axes.plot(x, y, color=style.sign_colour(score), **look)
-    for node, (x, y) in places.items():
+    for node, (x, y) in positions.items():
         box = {"boxstyle": "round,pad=0.2", "fc": style.PAPER, "ec": style.MUTED, "lw": 0.7}
         look = {"ha": "center", "va": "center", "fontsize": 7, "color": style.INK}
         axes.text(x, y, _label(node), bbox=box, zorder=2, **look)
@@ -134,13 +135,13 @@ def _place(nodes: Iterable[Node]) -> dict[Node, tuple[float, float]]:
     ordered = sorted(nodes)
     rows = sorted({layer for layer, _ in ordered})
     columns = sorted({head for _, head in ordered if head >= 0})
-    places: dict[Node, tuple[float, float]] = {}
+    positions: dict[Node, tuple[float, float]] = {}
     for layer, head in ordered:
         column = len(columns) if head < 0 else columns.index(head)
         if (layer, head) in (EMBEDDING, LOGITS):
             column = len(columns) / 2
-        places[layer, head] = (column, rows.index(layer) + 0.3 * (head < 0))
-    return places
+        positions[layer, head] = (column, rows.index(layer) + 0.3 * (head < 0))
+    return positions
 
 
 def _label(node: Node) -> str:

@@ -7,7 +7,7 @@ hk.figures.heat_map(table.query("score == 'induction'"), value="value", x="head"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,25 +79,38 @@ def head_scores(
     sequences = list(as_batch(lm, list(induction(lm, n, length=length, seed=seed).clean)).rows)
     other = sequences if prompts is None else list(as_batch(lm, prompts).rows)
     layers = lm.layout.layers("pattern") or ()
-    sites = [Site("pattern", layer) for layer in layers]
-    values: dict[str, list[Tensor]] = {name: [] for name in names}
+    values: dict[str, Float[Tensor, "row layer_head"]] = {}
     if set(names) & set(ATTENTION):
-        for run in _runs(lm, sequences, sites):
-            for name, attention in _attention(run, sites, length).items():
-                if name in values:
-                    values[name].append(attention)
+        values |= _attention_values(lm, sequences, layers, length)
     if "copy_suppression" in names:
-        writers = [Writers.read(lm, layer) for layer in layers]
-        last = Site("resid_post", lm.n_layers - 1)
-        read = [last, *sites, *(Site("v", layer) for layer in layers)]
-        for run in _runs(lm, other, read):
-            values["copy_suppression"].append(_suppression(run, writers))
+        values["copy_suppression"] = _suppression_values(lm, other, layers)
     tables = []
     for name in names:
-        numbers = torch.cat(values[name]).double().numpy()
-        baseline = 0.0 if name not in ATTENTION else _baseline(name, len(sequences[0]), length)
-        tables.append(_table(name, numbers, layers, baseline))
+        baseline = 0.0
+        if name in ATTENTION:
+            baseline = _baseline(name, len(sequences[0]), length)
+        tables.append(_table(name, values[name].double().numpy(), layers, baseline))
     return pd.concat(tables, ignore_index=True)
+
+
+def _attention_values(
+    lm: LM, rows: list[Row], layers: Sequence[int], length: int
+) -> dict[str, Float[Tensor, "row layer_head"]]:
+    """Returns each head's mean attention in each sequence, by score."""
+    sites = [Site("pattern", layer) for layer in layers]
+    parts = [_attention(run, sites, length) for run in _runs(lm, rows, sites)]
+    return {name: torch.cat([part[name] for part in parts]) for name in ATTENTION}
+
+
+def _suppression_values(
+    lm: LM, rows: list[Row], layers: Sequence[int]
+) -> Float[Tensor, "row layer_head"]:
+    """Returns how far each head lowers the tokens that it attends to, in each prompt."""
+    writers = [Writers.read(lm, layer) for layer in layers]
+    sites = [Site("resid_post", lm.n_layers - 1)]
+    for layer in layers:
+        sites += [Site("pattern", layer), Site("v", layer)]
+    return torch.cat([_suppression(run, writers) for run in _runs(lm, rows, sites)])
 
 
 def _runs(lm: LM, rows: list[Row], sites: list[Site]) -> Iterator[Run]:
@@ -200,7 +213,7 @@ def _table(
 ) -> pd.DataFrame:
     estimates = means(np.ascontiguousarray(values.T), CONFIDENCE, RESAMPLES, 0)
     heads = values.shape[1] // len(list(layers))
-    places = pd.MultiIndex.from_product([list(layers), range(heads)], names=["layer", "head"])
+    cells = pd.MultiIndex.from_product([list(layers), range(heads)], names=["layer", "head"])
     columns = {"score": name, "value": estimates.mean, "low": estimates.low}
     columns |= {"high": estimates.high, "baseline": baseline, "n": len(values)}
-    return pd.DataFrame(columns, index=places).reset_index()
+    return pd.DataFrame(columns, index=cells).reset_index()

@@ -274,7 +274,7 @@ def token_directions(lm: LM, ids: Iterable[int]) -> Float[Tensor, "token d_model
     outward = torch.stack([unembedding(lm, token) for token in ids])
     width = lm.shape(Site("resid_post", lm.n_layers - 1))[0]
     state = torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    state = (state - state.mean()) / state.std(correction=0)  # of which every norm's scale is 1
+    state = (state - state.mean()) / state.std(correction=0)  # every norm's scale of it is 1
     states = state.to(outward).expand(len(outward), -1)
     end = model_end_of(lm, (), ())
     norm = FrozenNorm(end.head_input, states, "what is between the last block and the head")
@@ -290,20 +290,9 @@ def read_jacobian(
     for key, tensor in tensors.items():
         if key.startswith("jacobian/"):
             sums[key.removeprefix("jacobian/")] = tensor
-    counts: Any = header.get("counts")
-    lengths: Any = header.get("lengths")
-    tokens: Any = header.get("tokens")
-    lists = [counts] if tokens is None else [counts, tokens]
-    valid = (
-        isinstance(header.get("about"), dict)
-        and all(isinstance(numbers, list) and all(map(is_count, numbers)) for numbers in lists)
-        and (isinstance(lengths, dict) and set(lengths) == set(sums))
-        and all(map(SITE.fullmatch, sums))
-        and (tokens is None) == ("directions" not in tensors)
-        and {(len(counts),)} == {values.shape[:1] for values in sums.values()}
-    )
-    if not valid:
+    if not _is_header(header, sums, has_directions="directions" in tensors):
         raise BadFile(f"{name} is no Jacobian lens as hookkit writes it: it was changed")
+    counts, lengths, tokens = (header[key] for key in ("counts", "lengths", "tokens"))
     about: dict[str, Any] = header["about"]
     if lm is not None and about.get("weights_sha256") != weights_hash(lm):
         raise BadHook(
@@ -314,6 +303,27 @@ def read_jacobian(
     ordered = {site: sums[site] for site in lengths}
     directions = tensors.get("directions")
     return JacobianLens(ordered, tuple(counts), lengths, ids, directions, about, lm)
+
+
+def _is_header(
+    header: Mapping[str, Any], sums: Mapping[str, Tensor], *, has_directions: bool
+) -> bool:
+    """True if the header of a file has what `JacobianLens.save` writes, for these sums."""
+    if not {"counts", "lengths", "tokens", "about"} <= set(header):
+        return False
+    lengths, tokens = header["lengths"], header["tokens"]
+    if not isinstance(header["about"], dict) or not isinstance(lengths, dict):
+        return False
+    if not _are_counts(header["counts"]) or (tokens is not None and not _are_counts(tokens)):
+        return False
+    if set(lengths) != set(sums) or not all(map(SITE.fullmatch, sums)):
+        return False
+    halves = {values.shape[:1] for values in sums.values()}
+    return halves == {(len(header["counts"]),)} and has_directions == (tokens is not None)
+
+
+def _are_counts(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(map(is_count, numbers))
 
 
 def read_published(path: Path, lm: LM | None) -> JacobianLens:
@@ -340,12 +350,12 @@ def read_published(path: Path, lm: LM | None) -> JacobianLens:
             raise BadFile(f"{str(path)!r} has a 'J' that is no square matrix of each layer")
         sums[f"resid_post.{layer}"] = jacobian.float()[None] * count
     if lm is not None:
-        own, last = lm.shape(Site("resid_post", lm.n_layers - 1))[0], max(jacobians)
-        if width != own or last >= lm.n_layers:
+        width_of_model, last = lm.shape(Site("resid_post", lm.n_layers - 1))[0], max(jacobians)
+        if width != width_of_model or last >= lm.n_layers:
             raise BadHook(
                 f"the lens in {str(path)!r} has {width} numbers a state and layer {last}; "
-                f"{lm.name!r} has {own} and the layers 0 to {lm.n_layers - 1}: it is of another "
-                "model"
+                f"{lm.name!r} has {width_of_model} and the layers 0 to {lm.n_layers - 1}: it is of "
+                "another model"
             )
     about = {"file": path.name, "method": "a published Jacobian lens", "texts": count}
     return JacobianLens(sums, (int(count),), dict.fromkeys(sums, math.nan), None, None, about, lm)

@@ -282,9 +282,13 @@ def _check_harvest(lm: LM, harvest: Harvest, site: Site) -> None:
     """Raises `OtherModel` for a harvest of another model or dictionary."""
     harvest[site]  # raises `NotCaptured`
     dictionary = find_dictionary(lm.layout.dictionaries, site)
-    there, here = harvest.about["model"], describe_model(lm)
-    names = [name for name in here if name.endswith("_sha256") and there.get(name) != here[name]]
-    about_dictionary = there.get("dictionaries", {}).get(str(site), {})
+    harvested, present = harvest.about["model"], describe_model(lm)
+    names = [
+        name
+        for name in present
+        if name.endswith("_sha256") and harvested.get(name) != present[name]
+    ]
+    about_dictionary = harvested.get("dictionaries", {}).get(str(site), {})
     if about_dictionary.get("sha256") != dictionary.about()["sha256"]:
         names.append("dictionary")
     if names:

@@ -99,8 +99,8 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     warn_of_dropout(lm.root)
     started = time.perf_counter()
     manager, output = _run_with_hooks(lm, hooks, batch, option)
-    kept = manager.strategy.kept
-    if kept is not None and kept.note_overwritten():
+    kept_tensors = manager.strategy.kept
+    if kept_tensors is not None and kept_tensors.note_overwritten():
         manager, output = _run_with_hooks(lm, hooks, batch, option)
     tokens, mask = _padded_at_the_end(lm, batch)
     return Run(

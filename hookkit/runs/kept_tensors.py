@@ -64,7 +64,7 @@ def can_keep_tensors(lm: LM, hooks: Sequence[Hook]) -> bool:
 
     A block runs compiled code uncompiled, so that no result is in memory that is used again.
     """
-    if not all(isinstance(hook, Capture) and not hook.grad for hook in hooks):
+    if not hooks or not all(isinstance(hook, Capture) and not hook.grad for hook in hooks):
         return False
     if lm.root.training or torch.is_inference_mode_enabled():
         return False

@@ -5,8 +5,8 @@
     fit.table                       # interchange accuracy of the subspace and of its controls
     fit.subspace.interchange(run, pos=-2)
 
-The weights are frozen. What is learned is an orthogonal map of the values at one site, of which the
-first k directions are the subspace: put in from the source, they should give its answer.
+The weights are frozen. An orthogonal map of the values at one site is learned, and its first k
+directions are the subspace: taken from the source, they should give its answer.
 """
 
 from __future__ import annotations
@@ -162,8 +162,12 @@ def fit_subspace(
     else:
         count, other = len(task.answers), _read_pairs(lm, held_out, "held_out")
         task = Task.build(lm, _joined(task.pairs, other), selected, (pos, source_pos), batch)
-        rest = torch.randperm(len(other[2]), generator=_generator(seed)) + count
-        parts = [torch.arange(count), rest[: len(rest) // 2], rest[len(rest) // 2 :]]
+        remaining = torch.randperm(len(other[2]), generator=_generator(seed)) + count
+        parts = [
+            torch.arange(count),
+            remaining[: len(remaining) // 2],
+            remaining[len(remaining) // 2 :],
+        ]
     if min(map(len, parts)) < 1:
         raise TooFew(
             f"{len(task.answers)} pairs leave none to fit, to say when to stop, or to report: "
@@ -313,9 +317,9 @@ class Task:
         self, basis: Float[Tensor, "k d"], rows: Int[Tensor, " pair"], *, grad: bool = False
     ) -> Float[Tensor, "pair token"]:
         """Returns the bases' next-token logits, with the sources' component within a subspace."""
-        chosen = rows.tolist()
-        prompts = [self.pairs[0][row] for row in chosen]
-        hooks: list[Any] = [edit(self.site, self._change(basis, chosen), pos=self.pos)]
+        indices = rows.tolist()
+        prompts = [self.pairs[0][row] for row in indices]
+        hooks: list[Any] = [edit(self.site, self._change(basis, indices), pos=self.pos)]
         if grad:
             hooks.append(capture(self.site, grad=True, pos=self.pos))
         run = forward(self.lm, prompts, *hooks, logits="last")
@@ -459,10 +463,10 @@ def _control(
             "epochs": 0,
         }
     if name == "shuffled":
-        seen = torch.cat(list(parts[:2]))
+        fitted = torch.cat(list(parts[:2]))
         answers = task.answers.clone()
-        answers[seen] = answers[
-            seen[torch.randperm(len(seen), generator=_generator(settings.seed))]
+        answers[fitted] = answers[
+            fitted[torch.randperm(len(fitted), generator=_generator(settings.seed))]
         ]
         basis, curve = _fit(replace(task, answers=answers), parts, settings)
         return _line("shuffled answers", task, basis, parts[2], len(curve))

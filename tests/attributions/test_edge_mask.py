@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.attributions.circuit_run import CircuitModel, read_captures_values
+from hookkit.attributions.circuit_run import CircuitModel, captured_tensors
 from hookkit.attributions.edge_mask import soft_top_k
 from hookkit.errors import BadHook, BadPrompt
 
@@ -31,7 +31,7 @@ def test_the_masks_add_up_to_k_with_the_derivative_of_small_steps(k):
 
 def masked_metric(lm, mask):
     model = CircuitModel.of(lm, CLEAN, CORRUPTED)
-    ablated = read_captures_values(model.corrupted_run(CORRUPTED), model.sender_sites)
+    ablated = captured_tensors(model.corrupted_run(CORRUPTED), model.sender_sites)
     last = hk.capture(f"resid_post.{lm.n_layers - 1}", grad=mask.requires_grad)
     run = hk.forward(lm, CLEAN, *model.hooks_of_mask(mask, ablated), last)
     return model.graph, run.logits[:, -1, 5] - run.logits[:, -1, 7]

@@ -198,7 +198,7 @@ def plain_text(lm: hk.LM, inputs: dict, options: dict) -> list[int]:
 
 
 def encoder_width(inputs: dict) -> int:
-    """The positions of the encoder: tokens, or frames of sound, of which two are one."""
+    """The positions of the encoder: tokens, or pairs of frames of sound."""
     if "input_ids" in inputs:
         return inputs["input_ids"].shape[1]
     return inputs["input_features"].shape[-1] // 2
@@ -279,7 +279,7 @@ def test_texts_follow_a_source_given_as_prefix():
 
 
 def test_cells_of_the_last_block_alone_equal_forwards(lm):
-    """The blocks before it are skipped, of which T5's first hands its position bias to the others."""
+    """The blocks before it are skipped, and T5's first block gives its position bias to the others."""
     prompts = [prompt(lm, 1, source=5), prompt(lm, 2, source=7)]
 
     def hooks(pos: int) -> Hook:

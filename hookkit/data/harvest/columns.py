@@ -69,12 +69,16 @@ class Shards:
         tensors = self.tensors(shard)
         names = (site, site + FEATURES, site + STARTS)
         if not tensors.keys() >= {*names}:
-            raise DamagedHarvest(
-                f"shard {shard} of {len(self)} does not have the {site} of harvest.json: call "
-                "verify(), which says what to do"
-            )
+            raise self.damaged(shard, site)
         values, features, starts = map(tensors.__getitem__, names)
         return SparseRows(starts.diff(), features, values)
+
+    def damaged(self, shard: int, site: str) -> DamagedHarvest:
+        """Returns the error for a shard that lacks a site, or has it with another dtype or size."""
+        return DamagedHarvest(
+            f"shard {shard} of {len(self)} does not have the {site} of harvest.json: call "
+            "verify(), which says what to do"
+        )
 
     def close_before(self, row: int) -> None:
         """Closes the shards that end before a row, so that they no longer take memory."""
@@ -95,7 +99,9 @@ def _find_problem(tensors: Mapping[str, Tensor], rows: int) -> str:
     for site in sparse_sites:
         if not _is_sparse_site(tensors, site, rows):
             return f"does not have {rows} rows of {site}"
-    sparse = {site + end for site in sparse_sites for end in ("", FEATURES, STARTS)}
+    sparse: set[str] = set()
+    for site in sparse_sites:
+        sparse |= {site, site + FEATURES, site + STARTS}
     for name, tensor in tensors.items():
         if name not in {*TOKENS, *sparse} and tensor.shape[:1] != (rows,):
             return f"does not have {rows} rows of {name}"
@@ -184,10 +190,7 @@ class Column:
         values = self.shards.tensors(shard).get(self.name)
         sizes = self.stored_sizes
         if values is None or values.dtype != self.dtype or values.shape[1:] != sizes:
-            raise DamagedHarvest(
-                f"shard {shard} of {len(self.shards)} does not have the {self.name} of "
-                "harvest.json: call verify(), which says what to do"
-            )
+            raise self.shards.damaged(shard, self.name)
         return values if self.head is None else values[:, self.head]
 
 
@@ -249,10 +252,7 @@ class SparseColumn:
         rows = self.shards.sparse_rows(shard, self.name)
         is_feature = (rows.features >= 0) & (rows.features < self.n_features)
         if rows.values.dtype != self.dtype or not bool(is_feature.all()):
-            raise DamagedHarvest(
-                f"shard {shard} of {len(self.shards)} does not have the {self.name} of "
-                "harvest.json: call verify(), which says what to do"
-            )
+            raise self.shards.damaged(shard, self.name)
         return rows
 
 

@@ -1,4 +1,4 @@
-"""Rows of features of which few are active, as a shard stores them.
+"""Rows of features, as a shard stores them: only the few that are active.
 
 A shard has three tensors for such a site: the values of all active features, row by row, their
 numbers ("SITE/features"), and where each row begins in these two ("SITE/starts").
