@@ -2,7 +2,7 @@
 
 result = hk.faithfulness(lm, clean, corrupted, scores, metric)
 hk.figures.faithfulness_curve(result.table)
-hk.figures.circuit_graph(hk.circuit(scores, n=40, greedy=True).table)
+hk.figures.circuit_graph(hk.circuit(scores, share=0.001).table)
 """
 
 from __future__ import annotations
