@@ -118,6 +118,10 @@ class ActorLost(HookkitError, RuntimeError):
     """The processes of an engine ended repeatedly."""
 
 
+class EngineLost(HookkitError, RuntimeError):
+    """The process of a served model ended, or was closed."""
+
+
 class BadFile(HookkitError, OSError):
     """A file or folder cannot be read or written."""
 

@@ -139,7 +139,7 @@ class SequenceBatch:
         if positions is None:
             return None
         columns = self.columns[row]
-        for position in _between(positions, columns, 0, self.start):
+        for position in positions_between(positions, columns, 0, self.start):
             if not self._acted_before(where, row, columns[position], position):
                 return position
         return None
@@ -373,7 +373,7 @@ class ForwardPass:
         for row in range(self.rows):
             prompt = self.text.of(row)
             prompt_columns = self.text.columns[prompt]
-            row_positions = _between(selected[prompt], prompt_columns, lowest, last)
+            row_positions = positions_between(selected[prompt], prompt_columns, lowest, last)
             if row_positions:
                 rows.append(row)
                 positions.append(row_positions)
@@ -526,7 +526,7 @@ def _columns_of_row(mask_row: list[bool]) -> Columns:
     return range(real[0], NO_END if mask_row[-1] else real[-1] + 1)
 
 
-def _between(
+def positions_between(
     positions: PositionRange | None, columns: Columns, first: int, last: int
 ) -> PositionRange:
     """Returns the positions whose column is at least `first` and below `last`."""

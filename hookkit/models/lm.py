@@ -38,6 +38,7 @@ from .devices import (
 )
 from .dictionaries import SiteDictionary, by_feature_site
 from .discovery.discover import decoder_path, resolve_family
+from .engine import Engine
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, is_masked_lm, text_config
 from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
@@ -191,7 +192,8 @@ class LM(Vocabulary):
     given in the tokenizer's place: it becomes `processor`, and its tokenizer `tokenizer`. What it
     returns is a prompt, and so is a chat with images. Any other `nn.Module` can be
     used too: it has no named sites, and its modules are selected with `hk.module(path)`. `row` says
-    where the sites are; by default it is looked up by the model's type.
+    where the sites are; by default it is looked up by the model's type. With an `engine`, the model
+    itself is in another process, and `model` has its modules without weights.
 
     The LM owns what it computes about the model once: its layout, its vocabulary and the results of
     trials.
@@ -203,6 +205,7 @@ class LM(Vocabulary):
     row: Family | None = None
     dictionaries: tuple[SiteDictionary, ...] = ()
     processor: Any = None
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -233,7 +236,7 @@ class LM(Vocabulary):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the fields only: a copy computes the rest again."""
-        names = ("model", "tokenizer", "name", "row", "dictionaries", "processor")
+        names = ("model", "tokenizer", "name", "row", "dictionaries", "processor", "engine")
         return {name: getattr(self, name) for name in names}
 
     @cached_property
@@ -347,6 +350,15 @@ class LM(Vocabulary):
         """True for a masked language model, such as BERT, which fills masks and writes no text."""
         return is_masked_lm(self.root)
 
+    def refuse_engine(self, what: str) -> None:
+        """Raises `Unsupported` if the model computes in an engine, where `what` is impossible."""
+        if self.engine is not None:
+            raise Unsupported(
+                f"{what}, and the model of this LM is in a process of vLLM, which has no "
+                "gradients, no attention patterns and no forwards of its parts: hk.generate, "
+                "hk.forward and hk.harvest run there; load the model without engine= for the rest"
+            )
+
     def refuse_next_token(self) -> None:
         """Raises `Unsupported` for a masked language model.
 
@@ -391,6 +403,8 @@ class LM(Vocabulary):
     @property
     def device(self) -> torch.device:
         """The device on which token ids have to be."""
+        if self.engine is not None:
+            return torch.device("cpu")
         device = device_of(self._embedding)
         if device.type == "meta":
             return getattr(self.root, "device", device)
@@ -441,7 +455,8 @@ class LM(Vocabulary):
         if self.family.found:
             family += " (found out by a dry run)"
         size = f"{self.n_layers} layers, {count_parameters(self.root) / 1e6:.1f} M parameters"
-        text = f"{name}: {family}, {size}, on {self.device}"
+        place = f"on {self.device}" if self.engine is None else "in an engine of vLLM"
+        text = f"{name}: {family}, {size}, {place}"
         if self.adapters:
             text += f"; adapters: {', '.join(self.adapters)}"
         if self.dictionaries:
@@ -494,7 +509,8 @@ class LM(Vocabulary):
         prepared = [item.prepared(self, replace=replace, check=check) for item in dictionaries]
         together = (*self.dictionaries, *prepared)
         by_feature_site(together)  # raises for two of one site
-        return LM(self.model, self.tokenizer, self.name, self.row, together, self.processor)
+        fields = (self.model, self.tokenizer, self.name, self.row, together, self.processor)
+        return LM(*fields, self.engine)
 
     @property
     def sites(self) -> SiteNames:

@@ -8,37 +8,41 @@ milliseconds. The laws are tested on it, and tests of your own code can use it t
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal
 
 import torch
 
 from ..arguments import check_arguments
-from ..errors import BadHook, DownloadFailed, ModelNotFound, did_you_mean
+from ..errors import (
+    BadHook,
+    DownloadFailed,
+    ModelNotFound,
+    UnknownKeyword,
+    Unsupported,
+    did_you_mean,
+)
 from .cache import DEFAULT, PACKAGE, VERSION, default_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
+from .engine import Engine, StartEngine, check_engine
 from .families.small_configs import EXPERTS, FAMILIES, MASKED, SHARED_SETTINGS, SIZES
+from .families.table import FAMILIES as FAMILY_ROWS
 from .layout import text_config
 from .lm import LM
 from .tiny_settings import ENCODER_DECODERS, MULTIMODAL
 
+DEFAULT_CODE = {"model_impl": "transformers"}  # vLLM's backend with the modules of transformers
 TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "local_files_only", "gguf_file")
 # parts of the names of exception classes
 NETWORK_ERRORS = "Connect|LocalEntryNotFound|OfflineMode|Timeout|ProxyError|MaxRetry|NameResolution"
-
-
-class Placement(TypedDict, total=False):
-    """Where the parts of a model go that does not fit on one device."""
-
-    device_map: Any
-    max_memory: Mapping[int | str, int | str] | None
-    offload_folder: str | os.PathLike[str] | None
-    tp_plan: str | Mapping[str, str] | None
 
 
 @check_arguments
@@ -50,7 +54,12 @@ def load(
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    **placement: Unpack[Placement],
+    device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    tp_plan: str | Mapping[str, str] | None = None,
+    engine: Literal["vllm"] | None = None,
+    **engine_arguments: Any,
 ) -> LM:
     """Returns a model and its tokenizer as an LM, in evaluation mode.
 
@@ -78,14 +87,29 @@ def load(
     through. `lm.describe()` says where the weights of each site are; hooks and captures are on the
     device on which the block computes.
 
+    With engine="vllm" the model computes in a process of vLLM (the extra `hookkit[vllm]`), with
+    continuous batching. `hk.generate`, `hk.forward` and `hk.harvest` run there, with the sites that
+    `lm.describe()` lists. Any further argument is one of vLLM's engine, such as max_model_len=2048
+    or model_impl="vllm" (its own code of the model, instead of transformers' modules). The process
+    ends with `lm.engine.close()`, or when nothing refers to the LM any more.
+
     Raises `BadHook` for a placement or dtype that is impossible, `ModelNotFound` for an unknown
     name or a folder that cannot be read, and `DownloadFailed` if the network, the disk or a
     checksum fails.
     """
-    device_map, max_memory = placement.get("device_map"), placement.get("max_memory")
-    offload_folder, tp_plan = placement.get("offload_folder"), placement.get("tp_plan")
     check_placement(device, device_map, max_memory, offload_folder)
     check_dtype(dtype)
+    if engine is not None:
+        placement = {"device": device, "attn_implementation": attn_implementation}
+        placement |= {"device_map": device_map, "tp_plan": tp_plan}
+        placement |= {"max_memory": max_memory, "offload_folder": offload_folder}
+        _refuse_placement(placement)
+        start = {"revision": revision, "trust_remote_code": trust_remote_code, **engine_arguments}
+        return _serve(name, dtype, check_engine(engine, start))
+    if engine_arguments:
+        names = inspect.signature(load).parameters
+        unknown = next(iter(engine_arguments))
+        raise UnknownKeyword(f"load() has no keyword {unknown!r}{did_you_mean(unknown, names)}")
     options = {
         "dtype": dtype,
         "device_map": device_map,
@@ -109,6 +133,67 @@ def load(
     if device_map is None and tp_plan is None:
         model = model.to(_resolve_device(device))
     return LM(model.eval(), tokenizer, label)
+
+
+def _refuse_placement(placement: Mapping[str, Any]) -> None:
+    for name, value in placement.items():
+        if value is not None:
+            raise Unsupported(
+                f"{name}={value!r}: vLLM places its model and its attention itself; leave it out, "
+                "or leave engine= out"
+            )
+
+
+def _serve(
+    name: str | os.PathLike[str] | None, dtype: torch.dtype | str | None, arguments: dict[str, Any]
+) -> LM:
+    """Returns the LM of a model in a process of vLLM."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    if name is None:
+        source, label = default_folder(), f"{DEFAULT} ({PACKAGE} {VERSION})"
+        dtype = dtype or torch.float32
+    else:
+        source, label = _resolve_source(os.fspath(name)), os.fspath(name)
+    if str(source).endswith(".gguf"):
+        raise Unsupported(f"{label} is a GGUF file: lm.save(folder) writes a folder for vLLM")
+    options = {word: arguments[word] for word in ("revision", "trust_remote_code")}
+    try:
+        config: Any = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        with torch.device("meta"):
+            model: Any = auto_class(config).from_config(config)
+    except Exception as error:
+        raise explain_load_error(label, error) from error
+    with suppress(OSError):  # a folder without generation_config.json
+        model.generation_config = GenerationConfig.from_pretrained(source, **options)
+    if text_config(config).model_type not in FAMILY_ROWS or reads_more_than_text(config):
+        raise Unsupported(
+            f"{label} is a {config.model_type!r}: engine='vllm' needs a causal language model of "
+            "text in hookkit's table of families"
+        )
+    lm = LM(model.eval(), tokenizer, label)
+    own_dtype = str(dtype or getattr(config, "dtype", None) or torch.float32)
+    arguments = {"dtype": own_dtype.removeprefix("torch."), **DEFAULT_CODE, **arguments}
+    sizes = {layer: lm.layout.sizes_of(layer) for layer in (None, *range(lm.n_layers))}
+    start = StartEngine(str(source), label, arguments, tokenizer, lm.family, sizes)
+    engine = Engine(start)
+    locations = {site: lm.family.locations[site] for site in engine.facts["names"]}
+    row = replace(lm.family, locations=locations, missing=engine.facts["missing"])
+    served = LM(model, tokenizer, label, row, engine=engine)
+    model.forward = _refusing(model.forward, served)
+    return served
+
+
+def _refusing(forward: Any, lm: LM) -> Any:
+    """Returns a forward that raises, for a model without weights."""
+    refuse = lm.refuse_engine
+
+    @functools.wraps(forward)
+    def refuse_forward(*args: Any, **kwargs: Any) -> Any:
+        refuse("the model was called")
+
+    return refuse_forward
 
 
 def _resolve_source(name: str) -> Path | str:

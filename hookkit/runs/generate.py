@@ -100,6 +100,12 @@ def generate_with_tracer(
     """`generate`, with a tracer that is called at each step."""
     refuse_two_texts(lm)
     config = _checked_config(lm, draws.seed, arguments)
+    if lm.engine is not None:
+        from .engines.vllm import generate_in_engine
+
+        if tracer is not None:
+            lm.refuse_engine("trace= follows transformers' generate")
+        return generate_in_engine(lm, prompts, hooks, logits, draws.seed, config, arguments)
     draws.sampling = bool(config.do_sample)
     warn_of_dropout(lm.root)
     option = read_logits_option(logits)

@@ -104,6 +104,7 @@ class HookBlock:
         attached: bool = False,
         alone: bool = False,
     ) -> None:
+        lm.refuse_engine("hooks were to be put on a model")
         self.lm, self.hook_points = lm, hook_points
         self.overrides = Overrides()  # what is registered on the model
         self._make_strategy, self._add_changes = make_strategy, add_changes

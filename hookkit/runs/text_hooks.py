@@ -376,10 +376,10 @@ def check_positions(
         for row, positions in enumerate(text.selected_positions(bound_hook.where)):
             if positions is not None:
                 possible = _positions_between(text, row, first, end)
-                _check_row(bound_hook, text, row, positions, possible, generation)
+                check_row(bound_hook, text, row, positions, possible, generation)
 
 
-def _check_row(
+def check_row(
     bound_hook: BoundHook,
     text: SequenceBatch,
     row: int,

@@ -1,0 +1,233 @@
+"""hk.generate on a model in vLLM: what is sent to the process of the engine, and what comes back."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...arguments import describe
+from ...errors import Unsupported
+from ...hooks.base import EVERY_STEP, EditHook, Hook
+from ...hooks.capture import Capture, Captured, CaptureLast, Captures, LazyCapture, capture
+from ...hooks.concepts import SwapConcept
+from ...hooks.grammar import Grammar
+from ...hooks.sources import SourceEdit
+from ...models.lm import LM
+from ...models.positions import Where
+from ...models.prompts import Prompts, as_batch, pad_id, pad_rows
+from ...models.sites import AnySite, Site, Sites
+from ..forward import Logits, read_logits_option, select_columns
+from ..generation import NEUTRAL
+from ..hook_points import build_hook_points
+from ..run import Run
+from .vllm_hooks import ServedResult, ServedRun
+from .vllm_process import SampledRun
+
+# arguments of transformers' generate, by those of vLLM's SamplingParams
+SAMPLING: Mapping[str, str] = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+}
+ALWAYS: Mapping[str, str] = {"repetition_penalty": "repetition_penalty", "stop_strings": "stop"}
+READ_APART = {
+    "max_new_tokens", "max_length", "min_new_tokens", "do_sample", "eos_token_id", "pad_token_id",
+    "bos_token_id", "num_return_sequences", "use_cache", "tokenizer", "generation_config",
+    "transformers_version", "_from_model_config",
+}  # fmt: skip
+
+
+def generate_in_engine(
+    lm: LM,
+    prompts: Prompts,
+    hooks: tuple[Hook, ...],
+    logits: Logits,
+    seed: int | None,
+    config: Any,
+    arguments: Mapping[str, Any],
+) -> Run:
+    """`hk.generate` on a model in vLLM, with the configuration in which the arguments are."""
+    option = read_logits_option(logits)
+    settings = _sampling_settings(lm, config, arguments)
+    batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
+    returned = config.num_return_sequences or 1
+    most = _most_new_tokens(config, arguments, batch.ids.shape[1])
+    observers: tuple[Hook, ...] = ()
+    if option != "none":
+        kind = CaptureLast if option == "last" else Capture
+        observers = (kind(Sites((Site("logits"),)), Where(step=EVERY_STEP)),)
+    started = time.perf_counter()
+    result = run_in_engine(
+        lm, hooks, observers, [tuple(row) for row in batch.rows], returned, most, settings, seed
+    )
+    about = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
+    if seed is not None:
+        about["seed"] = seed
+    about |= {"engine": "vllm", "seconds": time.perf_counter() - started}
+    prompt_rows = tuple(row // returned for row in range(len(result.rows)))
+    kept_logits = None
+    if result.observed:
+        kept_logits = _of_option(result.observed[0], option)
+    return served_run(lm, batch, hooks, result, prompt_rows, kept_logits, about, arguments)
+
+
+def served_run(
+    lm: LM,
+    batch: Any,
+    hooks: tuple[Hook, ...],
+    result: ServedResult,
+    prompt_rows: tuple[int, ...],
+    kept_logits: Captured | None,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> Run:
+    """Returns the run of a result of the engine."""
+    slots = [LazyCapture(values.site, values.name, None, values) for values in result.captures]
+    ones = [[1] * len(row) for row in result.rows]
+    run = Run(
+        lm=lm,
+        tokens=pad_rows(result.rows, pad_id(lm)),
+        mask=pad_rows(ones, 0).bool(),
+        prompt_rows=prompt_rows,
+        prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
+        hooks=hooks,
+        captures=Captures(tuple(slots)),
+        kept_logits=kept_logits,
+        settings=settings,
+        output=None,
+        _captures=None,
+        arguments=arguments,
+        prompts=batch.rows,
+    )
+    log = result.log[result.log["hook"] < len(hooks)].reset_index(drop=True)
+    run.__dict__["log"] = log
+    return run
+
+
+def run_in_engine(
+    lm: LM,
+    hooks: tuple[Hook, ...],
+    observers: tuple[Hook, ...],
+    prompts: Sequence[tuple[int, ...]],
+    returned: int,
+    most: int,
+    settings: Mapping[str, Any],
+    seed: int | None,
+) -> ServedResult:
+    """Checks the hooks, sends them and the prompts to the engine, and returns what it gave."""
+    engine = lm.engine
+    assert engine is not None
+    _check_hooks(lm, (*hooks, *observers))
+    _check_lengths(lm, prompts, most)
+    references: list[tuple[tuple[Any, ...], dict[AnySite, Captured]]] = []
+
+    def reference(sites: Sequence[AnySite], others: tuple[Any, ...]) -> dict[AnySite, Captured]:
+        values = reference_in_engine(lm, sites, others)
+        references.append((others, values))
+        return values
+
+    build_hook_points(lm, hooks, reference, observers)
+    eos = frozenset(settings.get("stop_token_ids") or ())
+    run = ServedRun(hooks, observers, tuple(prompts), returned, most, eos, references)
+    count = len(prompts) * returned
+    seeds: list[int | None] = [None] * count
+    if seed is not None:
+        seeds = [seed + row for row in range(count)]
+    salts: list[str | None] = [None] * count
+    if engine.arguments.get("enable_prefix_caching") and (hooks or observers):
+        salts = [secrets.token_hex(16) for _ in range(count)]
+    sampled = SampledRun(run, {**settings, "max_tokens": most}, seeds, salts)
+    return engine.call("run", sampled)
+
+
+def reference_in_engine(
+    lm: LM, sites: Sequence[AnySite], prompts: tuple[Any, ...]
+) -> dict[AnySite, Captured]:
+    """Returns the values at these sites on other prompts."""
+    batch = as_batch(lm, list(prompts), side="left")
+    rows = [tuple(row) for row in batch.rows]
+    settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    result = run_in_engine(lm, (capture(Sites(tuple(sites))),), (), rows, 1, 1, settings, None)
+    return {values.site: values for values in result.captures}
+
+
+# ---- what is refused, and the arguments
+
+
+def _check_hooks(lm: LM, hooks: Sequence[Hook]) -> None:
+    for hook in hooks:
+        if isinstance(hook, Capture) and hook.grad:
+            lm.refuse_engine(f"{hook} needs gradients")
+        if isinstance(hook, SourceEdit | SwapConcept):
+            lm.refuse_engine(f"{hook} reads another forward, or another part of this one")
+        if isinstance(hook, Grammar):
+            lm.refuse_engine(f"{hook} checks the rules of transformers' generate")
+
+
+def _check_lengths(lm: LM, prompts: Sequence[tuple[int, ...]], most: int) -> None:
+    assert lm.engine is not None
+    context = lm.engine.facts["context"]
+    for row, ids in enumerate(prompts):
+        if len(ids) + most > context:
+            raise Unsupported(
+                f"row {row} has {len(ids)} tokens and may write {most}, and the engine was started "
+                f"for {context}: load the model with a larger max_model_len"
+            )
+
+
+def _sampling_settings(lm: LM, config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of vLLM's `SamplingParams`; raises for what it does in another way."""
+    neutral = {**NEUTRAL, "repetition_penalty": 1.0, "num_beams": 1}
+    known = {*SAMPLING, *ALWAYS, *READ_APART}
+    for name, value in {**config.to_diff_dict(), **arguments}.items():
+        if name not in known and value not in (None, False, neutral.get(name)):
+            lm.refuse_engine(f"{name}={describe(value)} is a rule of transformers' generate")
+    eos = config.eos_token_id
+    ids = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    settings: dict[str, Any] = {
+        "ignore_eos": True,  # the end tokens are those of the configuration
+        "stop_token_ids": ids,
+        "min_tokens": config.min_new_tokens or 0,
+        "skip_special_tokens": False,
+        "detokenize": bool(config.stop_strings),
+        "temperature": 0.0,
+    }
+    for name, own_name in ALWAYS.items():
+        if getattr(config, name, None) is not None:
+            settings[own_name] = getattr(config, name)
+    if config.do_sample:
+        settings["temperature"] = 1.0
+        for name, own_name in SAMPLING.items():
+            if getattr(config, name, None) is not None:
+                settings[own_name] = getattr(config, name)
+    return settings
+
+
+def _most_new_tokens(config: Any, arguments: Mapping[str, Any], width: int) -> int:
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    return max(1, (config.max_length or 20) - width * ("max_length" in arguments))
+
+
+def _of_option(logits: Captured, option: str) -> Captured:
+    """The logits of all steps, or of the last of each row."""
+    if option != "last":
+        return logits
+    assert logits.positions is not None
+    last = (logits.positions >= 0).sum(dim=1) - 1
+    values, positions = select_columns(logits.values, last), select_columns(logits.positions, last)
+    return replace(logits, values=values, positions=positions)
+
+
+def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    plain_types = str | int | float | bool | list | tuple | None
+    return {
+        name: value if isinstance(value, plain_types) else type(value).__name__
+        for name, value in arguments.items()
+    }
