@@ -40,8 +40,8 @@ DEFAULTS: Mapping[str, Any] = {
     "skip_tokenizer_init": False,
 }
 REFUSED: Mapping[str, str] = {
-    "speculative_config": "speculative decoding reads several tokens of a row in one step, of which "
-    "some are dropped",
+    "speculative_config": "speculative decoding reads several tokens of a row in one step, and "
+    "drops some",
     "enable_lora": "mixtures of LoRA adapters change modules from request to request",
     "tensor_parallel_size": "a model that is split among processes has a part of each site in each",
     "pipeline_parallel_size": "a model that is split among processes has its blocks in several",

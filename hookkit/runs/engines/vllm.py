@@ -1,4 +1,4 @@
-"""hk.generate on a model in vLLM: what is sent to the process of the engine, and what comes back."""
+"""hk.generate on a model in vLLM: what goes to the process of the engine, and what comes back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from ...arguments import describe
 from ...errors import Unsupported
-from ...hooks.base import EVERY_STEP, EditHook, Hook
+from ...hooks.base import EVERY_STEP, Hook
 from ...hooks.capture import Capture, Captured, CaptureLast, Captures, LazyCapture, capture
 from ...hooks.concepts import SwapConcept
 from ...hooks.grammar import Grammar
@@ -25,8 +25,7 @@ from ..forward import Logits, read_logits_option, select_columns
 from ..generation import NEUTRAL
 from ..hook_points import build_hook_points
 from ..run import Run
-from .vllm_hooks import ServedResult, ServedRun
-from .vllm_process import SampledRun
+from .vllm_hooks import SampledRun, ServedResult, ServedRun
 
 # arguments of transformers' generate, by those of vLLM's SamplingParams
 SAMPLING: Mapping[str, str] = {

@@ -9,7 +9,7 @@ as in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -126,8 +126,21 @@ class ServedRun:
 
 
 @dataclass(frozen=True, eq=False)
+class SampledRun:
+    """A run, and how vLLM chooses its tokens: `settings` are those of its `SamplingParams`.
+
+    `seeds` are those of the rows, or None. `salts` keep the cached prefixes of a row to itself.
+    """
+
+    run: ServedRun
+    settings: Mapping[str, Any]
+    seeds: Sequence[int | None]
+    salts: Sequence[str | None]
+
+
+@dataclass(frozen=True, eq=False)
 class ServedResult:
-    """What a run gave: the tokens of each row, the values of captures and observers, and the log."""
+    """What a run gave: the tokens of each row, the captured and observed values, and the log."""
 
     rows: list[list[int]]
     captures: list[Captured]
@@ -274,11 +287,10 @@ class EngineHooks:
     def _pass(
         self, chunks: list[Chunk], firsts: list[int], new_from: list[int], width: int
     ) -> ChunkPass:
-        forward = ChunkPass(
+        return ChunkPass(
             self.text, self.steps, 0, len(chunks), width, range(width), 0,
             chunks=chunks, firsts=firsts, new_from=new_from,
         )  # fmt: skip
-        return forward
 
     def _at_input(
         self, point: HookPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

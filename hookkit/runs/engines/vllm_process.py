@@ -12,41 +12,24 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection
 from typing import Any
-
-# ruff: noqa: E402
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the second model runner has other names
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from ...errors import Unsupported
 from ...models.engine import EngineFailure, StartEngine
 from ...models.layout import text_config
 from ...models.lm import LM
-from .vllm_hooks import Chunk, EngineHooks, ServedResult, ServedRun
+from .vllm_hooks import Chunk, EngineHooks, SampledRun, ServedResult
 from .vllm_sites import Code, Served, served_family
 
 ROW = "hookkit_row"  # the name of a request's row among its extra arguments
 NAMES_OF_RUNNER = ("input_batch", "requests", "query_start_loc", "model")
+ENVIRONMENT = {  # of vLLM, which reads it when it is imported
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second model runner has other names
+    "VLLM_NO_USAGE_STATS": "1",
+}
 NAMES_OF_BATCH = ("req_ids", "num_computed_tokens_cpu", "num_tokens_no_spec", "token_ids_cpu")
-
-
-@dataclass(frozen=True, eq=False)
-class SampledRun:
-    """A run, and how vLLM chooses its tokens: `settings` are those of its `SamplingParams`.
-
-    `seeds` are those of the rows, or None. `salts` keep the cached prefixes of a row to itself.
-    """
-
-    run: ServedRun
-    settings: Mapping[str, Any]
-    seeds: Sequence[int | None]
-    salts: Sequence[str | None]
 
 
 class EngineProcess:
@@ -94,7 +77,7 @@ class EngineProcess:
         try:
             for row in sampled.run.rows:
                 ids = sampled.run.prompts[row // sampled.run.returned]
-                prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
+                prompt: Any = {"prompt_token_ids": list(ids)}
                 if sampled.salts[row] is not None:
                     prompt["cache_salt"] = sampled.salts[row]
                 params = SamplingParams(
@@ -175,6 +158,8 @@ def main(address: str) -> None:
 
     An answer is a pair: True and a value, or False and an `EngineFailure`.
     """
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     key = bytes.fromhex(os.environ.pop("HOOKKIT_ENGINE_KEY"))
     connection = Client(address, authkey=key)
     process: EngineProcess | None = None
