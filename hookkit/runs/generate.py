@@ -101,7 +101,7 @@ def generate_with_tracer(
     refuse_two_texts(lm)
     config = _checked_config(lm, draws.seed, arguments)
     if lm.engine is not None:
-        from .engines.vllm import generate_in_engine
+        from .engines.vllm_client import generate_in_engine
 
         if tracer is not None:
             lm.refuse_engine("trace= follows transformers' generate")

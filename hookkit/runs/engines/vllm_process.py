@@ -36,7 +36,7 @@ class EngineProcess:
     """The engine, its model as an LM, and the batch that it computes. Owned by `main`."""
 
     def __init__(self, start: StartEngine) -> None:
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
 
         self.engine = LLM(start.source, **start.arguments).llm_engine
         self.runner = _model_runner(self.engine)
@@ -67,7 +67,7 @@ class EngineProcess:
 
     def run(self, sampled: SampledRun) -> ServedResult:
         """Runs the requests of a run to their end."""
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         hooks = EngineHooks(self.lm, sampled.run, self._read_batch, self._tokens_of_row)
         rows: dict[int, list[int]] = {}
