@@ -76,6 +76,24 @@ def atomic_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) ->
         os.close(descriptor)
 
 
+@contextmanager
+def mark_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Yields an empty temporary file with a new name, by which other nodes recognise the folder.
+
+    It is removed at the end of the block, or by `remove_leftovers` if this program is killed.
+    """
+    path = folder / f"{_prefix(name)}{secrets.token_hex(4)}{SUFFIX}"
+    with disk_errors_as_bad_file(path):
+        descriptor = os.open(path, CREATE, 0o666)
+    try:
+        _lock(descriptor)
+        yield path
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, data: bytes, *, ready: Ready | None = None) -> None:
     """Writes a file atomically."""
     with atomic_file(path, ready=ready) as temporary:

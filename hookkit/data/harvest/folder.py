@@ -9,6 +9,9 @@ Columns of a shard, [row]: text (the number of the text), piece (of the text, 0 
 split), pos, token (its id), read (the number of the token sequence in the shard). `ids` has the
 tokens of all sequences that the model read, one after another; those of sequence n are
 `ids[starts[n] : starts[n + 1]]`.
+
+Where actors write the shards, .00000.safetensors.json has the line of a complete shard until it is
+in the index.
 """
 
 import dataclasses
@@ -44,6 +47,7 @@ from .texts import COLUMNS, TOKENS
 SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
 FORMAT = 1
 SHARD_NAME = re.compile(r"[0-9]{5,}\.safetensors")
+NOTE_NAME = re.compile(r"\.[0-9]{5,}\.safetensors\.json")
 REQUIRED_SETTINGS = {"format", "model", "sites", "pos", "context", "long"}
 DTYPES = (
     "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"
@@ -256,13 +260,21 @@ def append_to_index(folder: Path, entry: Shard | End) -> None:
 
 
 def finish_index(folder: Path, end: End) -> None:
-    """Removes shards that are not in the index, and adds its last line."""
+    """Removes shards that are not in the index, and their notes; adds the last line."""
     shards, _ = read_index(folder)
     names = {shard.file for shard in shards}
     for path in _shard_paths(folder):
         if path.name not in names and _is_shard(path):
             path.unlink()
+    for path in folder.glob(".*.json"):
+        if NOTE_NAME.fullmatch(path.name):
+            path.unlink(missing_ok=True)
     append_to_index(folder, end)
+
+
+def note_of(folder: Path, shard: Shard) -> Path:
+    """Returns the path of the file that has a shard's line until the line is in the index."""
+    return folder / f".{shard.file}.json"
 
 
 # ---- shards

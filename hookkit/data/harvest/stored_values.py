@@ -21,7 +21,7 @@ from ...models.prompts import pad_id
 from ...models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, SitesLike, refuse_stacks
 from ...runs.forward import forward
 from .sparse_rows import sparse_rows
-from .texts import Batch, TextReader, TokenSequence
+from .texts import Batch, TextReader, TokenSequence, Window
 
 SPARSITY = 16  # of so many features one is active, where the size of a shard is chosen
 FEATURE_BYTES = 4  # of the number of an active feature
@@ -178,8 +178,8 @@ class Progress:
         self._bar.initial = self._bar.n = text + 1
         self._start_time = time.perf_counter()
 
-    def add(self, batch: Batch) -> None:
-        """Counts a batch."""
+    def add(self, batch: Batch | Window) -> None:
+        """Counts the sequences of a batch or window."""
         self._tokens += sum(map(len, batch.sequences))
         speed = self._tokens / (time.perf_counter() - self._start_time)
         self._bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)

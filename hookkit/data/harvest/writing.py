@@ -7,40 +7,46 @@ equal, byte for byte, to those of a harvest without interruption.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from ...arguments import check_arguments, check_integer
 from ...errors import BadHook, EmptySelection, HarvestChanged
-from ...files.atomic import lock_folder, write_tensors
+from ...files.atomic import lock_folder, mark_folder, remove_leftovers
 from ...files.untrusted import check_folder
 from ...models.dictionaries import find_dictionary
 from ...models.lm import LM
 from ...models.positions import PosLike
 from ...models.sites import AnySite, Site, SitesLike
-from ...runs.engines.actors import Step, Steps, run_steps
+from ...runs.engines.actors import Step, Steps, Work, run_steps
 from ...runs.engines.ray import EngineLike, Ray, read_engine
 from .folder import (
     FORMAT,
-    SHARD,
     End,
     Shard,
     append_to_index,
     describe_model,
     finish_index,
+    note_of,
     prepare_folder,
     read_index,
 )
 from .harvest import Harvest, open_harvest
-from .sparse_rows import SparseWindow, join_sparse
+from .shard_computation import (
+    ShardComputation,
+    ShardPlan,
+    Stored,
+    empty_values,
+    store_batch,
+    write_shard,
+)
 from .stored_values import Progress, ValueComputation, ValueKind, probe_sites
 from .texts import (
     Batch,
@@ -49,12 +55,14 @@ from .texts import (
     TextReader,
     TextsLike,
     TokenSequence,
+    Window,
     read_rules,
-    token_columns,
 )
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
-Stored: TypeAlias = Tensor | SparseWindow  # the values of a window of texts at a site
+Writers: TypeAlias = Literal["driver", "actors"]
+# the number of a shard and its line of the index -> steps, and False if no text is left
+MakeShard: TypeAlias = Callable[[int, Shard | None], Generator[Step, None, bool]]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -74,6 +82,7 @@ def harvest(
     shard_size: int | None = None,
     progress: bool = True,
     engine: EngineLike = None,
+    writers: Writers = "driver",
 ) -> Harvest:
     """Writes the values at these sites, for every text, to a folder, and returns the harvest.
 
@@ -91,6 +100,8 @@ def harvest(
     batch_tokens  the number of tokens that run together, padding included
     shard_size    the number of rows of a shard (by default 128 MiB); memory holds three at most
     engine        "ray", or `Ray(…)`: actors that hold the model each compute the batches
+    writers       "driver": this process writes the shards; "actors": each actor computes and writes
+                  whole shards, in a folder that all nodes share, and reads a few shards ahead
 
     If the folder has an unfinished harvest, it continues after the last complete shard. The model,
     the settings and the texts up to there must be the same; else `HarvestChanged` is raised. The
@@ -103,6 +114,8 @@ def harvest(
     (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
     ray = read_engine(engine, lm)
+    if writers == "actors" and ray is None:
+        raise BadHook("writers='actors' needs actors: add engine='ray', or leave writers= out")
     rules = read_rules(lm, pos, context, long, on_error, batch_tokens)
     kinds = _stored_kinds(probe_sites(lm, sites, "a harvest"), dtype)
     if shard_size is None:
@@ -126,7 +139,11 @@ def harvest(
     with lock, Progress(reader, progress) as bar:
         if lm.is_writer:
             prepare_folder(path, settings)
-        HarvestWriter(lm, kinds, path, reader, shard_size, bar).run(ray)
+        writer = HarvestWriter(lm, kinds, path, reader, shard_size, bar)
+        if writers == "actors":
+            writer.run_on_actors(ray)
+        else:
+            writer.run(ray)
     if lm.ranks is not None:
         lm.ranks.gather_values(None)  # waits for every rank
     return open_harvest(path)
@@ -178,15 +195,32 @@ class HarvestWriter:
     progress: Progress
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     _last_write: Future[None] | None = None
+    _has_rows: bool = False
 
     def run(self, engine: Ray | None) -> None:
         """Makes the missing shards and finishes the index."""
-        shards, end, exists = self._read_progress()
-        work = ValueComputation(self.lm, self.kinds, self.reader.rules.where)
         with self._thread:  # leaving the block waits until a shard is written
-            run_steps(engine, self.lm, work, self._steps(shards, exists, end))
+            end = self._run(engine, self._computation(), self._shard)
             self._wait()
-        self._finish(bool(shards) or self._last_write is not None, end)
+        self._finish(end)
+
+    def run_on_actors(self, engine: Ray | None) -> None:
+        """Lets actors make the missing shards, and finishes the index."""
+        with mark_folder(self.folder, "writers") as mark:
+            folder, rules = self.folder.absolute(), self.reader.rules
+            work = ShardComputation(self._computation(), rules, folder, mark.name)
+            end = self._run(engine, work, self._planned_shard)
+        remove_leftovers(self.folder)  # of actors that were killed
+        self._finish(end)
+
+    def _computation(self) -> ValueComputation:
+        return ValueComputation(self.lm, self.kinds, self.reader.rules.where)
+
+    def _run(self, engine: Ray | None, work: Work, make: MakeShard) -> End | None:
+        shards, end, exists = self._read_progress()
+        self._has_rows = bool(shards)
+        run_steps(engine, self.lm, work, self._steps(shards, exists, end, make))
+        return end
 
     def _read_progress(self) -> tuple[list[Shard], End | None, list[bool]]:
         """Returns the index and whether each shard exists, as the writing process sees them."""
@@ -196,54 +230,66 @@ class HarvestWriter:
             return progress
         return self.lm.ranks.gather_values(progress)[0]
 
-    def _steps(self, shards: list[Shard], exists: list[bool], end: End | None) -> Steps:
+    def _steps(
+        self, shards: list[Shard], exists: list[bool], end: End | None, make: MakeShard
+    ) -> Steps:
         for number, shard in enumerate(shards):
             if exists[number]:
                 self.reader.skip(shard.text, shard.piece, shard.stream)
                 yield Step(None, lambda _, text=shard.text: self.progress.skip_to(text))
                 continue
-            is_complete = yield from self._shard(number, shard)
+            is_complete = yield from make(number, shard)
             if not is_complete:
                 raise self.reader.too_few_texts(shard.text + 1)
         number = len(shards)
-        while end is None and (yield from self._shard(number, None)):
+        while end is None and (yield from make(number, None)):
             number += 1
 
     def _shard(self, number: int, expected: Shard | None) -> Generator[Step, None, bool]:
         """Yields the steps of a shard. Returns False, without a shard, after the last text."""
         sequences: list[TokenSequence] = []
         values: list[dict[AnySite, Stored]] = []
-        rows = 0
-        while rows < self.shard_size:
-            window = self.reader.read_window(self.shard_size - rows)
-            if window is None:
-                break
-            stored: dict[AnySite, Stored] = {}
-            for site, kind in self.kinds.items():
-                stored[site] = SparseWindow(window.rows)
-                if not kind.sparse:
-                    stored[site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
+        for window in self._windows():
+            stored = empty_values(self.kinds, window.rows)
             for batch in window.batches(self.reader.rules):
                 yield Step(batch, partial(self._store, stored, batch))
             last_text = window.sequences[-1].text
             yield Step(None, lambda _, text=last_text: self.progress.advance_to(text))
             sequences += window.sequences
             values.append(stored)
-            rows += window.rows
         if not sequences:
             return False
         yield Step(None, lambda _: self._submit(number, expected, sequences, values))
         return True
 
+    def _planned_shard(self, number: int, expected: Shard | None) -> Generator[Step, None, bool]:
+        """Yields the one step of a shard that an actor makes. Returns False after the last text."""
+        windows = tuple(self._windows())
+        if not windows:
+            return False
+        plan = ShardPlan(number, windows, is_new=expected is None)
+        yield Step(plan, partial(self._record_plan, plan, expected))
+        return True
+
+    def _windows(self) -> Iterator[Window]:
+        """Reads the windows of the next shard."""
+        rows = 0
+        while rows < self.shard_size:
+            window = self.reader.read_window(self.shard_size - rows)
+            if window is None:
+                return
+            rows += window.rows
+            yield window
+
     def _store(
         self, stored: dict[AnySite, Stored], batch: Batch, computed: dict[AnySite, Any]
     ) -> None:
-        for site, values in computed.items():
-            stored[site][batch.rows] = values
+        store_batch(stored, batch, computed)
         self.progress.add(batch)
 
     def _submit(self, *shard: Any) -> None:
         self._wait()
+        self._has_rows = True
         self._last_write = self._thread.submit(self._write, *shard)
 
     def _wait(self) -> None:
@@ -258,30 +304,19 @@ class HarvestWriter:
         sequences: list[TokenSequence],
         values: list[dict[AnySite, Stored]],
     ) -> None:
-        """Writes a shard, and adds it to the index or compares it with its line there."""
-        if not self.lm.is_writer:
-            return
-        tensors = token_columns(sequences)
-        for site in self.kinds:
-            windows: list[Any] = [window_values.pop(site) for window_values in values]
-            if self.kinds[site].sparse:
-                rows = join_sparse([window.join() for window in windows])
-                tensors |= rows.stored(str(site))
-            else:
-                tensors[str(site)] = torch.cat(windows)
-        file, last = SHARD.format(number), sequences[-1]
-        size, sha256 = write_tensors(self.folder / file, tensors, tidy=False)
-        shard = Shard(
-            file,
-            rows=len(tensors["text"]),
-            tokens=len(tensors["ids"]),
-            left_out=sum(sequence.left_out for sequence in sequences),
-            text=last.text,
-            piece=last.piece,
-            stream=last.stream,
-            bytes=size,
-            sha256=sha256,
-        )
+        if self.lm.is_writer:
+            self._record(expected, write_shard(self.folder, number, sequences, values))
+
+    def _record_plan(self, plan: ShardPlan, expected: Shard | None, shard: Shard) -> None:
+        self._has_rows = True
+        self._record(expected, shard)
+        note_of(self.folder, shard).unlink(missing_ok=True)
+        for window in plan.windows:
+            self.progress.add(window)
+        self.progress.advance_to(shard.text)
+
+    def _record(self, expected: Shard | None, shard: Shard) -> None:
+        """Adds a complete shard to the index, or compares it with its line there."""
         if expected is None:
             append_to_index(self.folder, shard)
         elif shard != expected:
@@ -291,7 +326,7 @@ class HarvestWriter:
                 "Harvest into another folder"
             )
 
-    def _finish(self, has_rows: bool, end: End | None) -> None:
+    def _finish(self, end: End | None) -> None:
         """Finishes the index, or checks that a finished harvest has the same texts."""
         if end is not None and (self.reader.read() is not None or self.reader.digest != end.stream):
             raise HarvestChanged(
@@ -299,7 +334,7 @@ class HarvestWriter:
                 "others or more were given: harvest them into another folder"
             )
         texts = self.reader.text + 1
-        if not has_rows:
+        if not self._has_rows:
             problem = "no text was given: the stream of texts is empty"
             if texts:
                 pos = self.reader.rules.where.pos

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,6 +59,15 @@ class Work(Protocol):
     """Computes units. The result of a unit is the same whenever and wherever it is computed."""
 
     def compute(self, unit: Any, /) -> Any: ...
+
+
+@runtime_checkable
+class ActorWork(Work, Protocol):
+    """Work for actors only. `prepare` is called when an actor starts; several units run at once."""
+
+    units_at_once: ClassVar[int]
+
+    def prepare(self) -> None: ...
 
 
 def run_steps(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
@@ -105,6 +114,8 @@ class Actor:
             # after the imports of the user's modules, which may set other values
             torch.set_num_threads(self.threads)
             torch.set_float32_matmul_precision(self.precision)
+            if isinstance(self.work, ActorWork):
+                self.work.prepare()
         except Exception as error:  # noqa: BLE001  it is raised in the user's process
             return _failure(error)
         return None
@@ -112,6 +123,7 @@ class Actor:
     def compute(self, unit: Any) -> "Packed | Failure":
         """Returns the result of a unit, or its error."""
         try:
+            torch.set_num_threads(self.threads)  # of this thread, where units run at once
             return pack_result(self.work.compute(unit))
         except Exception as error:  # noqa: BLE001  it is raised in the user's process
             return _failure(error)
@@ -186,7 +198,7 @@ class Task:
 
 @dataclass(eq=False)
 class Member:
-    """An actor and its tasks. It computes them one by one, in this order. Owned by the `Crew`."""
+    """An actor and its tasks. It begins them in this order. Owned by the `Crew`."""
 
     handle: Any
     ready: bool = False
@@ -321,10 +333,11 @@ class Crew:
         import ray
 
         engine = self.engine
-        remote_actor: Any = ray.remote(
+        remote_actor: Any = ray.remote(  # pyright: ignore[reportCallIssue]
             num_cpus=engine.cpus,
             num_gpus=engine.gpus,
-            memory=engine.memory,  # pyright: ignore[reportArgumentType]
+            memory=engine.memory,
+            max_concurrency=getattr(self.work, "units_at_once", 1),
             scheduling_strategy="SPREAD",
             max_restarts=0,
             max_task_retries=0,

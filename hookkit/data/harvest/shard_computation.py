@@ -1,0 +1,191 @@
+"""The computation of a whole shard: the values of its windows, its tensors, and its file.
+
+`ShardComputation` is what Ray's actors run where they write the shards themselves. A `ShardPlan`
+has the token sequences of a shard, in the windows in which one process reads them. Batches follow
+from the windows, so that the bytes are those of one process. An actor writes a shard's line of the
+index to a note beside the shard, and the user's process removes the note when the line is in the
+index: if that process is killed, complete shards are not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...errors import BadFile, Unsupported
+from ...files.atomic import Ready, sha256, write_bytes, write_tensors
+from ...files.untrusted import check_mapping, read_json
+from ...models.sites import AnySite
+from .folder import SHARD, Shard, note_of
+from .sparse_rows import SparseWindow, join_sparse
+from .stored_values import ValueComputation, ValueKind
+from .texts import Batch, Rules, TokenSequence, Window, token_columns
+
+Stored: TypeAlias = Tensor | SparseWindow  # the values of a window of texts at a site
+PATIENCE = 5  # seconds within which a new file is visible on every node of a network disk
+COMPUTING = threading.Lock()  # held while an actor computes; meanwhile it may write another shard
+
+
+# ---- values and files
+
+
+def empty_values(kinds: Mapping[AnySite, ValueKind], rows: int) -> dict[AnySite, Stored]:
+    """Returns the values of a window of so many rows, before they are computed."""
+    stored: dict[AnySite, Stored] = {}
+    for site, kind in kinds.items():
+        if kind.sparse:
+            stored[site] = SparseWindow(rows)
+        else:
+            stored[site] = torch.empty((rows, *kind.shape), dtype=kind.dtype)
+    return stored
+
+
+def store_batch(stored: dict[AnySite, Stored], batch: Batch, computed: dict[AnySite, Any]) -> None:
+    """Writes the values of a batch to their rows of the window."""
+    for site, values in computed.items():
+        stored[site][batch.rows] = values
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    sequences: Sequence[TokenSequence],
+    windows: list[dict[AnySite, Stored]],
+    ready: Ready | None = None,
+) -> Shard:
+    """Writes a shard, empties `windows`, and returns the shard's line of the index."""
+    tensors = token_columns(sequences)
+    for site in list(windows[0]):
+        parts: list[Any] = [stored.pop(site) for stored in windows]
+        if isinstance(parts[0], SparseWindow):
+            tensors |= join_sparse([part.join() for part in parts]).stored(str(site))
+        else:
+            tensors[str(site)] = torch.cat(parts)
+    path = folder / SHARD.format(number)
+    size, digest = write_tensors(path, tensors, tidy=False, ready=ready)
+    return describe_shard(number, sequences, size, digest)
+
+
+def describe_shard(
+    number: int, sequences: Sequence[TokenSequence], size: int, digest: str
+) -> Shard:
+    """Returns the line of the index for a shard with these sequences."""
+    last = sequences[-1]
+    return Shard(
+        SHARD.format(number),
+        rows=sum(sequence.rows for sequence in sequences),
+        tokens=sum(map(len, sequences)),
+        left_out=sum(sequence.left_out for sequence in sequences),
+        text=last.text,
+        piece=last.piece,
+        stream=last.stream,
+        bytes=size,
+        sha256=digest,
+    )
+
+
+# ---- on an actor
+
+
+@dataclass(frozen=True, eq=False)
+class ShardPlan:
+    """What a shard has. `is_new` is False if it was in the folder before and is made again."""
+
+    number: int
+    windows: tuple[Window, ...]
+    is_new: bool
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        return [sequence for window in self.windows for sequence in window.sequences]
+
+    def __str__(self) -> str:
+        first, last = self.windows[0].sequences[0], self.windows[-1].sequences[-1]
+        return f"shard {self.number}, of texts {first.text} to {last.text}"
+
+
+@dataclass(frozen=True, eq=False)
+class ShardComputation:
+    """Computes and writes whole shards, in a folder that all nodes share.
+
+    `mark` is a file in the folder that the user's process holds while it harvests.
+    """
+
+    values: ValueComputation
+    rules: Rules
+    folder: Path
+    mark: str
+    units_at_once: ClassVar[int] = 2  # a shard is computed while the one before it is written
+
+    def prepare(self) -> None:
+        """Raises `Unsupported` if this node does not see the folder of the user's process."""
+        end = time.monotonic() + PATIENCE
+        while not self._sees_mark():
+            if time.monotonic() > end:
+                raise Unsupported(
+                    f"the node {platform.node()!r} does not see the files that the user's process "
+                    f"writes to {str(self.folder)!r}: give a folder on a disk that all nodes share "
+                    "under the same path, or leave writers='actors' out"
+                )
+            time.sleep(0.1)
+        if not os.access(self.folder, os.W_OK):
+            raise Unsupported(
+                f"the node {platform.node()!r} must not write to {str(self.folder)!r}: change the "
+                "permissions of the folder, or leave writers='actors' out"
+            )
+
+    def compute(self, plan: ShardPlan) -> Shard:
+        """Makes the file of a shard, and returns its line of the index."""
+        if plan.is_new and (shard := self._complete_shard(plan)):
+            return shard
+        with COMPUTING:
+            windows = list(map(self._window_values, plan.windows))
+        shard = write_shard(self.folder, plan.number, plan.sequences, windows, self._check_mark)
+        if plan.is_new:
+            line = json.dumps(asdict(shard)).encode()
+            write_bytes(note_of(self.folder, shard), line, ready=self._check_mark)
+        return shard
+
+    def _window_values(self, window: Window) -> dict[AnySite, Stored]:
+        stored = empty_values(self.values.kinds, window.rows)
+        for batch in window.batches(self.rules):
+            try:
+                store_batch(stored, batch, self.values.compute(batch))
+            except Exception as error:
+                error.add_note(f"in {batch}")
+                raise
+        return stored
+
+    def _complete_shard(self, plan: ShardPlan) -> Shard | None:
+        """Returns the line of a shard that an actor completed before, if it has these texts."""
+        expected = describe_shard(plan.number, plan.sequences, 0, "")
+        note = note_of(self.folder, expected)
+        try:
+            shard = Shard(**check_mapping(read_json(note), note.name))
+        except (BadFile, ValueError, TypeError):
+            return None
+        if describe_shard(plan.number, plan.sequences, shard.bytes, shard.sha256) != shard:
+            return None
+        is_whole = shard.exists(self.folder) and sha256(shard.path(self.folder)) == shard.sha256
+        return shard if is_whole else None
+
+    def _sees_mark(self) -> bool:
+        return os.path.lexists(self.folder / self.mark)
+
+    def _check_mark(self, _: object) -> None:
+        """Raises `Unsupported` in an actor whose harvest has ended, before it renames a file."""
+        if not self._sees_mark():
+            raise Unsupported(
+                f"the harvest that writes to {str(self.folder)!r} has ended, or another process "
+                "harvests into the folder: wait for it, or give another folder"
+            )
