@@ -68,7 +68,7 @@ def main() -> None:
     with hk.record(
         "results/scale", title="Larger than one machine", question=QUESTION, lm=lm, seed=0
     ) as results:
-        found = {**computing(lm), **gathering(), **writing(), **acting()}
+        found = {**computing(lm), **gathering(), **writing(), **acting(), **writing_on_actors()}
         measured = pd.DataFrame({"what": list(found), "value": list(found.values())})
         results.table("measured", measured, caption="On this machine; its other users count in.")
         large = described()
@@ -187,6 +187,37 @@ def acting() -> dict[str, float]:
         )
         / 32
     }
+
+
+def writing_on_actors() -> dict[str, float]:
+    """Measures shards of 32 MiB of a wide embedding: two actors compute, and one or both write."""
+    import ray
+
+    lm = hk.tiny("llama", config={"hidden_size": 2048, "num_hidden_layers": 1})
+    texts = torch.randint(0, 300, (576, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    found: dict[str, float] = {}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        for writers, n_writers, label in (
+            ("driver", 1, "bytes a second, two actors compute and one process writes"),
+            ("actors", 2, "bytes a second, two actors compute and write"),
+        ):
+            with tempfile.TemporaryDirectory(dir=".") as folder:
+                settings: dict[str, Any] = {"shard_size": 4096, "progress": False}
+                settings |= {"engine": hk.Ray(actors=2), "writers": writers}
+                hk.harvest(lm, texts, "embed", Path(folder) / "harvest", **settings)
+                found[label] = speed_of_shards(Path(folder) / "harvest", n_writers)
+    finally:
+        ray.shutdown()
+    return found
+
+
+def speed_of_shards(folder: Path, n_writers: int) -> float:
+    """Returns bytes a second from when every writer has written a shard to the end."""
+    files = [path.stat() for path in folder.glob("*.safetensors")]
+    files.sort(key=lambda file: file.st_mtime)
+    seconds = files[-1].st_mtime - files[n_writers - 1].st_mtime
+    return sum(file.st_size for file in files[n_writers:]) / seconds
 
 
 def taken(run: Any, rounds: int) -> float:

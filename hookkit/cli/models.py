@@ -272,6 +272,9 @@ class HarvestOptions:
     shard_size: Annotated[
         int | None, Option(min=1, help="Rows of a shard; 128 MiB if left out.")
     ] = None
+    writers: Annotated[str, Option(help="With ray: who writes the shards, driver or actors.")] = (
+        "driver"
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `harvest`."""

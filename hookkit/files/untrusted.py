@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..arguments import check_arguments, describe
 from ..display import TOKEN_COLUMNS
-from ..errors import BadArgument, BadFile, BadHook, HookkitError
+from ..errors import BadArgument, BadFile, BadHook, HookkitError, Unsupported
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +33,7 @@ LARGEST_YAML = 4 * 2**20  # characters; YAML is read a hundred times more slowly
 LARGEST_TABLE = 2**31  # bytes of a CSV file
 DEEPEST = 64  # nested lists and mappings
 MAX_DIGITS = 40  # of a whole number
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 MAX_MESSAGE = 120  # characters of another library's message
 
 Error: TypeAlias = type[HookkitError]
@@ -333,7 +334,15 @@ def read_table(
 
 
 def check_path(value: object, name: str = "path") -> Path:
-    """Returns the path of a file or folder, which is a text or a `pathlib.Path`."""
+    """Returns the path of a file or folder, which is a text or a `pathlib.Path`.
+
+    Raises `Unsupported` for an address such as s3://bucket/name.
+    """
+    if isinstance(value, str) and ADDRESS.match(value):
+        raise Unsupported(
+            f"{name}={value!r} is an address, and hookkit locks and renames files on disks: "
+            "mount the store, or copy to and from it"
+        )
     if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
         return Path(value)
     raise BadArgument(
