@@ -126,7 +126,7 @@ def actors() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has just ended
-            if process.cmdline()[0].startswith("ray::Actor"):
+            if "".join(process.cmdline()).startswith("ray::Actor"):
                 found.append(process)
     return found
 

@@ -350,7 +350,8 @@ class Crew:
     def _replace(self, member: Member, error: BaseException) -> None:
         """Starts another actor for one that died; `ActorLost` if that happens again and again.
 
-        The first of its tasks counts as the one that killed it, not those that waited after it.
+        The first of its tasks counts as the one that killed it, not those that waited after it or
+        ran beside it.
         """
         import ray
 
