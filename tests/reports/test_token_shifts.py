@@ -279,7 +279,9 @@ def test_the_largest_changes_are_those_of_a_sort(size, rise):
 
 def test_ranks_are_one_and_the_number_of_larger_logits_with_ties_and_infinities():
     logits = torch.randn(6, 300).mul(3).round()
-    logits[2, 5:9] = -torch.inf
+    logits[2, 5:9], logits[3, 7] = -torch.inf, torch.inf
+    logits[4, :20:2], logits[4, 1:20:2] = 0.0, -0.0
+    logits[5] = 1.0 + torch.arange(300) % 200 * 2.0**-20  # whose bits differ at the end only
     assert torch.equal(ranks_of_all(logits), ranks_by_hand(logits))
 
 

@@ -46,8 +46,7 @@ DEVICE_CHUNK_BYTES = 2**26  # on another device
 STRIPES = 64  # the parts of the vocabulary among which the largest changes are found
 KL_STEPS = 3  # how often the size of a control is corrected
 MOST_SCALE = 100.0  # of a control's change of the logits
-TOKEN_BITS = 2**29 - 1  # of a float64, which a float32 does not use
-INFINITY = 2.0**128  # beyond every float32
+SIGN_BIT = 2**31  # of a float32
 
 
 def chunk_size(logits: Float[Tensor, "... vocab"]) -> int:
@@ -92,7 +91,7 @@ def measure_changes(
     largest, scale = before.amax(-1, keepdim=True), torch.ones_like(changes[:, 0])
     weights = (before - largest).exp_()
     log_total = weights.sum(-1).log()
-    mean = torch.linalg.vecdot(weights, changes) / log_total.exp()
+    mean = weights.mul_(changes).sum(-1) / log_total.exp()
     log_norm = (after - largest).exp_().sum(-1).log() - log_total
     if not bool(log_norm.isfinite().all()):  # exp is beyond float32
         log_norm = after.logsumexp(-1) - before.logsumexp(-1)
@@ -175,7 +174,7 @@ def _extremes(
     The vocabulary is a table of stripes, each of `width` tokens. The `count` largest changes are in
     the `count` columns with the largest maxima, and finding those is one pass over the vocabulary.
     """
-    table = changes[..., : STRIPES * width].unflatten(-1, (STRIPES, width))
+    table = changes[..., : STRIPES * width].view(*changes.shape[:-1], STRIPES, width)
     best = table.amax(-2) if rise else table.amin(-2)
     columns = best.topk(count, largest=rise).indices[..., None, :]
     columns = columns.expand(*columns.shape[:-2], STRIPES, count)
@@ -197,29 +196,34 @@ def ranks_of_all(logits: Float[Tensor, "position token"]) -> Int[Tensor, "positi
     if logits.device.type != "cpu":
         ordered = logits.sort(dim=-1).values
         return 1 + logits.shape[-1] - torch.searchsorted(ordered, logits, right=True)
-    tokens, ranks = np.arange(logits.shape[-1]), np.empty(logits.shape, dtype=np.int64)
+    ranks = np.empty(logits.shape, dtype=np.int64)
     for row, ranks_of_row in zip(logits.numpy(), ranks, strict=True):
-        _rank(row, tokens, ranks_of_row)
+        _rank(row, ranks_of_row)
     return torch.from_numpy(ranks)
 
 
-def _rank(logits: np.ndarray, tokens: np.ndarray, ranks: np.ndarray) -> None:
+def _rank(logits: np.ndarray, ranks: np.ndarray) -> None:
     """Writes the rank of every token to `ranks`.
 
-    Numbers are sorted faster than their indices, and by numpy faster than by torch. A float32
-    leaves the last 29 bits of a float64 empty, so that they can hold the token.
+    Numpy sorts integers of 16 bits by their digits, which takes a third of the time that comparing
+    takes. So the tokens are sorted by the lower half of their keys, and then by the upper half.
     """
-    keys = np.subtract(0.0, logits, dtype=np.float64)
-    np.clip(keys, -INFINITY, INFINITY, out=keys)
-    bits = keys.view(np.int64)
-    bits |= tokens
-    keys.sort()
-    order = bits & TOKEN_BITS
-    ranks[order] = tokens + 1
-    bits >>= TOKEN_BITS.bit_length()
-    tied = np.flatnonzero(bits[1:] == bits[:-1]) + 1  # where a logit equals the one before
+    keys = _descending_keys(logits)
+    lower, upper = keys.astype(np.uint16), (keys >> 16).astype(np.uint16)
+    order = np.argsort(lower, kind="stable")
+    order = order.take(np.argsort(upper.take(order), kind="stable"))
+    ranks[order] = np.arange(1, len(order) + 1)
+    ordered = keys.take(order)
+    tied = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1  # where a logit equals the one before
     is_first = np.diff(tied, prepend=-1) != 1
     ranks[order[tied]] = np.maximum.accumulate(np.where(is_first, tied, 0))
+
+
+def _descending_keys(logits: np.ndarray) -> np.ndarray:
+    """Returns integers of 32 bits in the opposite order of the logits; equal for equal logits."""
+    bits = np.subtract(0.0, logits, dtype=np.float32).view(np.uint32)  # both zeros become one
+    negative = (bits.view(np.int32) >> 31).view(np.uint32)  # all bits are 1 below zero
+    return bits ^ (negative | np.uint32(SIGN_BIT))
 
 
 # ---- the forwards of a batch
