@@ -27,6 +27,7 @@ from .options import (
     PromptOption,
     PromptOptions,
     Quiet,
+    ServingOptions,
     Texts,
     Top,
     Watch,
@@ -52,6 +53,7 @@ def generate(
     prompts: PromptOptions,
     model: HookedModelOptions,
     generation: GenerationOptions,
+    serving: ServingOptions,
     output: OutputOptions,
     only_new: Annotated[
         bool, Option("--only-new", help="Print the generated text without the prompt.")
@@ -59,7 +61,7 @@ def generate(
 ) -> None:
     """Continue each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
     texts, settings = prompts.read(), generation.arguments()
-    lm, edits, _ = model.load_with_hooks(output)
+    lm, edits, _ = model.load_with_hooks(output, **serving.settings())
     import pandas as pd
 
     from ..models.tokens import prompt_text

@@ -4,6 +4,7 @@ Each dataclass is a group of options, with a field for each option. Its methods 
 before a model is loaded, and turn them into the objects of the library.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -306,11 +307,12 @@ class HookedModelOptions(ModelOptions):
             raise BadHook(f"{reason}, and {hook} is a hook: leave one of them out")
 
     def load_with_hooks(
-        self, output: OutputOptions, watch: Texts = None, *, purpose: str = ""
+        self, output: OutputOptions, watch: Texts = None, *, purpose: str = "", **settings: Any
     ) -> "tuple[hk.LM, list[hk.types.Hook], list[int]]":
         """Checks the options, and returns the model, the hooks and the ids of the watched tokens.
 
-        With `purpose`, which says what the hooks are for, at least one hook is required.
+        With `purpose`, which says what the hooks are for, at least one hook is required. `settings`
+        are further arguments of `hk.load`.
         """
         output.check()
         texts = [] if self.hooks is None else read_hook_list(self.hooks)
@@ -322,7 +324,7 @@ class HookedModelOptions(ModelOptions):
                 f"there is no hook, and {purpose}: "
                 "give --force ' coffee', --ablate z.9.3, --hook, --hooks …"
             )
-        lm = self.load(quiet=output.quiet)
+        lm = self.load(quiet=output.quiet, **settings)
         watched_ids = token_ids(lm, watch)
         hooks = [] if self.hooks is None else hk.load_hooks(self.hooks, lm=lm)
         hooks += [hk.parse_hook(text, lm=lm) for text in self._texts()]
@@ -450,6 +452,47 @@ class EngineOptions:
 
         check_installed()
         return hk.Ray(**settings)
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """The options for a model in a process of vLLM."""
+
+    engine: Annotated[
+        str | None, Option(help="vllm serves the model in a process; this one if left out.")
+    ] = None
+    engine_argument: Annotated[
+        Texts,
+        Option(
+            metavar="NAME=VALUE",
+            help="With vllm: one of its arguments, such as max_model_len=2048; repeatable.",
+        ),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the arguments of `hk.load`, which are checked as far as no model is needed."""
+        texts = self.engine_argument or []
+        if self.engine is None:
+            if texts:
+                raise BadHook(f"--engine-argument {texts[0]} is one of vLLM's: add --engine vllm")
+            return {}
+        if self.engine != "vllm":
+            raise BadHook(f"--engine {self.engine!r} is unknown: say vllm, or leave it out")
+        from ..models.engine import check_engine
+
+        arguments = dict(map(_parse_argument, texts))
+        check_engine(self.engine, arguments)
+        return {"engine": self.engine, **arguments}
+
+
+def _parse_argument(text: str) -> tuple[str, Any]:
+    """Returns the name and the value of NAME=VALUE. A value that is no JSON is a text."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise BadHook(f"--engine-argument {text!r}: say NAME=VALUE, such as max_model_len=2048")
+    with suppress(ValueError):
+        return name, json.loads(value)
+    return name, value
 
 
 def check_result_folder(option: str, path: Path) -> None:

@@ -19,7 +19,7 @@ from ..hooks.capture import capture
 from ..hooks.edits import scale
 from ..models.dictionaries import site_of_features
 from ..models.lm import LM
-from ..models.prompts import Prompts
+from ..models.prompts import Prompts, as_rows
 from ..runs.forward import forward
 from ..runs.run import Run
 from .dictionary import Dictionary
@@ -63,6 +63,7 @@ def prepare(dictionary: Dictionary, lm: LM, *, replaces: bool, check: bool) -> D
         _check_fit(dictionary, measure_fit(dictionary, lm, _text(lm)))
     if not replaces:
         return dictionary
+    lm.refuse_engine("replace=True measures the loss, from the logits at every position")
     return dictionary.replacing(_cost(dictionary.replacing(""), lm))
 
 
@@ -87,7 +88,7 @@ def measure_fit(dictionary: Dictionary, lm: LM, prompts: Prompts) -> Fit:
 def _text(lm: LM) -> Prompts:
     """Returns a short text; of a model without a tokenizer, some of its tokens."""
     if lm.tokenizer is not None:
-        return [TEXT]
+        return [as_rows(lm, TEXT)[0][: lm.context]]
     return [tuple(number * 7 % (lm.n_tokens or 1) for number in range(1, 65))]
 
 

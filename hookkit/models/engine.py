@@ -117,6 +117,15 @@ def check_engine(engine: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS, **arguments}
 
 
+def not_in_engine(what: str) -> Unsupported:
+    """Returns the error for what is impossible with a model in an engine."""
+    return Unsupported(
+        f"{what}, and the model of this LM is in a process of vLLM, which has no gradients, no "
+        "attention patterns and no forwards of its parts: hk.generate, hk.forward and hk.harvest "
+        "run there; load the model without engine= for the rest"
+    )
+
+
 def check_installed() -> None:
     """Raises `MissingExtra` without vLLM, and `Unsupported` for a version that is not known."""
     versions: list[str] = []
@@ -142,7 +151,8 @@ class Engine:
     """
 
     def __init__(self, start: StartEngine) -> None:
-        self.label, self.arguments = start.label, dict(start.arguments)
+        self.label, self.source, self.arguments = start.label, start.source, dict(start.arguments)
+        self._dictionaries: tuple[Any, ...] = ()  # that the process has
         self._lock = RLock()
         self._folder = tempfile.TemporaryDirectory(prefix="hookkit-engine-")
         self._log = Path(self._folder.name, "log.txt")
@@ -180,6 +190,17 @@ class Engine:
                 if self._process.poll() is not None:
                     break
         raise self._lost("did not start")
+
+    def run(self, sampled: Any, dictionaries: tuple[Any, ...]) -> Any:
+        """Runs requests with the features of these dictionaries as sites.
+
+        A dictionary is sent once, and again only after a run with others.
+        """
+        with self._lock:
+            if dictionaries != self._dictionaries:
+                self.call("set_dictionaries", dictionaries)
+                self._dictionaries = dictionaries
+            return self.call("run", sampled)
 
     def call(self, name: str, value: Any) -> Any:
         """Sends a message and returns the answer; raises the error of the process.

@@ -38,7 +38,7 @@ from .devices import (
 )
 from .dictionaries import SiteDictionary, by_feature_site
 from .discovery.discover import decoder_path, resolve_family
-from .engine import Engine
+from .engine import Engine, not_in_engine
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, is_masked_lm, text_config
 from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
@@ -353,11 +353,7 @@ class LM(Vocabulary):
     def refuse_engine(self, what: str) -> None:
         """Raises `Unsupported` if the model computes in an engine, where `what` is impossible."""
         if self.engine is not None:
-            raise Unsupported(
-                f"{what}, and the model of this LM is in a process of vLLM, which has no "
-                "gradients, no attention patterns and no forwards of its parts: hk.generate, "
-                "hk.forward and hk.harvest run there; load the model without engine= for the rest"
-            )
+            raise not_in_engine(what)
 
     def refuse_next_token(self) -> None:
         """Raises `Unsupported` for a masked language model.
@@ -398,6 +394,8 @@ class LM(Vocabulary):
     @cached_property
     def context(self) -> int | None:
         """The number of tokens that the model can read at once, if its configuration says it."""
+        if self.engine is not None:
+            return self.engine.facts["context"] - 1  # vLLM never reads the last token
         return getattr(text_config(self.config), "max_position_embeddings", None)
 
     @property
@@ -591,6 +589,7 @@ class LM(Vocabulary):
 
         transformers, `hk.load(folder)` and the programs that serve such folders read it.
         """
+        self.refuse_engine("the weights were to be saved")
         target = check_folder(folder)
         if not hasattr(self.model, "save_pretrained"):
             raise Unsupported(

@@ -32,6 +32,7 @@ from ..errors import (
 )
 from .cache import DEFAULT, PACKAGE, VERSION, default_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
+from .absent_weights import mark_absent
 from .engine import Engine, StartEngine, check_engine
 from .families.small_configs import EXPERTS, FAMILIES, MASKED, SHARED_SETTINGS, SIZES
 from .families.table import FAMILIES as FAMILY_ROWS
@@ -178,6 +179,7 @@ def _serve(
     sizes = {layer: lm.layout.sizes_of(layer) for layer in (None, *range(lm.n_layers))}
     start = StartEngine(str(source), label, arguments, tokenizer, lm.family, sizes)
     engine = Engine(start)
+    mark_absent(model)
     locations = {site: lm.family.locations[site] for site in engine.facts["names"]}
     row = replace(lm.family, locations=locations, missing=engine.facts["missing"])
     served = LM(model, tokenizer, label, row, engine=engine)

@@ -7,13 +7,17 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files.atomic import sha256
 from .devices import count_parameters, weights_of
+from .engine import Engine
 from .lm import LM
 
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 PACKAGES = "hookkit torch transformers tokenizers numpy pandas matplotlib einops"
 
 
@@ -33,9 +37,23 @@ def about_model(lm: LM) -> dict[str, Any]:
         "parameters": count_parameters(lm.root),
         "versions": versions(),
     }
+    if lm.engine is not None:
+        about |= _about_engine(lm.engine)
     if lm.dictionaries:
         about["dictionaries"] = [dictionary.about() for dictionary in lm.dictionaries]
     return about
+
+
+def _about_engine(engine: Engine) -> dict[str, Any]:
+    """What computes where a model is served, in place of what its modules here say."""
+    facts = engine.facts
+    code = {"model_impl": engine.arguments["model_impl"], "class": facts["class"]}
+    return {
+        "dtype": [facts["dtype"]],
+        "device": facts["device"],
+        "attention": "vllm",
+        "engine": {"name": "vllm", "version": facts["version"], **code},
+    }
 
 
 def versions() -> dict[str, str]:
@@ -50,15 +68,30 @@ def versions() -> dict[str, str]:
 def weights_hash(lm: LM) -> str:
     """Returns the sha256 of all weights, ordered by name; equal for models with equal weights.
 
-    Weights that accelerate offloads to the disk are read one after another.
+    Weights that accelerate offloads to the disk are read one after another. Where a model is
+    served, it is the hash of the weights' files, or of the name and the commit on the Hub.
     """
     digest = hashlib.sha256()
+    if lm.engine is not None:
+        commit = getattr(lm.config, "_commit_hash", None)
+        return _source_hash(lm.engine.source, commit)
     for name, read in sorted(_plain_weights(lm), key=lambda item: item[0]):
         weight = read()
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         data: Any = weight.detach().cpu().contiguous()
         digest.update(data.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _source_hash(source: str, commit: str | None) -> str:
+    folder = Path(source)
+    if not folder.is_dir():
+        return hashlib.sha256(f"{source} {commit}".encode()).hexdigest()
+    lines: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WEIGHT_FILES:
+            lines.append(f"{path.name} {sha256(path)}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _plain_weights(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

@@ -66,6 +66,7 @@ def bake(lm: LM, *hooks: Hook) -> LM:
     """
     if not hooks:
         raise EmptySelection("bake was given no hook: give hk.steer, hk.project_out, hk.ablate …")
+    lm.refuse_engine("hooks were to be written into the weights")
     _check_model(lm)
     plan = _in_order(list(_plan(lm, hooks)))
     model: Any = copy.deepcopy(lm.root)

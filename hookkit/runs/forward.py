@@ -81,7 +81,8 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     """Runs the model once over the prompts with these hooks.
 
     `logits` is "all" for every position, "last" for the last one of each prompt (the others are
-    never computed), or False: then the model runs only as far as the hooks need.
+    never computed), or False: then the model runs only as far as the hooks need. An engine of vLLM
+    computes logits where a token is chosen only: there, say "last" or False.
 
     >>> run = forward(lm, ["I like oat milk in my", "Tea"], capture("resid_post.6", pos=-1))
     >>> run["resid_post.6"].shape
@@ -95,6 +96,10 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         raise EmptySelection(
             "the forward was asked for nothing: give it hooks, or logits='all' or 'last'"
         )
+    if lm.engine is not None:
+        from .engines.vllm_client import forward_in_engine
+
+        return forward_in_engine(lm, prompts, hooks, option)
     batch = _batch_of(lm, prompts, option)
     warn_of_dropout(lm.root)
     started = time.perf_counter()

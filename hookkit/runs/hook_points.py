@@ -493,11 +493,14 @@ def _stored_copy(values: Tensor, capture: Capture, is_copy: bool) -> Tensor:
     if capture.dtype is capture.device is None and not inference_mode:
         return values if is_copy else values.clone()
     values = _in_dtype_of(capture, values)
+    memory_format = torch.contiguous_format
+    if values.is_sparse:  # which has no other format
+        memory_format = torch.preserve_format
     with torch.inference_mode(False):
         return values.to(
             device=capture.device or values.device,
             copy=inference_mode or not is_copy,
-            memory_format=torch.contiguous_format,
+            memory_format=memory_format,
         )
 
 

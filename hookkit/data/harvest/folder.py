@@ -117,10 +117,10 @@ def _check_entry(numbers: tuple[Any, ...], hashes: tuple[Any, ...]) -> None:
 def describe_model(lm: LM) -> dict[str, Any]:
     """Returns what has to be equal for equal values: the model, its tokenizer and the packages."""
     about = about_model(lm)
-    names = ("class", "family", "dtype", "device", "attention", "adapters")
+    names = ("class", "family", "dtype", "device", "attention", "adapters", "engine")
     return {
         "name": about["model"],
-        **{name: about[name] for name in names},
+        **{name: about[name] for name in names if name in about},
         "config_sha256": config_hash(lm),
         "weights_sha256": weights_hash(lm),
         "tokenizer_sha256": tokenizer_hash(lm),

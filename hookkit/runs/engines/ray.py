@@ -96,6 +96,7 @@ def read_engine(engine: EngineLike, lm: LM) -> Ray | None:
             f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for "
             "this process"
         )
+    lm.refuse_engine(f"engine={engine!r} sends the model to actors")
     check_installed()
     _check_whole_model(lm)
     _check_weights(lm, engine.gpus)

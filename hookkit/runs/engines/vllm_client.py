@@ -1,4 +1,4 @@
-"""hk.generate on a model in vLLM: what goes to the process of the engine, and what comes back."""
+"""hk.generate and hk.forward on a model in vLLM: what goes to the engine, and what comes back."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from ...hooks.grammar import Grammar
 from ...hooks.sources import SourceEdit
 from ...models.lm import LM
 from ...models.positions import Where
-from ...models.prompts import Prompts, as_batch, pad_id, pad_rows
+from ...models.prompt_row import PromptRow, Row
+from ...models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ...models.sites import AnySite, Site, Sites
-from ..forward import Logits, read_logits_option, select_columns
+from ..forward import Logits, LogitsOption, read_logits_option, select_columns
 from ..generation import NEUTRAL
 from ..hook_points import build_hook_points
 from ..run import Run
@@ -54,7 +55,7 @@ def generate_in_engine(
     """`hk.generate` on a model in vLLM, with the configuration in which the arguments are."""
     option = read_logits_option(logits)
     settings = _sampling_settings(lm, config, arguments)
-    batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
+    batch = as_batch(lm, prompts, side="left")
     returned = config.num_return_sequences or 1
     most = _most_new_tokens(config, arguments, batch.ids.shape[1])
     observers: tuple[Hook, ...] = ()
@@ -62,13 +63,11 @@ def generate_in_engine(
         kind = CaptureLast if option == "last" else Capture
         observers = (kind(Sites((Site("logits"),)), Where(step=EVERY_STEP)),)
     started = time.perf_counter()
-    result = run_in_engine(
-        lm, hooks, observers, [tuple(row) for row in batch.rows], returned, most, settings, seed
-    )
+    result = run_in_engine(lm, hooks, observers, batch.rows, returned, most, settings, seed)
     about = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
     if seed is not None:
         about["seed"] = seed
-    about |= {"engine": "vllm", "seconds": time.perf_counter() - started}
+    about["seconds"] = time.perf_counter() - started
     prompt_rows = tuple(row // returned for row in range(len(result.rows)))
     kept_logits = None
     if result.observed:
@@ -76,9 +75,45 @@ def generate_in_engine(
     return served_run(lm, batch, hooks, result, prompt_rows, kept_logits, about, arguments)
 
 
+def forward_in_engine(
+    lm: LM, prompts: Prompts, hooks: tuple[Hook, ...], option: LogitsOption
+) -> Run:
+    """`hk.forward` on a model in vLLM: one token of each prompt is generated, and dropped."""
+    if option == "all":
+        raise Unsupported(
+            "the logits at every position were asked for, and vLLM computes logits only where a "
+            "token is chosen: say logits='last', or logits=False for captures alone; load the "
+            "model without engine= for all logits"
+        )
+    batch = as_batch(lm, prompts)
+    observers: tuple[Hook, ...] = ()
+    if option == "last":
+        observers = (Capture(Sites((Site("logits"),)), Where(-1)),)
+    started = time.perf_counter()
+    result = read_in_engine(lm, hooks, observers, batch)
+    seconds = time.perf_counter() - started
+    about = {"verb": "forward", "logits": option, "seconds": seconds}
+    kept_logits = None
+    if result.observed:
+        kept_logits = replace(result.observed[0], where=Where())
+    rows = tuple(range(len(batch.rows)))
+    return served_run(lm, batch, hooks, result, rows, kept_logits, about, {})
+
+
+def read_in_engine(
+    lm: LM, hooks: tuple[Hook, ...], observers: tuple[Hook, ...], batch: Batch
+) -> ServedResult:
+    """Reads prompts once; the token that is generated after each of them is left out."""
+    settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    result = run_in_engine(
+        lm, hooks, observers, batch.rows, 1, 1, settings, None, is_forward=True
+    )
+    return replace(result, rows=[row[:-1] for row in result.rows])
+
+
 def served_run(
     lm: LM,
-    batch: Any,
+    batch: Batch,
     hooks: tuple[Hook, ...],
     result: ServedResult,
     prompt_rows: tuple[int, ...],
@@ -113,17 +148,19 @@ def run_in_engine(
     lm: LM,
     hooks: tuple[Hook, ...],
     observers: tuple[Hook, ...],
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Sequence[Row],
     returned: int,
     most: int,
     settings: Mapping[str, Any],
     seed: int | None,
+    *,
+    is_forward: bool = False,
 ) -> ServedResult:
     """Checks the hooks, sends them and the prompts to the engine, and returns what it gave."""
     engine = lm.engine
     assert engine is not None
     _check_hooks(lm, (*hooks, *observers))
-    _check_lengths(lm, prompts, most)
+    _check_prompts(lm, prompts, most)
     references: list[tuple[tuple[Any, ...], dict[AnySite, Captured]]] = []
 
     def reference(sites: Sequence[AnySite], others: tuple[Any, ...]) -> dict[AnySite, Captured]:
@@ -133,7 +170,9 @@ def run_in_engine(
 
     build_hook_points(lm, hooks, reference, observers)
     eos = frozenset(settings.get("stop_token_ids") or ())
-    run = ServedRun(hooks, observers, tuple(prompts), returned, most, eos, references)
+    run = ServedRun(
+        hooks, observers, tuple(prompts), returned, most, eos, references, is_forward
+    )
     count = len(prompts) * returned
     seeds: list[int | None] = [None] * count
     if seed is not None:
@@ -142,17 +181,15 @@ def run_in_engine(
     if engine.arguments.get("enable_prefix_caching") and (hooks or observers):
         salts = [secrets.token_hex(16) for _ in range(count)]
     sampled = SampledRun(run, {**settings, "max_tokens": most}, seeds, salts)
-    return engine.call("run", sampled)
+    return engine.run(sampled, lm.dictionaries)
 
 
 def reference_in_engine(
     lm: LM, sites: Sequence[AnySite], prompts: tuple[Any, ...]
 ) -> dict[AnySite, Captured]:
     """Returns the values at these sites on other prompts."""
-    batch = as_batch(lm, list(prompts), side="left")
-    rows = [tuple(row) for row in batch.rows]
-    settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    result = run_in_engine(lm, (capture(Sites(tuple(sites))),), (), rows, 1, 1, settings, None)
+    batch = as_batch(lm, list(prompts))
+    result = read_in_engine(lm, (capture(Sites(tuple(sites))),), (), batch)
     return {values.site: values for values in result.captures}
 
 
@@ -169,10 +206,13 @@ def _check_hooks(lm: LM, hooks: Sequence[Hook]) -> None:
             lm.refuse_engine(f"{hook} checks the rules of transformers' generate")
 
 
-def _check_lengths(lm: LM, prompts: Sequence[tuple[int, ...]], most: int) -> None:
+def _check_prompts(lm: LM, prompts: Sequence[Row], most: int) -> None:
     assert lm.engine is not None
     context = lm.engine.facts["context"]
     for row, ids in enumerate(prompts):
+        if isinstance(ids, PromptRow) and ids.has_inputs:
+            names = ", ".join({**ids.inputs, **ids.per_token}) or "a text for an encoder"
+            lm.refuse_engine(f"prompt {row} has {names}, and is to be token ids alone")
         if len(ids) + most > context:
             raise Unsupported(
                 f"row {row} has {len(ids)} tokens and may write {most}, and the engine was started "

@@ -109,6 +109,7 @@ class ServedRun:
     returned   how many rows each prompt has
     most       how many tokens may be generated
     eos        the tokens that end a row
+    is_forward  True if the prompts are read, and the token after each is left out
     """
 
     hooks: tuple[Hook, ...]
@@ -118,6 +119,7 @@ class ServedRun:
     most: int
     eos: frozenset[int]
     references: Sequence[tuple[tuple[Any, ...], dict[AnySite, Captured]]] = ()
+    is_forward: bool = False
 
     @property
     def rows(self) -> range:
@@ -177,7 +179,7 @@ class EngineHooks:
             list(map(len, run.prompts)),
             run.prompts.__getitem__,
             partial(find_positions, lm),
-            generating=True,
+            generating=not run.is_forward,
             expand=run.returned,
             eos=run.eos,
             begun=True,
@@ -201,7 +203,20 @@ class EngineHooks:
 
     def _check_positions(self) -> None:
         """Raises if a hook names a position that no step can read."""
-        plan = Generation(
+        plan = None if self.run.is_forward else self._plan()
+        for bound_hook in one_per_selection(self.strategy.bound_hooks):
+            selected = self.text.selected_positions(bound_hook.where)
+            for prompt, positions in enumerate(selected):
+                if positions is not None:
+                    length = self.text.lengths[prompt]
+                    first = length - 1 if bound_hook.head else 0
+                    possible = range(first, length + self.run.most - 1)
+                    check_row(bound_hook, self.text, prompt, positions, possible, plan)
+                    if self.run.is_forward and bound_hook.head:
+                        _refuse_earlier_logits(bound_hook, positions, length)
+
+    def _plan(self) -> Generation:
+        return Generation(
             columns=self.text.columns,
             lengths=self.text.lengths,
             prompt=self.text.prompt,
@@ -216,14 +231,6 @@ class EngineHooks:
             mode="",
             rules="",
         )
-        for bound_hook in one_per_selection(self.strategy.bound_hooks):
-            selected = self.text.selected_positions(bound_hook.where)
-            for prompt, positions in enumerate(selected):
-                if positions is not None:
-                    length = self.text.lengths[prompt]
-                    first = length - 1 if bound_hook.head else 0
-                    possible = range(first, length + self.run.most - 1)
-                    check_row(bound_hook, self.text, prompt, positions, possible, plan)
 
     # ---- hooks on modules
 
@@ -387,11 +394,12 @@ class EngineHooks:
             )
         [forward] = self._passes[True]
         chosen = [index for index, chunk in enumerate(self._chunks) if chunk.samples]
-        part = logits[chosen][:, None]
-        new = self.strategy.apply(point, forward, part, None, recomputing=False)
+        part = logits
+        if len(chosen) < len(logits):
+            part = logits[chosen]
+        new = self.strategy.apply(point, forward, part[:, None], None, recomputing=False)
         settle(point.actions)
-        new_logits = new[:, 0]
-        new_logits = self._decide(forward, new_logits)
+        new_logits = self._decide(forward, new[:, 0])
         if len(chosen) == len(logits):
             return new_logits
         whole = logits.clone()
@@ -489,6 +497,15 @@ class _History:
     def __getitem__(self, key: tuple[int, slice]) -> Tensor:
         row, columns = key
         return torch.tensor(self.tokens_of_row(row, columns.start, columns.stop))
+
+
+def _refuse_earlier_logits(bound_hook: BoundHook, positions: PositionRange, length: int) -> None:
+    """Raises for a capture of logits in a forward that means more than the last position."""
+    if isinstance(bound_hook.hook, Capture) and positions[0] < length - 1:
+        raise Unsupported(
+            f"{bound_hook.hook} means position {positions[0]} of {length}, and vLLM computes "
+            "logits only where a token is chosen: say pos=-1"
+        )
 
 
 def _as_two(stream: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,10 +12,14 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
+import torch
+
 from ...errors import Unsupported
+from ...models.dictionaries import SiteDictionary
 from ...models.engine import EngineFailure, StartEngine
 from ...models.layout import text_config
 from ...models.lm import LM
@@ -48,20 +52,30 @@ class EngineProcess:
         modules = {path for path, _ in root.named_modules()}
         family = served_family(served, modules.__contains__, type(root).__name__)
         self.lm = LM(root, start.tokenizer, start.label, row=family)
+        self._plain_lm = self.lm
         self._numbers: dict[int, int] = {}  # the index of each row in the current batch
         self._runs = 0
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the LM in the user's process is told: its sites, and why others are missing."""
+        import vllm  # pyright: ignore[reportMissingImports]
+
         config: Any = self.lm.config
         return {
             "names": self.lm.layout.names,
             "missing": dict(self.lm.family.missing),
             "class": type(self.runner.model).__name__,
             "context": self.engine.model_config.max_model_len,
+            "dtype": str(self.engine.model_config.dtype).removeprefix("torch."),
+            "device": torch.device(self.runner.device).type,
+            "version": vllm.__version__,
             "scale": _logit_scale(text_config(config)),
         }
+
+    def set_dictionaries(self, dictionaries: tuple[SiteDictionary, ...]) -> None:
+        """Makes the features of these dictionaries sites of the runs that follow."""
+        self.lm = replace(self._plain_lm, dictionaries=dictionaries)
 
     # ---- a run
 
