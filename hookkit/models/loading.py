@@ -30,9 +30,9 @@ from ..errors import (
     Unsupported,
     did_you_mean,
 )
+from .absent_weights import mark_absent
 from .cache import DEFAULT, PACKAGE, VERSION, default_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
-from .absent_weights import mark_absent
 from .engine import Engine, StartEngine, check_engine
 from .families.small_configs import EXPERTS, FAMILIES, MASKED, SHARED_SETTINGS, SIZES
 from .families.table import FAMILIES as FAMILY_ROWS

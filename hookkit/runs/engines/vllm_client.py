@@ -105,9 +105,7 @@ def read_in_engine(
 ) -> ServedResult:
     """Reads prompts once; the token that is generated after each of them is left out."""
     settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    result = run_in_engine(
-        lm, hooks, observers, batch.rows, 1, 1, settings, None, is_forward=True
-    )
+    result = run_in_engine(lm, hooks, observers, batch.rows, 1, 1, settings, None, is_forward=True)
     return replace(result, rows=[row[:-1] for row in result.rows])
 
 
@@ -170,9 +168,7 @@ def run_in_engine(
 
     build_hook_points(lm, hooks, reference, observers)
     eos = frozenset(settings.get("stop_token_ids") or ())
-    run = ServedRun(
-        hooks, observers, tuple(prompts), returned, most, eos, references, is_forward
-    )
+    run = ServedRun(hooks, observers, tuple(prompts), returned, most, eos, references, is_forward)
     count = len(prompts) * returned
     seeds: list[int | None] = [None] * count
     if seed is not None:
