@@ -27,7 +27,7 @@ from ..hooks.edits import edit
 from ..models.lm import LM
 from ..models.model_setup import freeze_weights
 from ..models.prompts import Prompts
-from ..models.sites import LOGIT_SITES, AnySite, Site, Sites, SitesLike
+from ..models.sites import LOGIT_SITES, AnySite, Site, Sites, SitesLike, has_name
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..sweeps.cells import as_hooks
@@ -99,7 +99,7 @@ class PromptMetric:
         if self.reads_continuation or self.inputs.cropped or len(set(map(len, prompts))) > 1:
             return False
         sites = itertools.chain.from_iterable(hook.sites for hook in hooks)
-        return not any(isinstance(site, Site) and site.name in LOGIT_SITES for site in sites)
+        return not any(has_name(site, *LOGIT_SITES) for site in sites)
 
     def of_run(self, run: Run) -> Float[Tensor, " row"]:
         """Returns the metric of a run of the prompts, differentiable if the run's logits are."""
@@ -204,7 +204,7 @@ def read_captures(run: Run, sites: Iterable[AnySite]) -> dict[AnySite, Captured]
 
 def _refuse_experts(sites: Iterable[AnySite]) -> None:
     for site in sites:
-        if isinstance(site, Site) and site.name == "experts":
+        if has_name(site, "experts"):
             raise Unsupported(
                 f"{site} is the numbers of experts, which have no gradient: take 'router_logits'"
             )

@@ -379,20 +379,13 @@ def _greedy_edges(table: Circuit, merits: Float[np.ndarray, " edge"], count: int
 def _random_edges(graph: EdgeGraph, count: int, draws: random.Random) -> Mask:
     """Returns `count` random edges; fewer if no more fit on paths."""
     kept_edges = np.zeros_like(graph.allowed)
-    senders_of = [np.flatnonzero(column).tolist() for column in graph.allowed.T]
-    receivers_of = [np.flatnonzero(column).tolist() for column in graph.readers.T]
-    logits, embedding = graph.receivers.index(LOGITS), graph.senders.index(EMBEDDING)
+    senders = [np.flatnonzero(column).tolist() for column in graph.allowed.T]
+    receivers = [np.flatnonzero(column).tolist() for column in graph.readers.T]
     left = count
     for _ in range(count + 100):
         if not left:
             break
-        path: list[tuple[int, int]] = []
-        receiver, sender = logits, -1
-        while sender != embedding:
-            sender = draws.choice(senders_of[receiver])
-            path.append((sender, receiver))
-            if sender != embedding:
-                receiver = draws.choice(receivers_of[sender])
+        path = _random_path(graph, senders, receivers, draws)
         new = [edge for edge in path if not kept_edges[edge]]
         if len(new) <= left:
             left -= len(new)
@@ -402,3 +395,19 @@ def _random_edges(graph: EdgeGraph, count: int, draws: random.Random) -> Mask:
     for edge in draws.sample(free, min(left, len(free))):
         kept_edges[tuple(edge)] = True
     return kept_edges
+
+
+def _random_path(
+    graph: EdgeGraph, senders: list[list[int]], receivers: list[list[int]], draws: random.Random
+) -> list[tuple[int, int]]:
+    """Returns the edges of a random path, from the logits back to the embedding.
+
+    `senders` are those of each receiver, and `receivers` those through which each sender reads.
+    """
+    embedding = graph.senders.index(EMBEDDING)
+    receiver = graph.receivers.index(LOGITS)
+    path = [(draws.choice(senders[receiver]), receiver)]
+    while path[-1][0] != embedding:
+        receiver = draws.choice(receivers[path[-1][0]])
+        path.append((draws.choice(senders[receiver]), receiver))
+    return path

@@ -62,22 +62,27 @@ def read_circuit_document(document: Mapping[str, Any], kv_heads: int | None) -> 
     if any("neurons" in fields for fields in nodes.values()):
         raise BadFile("the circuit is of neurons, which hookkit's circuits do not have")
     share = config["n_heads"] // (kv_heads or config.get("n_kv_heads") or config["n_heads"])
-    rows: list[tuple[Any, ...]] = []
-    for name, fields in document["edges"].items():
-        start, end = name.split("->")
-        score, is_inside = float(fields["score"]), bool(fields["in_graph"])
-        rows.append((_sender_of(start), _receiver_of(end, share), score, is_inside))
-    frame = pd.DataFrame(rows, columns=[*EDGE, "score", "in_circuit"])
+    edges = _read_edges(document["edges"], share)
     scored = {name: fields for name, fields in nodes.items() if "score" in fields}
-    if scored and not frame["score"].to_numpy().any():
+    if scored and not edges["score"].to_numpy().any():
         return _read_nodes(scored)
-    groups = frame.groupby(EDGE, sort=False)
+    groups = edges.groupby(EDGE, sort=False)
     if (groups["in_circuit"].nunique() > 1).to_numpy().any():
         raise BadFile(
             "heads that share a key or a value have different edges to it there, which this model "
             "cannot separate: it is one key"
         )
     return groups.agg({"score": "sum", "in_circuit": "first"}).reset_index()
+
+
+def _read_edges(edges: Mapping[str, Mapping[str, Any]], share: int) -> pd.DataFrame:
+    """Returns a row for each edge of the file. `share` heads have one key and one value."""
+    rows: list[tuple[Any, ...]] = []
+    for name, fields in edges.items():
+        start, end = name.split("->")
+        score, is_inside = float(fields["score"]), bool(fields["in_graph"])
+        rows.append((_sender_of(start), _receiver_of(end, share), score, is_inside))
+    return pd.DataFrame(rows, columns=[*EDGE, "score", "in_circuit"])
 
 
 def _read_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -152,12 +152,7 @@ def select_edges(
     senders: Sequence[EdgeEnd], receivers: Sequence[EdgeEnd], edges: pd.DataFrame | None
 ) -> list[tuple[int, int]]:
     """Returns the numbers of the sender and the receiver of each edge, or of each of `edges`."""
-    numbers: dict[tuple[str, str], tuple[int, int]] = {}
-    order = sorted(range(len(receivers)), key=lambda number: receivers[number].stage)
-    for number, sender in enumerate(senders):
-        for receiver in order:
-            if sender.stage < receivers[receiver].stage:
-                numbers[sender.name, receivers[receiver].name] = (number, receiver)
+    numbers = _edge_numbers(senders, receivers)
     if edges is None:
         return list(numbers.values())
     missing = {"sender", "receiver"}.difference(edges.columns)
@@ -174,6 +169,20 @@ def select_edges(
                 f"{len(numbers)} edges are those of hk.edge_attribution without edges="
             )
     return [numbers[pair] for pair in pairs]
+
+
+def _edge_numbers(
+    senders: Sequence[EdgeEnd], receivers: Sequence[EdgeEnd]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """Returns the numbers of the two ends of every edge by their names: of each sender to each
+    receiver of a later stage."""
+    numbers: dict[tuple[str, str], tuple[int, int]] = {}
+    order = sorted(range(len(receivers)), key=lambda number: receivers[number].stage)
+    for number, sender in enumerate(senders):
+        for receiver in order:
+            if sender.stage < receivers[receiver].stage:
+                numbers[sender.name, receivers[receiver].name] = (number, receiver)
+    return numbers
 
 
 def _score_edges(

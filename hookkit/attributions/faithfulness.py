@@ -134,13 +134,9 @@ def faithfulness(
 def _circuits_of(
     scores: pd.DataFrame | Circuit | Sequence[Circuit], sizes: Sequence[float] | None
 ) -> list[tuple[float, Circuit]]:
+    """Returns the circuits to measure, each with its share of all edges."""
     if isinstance(scores, pd.DataFrame):
-        table = score_table(scores)
-        shares = list(MIB_SIZES if sizes is None else sizes)
-        counts = [count_of_share(len(table.table), share) for share in shares]
-        if not shares or shares != sorted(set(shares)):
-            raise BadHook(f"sizes={shares}: give shares of all edges, each larger than the last")
-        return [(share, choose(table, n)) for share, n in zip(shares, counts, strict=True)]
+        return _largest_scores(scores, MIB_SIZES if sizes is None else sizes)
     if sizes is not None:
         raise BadHook(
             "sizes= is for a table of scores, and circuits have their sizes: leave it out"
@@ -152,6 +148,16 @@ def _circuits_of(
             "list of circuits"
         )
     return [(circuit.share, circuit) for circuit in circuits]
+
+
+def _largest_scores(scores: pd.DataFrame, sizes: Sequence[float]) -> list[tuple[float, Circuit]]:
+    """Returns the circuit of the largest scores, for each share of all edges."""
+    table = score_table(scores)
+    shares = list(sizes)
+    counts = [count_of_share(len(table.table), share) for share in shares]
+    if not shares or shares != sorted(set(shares)):
+        raise BadHook(f"sizes={shares}: give shares of all edges, each larger than the last")
+    return [(share, choose(table, n)) for share, n in zip(shares, counts, strict=True)]
 
 
 def _arms_of(tops: Sequence[tuple[float, Circuit]], draws: int) -> Iterator[_Arm]:

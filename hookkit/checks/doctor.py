@@ -232,11 +232,17 @@ def _tokenizer_problems(lm: LM) -> list[str]:
 
 def _notes(lm: LM) -> list[str]:
     unused = (lm.sizes["vocab"] or 0) - lm.n_tokens
-    modules = list(lm.root.modules())
-    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
     notes = _masked_notes(lm) if lm.is_masked else _tokenizer_notes(lm.tokenizer)
     if unused > 0:
         notes.append(f"{unused} rows of the vocabulary are no token: they are never ranked")
+    return notes + _training_notes(lm) + _missing_site_notes(lm)
+
+
+def _training_notes(lm: LM) -> list[str]:
+    """Returns notes on what is on for training: dropout and gradient checkpointing."""
+    notes = []
+    modules = list(lm.root.modules())
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
     if lm.root.training and has_dropout:
         notes.append(
             "the model is in training mode with dropout: numbers differ from call to call; "
@@ -246,7 +252,7 @@ def _notes(lm: LM) -> list[str]:
         notes.append(
             "gradient checkpointing is on: inner hooks have to stand until after the backward pass"
         )
-    return notes + _missing_site_notes(lm)
+    return notes
 
 
 def _masked_notes(lm: LM) -> list[str]:

@@ -104,6 +104,11 @@ def _residual_sum(study: Study) -> Iterator[Finding]:
             total = study.norm_stream(total, study.site("resid_post", layer))
             for name in ("resid_pre", *added, "resid_post"):
                 yield study.compare(name, total, study.value("resid_post", layer))
+    yield from _cross_sum(study)
+
+
+def _cross_sum(study: Study) -> Iterator[Finding]:
+    """Compares resid_mid + cross_out with cross_mid."""
     for layer in study.layers_with("resid_mid", "cross_out", "cross_mid"):
         after_cross = study.value("resid_mid", layer) + study.value("cross_out", layer)
         yield study.compare("cross_mid", after_cross, study.value("cross_mid", layer))
@@ -461,15 +466,20 @@ def _study_of_stack(
     if prompts is None:
         prompts = image_prompts(lm, stack) if stack in lm.towers else default_prompts(lm)
     if stack in lm.towers:
-        rows_with_images: list[Row] = []
-        for row in as_batch(lm, prompts).rows:
-            if isinstance(row, PromptRow) and VALUES[stack][0] in row.inputs:
-                rows_with_images.append(row)
-        prompts = rows_with_images
+        prompts = _prompts_for_tower(lm, stack, prompts)
     last = last_layer_read(layout)
     numbers = representative_layers(layout) if layers is None else layers
     numbers = [layer for layer in numbers if layer <= last]
     return [Study(lm, prompts, numbers, stack)] if prompts and numbers else []
+
+
+def _prompts_for_tower(lm: LM, stack: str, prompts: list) -> list[Row]:
+    """Returns the rows of the prompts that have an input which the tower reads."""
+    rows: list[Row] = []
+    for row in as_batch(lm, prompts).rows:
+        if isinstance(row, PromptRow) and VALUES[stack][0] in row.inputs:
+            rows.append(row)
+    return rows
 
 
 def _layers_to_check(lm: LM, layers: Iterable[int] | None) -> list[int]:

@@ -230,18 +230,23 @@ def default_prompts(lm: LM) -> list[Any]:
 
     For an encoder-decoder they are the sources, and the decoder has read four tokens of each.
     """
-    n_tokens = lm.n_tokens
-    if not n_tokens:
+    if not lm.n_tokens:
         raise BadPrompt(f"the vocabulary of {lm!r} is not known: give prompts, rows of token ids")
-    numbers = iter(range(3, 3 + sum(PROMPT_LENGTHS)))
-    prompts = []
-    for length in PROMPT_LENGTHS:
-        ids = [number**3 * 7919 % n_tokens for number in islice(numbers, length)]
-        prompts.append([_as_text(lm, token_id) for token_id in ids])
+    prompts = _spread_ids(lm)
     if lm.two_texts and lm.family.stacks:
         return [_with_decoder_ids(lm, source) for source in prompts]
     if placeholder_ids(lm) and "token_type_ids" in lm.takes:
         return list(map(_with_token_types, prompts))
+    return prompts
+
+
+def _spread_ids(lm: LM) -> list[Any]:
+    """Returns the token ids of the default prompts, without special tokens."""
+    numbers = iter(range(3, 3 + sum(PROMPT_LENGTHS)))
+    prompts = []
+    for length in PROMPT_LENGTHS:
+        ids = [number**3 * 7919 % lm.n_tokens for number in islice(numbers, length)]
+        prompts.append([_as_text(lm, token_id) for token_id in ids])
     return prompts
 
 

@@ -73,7 +73,7 @@ def _names_by_room() -> dict[str, list[str]]:
         values = [alias.name for alias in node.names]
         names[room] += [name for name in values if not isinstance(getattr(hk, name), ModuleType)]
     for values in names.values():
-        values.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+        values.sort(key=lambda name: [*FIRST, name].index(name))
     return names
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 from ..models.lm import LM
 from ..models.next_token import token_logits
-from ..models.sites import Site
+from ..models.sites import Site, has_name
 from ..runs.model_end import model_end_of
 from ..tables.distributions import token_texts
 from .dictionary import Dictionary
@@ -32,7 +32,7 @@ def promoted_tokens(
     dictionary of a site that is not in the residual stream.
     """
     site = dictionary.site
-    if not isinstance(site, Site) or site.name not in IN_STREAM or site.stack:
+    if not has_name(site, *IN_STREAM) or site.stack:
         raise Unsupported(
             f"{site} is not added to the residual stream that becomes logits, so its features "
             f"promote no tokens directly: those of {', '.join(IN_STREAM)} do"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments import describe, shorten
 from ..errors import BadFile, BadHook
-from ..models.sites import SITES_OF_DICTIONARIES, Site, parse_site
+from ..models.sites import SITES_OF_DICTIONARIES, Site, has_name, parse_site
 from .dictionary import CHOOSING, Activation, Dictionary, Normalization
 
 # Where TransformerLens' hooks of a block are.
@@ -188,7 +188,7 @@ def _site(
 
 def check_dictionary_site(site: Any, name: str) -> Site:
     """Returns the site. Raises `BadHook` if a dictionary cannot be of it."""
-    if not isinstance(site, Site) or site.name not in SITES_OF_DICTIONARIES or site.layer is None:
+    if not has_name(site, *SITES_OF_DICTIONARIES) or site.layer is None:
         raise BadHook(
             f"{name}={str(site)!r}: a dictionary is of one site in one block, such as "
             f"'resid_post.12'; the sites are {', '.join(SITES_OF_DICTIONARIES)}"

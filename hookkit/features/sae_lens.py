@@ -112,7 +112,6 @@ def read_config(
     if activation == "jumprelu" and "topk_threshold" in weights:
         threshold = weights.pop("topk_threshold")
         weights["threshold"] = torch.full_like(weights["b_enc"], float(threshold))
-    head = facts.get("hook_head_index", facts.get("hook_point_head_index"))
     k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
     return DictionaryParts(
         weights,
@@ -125,7 +124,7 @@ def read_config(
         transcoder=is_transcoder,
         model_name=str(facts.get("model_name") or ""),
         hook=str(facts.get("hook_name") or facts.get("hook_point") or ""),
-        head=head if isinstance(head, int) and head >= 0 else None,
+        head=_head(facts),
         hook_out=str(facts.get("hook_name_out") or ""),
     )
 
@@ -178,6 +177,12 @@ def _is_rescaled(config: Mapping[str, Any]) -> bool:
     """True if activations are rescaled; the default is SAELens' own, which differs in training."""
     is_in_training = config.get("architecture") in ("batchtopk", "matryoshka_batchtopk")
     return bool(config.get("rescale_acts_by_decoder_norm", is_in_training))
+
+
+def _head(facts: Mapping[str, Any]) -> int | None:
+    """Returns the head that a dictionary is of; SAELens writes -1 for none."""
+    head = facts.get("hook_head_index", facts.get("hook_point_head_index"))
+    return head if isinstance(head, int) and head >= 0 else None
 
 
 def _weights(

@@ -8,7 +8,7 @@ hk.figures.circuit_graph(hk.circuit(scores, share=0.001).table)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -87,23 +87,13 @@ def circuit_graph(table: pd.DataFrame, *, title: str = "") -> Figure:
     chosen = pd.DataFrame(table[table["in_circuit"]])
     if chosen.empty:
         raise EmptySelection("the circuit has no edge to draw")
-    n_heads = Counter(name.rpartition(".")[0] for name in {*table["sender"], *table["receiver"]})
-    lines: list[tuple[Node, Node, float]] = []
-    for sender, receiver, score in chosen[["sender", "receiver", "score"]].to_numpy(object):
-        start = _nodes_of(sender, n_heads)[0]
-        lines += [(start, end, float(score)) for end in _nodes_of(receiver, n_heads)]
-    lines.sort(key=lambda line: abs(line[2]))  # the strongest on top
+    lines = _lines_of(table, chosen)
     senders, readers, _ = zip(*lines, strict=True)
     positions = _place({*senders, *readers})
     right, top = np.array(list(positions.values())).max(axis=0)
     width = min(MOST_SIDE, max(5.0, HEAD_WIDTH * (right + 2)))
     figure, axes = style.new_figure(width, min(MOST_SIDE, max(3.0, BLOCK_HEIGHT * (top + 2))))
-    largest = max(abs(score) for *_, score in lines) or 1.0
-    for sender, reader, score in lines:
-        x, y = zip(positions[sender], positions[reader], strict=True)
-        share = abs(score) / largest
-        look = {"lw": 0.4 + 2.6 * share, "alpha": 0.25 + 0.6 * share, "zorder": 1}
-        axes.plot(x, y, color=style.sign_colour(score), **look)
+    _draw_lines(axes, lines, positions)
     for node, (x, y) in positions.items():
         box = {"boxstyle": "round,pad=0.2", "fc": style.PAPER, "ec": style.MUTED, "lw": 0.7}
         look = {"ha": "center", "va": "center", "fontsize": 7, "color": style.INK}
@@ -114,6 +104,29 @@ def circuit_graph(table: pd.DataFrame, *, title: str = "") -> Figure:
     style.apply_style(figure, title or f"A circuit of {edges}")
     axes.set_axis_off()
     return figure
+
+
+def _lines_of(table: pd.DataFrame, edges: pd.DataFrame) -> list[tuple[Node, Node, float]]:
+    """Returns the two nodes and the score of each line, with the largest scores last, on top."""
+    n_heads = Counter(name.rpartition(".")[0] for name in {*table["sender"], *table["receiver"]})
+    lines: list[tuple[Node, Node, float]] = []
+    for sender, receiver, score in edges[["sender", "receiver", "score"]].to_numpy(object):
+        start = _nodes_of(sender, n_heads)[0]
+        lines += [(start, end, float(score)) for end in _nodes_of(receiver, n_heads)]
+    return sorted(lines, key=lambda line: abs(line[2]))
+
+
+def _draw_lines(
+    axes: Axes,
+    lines: Sequence[tuple[Node, Node, float]],
+    positions: Mapping[Node, tuple[float, float]],
+) -> None:
+    largest = max(abs(score) for *_, score in lines) or 1.0
+    for sender, reader, score in lines:
+        x, y = zip(positions[sender], positions[reader], strict=True)
+        share = abs(score) / largest
+        look = {"lw": 0.4 + 2.6 * share, "alpha": 0.25 + 0.6 * share, "zorder": 1}
+        axes.plot(x, y, color=style.sign_colour(score), **look)
 
 
 def _nodes_of(name: str, n_heads: Mapping[str, int]) -> list[Node]:

@@ -12,7 +12,7 @@ from ..arguments import check_integers, check_keywords, describe
 from ..errors import BadHook, NotCaptured, OutOfRange
 from ..models.chat import Chat
 from ..models.positions import PROMPT, IndicesLike, Pos, PosLike, Where, read_position
-from ..models.sites import AnySite, Site, Sites, SitesLike, as_sites
+from ..models.sites import AnySite, Sites, SitesLike, as_sites, has_name
 from .base import (
     Binding,
     Change,
@@ -304,7 +304,7 @@ def _expand_layers(sites: Sites, available: Sites) -> Sites:
     for site in sites:
         layers: list[AnySite] = [site]
         if site.every_layer:
-            layers = [s for s in available if isinstance(s, Site) and s.name == str(site)]
+            layers = [layer for layer in available if has_name(layer, str(site))]
         if not layers:
             raise NotCaptured(f"the source captured no {site}: it has {available}")
         expanded += layers

@@ -31,6 +31,7 @@ from ..models.sites import (
     Sites,
     SitesLike,
     as_sites,
+    has_name,
     parse_site,
 )
 from .base import Hook, as_where, set_field
@@ -253,7 +254,7 @@ def swap_head_and_query(site: AnySite, values: Tensor) -> Tensor:
 
     The model's view is [row, query, head, key], the user's [row, head, query, key].
     """
-    if isinstance(site, Site) and site.name in QUERY_KEY_SITES and site.head is None:
+    if has_name(site, *QUERY_KEY_SITES) and site.head is None:
         return values.transpose(1, 2)
     return values
 

@@ -13,7 +13,7 @@ from ..arguments import check_integers, check_keywords, describe
 from ..errors import BadHook, Unsupported
 from ..models.lm import Token
 from ..models.positions import IndicesLike, PosLike
-from ..models.sites import Site, as_sites
+from ..models.sites import Site, as_sites, has_name
 from .base import (
     Binding,
     Change,
@@ -52,7 +52,7 @@ class SwapConcept(EditHook, verb="swap_concept", bare=("a", "b")):
     def check(self) -> None:
         check_constant(self.vectors, "the vectors")
         for site in self.sites:
-            if not isinstance(site, Site) or site.name != "resid_post" or site.layer is None:
+            if not has_name(site, "resid_post") or site.layer is None:
                 raise BadHook(f"swap_concept acts after blocks, and {site} is none of them")
         vectors = self.vectors.tensor
         if vectors.ndim != 3 or vectors.shape[:2] != (len(self.sites), 2):
@@ -60,6 +60,10 @@ class SwapConcept(EditHook, verb="swap_concept", bare=("a", "b")):
                 f"the vectors have shape {list(vectors.shape)}: give two for each site, "
                 f"[{len(self.sites)}, 2, d_model]"
             )
+        self._check_directions(vectors)
+
+    def _check_directions(self, vectors: Tensor) -> None:
+        """Raises `BadHook` if the two vectors of a site are zero or parallel."""
         cosines = torch.cosine_similarity(vectors[:, 0].double(), vectors[:, 1].double(), dim=-1)
         for site, cosine in zip(self.sites, cosines.abs().tolist(), strict=True):
             if not 0 <= cosine <= PARALLEL or not bool(vectors.any(-1).all()):

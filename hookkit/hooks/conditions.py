@@ -21,7 +21,7 @@ from ..models.batch_positions import SequenceBatch, expand_mask, pad_rows
 from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, rank_among, ranks_for_table, token_logits
 from ..models.positions import PositionRange
-from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, Site
+from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, Site, has_name
 from .base import Condition, EditContext, EditHook, When, argument_text
 from .capture import swap_head_and_query
 from .probe import Probe
@@ -224,8 +224,7 @@ class BoundCondition:
     def _reads_here(self, condition: LogitCondition | StateCondition, site: AnySite) -> bool:
         """True if a condition is decided by the very values that are edited at a site."""
         if isinstance(condition, LogitCondition):
-            is_logits = isinstance(site, Site) and site.name in LOGIT_SITES
-            return self._hook.edits_logits or is_logits
+            return self._hook.edits_logits or has_name(site, *LOGIT_SITES)
         return condition.pos is None and condition.site in (None, site)
 
     def _add_reader(
@@ -298,7 +297,7 @@ def asks_function(when: When | None) -> bool:
 def _check_texts(condition: When, site: AnySite, edited: Sequence[AnySite]) -> None:
     """Raises `Unsupported` if the reader's positions are those of another text than the edit's."""
     for other in (site, *edited):
-        if isinstance(other, Site) and other.position_stack:
+        if other.position_stack:
             raise Unsupported(
                 f"when={argument_text(condition)} reads {site} for an edit at {other}, whose "
                 "positions may be those of another text: read and edit the stack that writes "

@@ -16,7 +16,7 @@ from ..arguments import check_integers, check_keywords, check_number
 from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange
 from ..models.layout import is_hidden, unseen_value
 from ..models.positions import IndicesLike, Pos, PosLike, Where, read_position, resolve_positions
-from ..models.sites import Site, SitesLike, as_sites
+from ..models.sites import Site, SitesLike, as_sites, has_name
 from .base import (
     Binding,
     Change,
@@ -234,7 +234,7 @@ class SkipBlock(EditHook, verb="skip_block", reads_input=True, gives_infinity=Tr
 
     def check(self) -> None:
         for site in self.sites:
-            if not isinstance(site, Site) or site.name != "resid_post" or site.layer is None:
+            if not has_name(site, "resid_post") or site.layer is None:
                 raise BadHook(
                     f"skip_block skips whole blocks, and {site} is none: name the blocks, "
                     "skip_block([7, 8])"
@@ -277,7 +277,7 @@ class Knockout(EditHook, verb="knockout"):
 
     def check(self) -> None:
         for site in self.sites:
-            if not isinstance(site, Site) or site.name != "scores" or site.layer is None:
+            if not has_name(site, "scores") or site.layer is None:
                 raise BadHook(
                     f"knockout cuts attention's scores in layers, and {site} is none of them"
                 )

@@ -423,15 +423,8 @@ class Decisions:
             return rules(input_ids, scores, **settings)
         if type(rules).__name__ == "LogitsProcessorList":
             for rule in rules:
-                before = scores
-                scores = type(rules)([rule])(input_ids, scores, **settings)
-                if id(rule) in constraints:
-                    self._check_possible(before, scores, decided, _name(rule))
-                for ruling in self.text.rulings:
-                    name = _name(rule)
-                    if id(rule) not in constraints:
-                        name = f"generate's {type(rule).__name__}"
-                    check_ruling(ruling, scores, name, excused=decided)
+                before, scores = scores, type(rules)([rule])(input_ids, scores, **settings)
+                self._check_rule(rule, before, scores, decided, of_caller=id(rule) in constraints)
         else:  # the rules of an enclosing `attach`, which act as a whole
             scores = rules(input_ids, scores, **settings)
             if not constraints.isdisjoint(map(id, rules)):
@@ -447,6 +440,23 @@ class Decisions:
         new[rows] = -math.inf
         new[rows, tokens] = scores[rows, tokens].nan_to_num(0, 0, 0)
         return new
+
+    def _check_rule(
+        self,
+        rule: Any,
+        before: Scores,
+        after: Scores,
+        decided: Mapping[int, DecidedToken],
+        *,
+        of_caller: bool,
+    ) -> None:
+        """Raises if a rule, of the caller or of generate, forbids what a hook decided."""
+        name = f"generate's {type(rule).__name__}"
+        if of_caller:
+            name = _name(rule)
+            self._check_possible(before, after, decided, name)
+        for ruling in self.text.rulings:
+            check_ruling(ruling, after, name, excused=decided)
 
     def _current(
         self, input_ids: Int[Tensor, "row column"], scores: Scores

@@ -208,6 +208,17 @@ def _closure(function: Any) -> dict[str, Any]:
 
     Functions of its own module are written by name and source.
     """
+    functions, constants = {}, {}
+    for name, value in _values_of(function).items():
+        if inspect.isfunction(value):
+            if value.__module__ == function.__module__ and value is not function:
+                functions[name] = function_as_json(value, alone=True)
+        elif (encoded := _value_as_json(value)) is not None:
+            constants[name] = encoded
+    return functions | constants
+
+
+def _values_of(function: Any) -> dict[str, Any]:
     try:
         closure = inspect.getclosurevars(function)
     except (TypeError, ValueError):
@@ -215,15 +226,7 @@ def _closure(function: Any) -> dict[str, Any]:
     values = {**closure.globals, **closure.nonlocals}
     for number, value in enumerate(getattr(function, "__defaults__", None) or ()):
         values[f"default {number}"] = value
-    values |= getattr(function, "__kwdefaults__", None) or {}
-    functions, constants = {}, {}
-    for name, value in values.items():
-        if inspect.isfunction(value):
-            if value.__module__ == function.__module__ and value is not function:
-                functions[name] = function_as_json(value, alone=True)
-        elif (encoded := _value_as_json(value)) is not None:
-            constants[name] = encoded
-    return functions | constants
+    return values | (getattr(function, "__kwdefaults__", None) or {})
 
 
 def _value_as_json(value: Any) -> Any:

@@ -23,7 +23,7 @@ from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompt_row import Row, has_inputs
 from ..models.prompts import check_prompts
-from ..models.sites import ModuleSite, Site, Sites, as_sites
+from ..models.sites import ModuleSite, Site, Sites, as_sites, has_name
 from .base import Binding, Change, Constant, EditContext, When, as_constant, as_where, set_field
 from .logits import LogitEdit, Logits
 
@@ -103,8 +103,7 @@ class EarlierLayer:
 
     def __post_init__(self) -> None:
         site = self.site
-        named = isinstance(site, Site) and site.name in STREAM and not site.stack
-        if not named or site.every_layer:
+        if not has_name(site, *STREAM) or site.stack or site.every_layer:
             raise BadHook(
                 f"{describe(str(site))} is no source: a layer is one state of the residual stream, "
                 "such as hk.Site('resid_post', 6)"

@@ -25,7 +25,7 @@ from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.positions import Where, resolve_positions
 from ..models.prompts import check_prompts
-from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites
+from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, has_name
 from .base import Binding, Change, Constant, EditContext, check_constant, set_field
 from .capture import Captured, positions_of
 
@@ -359,8 +359,7 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
 
 def _serves_every_choice(tensor: Tensor, site: AnySite, shape: tuple[int, ...]) -> bool:
     """True for a tensor [d_mlp] at the neurons of experts, [choice, d_mlp]."""
-    is_mixture = isinstance(site, Site) and site.name in NEURONS and len(shape) == 2
-    return is_mixture and tensor.shape == shape[1:]
+    return has_name(site, *NEURONS) and len(shape) == 2 and tensor.shape == shape[1:]
 
 
 def check_shape(value: Constant, binding: Binding, name: str) -> None:

@@ -37,7 +37,7 @@ from ..models.positions import IndicesLike, PosLike
 from ..models.prompt_row import row_as_json
 from ..models.prompts import Row
 from ..models.provenance import about_model, config_hash, weights_hash
-from ..models.sites import AnySite, ModuleSite, Site, Sites, parse_site
+from ..models.sites import AnySite, ModuleSite, Site, Sites, has_name, parse_site
 from .base import When, as_constant
 from .edits import Steer, steer
 
@@ -327,15 +327,13 @@ class Vectors(Sequence[Vector]):
 
 def _control_layer(site: AnySite) -> int:
     """Returns the block of a site at which llama.cpp can add a vector."""
-    is_post = isinstance(site, Site) and site.name == "resid_post" and not site.stack
-    layer = getattr(site, "layer", None)
-    if not is_post or not layer:
+    if not has_name(site, "resid_post") or site.stack or not site.layer:
         raise BadHook(
             "a control vector of llama.cpp is added to what a block from 1 on gives, resid_post.1 "
             f"and so on, and this vector is at {site}: compute it there, or write its steer into "
             "the weights with hk.bake"
         )
-    return layer
+    return site.layer
 
 
 @check_arguments

@@ -332,17 +332,7 @@ def read_published(path: Path, lm: LM | None) -> JacobianLens:
     The file is unpickled with `weights_only=True`. It does not say which model it is for, so that
     only the sizes are checked.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises many classes of errors
-        raise BadFile(f"{str(path)!r} cannot be read: {error_message(error)}") from error
-    content = content if isinstance(content, dict) else {}
-    jacobians, count = content.get("J"), content.get("n_prompts")
-    if not isinstance(jacobians, dict) or not jacobians or not is_count(count) or not count:
-        raise BadFile(
-            f"{str(path)!r} is no published Jacobian lens: it lacks 'J' or 'n_prompts', as a "
-            "checkpoint of an unfinished fit does"
-        )
+    jacobians, count = _load_published(path)
     width: int = max(getattr(next(iter(jacobians.values())), "shape", [0]))
     sums: dict[str, Tensor] = {}
     for layer, jacobian in sorted(jacobians.items()):
@@ -359,3 +349,19 @@ def read_published(path: Path, lm: LM | None) -> JacobianLens:
             )
     about = {"file": path.name, "method": "a published Jacobian lens", "texts": count}
     return JacobianLens(sums, (int(count),), dict.fromkeys(sums, math.nan), None, None, about, lm)
+
+
+def _load_published(path: Path) -> tuple[dict[Any, Any], int]:
+    """Returns "J" and "n_prompts" of a file. Raises `BadFile` if it lacks one of them."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises many classes of errors
+        raise BadFile(f"{str(path)!r} cannot be read: {error_message(error)}") from error
+    content = content if isinstance(content, dict) else {}
+    jacobians, count = content.get("J"), content.get("n_prompts")
+    if not isinstance(jacobians, dict) or not jacobians or not is_count(count) or not count:
+        raise BadFile(
+            f"{str(path)!r} is no published Jacobian lens: it lacks 'J' or 'n_prompts', as a "
+            "checkpoint of an unfinished fit does"
+        )
+    return jacobians, count

@@ -27,7 +27,7 @@ from ..models.lm import LM
 from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
-from ..models.sites import Site, SitesLike, refuse_stacks
+from ..models.sites import Site, SitesLike, has_name, refuse_stacks
 from ..models.tokens import describe_prompts
 from ..models.words import WordLike
 from ..runs.forward import forward
@@ -108,7 +108,7 @@ def stream_sites(lm: LM, sites: SitesLike) -> tuple[Site, ...]:
     selected = []
     refuse_stacks(lm.expand(sites), "a lens reads the stream that the unembedding reads")
     for site in lm.expand(sites):
-        if not isinstance(site, Site) or site.name not in STREAM:
+        if not has_name(site, *STREAM):
             raise BadHook(
                 f"a lens reads states of the residual stream, {', '.join(STREAM)}, and {site} is "
                 "none"
@@ -335,12 +335,7 @@ def patchscope(
     refuse_stacks(lm.expand(sites), "a patchscope reads the text model's states")
     sources = [site for site in lm.expand(sites) if isinstance(site, Site)]
     run = forward(lm, prompt, *hooks, capture(sources, pos=pos), logits=False)
-    n_prompts, n_positions = run.captured(sources[0]).values.shape[:2]
-    if (n_prompts, n_positions) != (1, 1):
-        raise BadPrompt(
-            f"{n_prompts} prompts and {n_positions} positions were chosen: a patchscope takes the "
-            "state of one position of one prompt"
-        )
+    _check_one_state(run, sources[0])
     target_rows = as_batch(lm, target).rows
     if len(target_rows) != 1:
         raise BadPrompt(
@@ -363,3 +358,12 @@ def patchscope(
     table["text"] = run.generated
     columns = ["site", "layer", "target_site", "token", "token_id", "prob", "text"]
     return pd.DataFrame(table[columns])
+
+
+def _check_one_state(run: Run, site: Site) -> None:
+    n_prompts, n_positions = run.captured(site).values.shape[:2]
+    if (n_prompts, n_positions) != (1, 1):
+        raise BadPrompt(
+            f"{n_prompts} prompts and {n_positions} positions were chosen: a patchscope takes the "
+            "state of one position of one prompt"
+        )

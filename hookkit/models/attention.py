@@ -317,6 +317,21 @@ def _attention(
     if fused is eager:
         with mode:
             return compute_eager()
+    return _compute_twice(module, mask, mode, compute_eager, compute_fused)
+
+
+def _compute_twice(
+    module: nn.Module,
+    mask: Tensor | None,
+    mode: _SoftmaxMode,
+    compute_eager: Callable[[], tuple[Tensor, Tensor | None]],
+    compute_fused: Callable[[], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """Returns what the fused attention gives, or the eager one if its scores or weights are edited.
+
+    The first time, both are computed without edits and must be equal.
+    """
+    interception = _RUNNING.interceptions[module]
     # in training, dropout makes two computations differ
     if interception.implementation in interception.verified or module.training:
         mode.stop = True

@@ -418,17 +418,11 @@ class ForwardPass:
         indices: Sequence[int] | Sequence[Columns] | None = None,
     ) -> Selection:
         """Returns the selection of these columns of rows, which have other `indices` in a tower."""
-        first = columns[0]
         tensor_rows: Any = rows if indices is None else indices
         if isinstance(tensor_rows[0], int):
-            consecutive_rows = list(tensor_rows) == [*range(tensor_rows[0], tensor_rows[-1] + 1)]
-            is_rectangle = consecutive_rows and columns.count(first) == len(columns)
-            if is_rectangle and isinstance(first, range) and first.step == 1:
-                rectangle = (
-                    slice(tensor_rows[0], tensor_rows[-1] + 1),
-                    slice(first.start, first.stop),
-                )
-                whole = len(rows) == self.rows and len(first) == width
+            rectangle = _rectangle(tensor_rows, columns)
+            if rectangle is not None:
+                whole = len(rows) == self.rows and len(columns[0]) == width
                 return Selection(self.text, rows, positions, rectangle, None, whole)
             tensor_rows = [(row,) for row in tensor_rows]
         index = pad_rows(tensor_rows, 0), pad_rows(columns, 0)
@@ -539,6 +533,17 @@ def positions_between(
     skipped_steps = -(-skipped // positions.step)  # rounded up
     start = positions.start + skipped_steps * positions.step
     return range(start, max(start, min(positions.stop, high)), positions.step)
+
+
+def _rectangle(rows: Sequence[int], columns: Sequence[Columns]) -> tuple[slice, slice] | None:
+    """Returns the slices of rows and columns if the selected cells are a rectangle, else None."""
+    first = columns[0]
+    is_consecutive = list(rows) == [*range(rows[0], rows[-1] + 1)]
+    if not is_consecutive or columns.count(first) != len(columns):
+        return None
+    if not isinstance(first, range) or first.step != 1:
+        return None
+    return slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
 
 
 def _columns_of(positions: PositionRange, columns: Columns, first: int) -> Columns:

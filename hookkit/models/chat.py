@@ -221,8 +221,8 @@ def _check_message(message: Any, number: int) -> None:
             f"message {number} of a chat has the role {describe(role)}: say 'system', 'user', "
             "'assistant' or another role of the template"
         )
-    has_other = any(message.get(name) for name in ("tool_calls", *REASONING))
-    if isinstance(content, str) or (content is None and has_other):
+    is_call = content is None and any(message.get(name) for name in ("tool_calls", *REASONING))
+    if isinstance(content, str) or is_call:
         return
     parts = as_items(content)
     if parts is None or not all(map(is_mapping, parts)):

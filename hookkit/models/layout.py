@@ -177,6 +177,18 @@ class Layout:
                 f"this {family.name} model has no {site.name!r}: {family.why_missing(site.name)}. "
                 f"It has: {', '.join(self.names) or 'modules only'}."
             )
+        self._check_layer(site)
+        location = self.find(site.name, site.layer)
+        if location is None:
+            raise MissingSite(
+                f"block {site.layer} of this {family.name} model has no {site.name!r}: "
+                f"{family.why_missing(site.name)}. "
+                f"The blocks that have it: {self.layers(site.name)}."
+            )
+        self._check_head(site)
+        return location
+
+    def _check_layer(self, site: Site) -> None:
         if site.layer is not None and site.layer >= self.n_layers:
             raise OutOfRange(
                 f"{site} was asked for, and the model has {self.n_layers} layers: "
@@ -188,15 +200,6 @@ class Layout:
                 f"'{site}.LAYER', or give lm.sites({site.name!r}) where "
                 "several are taken"
             )
-        location = self.find(site.name, site.layer)
-        if location is None:
-            raise MissingSite(
-                f"block {site.layer} of this {family.name} model has no {site.name!r}: "
-                f"{family.why_missing(site.name)}. "
-                f"The blocks that have it: {self.layers(site.name)}."
-            )
-        self._check_head(site)
-        return location
 
     def _check_head(self, site: Site) -> None:
         axis, word = "head", "heads"

@@ -543,21 +543,24 @@ class LM(Vocabulary):
         """Returns the selection with every layer written out, checked against this model."""
         expanded: list[AnySite] = []
         for site in as_sites(sites):
-            if isinstance(site, Site) and site.every_layer and site.of_features:
-                layers = self.layout.layers_of_features(site)
-                if not layers:
-                    self.location(site)  # raises, with the reason
-                expanded += [replace(site, layer=layer) for layer in layers]
-            elif isinstance(site, Site) and site.every_layer:
-                layout = self.layout.of_stack(site)
-                if site.name not in layout.names:
-                    self.location(replace(site, layer=0))  # raises, with the reason
-                layers = layout.layers(site.name) or []
-                expanded += [replace(site, layer=layer) for layer in layers]
+            if isinstance(site, Site) and site.every_layer:
+                expanded += [replace(site, layer=layer) for layer in self._layers_with(site)]
             else:
                 self.location(site)
                 expanded.append(site)
         return as_sites(expanded)
+
+    def _layers_with(self, site: Site) -> list[int]:
+        """Returns the layers that have a site. Raises, with the reason, if the model has none."""
+        if site.of_features:
+            layers = self.layout.layers_of_features(site)
+            if not layers:
+                self.location(site)
+            return layers
+        layout = self.layout.of_stack(site)
+        if site.name not in layout.names:
+            self.location(replace(site, layer=0))
+        return layout.layers(site.name) or []
 
     def shape(self, site: Site | str) -> tuple[int, ...]:
         """Returns the sizes of a site's axes after batch and pos.

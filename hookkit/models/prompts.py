@@ -418,13 +418,8 @@ def tokenize(lm: LM, content: str | Chat | Row) -> Row:
 
 
 def _tokenize(lm: LM, content: str | Chat | Row) -> Row:
-    if isinstance(content, Chat) and content.has_media:
-        row = _row_of_mapping(read_with_processor(lm.processor, content), 0)
-        inputs_of_row = getattr(row, "inputs", None), getattr(row, "per_token", None)
-        return PromptRow(row, *inputs_of_row, speakers=content.roles)
     if isinstance(content, Chat):
-        rendering = render(lm.tokenizer, content)
-        return PromptRow(rendering.ids, turns=rendering.turns, speakers=content.roles)
+        return _tokenize_chat(lm, content)
     if not isinstance(content, str):
         return content
     if lm.tokenizer is None:
@@ -440,6 +435,15 @@ def _tokenize(lm: LM, content: str | Chat | Row) -> Row:
             "or give hk.chat(user='…') for a chat, whose template writes it once, or give token ids"
         )
     return ids
+
+
+def _tokenize_chat(lm: LM, chat: Chat) -> PromptRow:
+    if chat.has_media:
+        row = _row_of_mapping(read_with_processor(lm.processor, chat), 0)
+        inputs_of_row = getattr(row, "inputs", None), getattr(row, "per_token", None)
+        return PromptRow(row, *inputs_of_row, speakers=chat.roles)
+    rendering = render(lm.tokenizer, chat)
+    return PromptRow(rendering.ids, turns=rendering.turns, speakers=chat.roles)
 
 
 def _check_ids(lm: LM, number: int, row: Row, *, from_tokenizer: bool) -> None:

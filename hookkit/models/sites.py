@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, overload
+from typing import ClassVar, Literal, TypeAlias, TypeGuard, overload
 
 from ..arguments import as_integer, check_fields, check_keywords, describe
 from ..display import count_of, render_html
@@ -127,14 +127,17 @@ class Site:
                 f"{self.name!r} exists once in the model and has no layer {self.layer}: "
                 "leave it out"
             )
-        has_parts = self.of_features or self.name in SITES_WITH_HEADS
-        if self.head is not None and not has_parts:
+        if self.head is not None:
+            self._check_head()
+
+    def _check_head(self) -> None:
+        if not self.of_features and self.name not in SITES_WITH_HEADS:
             names = ", ".join(sorted(SITES_WITH_HEADS))
             hint = ""
             if "d_mlp" in AXES[self.name]:
                 hint = "; neurons are named by units= of hk.ablate, or in a function of hk.edit"
             raise UnknownSite(f"{self.name!r} has no heads{hint}; the sites with heads are {names}")
-        if self.head is not None and self.layer is None:
+        if self.layer is None:
             part = "feature" if self.of_features else "head"
             raise UnknownSite(
                 f"{part} {self.head} of {self.name!r} needs a layer: "
@@ -243,9 +246,11 @@ class ModuleSite:
             )
         object.__setattr__(self, "item", item)
 
-    @property
-    def every_layer(self) -> bool:
-        return False
+    # as of a Site: a module's tensor has no name, and is of no other stack and no dictionary
+    every_layer: ClassVar[bool] = False
+    of_features: ClassVar[bool] = False
+    stack: ClassVar[str] = ""
+    position_stack: ClassVar[str] = ""
 
     def __str__(self) -> str:
         text = f"{self.path}:{self.side}"
@@ -253,6 +258,11 @@ class ModuleSite:
 
 
 AnySite: TypeAlias = Site | ModuleSite
+
+
+def has_name(site: AnySite, *names: str) -> TypeGuard[Site]:
+    """True for a site with one of these names; never for the input or output of a module."""
+    return isinstance(site, Site) and site.name in names
 
 
 @check_keywords
@@ -372,7 +382,7 @@ def refuse_stacks(sites: Iterable[AnySite], what: str) -> None:
     `what` says which positions are needed.
     """
     for site in sites:
-        if isinstance(site, Site) and site.stack:
+        if site.stack:
             raise Unsupported(
                 f"{site} has {STACKS[site.stack]} as positions, and {what}: use hk.forward with "
                 "hk.capture, or with each hook"

@@ -79,16 +79,22 @@ def _inputs_by_row(
         for row in rows:
             inputs_by_row += [getattr(row, "inputs", {})] * copies
         return inputs_by_row
-    per_image = ("pixel", "image_", "video_", "feature", "input_features")
-    inputs = {name: value for name, value in tensors.items() if name.startswith(per_image)}
-    try:
-        divided = divide_inputs(inputs, count)
-    except BadPrompt as error:
-        raise Unsupported(f"{_unknown(stack)} ({error})") from error
+    divided = _divide_by_image(stack, tensors, count)
     marks = placeholder_ids(lm)
     if len(rows) > 1 and any(marks.isdisjoint(row) for row in rows):
         raise Unsupported(f"{_unknown(stack)}: some row has no token that stands for one")
-    return list(divided)
+    return divided
+
+
+def _divide_by_image(
+    stack: str, tensors: Mapping[str, Tensor], count: int
+) -> list[Mapping[str, Tensor]]:
+    per_image = ("pixel", "image_", "video_", "feature", "input_features")
+    inputs = {name: value for name, value in tensors.items() if name.startswith(per_image)}
+    try:
+        return list(divide_inputs(inputs, count))
+    except BadPrompt as error:
+        raise Unsupported(f"{_unknown(stack)} ({error})") from error
 
 
 def _unknown(stack: str) -> str:
@@ -106,8 +112,7 @@ def image_columns(
     `inputs` are those of the row, and `values` are the pixels or features of the whole batch.
     """
     if tower.counts == "grid":
-        name = next(grid for grid, of in VALUES_OF_GRIDS.items() if of in inputs)
-        return [_all(math.prod(grid)) for grid in inputs[name].tolist()]
+        return _grid_columns(inputs)
     if tower.counts == "frames":
         width = (values.shape[-1] - 1) // 2 + 1
         frames = inputs["feature_attention_mask"].sum(-1).tolist()
@@ -127,9 +132,18 @@ def image_columns(
         return _masked_patches(pixels, inputs.get("pixel_attention_mask"), size, grid)
     count = pixels.shape[0]
     if tower.counts == "crops" and pixels.ndim == 5:
-        sizes = map(tuple, inputs["image_sizes"].tolist())
-        count = sum(count_crops(lm.config, image_size) for image_size in sizes)
+        count = _count_all_crops(lm, inputs)
     return [_all(patches)] * count
+
+
+def _grid_columns(inputs: Mapping[str, Tensor]) -> list[tuple[Columns, int]]:
+    name = next(grid for grid, of in VALUES_OF_GRIDS.items() if of in inputs)
+    return [_all(math.prod(grid)) for grid in inputs[name].tolist()]
+
+
+def _count_all_crops(lm: LM, inputs: Mapping[str, Tensor]) -> int:
+    sizes = map(tuple, inputs["image_sizes"].tolist())
+    return sum(count_crops(lm.config, image_size) for image_size in sizes)
 
 
 def _all(count: int) -> tuple[range, int]:

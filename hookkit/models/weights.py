@@ -69,11 +69,7 @@ def find_weights(lm: LM, site: Site, *, through_norm: bool = False) -> SiteWeigh
 
 def _last_matrix(lm: LM, site: Site, location: ModuleLocation, through_norm: bool) -> str:
     """Returns the path of the matrix that is the last of the module whose output a site is."""
-    reader = READ_BY_LAST_MATRIX.get(site.name)
-    path = ""
-    if reader is not None and location.side == "output":
-        inner = lm.layout.of_stack(site).find(reader, site.layer)
-        path = "" if inner is None else inner.path
+    path = _last_inner_path(lm, site, location)
     kind = type(lm.submodule(location.path)).__name__
     is_norm = "norm" in kind.lower()
     if is_norm and not (path and through_norm):
@@ -88,6 +84,15 @@ def _last_matrix(lm: LM, site: Site, location: ModuleLocation, through_norm: boo
             "mixture of experts, or quantised weights"
         )
     return path
+
+
+def _last_inner_path(lm: LM, site: Site, location: ModuleLocation) -> str:
+    """Returns the path of the last matrix of the module that gives a site; "" if it has none."""
+    reader = READ_BY_LAST_MATRIX.get(site.name)
+    if reader is None or location.side != "output":
+        return ""
+    inner = lm.layout.of_stack(site).find(reader, site.layer)
+    return "" if inner is None else inner.path
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -143,11 +148,7 @@ def untie(model: nn.Module, path: str) -> None:
 
     Raises `Unsupported` if other modules share weights, or the module stands at several paths.
     """
-    paths: dict[int, list[str]] = {}
-    for name, other in model.named_modules(remove_duplicate=False):
-        weight = getattr(other, "weight", None)
-        if isinstance(weight, Tensor):
-            paths.setdefault(id(weight), []).append(name)
+    paths = _paths_by_weight(model)
     sharing = paths[id(model.get_submodule(path).weight)]
     if len(sharing) == 1:
         return
@@ -162,6 +163,16 @@ def untie(model: nn.Module, path: str) -> None:
     config: Any = model.config
     for part in (config, text_config(config)):
         part.tie_word_embeddings = False
+
+
+def _paths_by_weight(model: nn.Module) -> dict[int, list[str]]:
+    """Returns the paths of the modules that have each weight, by the id of the weight."""
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            paths.setdefault(id(weight), []).append(name)
+    return paths
 
 
 def add_biases(model: nn.Module, paths: Iterable[str]) -> list[str]:

@@ -30,7 +30,7 @@ from ..hooks.logits import LogitEdit
 from ..hooks.values import FromPrompt, Reference
 from ..models.lm import LM
 from ..models.next_token import token_logits
-from ..models.sites import QUERY_KEY_SITES, AnySite, Site, Sites
+from ..models.sites import QUERY_KEY_SITES, AnySite, Site, Sites, has_name
 from ..models.words import Word, WordLike
 from ..sweeps.cells import Randomised
 from ..tables import intervals
@@ -206,7 +206,7 @@ class ControlMaker:
 def _refuse_query_keys(hook: EditHook) -> None:
     """Raises `Unsupported` for an edit of values of attention that have no direction."""
     for site in hook.sites:
-        if isinstance(site, Site) and site.name in QUERY_KEY_SITES:
+        if has_name(site, *QUERY_KEY_SITES):
             raise Unsupported(
                 f"{hook} changes {site.name}, where there is no direction, and not enough other "
                 "heads or blocks are left for a random control: name one, "

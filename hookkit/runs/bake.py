@@ -9,7 +9,7 @@ them; a direction that is projected out of all of it is projected out of all of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from ..models.lm import LM
 from ..models.model_setup import active_adapter_names
 from ..models.padding import trial_rows
 from ..models.positions import Where
-from ..models.sites import ModuleSite, Site, Sites
+from ..models.sites import ModuleSite, Site, Sites, has_name
 from ..models.weights import SiteWeights, add_biases, edit_weights, find_weights, untie
 from .forward import forward
 from .manager import capture_reference
@@ -243,19 +243,11 @@ def _split_stream(lm: LM, hook: ProjectOut, sites: Sites) -> tuple[list[Site], l
 
     Raises `Unsupported` if the stream is there at some of its sites only.
     """
-    stream = [site for site in sites if isinstance(site, Site) and site.name in STREAM]
-    parts = [site for site in sites if isinstance(site, Site) and site.name not in STREAM]
+    stream = [site for site in sites if has_name(site, *STREAM)]
+    parts = [site for site in sites if isinstance(site, Site) and site not in stream]
     if not stream:
         return parts, []
-    points = {_point(site) for site in stream}
-    names = [name for name in STREAM if name in lm.layout.names]
-    missing = [site for site in lm.sites(names) if _point(site) not in points]  # pyright: ignore
-    if missing:
-        raise Unsupported(
-            f"{hook} cannot be baked: it leaves out {missing[0]}. A direction is projected out of "
-            "every matrix that writes to the stream, so all of its sites are needed: "
-            f"lm.sites({names})"
-        )
+    _check_whole_stream(lm, hook, stream)
     writers = ("embed", "pos_embed", "attn_out", "mlp_out")
     writer_names = [name for name in writers if name in lm.layout.names]
     width = lm.sizes["d_model"]
@@ -265,6 +257,18 @@ def _split_stream(lm: LM, hook: ProjectOut, sites: Sites) -> tuple[list[Site], l
             f"matrix brings to the stream's {width}"
         )
     return parts, list(lm.sites(writer_names))  # pyright: ignore[reportReturnType]
+
+
+def _check_whole_stream(lm: LM, hook: ProjectOut, stream: Sequence[Site]) -> None:
+    points = {_point(site) for site in stream}
+    names = [name for name in STREAM if name in lm.layout.names]
+    missing = [site for site in lm.sites(names) if _point(site) not in points]  # pyright: ignore
+    if missing:
+        raise Unsupported(
+            f"{hook} cannot be baked: it leaves out {missing[0]}. A direction is projected out of "
+            "every matrix that writes to the stream, so all of its sites are needed: "
+            f"lm.sites({names})"
+        )
 
 
 def _point(site: Site) -> tuple[str, int]:

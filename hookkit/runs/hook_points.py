@@ -29,7 +29,7 @@ from ..models.families.schema import ModuleLocation
 from ..models.layout import SiteView, source_of_features, view_of
 from ..models.lm import LM, refuse_no_gradient
 from ..models.positions import Where
-from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Site
+from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Site, has_name
 from .source_readers import LayerReader, Reader, reader_of
 
 Reference: TypeAlias = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
@@ -68,7 +68,7 @@ class BoundHook:
     @property
     def stack(self) -> str:
         """The stack whose positions are meant, such as "vision"; "" for the text."""
-        return self.site.position_stack if isinstance(self.site, Site) else ""
+        return self.site.position_stack
 
 
 @dataclass(eq=False)
@@ -166,7 +166,7 @@ def build_hook_points(
                 where,
                 view=view_of(lm.layout, site, location),
                 change=_bind_edit(lm, hook, site, reference_value, reader),
-                head=isinstance(site, Site) and site.name in LOGIT_SITES,
+                head=has_name(site, *LOGIT_SITES),
                 observer=number >= len(hooks),
                 condition=condition,
                 reader=reader,
@@ -222,7 +222,7 @@ def _add_observer(
         where,
         view_of(lm.layout, site, location),
         None,
-        isinstance(site, Site) and site.name in LOGIT_SITES,
+        has_name(site, *LOGIT_SITES),
         observer=True,
         receive=receive,
     )

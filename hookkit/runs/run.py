@@ -351,12 +351,7 @@ class CaptureStore:
 
     def check_fired(self, forwards: int) -> None:
         """Raises `NeverFired` for the first hook that did nothing, or not all that it was to do."""
-        fired: set[BoundHook] = set()  # before the end of some row
-        undecided: set[BoundHook] = set()  # with a condition that was not decided
-        for bound_hook, _, selection, _, _, outcome in self.firings:
-            if bound_hook not in fired and _acts_before_end(selection, self._ending(selection)):
-                is_decided = outcome is None or bool(outcome.decided.any())
-                (fired if is_decided else undecided).add(bound_hook)
+        fired, undecided = self._fired_and_undecided()
         for bound_hook in self.bound_hooks:
             if bound_hook in undecided - fired:
                 raise NeverFired(
@@ -368,6 +363,17 @@ class CaptureStore:
                 raise NeverFired(_never_fired_message(bound_hook, forwards))
         if self._problem is not None:
             raise NeverFired(self._problem)
+
+    def _fired_and_undecided(self) -> tuple[set[BoundHook], set[BoundHook]]:
+        """Returns the hooks that acted before the end of some row, and those with a condition that
+        was not decided."""
+        fired: set[BoundHook] = set()
+        undecided: set[BoundHook] = set()
+        for bound_hook, _, selection, _, _, outcome in self.firings:
+            if bound_hook not in fired and _acts_before_end(selection, self._ending(selection)):
+                is_decided = outcome is None or bool(outcome.decided.any())
+                (fired if is_decided else undecided).add(bound_hook)
+        return fired, undecided
 
     def _ending(self, selection: Selection | None) -> SequenceEnd | None:
         """How the text of a selection ended; None if it has not ended, or has no positions."""

@@ -22,7 +22,7 @@ from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.overrides import CURRENT_SCOPES, Scope
 from ..models.positions import PositionRange, resolve_rows
-from ..models.sites import LOGIT_SITES, Site
+from ..models.sites import LOGIT_SITES, Site, has_name
 from ..models.tower_images import find_images
 from .generation import (
     Generation,
@@ -197,9 +197,8 @@ class TextHooks:
             self.captures.firings.append(firing)
             if self.tracer is not None and firing[-1] is not None:
                 self.tracer.asked(firing)
-        site = bound_hook.site
-        at_logits = isinstance(site, Site) and site.name in LOGIT_SITES
-        if self._journal is not None and at_logits and self.generating and tensor is not before:
+        is_new = tensor is not before and has_name(bound_hook.site, *LOGIT_SITES)
+        if self._journal is not None and self.generating and is_new:
             self._journal.note(bound_hook.hook, forward_pass.text, tensor)
         return tensor
 
@@ -352,12 +351,14 @@ def _check_stack(stack: str, bound_hooks: Sequence[BoundHook], forward_pass: For
                 "it: give what the model's processor returns"
             )
         return
+    lengths = stack_pass.text.lengths
     for bound_hook in one_per_selection(of_stack):
-        for row in resolve_rows(bound_hook.where.rows, len(stack_pass.text.lengths)):
-            if not stack_pass.text.lengths[row] and bound_hook.where.rows is not None:
-                raise EmptySelection(
-                    f"{bound_hook.hook} means row {row}, which has nothing for the {stack} tower"
-                )
+        rows = bound_hook.where.rows
+        empty = [row for row in resolve_rows(rows, len(lengths)) if not lengths[row]]
+        if empty and rows is not None:
+            raise EmptySelection(
+                f"{bound_hook.hook} means row {empty[0]}, which has nothing for the {stack} tower"
+            )
     check_positions(of_stack, stack_pass, None)
 
 

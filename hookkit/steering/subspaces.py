@@ -204,21 +204,7 @@ def _one_site(lm: LM, site: str | AnySite) -> Sites:
 
 def _read_pairs(lm: LM, pairs: Any, name: str) -> PairLists:
     """Returns the rows of the bases and of the sources, and the ids of the answers."""
-    if isinstance(pairs, Pairs):
-        columns: Any = (pairs.clean, pairs.corrupted, pairs.wrong)
-    elif isinstance(pairs, pd.DataFrame):
-        if missing := {"base", "source", "answer"} - set(pairs):
-            raise BadPrompt(f"{name} has no column {', '.join(sorted(missing))}")
-        columns = [pairs[column].tolist() for column in ("base", "source", "answer")]
-    else:
-        triples = [as_items(pair) or () for pair in as_items(pairs) or ()]
-        if not triples or set(map(len, triples)) != {3}:
-            raise BadPrompt(
-                f"{name}={describe(pairs)}: give a list of (base, source, answer), or a DataFrame "
-                "with these columns"
-            )
-        columns = list(map(list, zip(*triples, strict=True)))
-    bases, sources, answers = columns
+    bases, sources, answers = _columns_of_pairs(pairs, name)
     if not len(bases):
         raise BadPrompt(f"{name} is empty: give pairs")
     for prompt in (*bases, *sources):
@@ -228,6 +214,23 @@ def _read_pairs(lm: LM, pairs: Any, name: str) -> PairLists:
             )
     rows = list(as_batch(lm, list(bases)).rows), list(as_batch(lm, list(sources)).rows)
     return *rows, list(map(lm.token, answers))
+
+
+def _columns_of_pairs(pairs: Any, name: str) -> Sequence[Sequence[Any]]:
+    """Returns the bases, the sources and the answers of pairs, as they came."""
+    if isinstance(pairs, Pairs):
+        return pairs.clean, pairs.corrupted, pairs.wrong
+    if isinstance(pairs, pd.DataFrame):
+        if missing := {"base", "source", "answer"} - set(pairs):
+            raise BadPrompt(f"{name} has no column {', '.join(sorted(missing))}")
+        return [pairs[column].tolist() for column in ("base", "source", "answer")]
+    triples = [as_items(pair) or () for pair in as_items(pairs) or ()]
+    if not triples or set(map(len, triples)) != {3}:
+        raise BadPrompt(
+            f"{name}={describe(pairs)}: give a list of (base, source, answer), or a DataFrame "
+            "with these columns"
+        )
+    return list(map(list, zip(*triples, strict=True)))
 
 
 def _joined(first: PairLists, second: PairLists) -> PairLists:

@@ -361,16 +361,7 @@ def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], li
     if prefix is None:
         rows = as_rows(lm, texts)
         return rows, [1] * len(rows)
-    contents: list[Any] = []  # texts as token ids, without the special tokens that begin a prompt
-    for text in check_prompts(texts):
-        if isinstance(text, str) and text and lm.tokenizer is not None:
-            text = lm.continuation(text)
-        if isinstance(text, Chat):
-            raise BadPrompt(
-                f"{text!r} cannot follow the prompts in prefix=: give the answer as a text, and "
-                "the chat as the prefix"
-            )
-        contents.append(text)
+    contents = [_continuation(lm, text) for text in check_prompts(texts)]
     rows, prompts = as_rows(lm, contents), as_rows(lm, prefix)
     if len(prompts) not in (1, len(rows)):
         raise BadPrompt(
@@ -384,6 +375,18 @@ def _rows(lm: LM, texts: Prompts, prefix: Prompts | None) -> tuple[list[Row], li
     refuse_inputs(rows, "token_losses with prefix=")
     joined = list(map(partial(continue_row, lm), prompts, rows))
     return joined, list(map(len, prompts))
+
+
+def _continuation(lm: LM, text: Any) -> Any:
+    """Returns a text as token ids, without the special tokens that begin a prompt."""
+    if isinstance(text, Chat):
+        raise BadPrompt(
+            f"{text!r} cannot follow the prompts in prefix=: give the answer as a text, and "
+            "the chat as the prefix"
+        )
+    if isinstance(text, str) and text and lm.tokenizer is not None:
+        return lm.continuation(text)
+    return text
 
 
 def _window_sizes(lm: LM, window: int | None, stride: int | None) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ...arguments import as_number
 from ..families.encoder_decoders import ENCODER_DECODERS
 from ..families.encoders import ENCODERS
 from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
-from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS, TEXT_MODELS
+from ..families.table import FAMILIES, MULTIMODAL_EXCEPTIONS, TEXT_MODELS, Row
 from ..families.towers import TOWERS
 from ..layout import Layout, is_masked_lm, text_config
 from ..sites import AXES, CROSS_SITES, SITES_WITHOUT_LAYER
@@ -46,19 +46,17 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     """
     kind, model_type = type(model).__name__, getattr(config, "model_type", None)
     if getattr(config, "is_encoder_decoder", False):
-        row = ENCODER_DECODERS.get(str(model_type))
-        if row is not None:
-            return replace(row if isinstance(row, Family) else row(config), name=model_type)
+        family = _family_in(ENCODER_DECODERS, config, model_type)
+        if family is not None:
+            return family
         reason = f"no row of hookkit's table has the encoder-decoder {model_type!r}; {MODULES}"
         return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
     if head is None:
         return Family("module", {}, dict.fromkeys(AXES, _why_no_head(kind, model_type)))
     text = text_config(config)
-    text_type = str(getattr(text, "model_type", None))
     rows = ENCODERS if is_masked_lm(model) else {**FAMILIES, **TEXT_MODELS}
-    row = rows.get(text_type)
-    if row is not None:
-        family = replace(row if isinstance(row, Family) else row(text), name=model_type)
+    family = _family_in(rows, text, model_type)
+    if family is not None:
         if text is config:
             return family
         exceptions = {**family.exceptions, **MULTIMODAL_EXCEPTIONS.get(model_type, {})}
@@ -69,6 +67,14 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
         return family
     locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
     return Family(model_type or "unknown", locations, dict.fromkeys(AXES, family))
+
+
+def _family_in(rows: Mapping[str, Row], config: Any, name: Any) -> Family | None:
+    """Returns the row of the type of a config, under the name of the model; None without a row."""
+    row = rows.get(str(getattr(config, "model_type", None)))
+    if row is None:
+        return None
+    return replace(row if isinstance(row, Family) else row(config), name=name)
 
 
 def find_towers(model: nn.Module, config: Any) -> dict[str, Family]:

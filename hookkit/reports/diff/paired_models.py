@@ -39,6 +39,7 @@ from ...models.sites import (
     Sites,
     SitesLike,
     as_sites,
+    has_name,
 )
 from ...models.tokens import different_tokens
 from ...runs.forward import forward
@@ -410,7 +411,7 @@ class PairedRuns:
     ) -> None:
         """Keep the differences of the stream after each block for the first `details` prompts."""
         is_shown = (tokens["row"] < self.request.details).to_numpy()
-        if isinstance(site, Site) and site.name == "resid_post" and is_shown.any():
+        if has_name(site, "resid_post") and is_shown.any():
             table = tokens.assign(
                 layer=site.layer,
                 difference=token_differences.difference.tolist(),

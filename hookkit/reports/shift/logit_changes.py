@@ -375,9 +375,7 @@ class ShiftComputation:
         change.of_token["logprob"] += total.cpu() - log_norm.sum(dtype=torch.float64)
         for name, parts in movers.items():
             joined = join_movers(parts)
-            for number, arm in enumerate(sums):
-                ids = joined.ids[number][joined.is_counted[number]]
-                arm.of_token[name].index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
+            _count_movers(name, joined, sums)
             examples[name].append(_examples(joined, log_norm, sequence))
         for arm in sums:
             arm.counts[0] += len(sequence.positions)
@@ -434,6 +432,13 @@ def _refuse_nan(log_norm: Numbers, sequence: TokenSequence) -> None:
             f"the logits after position {position} of text {sequence.text} are NaN, before or "
             "after the change: no token has a rank there. Leave this text out, or use float32"
         )
+
+
+def _count_movers(name: str, movers: Movers, sums: Sequence[Sums]) -> None:
+    """Adds to the sums of each arm how often each token was among those that moved most."""
+    for number, arm in enumerate(sums):
+        ids = movers.ids[number][movers.is_counted[number]]
+        arm.of_token[name].index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
 
 
 def _examples(movers: Movers, log_norm: Numbers, sequence: TokenSequence) -> Examples:

@@ -6,7 +6,7 @@ The file measures (`shift_report`, `_measure`), and writes the sections of the p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -552,20 +552,15 @@ def _measure(measured: ShiftTables, request: DrawRequest) -> None:
             )
         tables["watched"].append(before_after.watched_of(before, after, measured.watch))
         tables["distances"].append(before_after.distances_of(before, after))
-        if edit.control:
-            continue
-        tables["shifts"].append(_measure_ranks(measured, before, after, edit))
-        tokens = measured.watch[:1] * details or after.top_tokens[:details]
-        why, measured.refusals[f"why {edit.name}"] = attempt(
-            pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
-        )
-        tables["why"].append(why)
-        for site in feature_sites(lm):
-            features, measured.refusals[f"features {edit.name}"] = attempt(
-                pd.DataFrame(), features_of, before, after, rows[:details], tokens, site
+        if not edit.control:
+            tables["shifts"].append(_measure_ranks(measured, before, after, edit))
+            tokens = measured.watch[:1] * details or after.top_tokens[:details]
+            why, measured.refusals[f"why {edit.name}"] = attempt(
+                pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
             )
-            tables["features"].append(features)
-        edited.append(replace(after, logits=after.logits[:details]))
+            tables["why"].append(why)
+            tables["features"] += _measure_features(measured, before, after, edit, tokens)
+            edited.append(replace(after, logits=after.logits[:details]))
     for edit in measured.edits:
         _measure_draws(measured, before, edit, request, tables)
     measured.tables["edits"] = table_of([*measured.edits, *measured.controls])
@@ -575,6 +570,24 @@ def _measure(measured: ShiftTables, request: DrawRequest) -> None:
         pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, details
     )
     measured.tables["against_control"] = against_control(measured.tables)
+
+
+def _measure_features(
+    measured: ShiftTables,
+    before: before_after.NextTokenLogits,
+    after: before_after.NextTokenLogits,
+    edit: Edit,
+    tokens: Sequence[int],
+) -> list[pd.DataFrame]:
+    """Returns how an edit changed the features of each dictionary, in the first prompts."""
+    tables = []
+    rows = measured.rows[: measured.details]
+    for site in feature_sites(measured.lm):
+        features, measured.refusals[f"features {edit.name}"] = attempt(
+            pd.DataFrame(), features_of, before, after, rows, tokens, site
+        )
+        tables.append(features)
+    return tables
 
 
 def _measure_draws(
