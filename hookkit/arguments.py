@@ -232,6 +232,14 @@ def check_seed(value: object) -> int:
     return check_integer(value, "seed", least=0, most=LARGEST_SEED, meaning=meaning)
 
 
+def check_bool(value: object, name: str, error: Error = BadHook) -> bool:
+    """Returns True or False."""
+    result = as_bool(value)
+    if result is None:
+        raise error(f"{name}={describe(value)}: give True or False")
+    return result
+
+
 # ---- names and texts
 
 

@@ -282,24 +282,30 @@ def count_of_share(total: int, share: float) -> int:
 
 def score_table(scores: pd.DataFrame) -> Circuit:
     """Returns the circuit of no edge with these scores."""
-    columns = [name for name in scores.columns if str(name).endswith("_delta") or name == MASK]
     scores = scores.reset_index(drop=True)
-    is_edges, is_nodes = set(EDGE) <= set(scores.columns), {"site", "layer"} <= set(scores.columns)
-    if len(columns) != 1 or not (is_edges or is_nodes):
+    is_nodes = {"site", "layer"} <= set(scores.columns)
+    column = _score_column(scores, is_nodes or set(EDGE) <= set(scores.columns))
+    values = scores[column].to_numpy(float)
+    if not np.isfinite(values).all():
+        raise BadHook(f"{column} has values that are not finite, which have no order")
+    table = _node_scores(scores, values) if is_nodes else scores[EDGE].assign(score=values)
+    table = table.reset_index(drop=True).assign(in_circuit=False)
+    metric, direction = column.removesuffix("_delta"), scores.attrs.get("direction", "")
+    if column == MASK:
+        metric = scores.attrs.get("metric", "")
+    return Circuit(table, metric, direction)
+
+
+def _score_column(scores: pd.DataFrame, has_parts: bool) -> str:
+    """Returns the name of the one column of scores of a table that has edges or nodes."""
+    columns = [name for name in scores.columns if str(name).endswith("_delta") or name == MASK]
+    if len(columns) != 1 or not has_parts:
         raise BadHook(
             f"scores has the columns {list(scores.columns)}: give the table of hk.edge_attribution "
             "(sender, receiver and one column _delta), or that of hk.attribution at the sites "
             "['z', 'mlp_out'] and one metric"
         )
-    values = scores[columns[0]].to_numpy(float)
-    if not np.isfinite(values).all():
-        raise BadHook(f"{columns[0]} has values that are not finite, which have no order")
-    table = _node_scores(scores, values) if is_nodes else scores[EDGE].assign(score=values)
-    table = table.reset_index(drop=True).assign(in_circuit=False)
-    metric, direction = columns[0].removesuffix("_delta"), scores.attrs.get("direction", "")
-    if columns == [MASK]:
-        metric = scores.attrs.get("metric", "")
-    return Circuit(table, metric, direction)
+    return columns[0]
 
 
 def _node_scores(scores: pd.DataFrame, values: Float[np.ndarray, " row"]) -> pd.DataFrame:

@@ -32,10 +32,7 @@ def _image_prompt(lm: LM, stack: str, seed: int, before: int, after: int) -> dic
     image = [mark] * _count_tokens(lm, stack, inputs)
     if first is not None:
         image = [first, *image]
-    n_tokens = lm.n_tokens
-    text = torch.randint(n_tokens // 10, n_tokens - 10, (before + after,), generator=generator)
-    placeholders = placeholder_ids(lm)
-    words = [word + 1 if word in placeholders else word for word in text.tolist()]
+    words = _random_words(lm, before + after, generator)
     ids = torch.tensor([[*words[:before], *image, *words[before:]]])
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     is_image = (ids == mark).long()
@@ -46,6 +43,13 @@ def _image_prompt(lm: LM, stack: str, seed: int, before: int, after: int) -> dic
         is_prefix = lm.config.model_type == "paligemma"
         inputs["token_type_ids"] = torch.zeros_like(ids) if is_prefix else is_image
     return inputs
+
+
+def _random_words(lm: LM, count: int, generator: torch.Generator) -> list[int]:
+    """Returns ids of random tokens, none of which stands for an image."""
+    text = torch.randint(lm.n_tokens // 10, lm.n_tokens - 10, (count,), generator=generator)
+    placeholders = placeholder_ids(lm)
+    return [word + 1 if word in placeholders else word for word in text.tolist()]
 
 
 def _is_image(config: Any) -> Any:

@@ -453,9 +453,14 @@ def check_laws(
         studies += _study_of_stack(lm, stack, prompts, layers)
     rows = []
     for study, law in itertools.product(studies, LAWS):
-        if not (law.causal and study.reads_ahead) and not (law.of_text and study.stack):
+        if _applies(law, study):
             rows += [_table_row(study, law, finding) for finding in _worst_by_site(law, study)]
     return pd.DataFrame(rows, columns=["law", "site", "difference", "limit", "holds", "note"])
+
+
+def _applies(law: Law, study: Study) -> bool:
+    """True unless a law needs a causal model, or the text, and the stack is none of it."""
+    return not (law.causal and study.reads_ahead) and not (law.of_text and study.stack)
 
 
 def _study_of_stack(

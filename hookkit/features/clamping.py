@@ -80,10 +80,7 @@ def clamp_effects(
         columns = {
             "feature": feature.head,
             "edit": name,
-            "text": [context.text for context in contexts],
-            "pos": [len(context.ids) - 1 for context in contexts],
-            "read": token_texts(lm, [context.ids[-1] for context in contexts]),
-            "came": token_texts(lm, came.tolist()),
+            **_describe_contexts(lm, contexts),
             "activation": activations.tolist(),
             "token": token_texts(lm, watched.tolist()),
             "token_id": watched.tolist(),
@@ -91,6 +88,16 @@ def clamp_effects(
         columns |= _compare(before, after, control, len(directions))
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
+
+
+def _describe_contexts(lm: LM, contexts: Sequence[Context]) -> dict[str, list[Any]]:
+    """Returns the columns of the contexts: the last token that was read, and the one that came."""
+    return {
+        "text": [context.text for context in contexts],
+        "pos": [len(context.ids) - 1 for context in contexts],
+        "read": token_texts(lm, [context.ids[-1] for context in contexts]),
+        "came": token_texts(lm, [context.came for context in contexts]),
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,12 +89,7 @@ def read_dictionary_learning(folder: Path, *, transcoder: bool) -> DictionaryPar
     tensors = _load_pickle(folder / PICKLE)
     names = {**(SAME_NAMES if "W_enc" in tensors else OWN_NAMES), **class_names}
     refuse_unknown(tensors, (*names, *OF_TRAINING), f"{PICKLE} of {folder.name!r}")
-    weights = {names[key]: tensor for key, tensor in tensors.items() if key in names}
-    if "encoder.weight" in tensors:  # torch's linear layers have their output first
-        weights["W_enc"], weights["W_dec"] = weights["W_enc"].T, weights["W_dec"].T
-    if "threshold" in weights:
-        n_features = weights["W_dec"].shape[0]
-        weights["threshold"] = weights["threshold"].expand(n_features)
+    weights = _rename(tensors, names)
     return DictionaryParts(
         weights,
         activation,
@@ -106,6 +101,17 @@ def read_dictionary_learning(folder: Path, *, transcoder: bool) -> DictionaryPar
         model_name=str(trainer.get("lm_name") or ""),
         hook=_hook_of_trainer(trainer, config.get("buffer")),
     )
+
+
+def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Returns the weights under hookkit's names, in hookkit's shapes."""
+    weights = {names[key]: tensor for key, tensor in tensors.items() if key in names}
+    if "encoder.weight" in tensors:  # torch's linear layers have their output first
+        weights["W_enc"], weights["W_dec"] = weights["W_enc"].T, weights["W_dec"].T
+    if "threshold" in weights:
+        n_features = weights["W_dec"].shape[0]
+        weights["threshold"] = weights["threshold"].expand(n_features)
+    return weights
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

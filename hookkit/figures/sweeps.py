@@ -186,7 +186,7 @@ def _label_grid(
     size: tuple[float, float],
 ) -> None:
     """Label rows and columns, all of them where there is room. `names` are those of x and y."""
-    columns, rows = list(grid.columns), list(grid.index)
+    columns = list(grid.columns)
     axes.set_xlabel(describe_column(names[0]))
     texts, rotation = list(map(str, columns)), {}
     room = max(style.text_width(text, 8.5) for text in texts) + 0.08
@@ -200,10 +200,14 @@ def _label_grid(
     texts = [short_label(text, 1.5) for text in texts]
     stride = style.label_stride(len(columns), size[0], room)
     axes.set_xticks(np.arange(0, len(columns), stride) + 0.5, texts[::stride], **rotation)
-    stride = style.label_stride(len(rows), size[1], 0.15)
-    names_of_rows = [short_label(str(row), 1.5, 7.5) for row in rows[::stride]]
-    axes.set_yticks(np.arange(0, len(rows), stride) + 0.5, names_of_rows)
+    _label_rows(axes, list(grid.index), size[1])
     axes.set_ylabel(describe_column(names[1]))
+
+
+def _label_rows(axes: Axes, rows: Sequence[Any], height: float) -> None:
+    stride = style.label_stride(len(rows), height, 0.15)
+    names = [short_label(str(row), 1.5, 7.5) for row in rows[::stride]]
+    axes.set_yticks(np.arange(0, len(rows), stride) + 0.5, names)
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:

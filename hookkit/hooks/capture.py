@@ -18,7 +18,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..arguments import as_bool, check_keywords, check_text, describe, shorten
+from ..arguments import check_bool, check_keywords, check_text, describe, shorten
 from ..display import render_html
 from ..errors import BadHook, NotCaptured
 from ..models.batch_positions import Selection, expand_mask
@@ -53,9 +53,7 @@ class Capture(Hook, verb="capture", takes_step=True):
         set_field(self, "sparse", _check_sparse(self.sparse, self.grad, self.sites))
         if self.name is not None:
             check_text(self.name, "name", "a name that tells two captures of one site apart")
-        grad = as_bool(self.grad)
-        if grad is None:
-            raise BadHook(f"grad={describe(self.grad)}: give True or False")
+        grad = check_bool(self.grad, "grad")
         set_field(self, "grad", grad)
         if grad and (self.dtype is not None or self.device is not None):
             raise BadHook(
@@ -89,9 +87,7 @@ def _dtype_name(dtype: object, sites: Sites) -> str:
 
 def _check_sparse(sparse: object, grad: object, sites: Sites) -> bool:
     """Returns whether values are kept sparse. Raises `BadHook` where they are not mostly zero."""
-    value = as_bool(sparse)
-    if value is None:
-        raise BadHook(f"sparse={describe(sparse)}: give True or False")
+    value = check_bool(sparse, "sparse")
     for site in sites if value else ():
         if not isinstance(site, Site) or not site.of_features or site.head is not None:
             raise BadHook(
@@ -320,14 +316,17 @@ class Captures:
             all_heads = self._slot(replace(key, head=None), name, key)
             if all_heads is not None:
                 return all_heads.captured().head(key.head)
-        label = str(key) if name is None else f"{key} named {name!r}"
-        if key in self.ended:
-            raise NotCaptured(
+        raise NotCaptured(self._why_not_captured(key, name))
+
+    def _why_not_captured(self, site: AnySite, name: str | None) -> str:
+        label = str(site) if name is None else f"{site} named {name!r}"
+        if site in self.ended:
+            return (
                 f"{label} was to be captured in rows that had ended before they came to the "
                 "capture's positions: there is nothing of it. Let the rows generate more tokens, "
                 "or capture it elsewhere"
             )
-        raise NotCaptured(f"{label} was not captured. {self._available(key)}")
+        return f"{label} was not captured. {self._available(site)}"
 
     def _slot(self, site: AnySite, name: str | None, requested: AnySite) -> LazyCapture | None:
         """Returns the one capture of a site, or None. Raises `NotCaptured` if there are several."""

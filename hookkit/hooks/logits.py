@@ -192,11 +192,7 @@ class Force(LogitEdit, verb="force", bare=("token",), takes_words=True, takes_se
     def check(self) -> None:
         super().check()
         if self.margin is not None:
-            if self.margin != math.inf and check_number(self.margin, "margin") <= 0:
-                raise BadHook(
-                    f"margin={self.margin!r} does not put the token first: give a number above 0"
-                )
-            set_field(self, "margin", float(self.margin))
+            set_field(self, "margin", _check_margin(self.margin))
         step = self.where.step
         is_span = isinstance(step, Span) and step != EVERY_STEP
         if isinstance(self.token, Word) and (self.where.pos is not None or is_span):
@@ -374,6 +370,12 @@ def named_tokens(lm: LM, hooks: Iterable[object]) -> list[int]:
         if isinstance(hook, LogitEdit):
             tokens += hook.named(lm)
     return list(dict.fromkeys(tokens))
+
+
+def _check_margin(margin: float) -> float:
+    if margin != math.inf and check_number(margin, "margin") <= 0:
+        raise BadHook(f"margin={margin!r} does not put the token first: give a number above 0")
+    return float(margin)
 
 
 def fitted_number(value: float, dtype: torch.dtype, name: str) -> float:

@@ -339,15 +339,9 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
         tensor, shape = convert(values), values.shape[2:]
         if tensor.shape == shape or _serves_every_choice(tensor, here.site, shape):
             return tensor
-        n_leading = tensor.ndim - len(shape)
-        if n_leading in (1, 2) and tensor.shape[n_leading:] == shape:
-            order = here.order().to(values.device)
-            has_all_rows = n_leading == 1 or max(here.rows) < len(tensor)
-            if has_all_rows and int(order.max()) < tensor.shape[n_leading - 1]:
-                if n_leading == 1:
-                    return tensor[order]
-                rows = torch.tensor(here.rows, device=values.device)[:, None]
-                return tensor[rows, order]
+        selected = _at_positions(tensor, shape, here)
+        if selected is not None:
+            return selected
         raise BadEdit(
             f"{name} has shape {list(tensor.shape)}, and the values at {here.site} have "
             f"{list(values.shape)} [row, pos, ...]: give {list(shape)}, or one for each position, "
@@ -355,6 +349,24 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, EditContext],
         )
 
     return fit
+
+
+def _at_positions(tensor: Tensor, shape: tuple[int, ...], here: EditContext) -> Tensor | None:
+    """Returns the values of a tensor [pos, *shape] or [row, pos, *shape] at the edited cells.
+
+    Returns None if the tensor has another shape, or too few rows or positions.
+    """
+    n_leading = tensor.ndim - len(shape)
+    if n_leading not in (1, 2) or tensor.shape[n_leading:] != shape:
+        return None
+    order = here.order().to(tensor.device)
+    if int(order.max()) >= tensor.shape[n_leading - 1]:
+        return None
+    if n_leading == 1:
+        return tensor[order]
+    if max(here.rows) >= len(tensor):
+        return None
+    return tensor[torch.tensor(here.rows, device=tensor.device)[:, None], order]
 
 
 def _serves_every_choice(tensor: Tensor, site: AnySite, shape: tuple[int, ...]) -> bool:

@@ -24,7 +24,14 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..arguments import as_bool, check_choice, check_integer, check_keywords, check_number, describe
+from ..arguments import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_keywords,
+    check_number,
+    describe,
+)
 from ..errors import BadHook
 from ..models.positions import GENERATED, PosLike, read_position
 from ..models.sites import AnySite, ModuleSite, Site, SitesLike, as_sites
@@ -229,10 +236,7 @@ class TextCondition(Condition):
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
             raise BadHook(f"{self.name}({describe(self.text)}): give a text that is not empty")
-        prompt = as_bool(self.prompt)
-        if prompt is None:
-            raise BadHook(f"prompt={describe(self.prompt)}: give True or False")
-        set_field(self, "prompt", prompt)
+        set_field(self, "prompt", check_bool(self.prompt, "prompt"))
 
     def holds_for(self, text: str) -> bool:
         """Returns whether the condition holds for a text so far."""

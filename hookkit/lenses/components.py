@@ -230,13 +230,18 @@ def check_feature_sites(lm: LM, sites: SitesLike) -> Sites:
                 f"adds to the residual stream, {names}"
             )
     start = _start_of_features(expanded)
-    for site in expanded:
-        if start is not None and site != start and not _is_after(site, start):
+    if start is not None:
+        _check_after(expanded, start)
+    return expanded
+
+
+def _check_after(sites: Sites, start: Site) -> None:
+    for site in sites:
+        if site != start and not _is_after(site, start):
             raise BadHook(
-                f"features={list(map(str, expanded))}: those of {start} stand in place of "
+                f"features={list(map(str, sites))}: those of {start} stand in place of "
                 f"everything before them, {site} too: leave one of the two out"
             )
-    return expanded
 
 
 def _is_split(site: Site) -> bool:

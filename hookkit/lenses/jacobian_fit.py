@@ -201,6 +201,10 @@ class JacobianSum:
             self.text, self.piece, self.stream = last.text, last.piece, last.stream
             self.batches, self.left_out = 0, self.left_out + window.left_out
             bar.advance_to(last.text)
+        self._check_complete(reader)
+
+    def _check_complete(self, reader: TextReader) -> None:
+        """Raises if the texts are not those of before, or if none of them was long enough."""
         if self.batches:  # of a window that did not come again
             raise HarvestChanged(
                 f"the texts after number {self.text} are not those that the lens was made from: "

@@ -108,12 +108,7 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
             f"{os.fspath(path)!r} is no lens: neither TunedLens.save nor JacobianLens.save wrote it"
         )
     name = f"the tuned lens in {os.fspath(path)!r}"
-    about = parse_json(words["about"], name, finite=False)
-    about = check_mapping(about, name, "weights_sha256", "model")
-    if "weights_sha256" not in about:
-        raise BadFile(
-            f"{name} does not say which model it is for: give a file that TunedLens.save wrote"
-        )
+    about = _read_about(words["about"], name)
     if lm is not None and about["weights_sha256"] != weights_hash(lm):
         model = about.get("model")
         raise BadHook(
@@ -123,6 +118,16 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
     history = _read_history(parse_json(words["history"], name), name)
     change, offset = _read_translators(tensors, list(history["site"]), name)
     return TunedLens(change, offset, history, about)
+
+
+def _read_about(text: str, name: str) -> dict[str, Any]:
+    """Returns what a lens says about its model. Raises `BadFile` if it does not say which."""
+    about = check_mapping(parse_json(text, name, finite=False), name, "weights_sha256", "model")
+    if "weights_sha256" not in about:
+        raise BadFile(
+            f"{name} does not say which model it is for: give a file that TunedLens.save wrote"
+        )
+    return about
 
 
 def _read_history(rows: Any, name: str) -> pd.DataFrame:

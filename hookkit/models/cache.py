@@ -252,14 +252,7 @@ def remove_model(name: str, revision: str | None = None) -> float:
     """Deletes a model or one of its revisions, and returns how many megabytes were freed."""
     if name == DEFAULT and revision is None:
         return _remove_default()
-    stored_hashes = _commit_hashes(name)
-    hashes = [commit for commit in stored_hashes if commit.startswith(revision or "")]
-    if not hashes:
-        of_revision = f" of revision {revision!r}" if stored_hashes else ""
-        names = [DEFAULT, *map(attrgetter("repo_id"), _hub_models())]
-        raise ModelNotFound(
-            f"no model {name!r}{of_revision} is kept on this machine{did_you_mean(name, names)}"
-        )
+    hashes = _stored_hashes(name, revision)
     plan = _hub_info().delete_revisions(*hashes)
     plan.execute()
     if not set(hashes).isdisjoint(_commit_hashes(name)):  # the Hub's client only logs a failure
@@ -268,6 +261,19 @@ def remove_model(name: str, revision: str | None = None) -> float:
             "yourself"
         )
     return round(plan.expected_freed_size / 1e6, 1)
+
+
+def _stored_hashes(name: str, revision: str | None) -> list[str]:
+    """Returns the commits of a stored model, or those of a revision. Raises if it has none."""
+    stored_hashes = _commit_hashes(name)
+    hashes = [commit for commit in stored_hashes if commit.startswith(revision or "")]
+    if not hashes:
+        of_revision = f" of revision {revision!r}" if stored_hashes else ""
+        names = [DEFAULT, *map(attrgetter("repo_id"), _hub_models())]
+        raise ModelNotFound(
+            f"no model {name!r}{of_revision} is kept on this machine{did_you_mean(name, names)}"
+        )
+    return hashes
 
 
 def _commit_hashes(name: str) -> list[str]:

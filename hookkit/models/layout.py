@@ -358,6 +358,11 @@ def text_config(config: Any, stack: str = "decoder") -> Any:
         return config
     if not getattr(config, "is_encoder_decoder", False):
         return config.get_text_config()
+    return _config_of_two(config, stack)
+
+
+def _config_of_two(config: Any, stack: str) -> Any:
+    """Returns the configuration of the encoder or the decoder of an encoder-decoder."""
     if stack == "encoder":
         part = config.get_text_config(encoder=True)
         encoder = getattr(config, "encoder", None)

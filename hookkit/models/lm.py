@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_bool, check_fields, check_integers, check_keywords, describe
+from ..arguments import check_bool, check_fields, check_integers, check_keywords, describe
 from ..display import first_rows, render_html
 from ..errors import BadArgument, BadHook, HookkitError, Unsupported
 from ..files.untrusted import check_folder
@@ -502,8 +502,7 @@ class LM(Vocabulary):
                     f"{describe(item)}"
                 )
         for name, value in (("replace", replace), ("check", check)):
-            if as_bool(value) is None:
-                raise BadArgument(f"{name}={describe(value)}: give True or False")
+            check_bool(value, name, BadArgument)
         prepared = [item.prepared(self, replace=replace, check=check) for item in dictionaries]
         together = (*self.dictionaries, *prepared)
         by_feature_site(together)  # raises for two of one site

@@ -64,13 +64,9 @@ def check_prompts(prompts: object) -> list[str | Chat | Row]:
     pandas table, a numpy array or a tensor. A row with other inputs is a `PromptRow`. Raises
     `BadPrompt` for anything else, and for a mapping with an input that hookkit makes itself.
     """
-    if isinstance(prompts, str):
-        return [str(prompts)]
-    if isinstance(prompts, PromptRow):
-        return [prompts]
-    chat = chat_of(prompts, 0)
-    if chat is not None:
-        return [chat]
+    prompt = _single_prompt(prompts, 0)
+    if prompt is not None:
+        return [prompt]
     if is_mapping(prompts):
         return _rows_of_mapping(prompts)
     refuse_non_prompts(prompts)
@@ -86,13 +82,9 @@ def check_prompts(prompts: object) -> list[str | Chat | Row]:
 
 def check_prompt(item: object, number: int) -> str | Chat | Row:
     """Returns the text, chat or token ids of one of several prompts. `number` is its row."""
-    if isinstance(item, str):
-        return str(item)
-    if isinstance(item, PromptRow):
-        return item
-    chat = chat_of(item, number)
-    if chat is not None:
-        return chat
+    prompt = _single_prompt(item, number)
+    if prompt is not None:
+        return prompt
     if is_mapping(item):
         return _row_of_mapping(item, number)
     refuse_non_prompts(item)
@@ -105,6 +97,13 @@ def check_prompt(item: object, number: int) -> str | Chat | Row:
             f"prompt {number} is {describe(item)}, which is no prompt: {PROMPT_FORMS}{hint}"
         )
     return _row_of_ids(ids, number)
+
+
+def _single_prompt(value: object, number: int) -> str | PromptRow | Chat | None:
+    """Returns a text, a row with inputs or a chat as one prompt; None for any other value."""
+    if isinstance(value, str):
+        return str(value)
+    return value if isinstance(value, PromptRow) else chat_of(value, number)
 
 
 def is_token_row(prompts: object) -> bool:

@@ -206,14 +206,8 @@ def _modules_with_new_bias(model: Any, settings: tuple[str, ...]) -> list[str]:
 
     Empty if the settings do more than to add biases to matrices, or the configuration refuses them.
     """
-    config = copy.deepcopy(model.config)
-    for name in settings:
-        setattr(text_config(config), name, True)
-    try:
-        config = type(config).from_dict(config.to_dict())  # checks what goes together
-        with torch.device("meta"):
-            other = type(model)(config)
-    except (ValueError, TypeError, StrictDataclassError):
+    other = _with_settings(model, settings)
+    if other is None:
         return []
     names = set(dict(model.named_parameters(remove_duplicate=False)))
     new = set(dict(other.named_parameters(remove_duplicate=False))) - names
@@ -222,6 +216,19 @@ def _modules_with_new_bias(model: Any, settings: tuple[str, ...]) -> list[str]:
     kinds = {path: type(module) for path, module in model.named_modules()}
     is_same = kinds == {path: type(module) for path, module in other.named_modules()}
     return sorted(name.removesuffix(".bias") for name in new) if is_same else []
+
+
+def _with_settings(model: Any, settings: tuple[str, ...]) -> Any:
+    """Returns the model, on the meta device, with these settings on; None if they are refused."""
+    config = copy.deepcopy(model.config)
+    for name in settings:
+        setattr(text_config(config), name, True)
+    try:
+        config = type(config).from_dict(config.to_dict())  # checks what goes together
+        with torch.device("meta"):
+            return type(model)(config)
+    except (ValueError, TypeError, StrictDataclassError):
+        return None
 
 
 def _add_bias(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..arguments import as_bool, check_keywords, describe
+from ..arguments import as_bool, check_bool, check_keywords, describe
 from ..errors import BadHook, EmptySelection, NotOneToken
 from .tokens import Token, check_tokens
 
@@ -54,10 +54,7 @@ class Word:
         self._check_spellings()
 
     def _check_switch(self, name: str) -> None:
-        value = as_bool(getattr(self, name))
-        if value is None:
-            raise BadHook(f"{name}={describe(getattr(self, name))}: give True or False")
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, check_bool(getattr(self, name), name))
 
     def _check_plural(self) -> None:
         plural = as_bool(self.plural)

@@ -147,16 +147,8 @@ class HooksProcessor(LogitsProcessor):
                 f"{self.lm.n_tokens}: make the processor for the model that generates"
             )
         for hook in self.hooks:
-            if call.beams > 1 and not _ignores_shift(hook):
-                raise Unsupported(
-                    f"{hook} reads the size of logits, and beam search passes log-probabilities to "
-                    "a processor: use hk.generate or hk.attach"
-                )
-            if call.beams > 1 and isinstance(hook, Grammar):
-                raise Unsupported(
-                    f"{hook}: a processor does not see which beams are returned, and some may be "
-                    "texts that the grammar forbids: use hk.generate or hk.attach"
-                )
+            if call.beams > 1:
+                _check_for_beams(hook)
             for rule in call.rules_before:
                 _check_order(hook, rule, call.beams)
 
@@ -197,6 +189,20 @@ def _ignores_shift(hook: Hook) -> bool:
             if not isinstance(condition, LogitCondition | TextCondition):
                 return False
     return not (isinstance(hook, Cap) and hook.logit is not None)
+
+
+def _check_for_beams(hook: Hook) -> None:
+    """Raises `Unsupported` for a hook that cannot act on the log-probabilities of beams."""
+    if not _ignores_shift(hook):
+        raise Unsupported(
+            f"{hook} reads the size of logits, and beam search passes log-probabilities to "
+            "a processor: use hk.generate or hk.attach"
+        )
+    if isinstance(hook, Grammar):
+        raise Unsupported(
+            f"{hook}: a processor does not see which beams are returned, and some may be "
+            "texts that the grammar forbids: use hk.generate or hk.attach"
+        )
 
 
 def _check_order(hook: Hook, rule: object, beams: int) -> None:

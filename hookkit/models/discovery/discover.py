@@ -318,15 +318,7 @@ def _merge_blocks(
     locations: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name in LAYER_SITES:
-        layers: dict[ModuleLocation, list[int]] = {}
-        reasons: dict[str, None] = {}
-        for layer, kind in enumerate(kinds):
-            site = sites_of_kinds[kind][name]
-            if isinstance(site, str):
-                reasons[site] = None
-                continue
-            relative = site.path.removeprefix(path.format(layer=kind)).removeprefix(".")
-            layers.setdefault(replace(site, path=f".{relative}"), []).append(layer)
+        layers, reasons = _layers_by_location(sites_of_kinds, kinds, path, name)
         if reasons:
             missing[name] = "; or ".join(reasons)
         if len(layers) == 1 and not reasons:
@@ -336,6 +328,23 @@ def _merge_blocks(
                 replace(location, layers=tuple(numbers)) for location, numbers in layers.items()
             )
     return locations, missing
+
+
+def _layers_by_location(
+    sites_of_kinds: Mapping[int, FoundSites], kinds: list[int], path: str, name: str
+) -> tuple[dict[ModuleLocation, list[int]], dict[str, None]]:
+    """Returns the blocks that have a site at each location, relative to the block, and the reasons
+    why other blocks have none."""
+    layers: dict[ModuleLocation, list[int]] = {}
+    reasons: dict[str, None] = {}
+    for layer, kind in enumerate(kinds):
+        site = sites_of_kinds[kind][name]
+        if isinstance(site, str):
+            reasons[site] = None
+            continue
+        relative = site.path.removeprefix(path.format(layer=kind)).removeprefix(".")
+        layers.setdefault(replace(site, path=f".{relative}"), []).append(layer)
+    return layers, reasons
 
 
 # ---- the sites that a model has once

@@ -174,9 +174,9 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
         left_out |= {name: why for name, why in SKIPPED.items() if name in names}
     resized = [site for site, (one, other) in kinds.items() if one.shape != other.shape]
     if resized:
-        size_before, size_after = (" x ".join(map(str, kind.shape)) for kind in kinds[resized[0]])
+        sizes = [" x ".join(map(str, kind.shape)) for kind in kinds[resized[0]]]
         left_out[f"cosine and difference at {Sites(tuple(resized))}"] = (
-            f"they have other sizes, {size_before} and {size_after} at {resized[0]}"
+            f"they have other sizes, {sizes[0]} and {sizes[1]} at {resized[0]}"
         )
     same_sites = sites_before == sites_after and not resized
     no_order = _no_order(before, after, list(kinds), same_sites=same_sites)

@@ -63,12 +63,16 @@ def read_answers(answers: object, name: str) -> Answers:
     if not items:
         raise EmptySelection(f"{name}=[] has no token: a list has an entry for each prompt")
     for number, item in enumerate(items):
-        if not isinstance(item, str | tuple) and as_items(item) is not None:
-            raise BadHook(
-                f"{name} has {describe(item)} for prompt {number}, which is no token: write "
-                "several that count as a tuple"
-            )
+        _refuse_list(item, number, name)
     return [_read_entry(item, name) for item in items]
+
+
+def _refuse_list(item: object, number: int, name: str) -> None:
+    if not isinstance(item, str | tuple) and as_items(item) is not None:
+        raise BadHook(
+            f"{name} has {describe(item)} for prompt {number}, which is no token: write "
+            "several that count as a tuple"
+        )
 
 
 def _read_entry(answers: object, name: str) -> Entry:
