@@ -389,18 +389,23 @@ def gradients(
         slopes[site] = replace(captured, values=result.gradient[site])
     # Without the graph of the computation, which would keep all of it in memory.
     values = {site: _detach(captured) for site, captured in result.values.items()}
-    slots = []
-    for slot in result.run.captures.slots:
-        if slot.name != CAPTURE_NAME:
-            slots.append(LazyCapture(slot.site, slot.name, None, slot.captured()))
     run = replace(
         result.run,
         hooks=hooks,
-        captures=Captures(tuple(slots)),
+        captures=_other_captures(result.run.captures),
         kept_logits=_detach(result.run.captured_logits()),
         output=None,
     )
     return Gradients(result.metric, run, _as_captures(values), _as_captures(slopes))
+
+
+def _other_captures(captures: Captures) -> Captures:
+    """Returns the captures of the user's own hooks, with their values read."""
+    slots = []
+    for slot in captures.slots:
+        if slot.name != CAPTURE_NAME:
+            slots.append(LazyCapture(slot.site, slot.name, None, slot.captured()))
+    return Captures(tuple(slots))
 
 
 def _detach(captured: Captured) -> Captured:

@@ -1,7 +1,7 @@
 """Prompts with an image, or with sound, of random numbers: the inputs of the laws of a tower."""
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -61,39 +61,62 @@ def _image_inputs(lm: LM, stack: str, generator: torch.Generator) -> dict[str, T
     """Returns the inputs for one image or sound, besides the tokens."""
     tower, config = lm.towers[stack].family.tower, text_config(lm.config, stack)
     assert tower is not None
+    make = INPUTS_OF_COUNTS.get(tower.counts, _pixels)
+    shape, others = make(lm, config)
+    return {VALUES[stack][0]: torch.randn(*shape, generator=generator), **others}
 
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
 
-    name = VALUES[stack][0]
-    if tower.counts == "frames":
-        frames = 2 * config.max_source_positions
-        mask = torch.ones(1, frames, dtype=torch.long)
-        return {name: numbers(1, config.num_mel_bins, frames), "feature_attention_mask": mask}
-    if tower.counts == "grid":
-        side = 2 * config.spatial_merge_size
-        channels = getattr(config, "in_channels", 3) * config.temporal_patch_size
-        values = numbers(side * side, channels * config.patch_size**2)
-        return {name: values, "image_grid_thw": torch.tensor([[1, side, side]])}
-    if tower.counts == "patch positions":
-        side = 2 * config.pooling_kernel_size
-        axis = torch.arange(side)
-        positions = torch.cartesian_prod(axis, axis).flip(-1)[None]
-        return {
-            name: numbers(1, side * side, 3 * config.patch_size**2),
-            "image_position_ids": positions,
-        }
-    if tower.counts == "image sizes":
-        side = 2 * config.patch_size * getattr(lm.config, "spatial_merge_size", 1)
-        return {name: numbers(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
-    pixels = numbers(1, 3, config.image_size, config.image_size)
-    if tower.counts == "pixel mask":
-        return {name: pixels[None]}
-    if tower.counts == "crops":
-        size = config.image_size, config.image_size
-        crops = numbers(1, count_crops(lm.config, size), 3, *size)
-        return {name: crops, "image_sizes": torch.tensor([size])}
-    return {name: pixels}
+# ---- the shape of the values of one image or sound, and the other inputs that go with it
+
+Inputs: TypeAlias = tuple[tuple[int, ...], dict[str, Tensor]]
+
+
+def _pixels(lm: LM, config: Any) -> Inputs:
+    return (1, 3, config.image_size, config.image_size), {}
+
+
+def _pixels_of_images(lm: LM, config: Any) -> Inputs:
+    return (1, 1, 3, config.image_size, config.image_size), {}
+
+
+def _frames(lm: LM, config: Any) -> Inputs:
+    frames = 2 * config.max_source_positions
+    mask = torch.ones(1, frames, dtype=torch.long)
+    return (1, config.num_mel_bins, frames), {"feature_attention_mask": mask}
+
+
+def _grid(lm: LM, config: Any) -> Inputs:
+    side = 2 * config.spatial_merge_size
+    channels = getattr(config, "in_channels", 3) * config.temporal_patch_size
+    grid = torch.tensor([[1, side, side]])
+    return (side * side, channels * config.patch_size**2), {"image_grid_thw": grid}
+
+
+def _patches(lm: LM, config: Any) -> Inputs:
+    side = 2 * config.pooling_kernel_size
+    axis = torch.arange(side)
+    positions = torch.cartesian_prod(axis, axis).flip(-1)[None]
+    return (1, side * side, 3 * config.patch_size**2), {"image_position_ids": positions}
+
+
+def _sized_image(lm: LM, config: Any) -> Inputs:
+    side = 2 * config.patch_size * getattr(lm.config, "spatial_merge_size", 1)
+    return (1, 3, side, side), {"image_sizes": torch.tensor([[side, side]])}
+
+
+def _crops(lm: LM, config: Any) -> Inputs:
+    size = config.image_size, config.image_size
+    return (1, count_crops(lm.config, size), 3, *size), {"image_sizes": torch.tensor([size])}
+
+
+INPUTS_OF_COUNTS = {
+    "frames": _frames,
+    "grid": _grid,
+    "patch positions": _patches,
+    "image sizes": _sized_image,
+    "pixel mask": _pixels_of_images,
+    "crops": _crops,
+}
 
 
 def _count_tokens(lm: LM, stack: str, inputs: dict[str, Tensor]) -> int:

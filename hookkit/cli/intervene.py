@@ -238,14 +238,7 @@ def _shift_over_corpus(
         assert output.out is not None
         check_result_folder("--out", output.out)
         settings["folder"] = output.out
-    if corpus.against is None:
-        purpose = "a corpus is read without hooks and with them, or by another model (--against)"
-        lm, change, _ = model.load_with_hooks(output, purpose=purpose)
-    else:
-        model.refuse_hooks("--against compares two models")
-        lm = model.load(quiet=output.quiet)
-        other = ModelOptions(corpus.against, None, model.device, model.dtype)
-        change = other.load(quiet=output.quiet)
+    lm, change = _load_model_and_change(corpus, model, output)
     assert corpus.corpus is not None
     kept_state = f"the state in {output.out} is kept, and the same command continues"
     with exit_cleanly(kept_state if output.format == "folder" else ""):
@@ -265,6 +258,20 @@ def _shift_over_corpus(
         columns = ("token", "demoted", "share_demoted", "control_share_demoted", *MEANS)
         parts["demoted"] = TableView(fell, columns, "the tokens that fell")
     output.write("Token shifts", parts, main="token_shifts")
+
+
+def _load_model_and_change(
+    corpus: CorpusOptions, model: HookedModelOptions, output: OutputOptions
+) -> "tuple[hk.LM, list[hk.types.Hook] | hk.LM]":
+    """Returns the model, and what is compared with it: the hooks, or the other model."""
+    if corpus.against is None:
+        purpose = "a corpus is read without hooks and with them, or by another model (--against)"
+        lm, hooks, _ = model.load_with_hooks(output, purpose=purpose)
+        return lm, hooks
+    model.refuse_hooks("--against compares two models")
+    lm = model.load(quiet=output.quiet)
+    other = ModelOptions(corpus.against, None, model.device, model.dtype)
+    return lm, other.load(quiet=output.quiet)
 
 
 GRIDS_PANEL = "Grids and corpora"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ..arguments import check_arguments
 from ..display import printable
@@ -132,13 +133,18 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         integers = dict.fromkeys(INTEGER_COLUMNS, "Int64")
         floats = dict.fromkeys(("value", "bias", "prob", "influence", "cumulative"), "float64")
         nodes = nodes.astype(integers | floats)
-        numbers = {node["node_id"]: number for number, node in enumerate(content["nodes"])}
-        links = content["links"]
-        targets = torch.tensor([numbers[link["target"]] for link in links], dtype=torch.long)
-        sources = torch.tensor([numbers[link["source"]] for link in links], dtype=torch.long)
-        dtype = getattr(torch, tables["dtype"])
-        adjacency = torch.zeros(len(nodes), len(nodes), dtype=dtype)
-        adjacency[targets, sources] = torch.tensor([link["weight"] for link in links], dtype=dtype)
+        adjacency = _read_adjacency(content, len(nodes), getattr(torch, tables["dtype"]))
         return Graph(nodes, adjacency, tuple(tables["tokens"]), dict(tables["about"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BadFile(f"{name} is no graph that Graph.save wrote: {error!r}") from error
+
+
+def _read_adjacency(content: Mapping[str, Any], count: int, dtype: torch.dtype) -> Tensor:
+    """Returns the weights of the links, [target, source]."""
+    numbers = {node["node_id"]: number for number, node in enumerate(content["nodes"])}
+    links = content["links"]
+    targets = torch.tensor([numbers[link["target"]] for link in links], dtype=torch.long)
+    sources = torch.tensor([numbers[link["source"]] for link in links], dtype=torch.long)
+    adjacency = torch.zeros(count, count, dtype=dtype)
+    adjacency[targets, sources] = torch.tensor([link["weight"] for link in links], dtype=dtype)
+    return adjacency

@@ -205,16 +205,7 @@ def _draw_endless_mean(axes: Axes, mean: float, position: int, colour: str) -> N
 
 def diff_through_layers(sites: pd.DataFrame, tolerance: float, *, title: str = "") -> Figure | None:
     """The difference of two models at each layer, and 1 - CKA. None if there is nothing to draw."""
-    in_layers = sites[sites["layer"].notna()]
-    columns = {
-        "‖after − before‖ / ‖before‖, mean": in_layers["difference"],
-        "1 − CKA": 1 - in_layers["cka"],
-    }
-    panels = {}
-    for label, values in columns.items():
-        is_drawable = np.isfinite(values) & (values > 0)  # on a log axis
-        if is_drawable.any():
-            panels[label] = in_layers.assign(value=values)[is_drawable]
+    panels = _difference_panels(sites)
     if not panels:
         return None
     figure, all_axes = style.new_panels(5.2 * len(panels) + 1.2, 3.6, len(panels))
@@ -226,6 +217,21 @@ def diff_through_layers(sites: pd.DataFrame, tolerance: float, *, title: str = "
             axes.set_ylim(min(axes.get_ylim()[0], tolerance / 1.5))
         style.add_legend(axes)
     return apply_style(figure, title or "The difference of two models at each layer")
+
+
+def _difference_panels(sites: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Returns the points of each panel by its label: of the difference, and of 1 - CKA."""
+    in_layers = sites[sites["layer"].notna()]
+    columns = {
+        "‖after − before‖ / ‖before‖, mean": in_layers["difference"],
+        "1 − CKA": 1 - in_layers["cka"],
+    }
+    panels = {}
+    for label, values in columns.items():
+        is_drawable = np.isfinite(values) & (values > 0)  # on a log axis
+        if is_drawable.any():
+            panels[label] = in_layers.assign(value=values)[is_drawable]
+    return panels
 
 
 def _draw_site_lines(axes: Axes, table: pd.DataFrame) -> None:

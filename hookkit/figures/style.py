@@ -155,13 +155,7 @@ def _write_heading(figure: Figure, title: str, prompt: str) -> None:
     title_height = 0.2 * len(lines)
     full_height = height + title_height + 0.12 + (0.2 if prompt else 0.0)
     figure.set_size_inches(width, full_height)
-    share = height / full_height
-    if figure.get_layout_engine() is None:
-        for axes in figure.axes:
-            left, bottom, axes_width, axes_height = axes.get_position().bounds
-            axes.set_position((left, bottom * share, axes_width, axes_height * share))
-    else:
-        figure.get_layout_engine().set(rect=(0, 0, 1, share))  # pyright: ignore
+    _move_down(figure, height / full_height)
     location: dict[str, Any] = {"x": 0.1 / width, "ha": "left", "va": "top"}
     if lines:
         text = escape_dollars("\n".join(lines))
@@ -173,6 +167,16 @@ def _write_heading(figure: Figure, title: str, prompt: str) -> None:
         text = short_label(prompt, width - 0.2, 8.5)
         y = 1 - (0.1 + title_height) / full_height
         figure.text(y=y, s=text, fontsize=8.5, color=MUTED, in_layout=False, **location)
+
+
+def _move_down(figure: Figure, share: float) -> None:
+    """Put all axes into the lower part of the figure, this share of its height."""
+    if figure.get_layout_engine() is None:
+        for axes in figure.axes:
+            left, bottom, axes_width, axes_height = axes.get_position().bounds
+            axes.set_position((left, bottom * share, axes_width, axes_height * share))
+    else:
+        figure.get_layout_engine().set(rect=(0, 0, 1, share))  # pyright: ignore
 
 
 def describe_prompt(table: pd.DataFrame) -> str:

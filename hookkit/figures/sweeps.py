@@ -41,6 +41,7 @@ LEAST_SIDE, MOST_WIDTH, MOST_HEIGHT = 2.8, 12.0, 16.0  # inches of a panel, and 
 LEAST_FRAMED = 0.12  # inches of a cell that has a frame
 NAMED_SHARE = 0.1  # of the largest value: smaller ones are not written in their cells
 NAME_SIZE = 6.5  # points of a number in a cell
+ROTATED: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
 SAY_AXES = "Say x= and y=."
 
 
@@ -195,7 +196,7 @@ def _label_grid(
         axes.set_xlabel(f"token and {describe_column(names[0])}" if names[0] == "pos" else "")
     is_wide = room > size[0] / len(columns) and not _are_numbers(columns)
     if labels is not None or is_wide:
-        rotation = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        rotation = ROTATED
         room = 0.17
     texts = [short_label(text, 1.5) for text in texts]
     stride = style.label_stride(len(columns), size[0], room)
@@ -317,13 +318,12 @@ def _label_x(axes: Axes, values: Any, tokens: list[str]) -> None:
         texts = []
         for pos in positions:
             texts.append(f"{short_label(tokens[pos], 1.2)}  {pos}")
-        axes.set_xticks(positions, texts, rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_xticks(positions, texts, **ROTATED)
     elif not pd.api.types.is_numeric_dtype(values):
         names = list(dict.fromkeys(values))
         stride = style.label_stride(len(names), 5.0, 0.17)
         texts = [short_label(str(name), 1.2) for name in names[::stride]]
-        rotation: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-        axes.set_xticks(range(0, len(names), stride), texts, **rotation)
+        axes.set_xticks(range(0, len(names), stride), texts, **ROTATED)
     else:
         style.integer_axis(axes, values)
 

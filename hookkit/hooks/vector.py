@@ -226,14 +226,18 @@ class Vector:
                 "the two vectors were made with different models: they differ in "
                 f"{', '.join(differ)}"
             )
+        about = self._joined_about(other, f"({self.method} {word} {other.method})")
+        tensor = self.tensor + sign * other.tensor
+        return Vector(self.site, tensor, (self.norm + other.norm) / 2, about)
+
+    def _joined_about(self, other: Vector, method: str) -> dict[str, Any]:
         joined = {**other.about, **self.about}
         about = {name: joined[name] for name in ("model", *SAME) if joined.get(name) is not None}
-        about["method"] = f"({self.method} {word} {other.method})"
+        about["method"] = method
         hashes = [self.about.get("data_sha256"), other.about.get("data_sha256")]
         if any(hashes):
             about["data_sha256"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-        tensor = self.tensor + sign * other.tensor
-        return Vector(self.site, tensor, (self.norm + other.norm) / 2, about)
+        return about
 
     def _derive(self, tensor: Tensor, method: str) -> Vector:
         return replace(self, tensor=tensor, about={**self.about, "method": method})

@@ -146,22 +146,24 @@ class JacobianLens:
             token_id = self.lm.token(token)
         elif isinstance(token, str):
             raise BadHook(f"the token {token!r} needs the model: hk.load_lens(path, lm=lm)")
-        rows = self.jacobian(site)
-        if self.tokens is None:
-            direction = token_directions(self._model(), [int(token_id)])[0] @ rows
-        elif token_id in self.tokens:
-            direction = rows[self.tokens.index(int(token_id))]
-        else:
-            raise BadHook(
-                f"this lens was not fitted for {token!r}: it has the tokens "
-                f"{shorten(str(self._texts()))}"
-            )
+        direction = self._direction(site, token, int(token_id))
         length = self.lengths[str(site)]
         if math.isnan(length):
             length = float(direction.norm())
         about = {name: self.about[name] for name in ("model", *SAME) if name in self.about}
         about["method"] = f"the Jacobian lens of {token!r}"
         return Vector(site, direction, length, about)
+
+    def _direction(self, site: Site, token: Token, token_id: int) -> Float[Tensor, " d_model"]:
+        rows = self.jacobian(site)
+        if self.tokens is None:
+            return token_directions(self._model(), [token_id])[0] @ rows
+        if token_id not in self.tokens:
+            raise BadHook(
+                f"this lens was not fitted for {token!r}: it has the tokens "
+                f"{shorten(str(self._texts()))}"
+            )
+        return rows[self.tokens.index(token_id)]
 
     @check_arguments
     def rank_tokens(self, prompts: Prompts, *hooks: Hook, pos: PosLike = -1) -> pd.DataFrame:
@@ -340,15 +342,19 @@ def read_published(path: Path, lm: LM | None) -> JacobianLens:
             raise BadFile(f"{str(path)!r} has a 'J' that is no square matrix of each layer")
         sums[f"resid_post.{layer}"] = jacobian.float()[None] * count
     if lm is not None:
-        width_of_model, last = lm.shape(Site("resid_post", lm.n_layers - 1))[0], max(jacobians)
-        if width != width_of_model or last >= lm.n_layers:
-            raise BadHook(
-                f"the lens in {str(path)!r} has {width} numbers a state and layer {last}; "
-                f"{lm.name!r} has {width_of_model} and the layers 0 to {lm.n_layers - 1}: it is of "
-                "another model"
-            )
+        _check_size(lm, path, width, max(jacobians))
     about = {"file": path.name, "method": "a published Jacobian lens", "texts": count}
     return JacobianLens(sums, (int(count),), dict.fromkeys(sums, math.nan), None, None, about, lm)
+
+
+def _check_size(lm: LM, path: Path, width: int, last: int) -> None:
+    width_of_model = lm.shape(Site("resid_post", lm.n_layers - 1))[0]
+    if width != width_of_model or last >= lm.n_layers:
+        raise BadHook(
+            f"the lens in {str(path)!r} has {width} numbers a state and layer {last}; "
+            f"{lm.name!r} has {width_of_model} and the layers 0 to {lm.n_layers - 1}: it is of "
+            "another model"
+        )
 
 
 def _load_published(path: Path) -> tuple[dict[Any, Any], int]:

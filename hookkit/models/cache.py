@@ -209,14 +209,18 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
             f"pip could not fetch {requirement}. Is there a network, and does pip reach its "
             f"index? pip said: {completed.stderr.strip()[-400:] or 'nothing'}"
         )
-    checksum = sha256(files[0])
+    _verify(files[0], wheel)
+    return files[0]
+
+
+def _verify(file: Path, wheel: Wheel) -> None:
+    checksum = sha256(file)
     if checksum != wheel.sha256:
         raise DownloadFailed(
-            f"{files[0].name} has the sha256 {checksum}, and {wheel.sha256} was expected: the "
+            f"{file.name} has the sha256 {checksum}, and {wheel.sha256} was expected: the "
             "file is damaged, or another one. Nothing was kept; try again, and look at which index "
             "pip uses"
         )
-    return files[0]
 
 
 def _descriptor_of(stream: Any) -> int | None:

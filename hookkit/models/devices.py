@@ -439,14 +439,16 @@ def _check_memory(max_memory: Mapping[Any, Any], device_map: Any) -> None:
             f"max_memory={max_memory!r}: give a mapping such as {{0: '20GB', 'cpu': '60GB'}}"
         )
     for storage, size in max_memory.items():
-        argument = f"max_memory[{storage!r}]={size!r}"
-        if type(storage) is not int and storage not in ("cpu", "disk", "mps"):
-            raise BadHook(
-                f"{argument}: devices are the numbers of accelerators, 'cpu' and 'disk' here"
-            )
-        _check_storage(storage, argument)
-        if not _is_size(size):
-            raise BadHook(f"{argument}: give bytes, or a text such as '20GB' or '512MiB'")
+        _check_limit(storage, size)
+
+
+def _check_limit(storage: Any, size: Any) -> None:
+    argument = f"max_memory[{storage!r}]={size!r}"
+    if type(storage) is not int and storage not in ("cpu", "disk", "mps"):
+        raise BadHook(f"{argument}: devices are the numbers of accelerators, 'cpu' and 'disk' here")
+    _check_storage(storage, argument)
+    if not _is_size(size):
+        raise BadHook(f"{argument}: give bytes, or a text such as '20GB' or '512MiB'")
 
 
 def _is_size(size: Any) -> bool:

@@ -111,34 +111,55 @@ def image_columns(
 
     `inputs` are those of the row, and `values` are the pixels or features of the whole batch.
     """
-    if tower.counts == "grid":
-        return _grid_columns(inputs)
-    if tower.counts == "frames":
-        width = (values.shape[-1] - 1) // 2 + 1
-        frames = inputs["feature_attention_mask"].sum(-1).tolist()
-        return [(range((count - 1) // 2 + 1), width) for count in frames]
-    if tower.counts == "patch positions":
-        positions = inputs["image_position_ids"]
-        counts = (positions != -1).all(-1).sum(-1).tolist()
-        return [(range(count), values.shape[1]) for count in counts]
+    if tower.counts in COLUMNS_OF_COUNTS:
+        return COLUMNS_OF_COUNTS[tower.counts](config, inputs, values)
     size = config.patch_size
-    if tower.counts == "image sizes":
-        sizes = inputs["image_sizes"].tolist()
-        return [_all((height // size) * (width // size)) for height, width in sizes]
     grid = values.shape[-2] // size, values.shape[-1] // size
-    patches = tower.before + math.prod(grid) + tower.after
     pixels = inputs["pixel_values"]
     if tower.counts == "pixel mask":
         return _masked_patches(pixels, inputs.get("pixel_attention_mask"), size, grid)
     count = pixels.shape[0]
     if tower.counts == "crops" and pixels.ndim == 5:
         count = _count_all_crops(lm, inputs)
-    return [_all(patches)] * count
+    return [_all(tower.before + math.prod(grid) + tower.after)] * count
 
 
-def _grid_columns(inputs: Mapping[str, Tensor]) -> list[tuple[Columns, int]]:
+def _grid_columns(
+    config: Any, inputs: Mapping[str, Tensor], values: Tensor
+) -> list[tuple[Columns, int]]:
     name = next(grid for grid, of in VALUES_OF_GRIDS.items() if of in inputs)
     return [_all(math.prod(grid)) for grid in inputs[name].tolist()]
+
+
+def _frame_columns(
+    config: Any, inputs: Mapping[str, Tensor], values: Tensor
+) -> list[tuple[Columns, int]]:
+    width = (values.shape[-1] - 1) // 2 + 1
+    frames = inputs["feature_attention_mask"].sum(-1).tolist()
+    return [(range((count - 1) // 2 + 1), width) for count in frames]
+
+
+def _real_patch_columns(
+    config: Any, inputs: Mapping[str, Tensor], values: Tensor
+) -> list[tuple[Columns, int]]:
+    counts = (inputs["image_position_ids"] != -1).all(-1).sum(-1).tolist()
+    return [(range(count), values.shape[1]) for count in counts]
+
+
+def _sized_image_columns(
+    config: Any, inputs: Mapping[str, Tensor], values: Tensor
+) -> list[tuple[Columns, int]]:
+    size, sizes = config.patch_size, inputs["image_sizes"].tolist()
+    return [_all((height // size) * (width // size)) for height, width in sizes]
+
+
+# The functions that read the columns of a row's images from what the processor counted.
+COLUMNS_OF_COUNTS = {
+    "grid": _grid_columns,
+    "frames": _frame_columns,
+    "patch positions": _real_patch_columns,
+    "image sizes": _sized_image_columns,
+}
 
 
 def _count_all_crops(lm: LM, inputs: Mapping[str, Tensor]) -> int:

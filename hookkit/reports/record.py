@@ -327,6 +327,15 @@ def _check_conditions(
     """Raises `OtherSettings` if a finished run had another model, seed or settings."""
     if earlier.get("ended") != "finished":
         return
+    changes = _changed_conditions(earlier, conditions)
+    if changes:
+        raise OtherSettings(
+            f"{folder} has results of other settings ({'; '.join(changes)}): record into another "
+            "folder, or put these in their place with replace=True"
+        )
+
+
+def _changed_conditions(earlier: Mapping[str, Any], conditions: Mapping[str, Any]) -> list[str]:
     changes = []
     for name, words in FIXED.items():
         if earlier.get(name) != conditions.get(name):
@@ -335,11 +344,7 @@ def _check_conditions(
     if before != after:
         names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
         changes.append(_describe_changes(names, before, after))
-    if changes:
-        raise OtherSettings(
-            f"{folder} has results of other settings ({'; '.join(changes)}): record into another "
-            "folder, or put these in their place with replace=True"
-        )
+    return changes
 
 
 def _describe_changes(

@@ -130,10 +130,8 @@ def _changed_cells(
     old: pd.DataFrame, new: pd.DataFrame, tolerance: float
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of `changed_cells` for one table, with the relative size of the change."""
-    for name in old.columns[~old.columns.isin(new.columns)]:
-        yield _record("(column)", "before", name)
-    for name in new.columns[~new.columns.isin(old.columns)]:
-        yield _record("(column)", "after", name)
+    yield from _lone_columns(old, new, "before")
+    yield from _lone_columns(new, old, "after")
     shared = old.columns[old.columns.isin(new.columns)].tolist()
     old_lines, new_lines = _lines_of(old, shared), _lines_of(new, shared)
     old_rows, new_rows = list(range(len(old))), list(range(len(new)))
@@ -147,6 +145,11 @@ def _changed_cells(
         columns = old[name].iloc[old_rows], new[name].iloc[new_rows]
         for index, record in _changed_values(name, *columns, tolerance):
             yield {"cell": _name_line(new_lines, new_rows[index]), **record}
+
+
+def _lone_columns(table: pd.DataFrame, other: pd.DataFrame, side: str) -> Iterator[dict[str, Any]]:
+    for name in table.columns[~table.columns.isin(other.columns)]:
+        yield _record("(column)", side, name)
 
 
 def _changed_values(
@@ -264,9 +267,13 @@ def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
         raise BadHook(
             f"there is no folder {os.fspath(source)!r} to compare: name a folder of results"
         )
+    return _read_folder(Path(source))
+
+
+def _read_folder(folder: Path) -> dict[str, pd.DataFrame]:
     tables: dict[str, pd.DataFrame] = {}
-    for path in sorted(filter(Path.is_file, Path(source).rglob("*.csv"))):
-        relative = path.relative_to(source)
+    for path in sorted(filter(Path.is_file, folder.rglob("*.csv"))):
+        relative = path.relative_to(folder)
         if LAST not in relative.parts:
             tables[_table_name(relative)] = untrusted.read_table(
                 path_inside(path.parent, path.name)

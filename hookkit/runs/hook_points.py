@@ -442,15 +442,8 @@ def _capture(
     capture, number = bound_hook.hook, forward_pass.number
     assert isinstance(capture, Capture)
     if capture.grad:
-        if bound_hook.pieces and bound_hook.pieces[-1].call == number:
-            raise Unsupported(
-                f"the attention at {bound_hook.site} runs for each image by itself, so that there "
-                "is no one tensor with a gradient: give one image, or capture q, k or z"
-            )
-        leaf = _leaf_with_gradient(bound_hook, values)
-        values = swap_head_and_query(bound_hook.site, leaf)
-        bound_hook.pieces.append(CapturedChunk(number, selection, values, leaf))
         # the model continues with the stored values, so that they get a gradient
+        values = _capture_with_gradient(bound_hook, number, selection, values)
         return bound_hook.view.write(values.clone(), None, raw, selection, forward_pass)
     if capture.sparse:
         values = values.detach().to_sparse()
@@ -461,6 +454,21 @@ def _capture(
         bound_hook.pieces += previous.of_rows(forward_pass.text.ended_rows())
     bound_hook.pieces.append(CapturedChunk(number, selection, stored))
     return None
+
+
+def _capture_with_gradient(
+    bound_hook: BoundHook, number: int, selection: Selection, values: Tensor
+) -> Tensor:
+    """Stores the values as a leaf of the graph of gradients, and returns them."""
+    if bound_hook.pieces and bound_hook.pieces[-1].call == number:
+        raise Unsupported(
+            f"the attention at {bound_hook.site} runs for each image by itself, so that there "
+            "is no one tensor with a gradient: give one image, or capture q, k or z"
+        )
+    leaf = _leaf_with_gradient(bound_hook, values)
+    values = swap_head_and_query(bound_hook.site, leaf)
+    bound_hook.pieces.append(CapturedChunk(number, selection, values, leaf))
+    return values
 
 
 def _has_own_memory(values: Tensor, raw: Tensor) -> bool:

@@ -186,15 +186,7 @@ class HookBlock:
             else:
                 self._register_hook_point(hook_point)
         for module, hook_points in inside.items():
-            intercept_tensors(
-                overrides,
-                module,
-                self._family_of(hook_points.values()).attention,
-                frozenset(map(str, hook_points)),
-                partial(dispatcher.on_inside, hook_points),
-                self.lm.layout.verified.setdefault(module, set()),
-                dispatcher.acts_in_forward,
-            )
+            self._register_inside(module, hook_points)
         paths = (hook_point.location.path for hook_point in self.hook_points)
         for module in checkpointing_parents(self.lm.root, paths):
             name, applies = "_gradient_checkpointing_func", dispatcher.acts_in_forward
@@ -205,6 +197,18 @@ class HookBlock:
             overrides.remove_hook_on_exit(module, "_forward_hooks", end)
             module.register_forward_hook(end, always_call=True)
         self._add_changes(self)
+
+    def _register_inside(self, module: nn.Module, hook_points: dict[int | str, HookPoint]) -> None:
+        """Registers the hooks at tensors inside a module, such as the scores of its attention."""
+        intercept_tensors(
+            self.overrides,
+            module,
+            self._family_of(hook_points.values()).attention,
+            frozenset(map(str, hook_points)),
+            partial(self.dispatcher.on_inside, hook_points),
+            self.lm.layout.verified.setdefault(module, set()),
+            self.dispatcher.acts_in_forward,
+        )
 
     def _family_of(self, hook_points: Iterable[HookPoint]) -> Family:
         """Returns the row of the stack in which these hook points are."""

@@ -163,11 +163,8 @@ def fit_subspace(
         count, other = len(task.answers), _read_pairs(lm, held_out, "held_out")
         task = Task.build(lm, _joined(task.pairs, other), selected, (pos, source_pos), batch)
         remaining = torch.randperm(len(other[2]), generator=_generator(seed)) + count
-        parts = [
-            torch.arange(count),
-            remaining[: len(remaining) // 2],
-            remaining[len(remaining) // 2 :],
-        ]
+        half = len(remaining) // 2
+        parts = [torch.arange(count), remaining[:half], remaining[half:]]
     if min(map(len, parts)) < 1:
         raise TooFew(
             f"{len(task.answers)} pairs leave none to fit, to say when to stop, or to report: "

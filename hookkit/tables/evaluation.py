@@ -116,12 +116,16 @@ def harness_model(lm: LM, *hooks: Hook, batch_size: int = 8) -> Any:
                 f"{hook} names rows, and the harness puts documents into batches in an order of "
                 "its own: leave rows out"
             )
+    _check_model(lm)
+    check_integer(batch_size, "batch_size", least=1)
+    return _model_class()(lm, hooks, batch_size)
+
+
+def _check_model(lm: LM) -> None:
     if lm.tokenizer is None or lm.two_texts or lm.is_masked:
         raise Unsupported("the harness needs a causal language model and its tokenizer")
     if lm.root.training:
         raise Unsupported("the model is in training mode: call model.eval() first")
-    check_integer(batch_size, "batch_size", least=1)
-    return _model_class()(lm, hooks, batch_size)
 
 
 class _HookedForwards:
