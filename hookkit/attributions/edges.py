@@ -267,7 +267,7 @@ def _site_of_end(name: str) -> Site:
 
 
 def _read_sites(lm: LM, receiver: EdgeEnd) -> tuple[Site, Site]:
-    """Returns the stream that a receiver reads, and the site of what it reads of it."""
+    """Returns the site of the stream that a receiver reads, and the site of its input."""
     if receiver.name == "logits":
         last = Site("resid_post", lm.n_layers - 1)
         return last, last

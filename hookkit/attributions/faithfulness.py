@@ -79,7 +79,7 @@ class Faithfulness:
 
 @dataclass(frozen=True, eq=False)
 class _Arm:
-    """A circuit that is measured, and what it is in the table."""
+    """A circuit to measure, and its name in the table."""
 
     name: str
     draw: int

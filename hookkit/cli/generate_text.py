@@ -59,7 +59,7 @@ def generate(
         bool, Option("--only-new", help="Print the generated text without the prompt.")
     ] = False,
 ) -> None:
-    """Continue each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
+    """Continue each prompt, with hooks. CSV and JSON have a column for each text."""
     texts, settings = prompts.read(), generation.arguments()
     lm, edits, _ = model.load_with_hooks(output, **serving.settings())
     import pandas as pd

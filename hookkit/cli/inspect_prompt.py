@@ -6,7 +6,7 @@ hookkit lens       the prediction of each layer
 hookkit direct     a token's logit as a sum over components
 hookkit surprisal  the loss of each token of a text
 
-At the end are the further commands that `scan` suggests, about what its tables point at.
+At the end are the further commands that `scan` suggests for what its tables show.
 """
 
 import shlex
@@ -199,7 +199,7 @@ def surprisal(
 def _suggest_commands(
     scan: "hk.types.Scan", prompt: PromptOption, model: ModelOptions
 ) -> list[str]:
-    """Returns questions about what the tables point at, each with the command that answers it."""
+    """Returns questions that the tables raise, each with the command that answers it."""
     first, second = (_option_text(scan.run.lm, token_id) for token_id in scan.pairs[0])
     first_text, second_text = scan.texts(0)
     suggestions = {
@@ -244,7 +244,7 @@ def _option_text(lm: "hk.LM", token_id: int) -> str:
 
 
 def _knockout_command(scan: "hk.types.Scan") -> list[str]:
-    """Returns a knockout of the head with the strongest attention, first and last token apart."""
+    """Returns the command that cuts the strongest attention to a token between first and last."""
     if "attention" not in scan.tables:
         return []
     table: Any = scan.tables["attention"].iloc[1:-1]
@@ -255,7 +255,7 @@ def _knockout_command(scan: "hk.types.Scan") -> list[str]:
 
 
 def _ablation_command(scan: "hk.types.Scan", token: str) -> list[str]:
-    """Returns an ablation of the attention or MLP that adds most to the logit."""
+    """Returns the command that ablates the attention or MLP which adds most to the logit."""
     if "direct" not in scan.tables:
         return []
     table: Any = scan.tables["direct"]

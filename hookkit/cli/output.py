@@ -124,7 +124,7 @@ class OutputOptions:
         return "" if self.out is None else "folder"
 
     def check(self, *, several: bool = False) -> None:
-        """Raises `BadHook` for contradictions, and with `several` tables for a format of one."""
+        """Raises `BadHook` for two formats, or with `several` tables for a format of one."""
         output_format = self.format
         if several and output_format in ("csv", "md", "tex"):
             raise BadHook(
@@ -241,9 +241,9 @@ def print_table(table: "pd.DataFrame") -> None:
 
 
 def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
-    """Returns lines of cells, padded to the widest cell of each column, flushed right where asked.
+    """Returns lines of cells, padded to the widest cell of each column.
 
-    A wide character counts as two.
+    A column is aligned to the right where `right` is True. A wide character counts as two.
     """
     from rich.cells import cell_len
 
@@ -251,9 +251,9 @@ def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
     aligned_lines = []
     for line in lines:
         cells = ""
-        for cell, width, flush_right in zip(line, widths, right, strict=True):
+        for cell, width, is_right in zip(line, widths, right, strict=True):
             padding = " " * (width - cell_len(cell))
-            cells += f"{padding}{cell}  " if flush_right else f"{cell}{padding}  "
+            cells += f"{padding}{cell}  " if is_right else f"{cell}{padding}  "
         aligned_lines.append(cells.rstrip())
     return "\n".join(aligned_lines)
 

@@ -92,7 +92,7 @@ def read_corpus(
         bins = parts.long().clamp(max=BINS - 1)
         flat = torch.bincount(entries.slots * BINS + bins, minlength=count * BINS)
         histogram += flat.reshape(count, BINS)
-        index = entries.rows_here(example_rows)
+        index = entries.indices_in_shard(example_rows)
         windows = entries.windows(example_rows[index], example_features[index])
         tokens[index], activations[index] = windows
     return FeatureCorpus(n_tokens, counts, sums, maxima, histogram, examples, tokens, activations)
@@ -146,10 +146,10 @@ class _Entries:
     rows: Int[Tensor, " entry"]
     values: Float[Tensor, " entry"]
     tensors: Mapping[str, Tensor]
-    everything: tuple[Tensor, Tensor]  # of all features: row * n_features + feature, and the value
+    all_entries: tuple[Tensor, Tensor]  # of every feature: row * n_features + feature, and values
 
     def table(self) -> pd.DataFrame:
-        """Returns the activations with their tokens, the rows counted from the first shard."""
+        """Returns the activations with their tokens. Here rows count from the first shard."""
         columns = {"feature": self.features, "value": self.values.float()}
         columns["row"] = self.rows + self.start
         for name in ("text", "piece", "pos"):
@@ -157,8 +157,8 @@ class _Entries:
         columns["token_id"] = self.tensors["token"][self.rows]
         return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
 
-    def rows_here(self, rows: Int[Tensor, " example"]) -> Int[Tensor, " selected"]:
-        """Returns the indices of the rows that are in this shard."""
+    def indices_in_shard(self, rows: Int[Tensor, " example"]) -> Int[Tensor, " selected"]:
+        """Returns the indices of those `rows` that are in this shard."""
         end = self.start + len(self.tensors["pos"])
         return ((rows >= self.start) & (rows < end)).nonzero().flatten()
 
@@ -183,7 +183,7 @@ class _Entries:
 
     def _values(self, keys: Int[Tensor, "example offset"]) -> Float[Tensor, "example offset"]:
         """Returns the activations at row * n_features + feature; 0 where it is not active."""
-        all_keys, all_values = self.everything
+        all_keys, all_values = self.all_entries
         if not len(all_keys):
             return torch.zeros(keys.shape)
         index = torch.searchsorted(all_keys, keys).clamp(max=len(all_keys) - 1)
@@ -195,21 +195,22 @@ class _Entries:
 
 
 def _keep_first(
-    kept: pd.DataFrame,
+    earlier: pd.DataFrame,
     table: pd.DataFrame,
     order: Callable[[pd.DataFrame], Any],
-    once: list[str],
+    unique: list[str],
     most: int,
 ) -> pd.DataFrame:
-    """Returns the first rows of each feature in an order, the values of the columns `once` once.
+    """Returns at most `most` entries of each feature, the first ones in an order.
 
-    Of equal ones the earliest comes first, so that the result does not depend on shards.
+    Of entries with equal values in the columns `unique` only the first is taken. Ties are in the
+    order of the rows, so that the result does not depend on the division into shards.
     """
-    together: Any = pd.concat([kept, table]) if len(kept) else table
-    together = together.assign(order=order(together))
-    together = together.sort_values(["feature", "order", "row"], kind="stable")
-    together = together.drop_duplicates(once).groupby("feature", sort=False).head(most)
-    return together.drop(columns="order")
+    entries: Any = pd.concat([earlier, table]) if len(earlier) else table
+    entries = entries.assign(order=order(entries))
+    entries = entries.sort_values(["feature", "order", "row"], kind="stable")
+    entries = entries.drop_duplicates(unique).groupby("feature", sort=False).head(most)
+    return entries.drop(columns="order")
 
 
 def _by_value(table: pd.DataFrame) -> Any:

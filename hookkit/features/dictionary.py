@@ -32,7 +32,7 @@ Normalization: TypeAlias = Literal["none", "constant_norm_rescale", "layer_norm"
 Features: TypeAlias = Sequence[int] | Tensor | None
 
 LAYER_NORM_EPSILON = 1e-5  # added to the standard deviation, as SAELens does
-CHOOSING = ("topk", "groupmax")  # activations for which a feature depends on the others
+KEEPING_K = ("topk", "groupmax")  # activations that keep k features, so each depends on the others
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,9 +47,11 @@ class Dictionary:
     centred        True if the decoder's bias is subtracted before encoding
     model_name     the model's name in the dictionary's file, or an empty text
     source         where it was loaded from
+    keeps_error    True if an edit of features adds its changes to the site's values; False if the
+                   reconstruction replaces the values, which costs the loss that `cost` says
 
     `load_dictionary` returns it. Features are computed in float32, or in float64 if the weights
-    are. Dictionaries are equal if all of their settings and numbers are.
+    are in float64. Two dictionaries are equal if their settings and weights are equal.
     """
 
     site: Site
@@ -62,7 +64,7 @@ class Dictionary:
     model_name: str = ""
     source: str = ""
     keeps_error: bool = True
-    cost: str = ""  # of replacing the site's values by the reconstruction, in words
+    cost: str = ""
     _by_device: dict[torch.device, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class Dictionary:
     def kind(self) -> str:
         """Its kind in words, such as "topk k=32" or "jumprelu transcoder"."""
         words: list[str] = [self.activation]
-        if self.k is not None and self.activation in CHOOSING:
+        if self.k is not None and self.activation in KEEPING_K:
             words.append(f"k={self.k}")
         if self.reads != self.site:
             words.append("skip transcoder" if "W_skip" in self.weights else "transcoder")
@@ -107,7 +109,7 @@ class Dictionary:
         return digest.hexdigest()
 
     def about(self) -> dict[str, Any]:
-        """Returns what the dictionary is, ready for JSON."""
+        """Returns the properties of the dictionary as values for JSON."""
         return {
             "site": str(self.site),
             "reads": str(self.reads),
@@ -126,7 +128,7 @@ class Dictionary:
         return f"Dictionary({self})"
 
     def _repr_html_(self) -> str:
-        facts = {"model": self.model_name or "not said", "loaded from": self.source}
+        facts = {"model": self.model_name or "unknown", "loaded from": self.source}
         facts |= {name: str(value) for name, value in self.about().items()}
         return render_html(repr(self), facts)
 
@@ -142,7 +144,7 @@ class Dictionary:
         torch.Size([1, 6, 32])
         """
         weights = self._weights_on(values.device)
-        columns = None if self.activation in CHOOSING else features
+        columns = None if self.activation in KEEPING_K else features
         inputs, _, _ = self._normalize(values.to(weights["W_enc"].dtype))
         if self.centred:
             inputs = inputs - weights["b_dec"]
@@ -206,7 +208,9 @@ class Dictionary:
         return added * scale
 
     def shares(self, features: Tensor, inputs: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what each feature and the rest of the reconstruction add along directions."""
+        """Returns what each feature adds along the directions `along`, as a dot product, and what
+        the rest of the reconstruction adds: the biases and a skip connection.
+        """
         directions = self._weights_on(features.device)["W_dec"].double()
         of_features = features.double() * (along @ directions.T)
         if self.normalization != "none" and self.reads == self.site:
@@ -231,8 +235,8 @@ class Dictionary:
     def affine(
         self, features: Int[Tensor, " feature"]
     ) -> tuple[Float[Tensor, "feature d_in"], Float[Tensor, " feature"]]:
-        """Returns the direction and the constant of each feature: where it is active, it is
-        direction · values + constant. It is so for a dictionary without a normalization.
+        """Returns the direction and the constant of each feature, for a dictionary without a
+        normalization: an active feature is direction · values + constant.
         """
         weights = self.weights
         directions = weights["W_enc"].T[features]
@@ -319,13 +323,13 @@ class Dictionary:
         return FeatureView(feature, base=base, source=source, dictionary=self)
 
     def prepared(self, lm: LM, *, replace: bool, check: bool) -> Dictionary:
-        """Returns the dictionary for an LM. Raises if its model, width or site is another."""
+        """Returns the dictionary for an LM. Raises `OtherModel` if it does not fit the model."""
         from .fit_to_model import prepare
 
         return prepare(self, lm, replaces=replace, check=check)
 
     def replacing(self, cost: str) -> Dictionary:
-        """Returns a dictionary whose reconstruction replaces the values, at this cost in words."""
+        """Returns a dictionary whose reconstruction replaces the values. `cost` is in words."""
         return replace(self, keeps_error=False, cost=cost, _by_device={})
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arguments import describe, shorten
 from ..errors import BadFile, BadHook
 from ..models.sites import SITES_OF_DICTIONARIES, Site, has_name, parse_site
-from .dictionary import CHOOSING, Activation, Dictionary, Normalization
+from .dictionary import KEEPING_K, Activation, Dictionary, Normalization
 
 # Where TransformerLens' hooks of a block are.
 PLACES = {
@@ -134,7 +134,7 @@ def _check_shapes(weights: Mapping[str, Tensor], parts: DictionaryParts) -> None
 
 def _check_k(weights: Mapping[str, Tensor], parts: DictionaryParts) -> None:
     n_features = weights["W_enc"].shape[-1]
-    if parts.activation not in CHOOSING:
+    if parts.activation not in KEEPING_K:
         return
     k = parts.k
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n_features:

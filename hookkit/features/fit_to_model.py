@@ -1,8 +1,8 @@
 """Whether a dictionary belongs to a model: its site, widths and name, and its reconstruction.
 
-A file may be read in a way that gives numbers but the wrong ones: another normalization, a bias
-that is subtracted or not, another site. In a first forward over a short text this shows as features
-of which most are active or none is, and as a reconstruction that explains nothing.
+A file that is read with a wrong normalization, bias or site gives wrong numbers without an error.
+A forward over a short text shows the mistake: most features are active or none is, or the
+reconstruction is no better than the mean.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Fit:
 
 
 def prepare(dictionary: Dictionary, lm: LM, *, replaces: bool, check: bool) -> Dictionary:
-    """Returns a dictionary for an LM. Raises if its model, width or site is another."""
+    """Returns a dictionary for an LM. Raises `OtherModel` if it does not fit the model."""
     check_widths(dictionary, lm)
     if check:
         _check_name(dictionary, lm)
@@ -86,7 +86,7 @@ def measure_fit(dictionary: Dictionary, lm: LM, prompts: Prompts) -> Fit:
 
 
 def _text(lm: LM) -> Prompts:
-    """Returns a short text; of a model without a tokenizer, some of its tokens."""
+    """Returns a short text, as token ids if the model has no tokenizer."""
     if lm.tokenizer is not None:
         return [as_rows(lm, TEXT)[0][: lm.context]]
     return [tuple(number * 7 % (lm.n_tokens or 1) for number in range(1, 65))]
@@ -127,8 +127,8 @@ def _short_name(name: str) -> str:
 
 
 def _check_fit(dictionary: Dictionary, fit: Fit) -> None:
-    is_sane = 0 < fit.share <= MOST_ACTIVE and fit.error < MOST_ERROR
-    if not is_sane:
+    fits = 0 < fit.share <= MOST_ACTIVE and fit.error < MOST_ERROR
+    if not fits:
         raise OtherModel(
             f"the dictionary does not describe this model: on a short text {fit}. A dictionary "
             f"that fits has fewer than {MOST_ACTIVE:.0%} active and less than {MOST_ERROR:g} "

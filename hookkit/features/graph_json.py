@@ -93,7 +93,7 @@ def _content(graph: Graph, slug: str, scan: str) -> dict[str, Any]:
 
 
 def _node(row: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
-    """Returns a node as circuit-tracer has it. Ids of errors are unlike those of features."""
+    """Returns a node as circuit-tracer has it. Ids of errors differ from those of features."""
     kind, pos, token_id = row["kind"], row["pos"], row["token_id"]
     node: dict[str, Any] = {"feature_type": KINDS[kind], "ctx_idx": pos, "run_idx": 0}
     node |= {"reverse_ctx_idx": 0, "is_target_logit": False, "token_prob": 0.0, "clerp": ""}

@@ -36,10 +36,10 @@ CHUNK = 1024  # tokens whose features are computed at once
 CONFIDENCE, RESAMPLES = 0.95, 2000
 
 
-def keep_usual(norms: Float[Tensor, " row"]) -> Bool[Tensor, " row"]:
+def are_no_outliers(norms: Float[Tensor, " row"]) -> Bool[Tensor, " row"]:
     """Returns which values have at most ten times the median norm.
 
-    The others are attention sinks: huge norms at a few tokens, which say nothing about them.
+    The others are attention sinks: a few tokens with huge norms, which do not depend on the text.
     """
     return norms <= OUTLIER * norms.median()
 
@@ -79,10 +79,8 @@ def measure_quality(
 
 def _batches(lm: LM, texts: TextsLike, rules: Rules) -> Iterator[Batch]:
     reader = TextReader(lm, texts, rules)
-    window = reader.read_window()
-    while window is not None:
+    while window := reader.read_window():
         yield from window.batches(rules)
-        window = reader.read_window()
 
 
 def _clean_values(dictionary: Dictionary, lm: LM, batch: Batch) -> TextValues:
@@ -106,13 +104,13 @@ def _losses(run: Run) -> list[float]:
 
 
 def _leave_out_outliers(batches: list[TextValues]) -> None:
-    """Marks as not measured, in place, what has far more than the median norm."""
+    """Marks outliers as not measured, in place."""
     norms: list[Tensor] = []
     for batch in batches:
         norms.append(batch.values[batch.measured].flatten(1).float().norm(dim=-1))
-    usual = keep_usual(torch.cat(norms)).split(list(map(len, norms)))
-    for batch, is_usual in zip(batches, usual, strict=True):
-        batch.measured[batch.measured.clone()] = is_usual
+    are_measured = are_no_outliers(torch.cat(norms)).split(list(map(len, norms)))
+    for batch, is_measured in zip(batches, are_measured, strict=True):
+        batch.measured[batch.measured.clone()] = is_measured
 
 
 def _table(dictionary: Dictionary, lm: LM, batches: list[TextValues]) -> pd.DataFrame:
@@ -180,12 +178,12 @@ def _quality_table(
     for name, values in loss.items():
         pairs[f"loss_{name}"] = (values, predicted)
     for ending, name in (("", "zero"), ("_from_mean", "mean")):
-        over, under = loss[name] - loss["reconstruction"], loss[name] - loss["clean"]
-        pairs[f"loss_recovered{ending}"] = (over, under)
+        recovered, lost = loss[name] - loss["reconstruction"], loss[name] - loss["clean"]
+        pairs[f"loss_recovered{ending}"] = (recovered, lost)
     rows = []
     for name, pair in pairs.items():
-        over, under = (np.asarray(values, dtype=float)[None] for values in pair)
-        estimate: Estimates = ratios(over, under, CONFIDENCE, RESAMPLES, 0)
+        numerators, denominators = (np.asarray(values, dtype=float)[None] for values in pair)
+        estimate: Estimates = ratios(numerators, denominators, CONFIDENCE, RESAMPLES, 0)
         limits = float(estimate.mean[0]), float(estimate.low[0]), float(estimate.high[0])
         rows.append((name, *limits))
     rows.insert(2, ("dead_share", dead_share, float("nan"), float("nan")))

@@ -41,7 +41,7 @@ from . import sae_lens
 from .dictionary import Dictionary
 from .dictionary_files import load_dictionary
 from .dictionary_parts import check_dictionary_site
-from .quality import keep_usual
+from .quality import are_no_outliers
 
 CHUNK = 8192  # rows of a harvest that are read at once
 SAMPLE = 8192  # rows from which the scale and the first bias are computed
@@ -227,7 +227,7 @@ def read_training_rows(harvest: Harvest, site: Site) -> TrainingRows:
     if not bool(norms.isfinite().all()):
         raise BadHook(f"the harvest has infinite or NaN values at {site}: harvest in float32")
     numbers = (positions > 0).nonzero().flatten()
-    numbers = numbers[keep_usual(norms[numbers])]
+    numbers = numbers[are_no_outliers(norms[numbers])]
     return TrainingRows(column, numbers, len(column) - len(numbers))
 
 

@@ -36,7 +36,7 @@ PANELS = (  # column, label of the axis, title, tokens that get their names
 def logit_scatter(
     table: pd.DataFrame, *, watch: Iterable[WordLike] | WordLike = (), title: str = ""
 ) -> Figure:
-    """Every token's logit at one position, by token id. Watched tokens are marked, the top named.
+    """Every token's logit at one position, by token id. Watched tokens are marked.
 
     `table` is `ranks(run, top=None)`. A token whose logit is -inf stands on a separate line at the
     bottom. Raises `EmptySelection` for a table of several positions, or for a watched token that
@@ -169,7 +169,7 @@ def _draw_scatter(
     labelled: int,
     height: float,
 ) -> None:
-    """Points by token id, with the watched ones and the top `labelled` ones named at the right."""
+    """Draw a point for each token, and name the watched and the `labelled` likeliest ones."""
     values = table[column].to_numpy(float)
     finite = values[np.isfinite(values)]
     highest, lowest = finite.max(initial=-np.inf), finite.min(initial=np.inf)

@@ -259,7 +259,7 @@ def largest_finite(values: np.ndarray, least: float = 0.0) -> float:
 
 
 def format_number(value: float, form: str) -> str:
-    """A number in this format; −∞, +∞ and NaN in words that can be told apart."""
+    """A number in this format; −∞, +∞ and NaN have names of their own."""
     if np.isnan(value):
         return "NaN"
     if np.isinf(value):

@@ -408,8 +408,9 @@ class CapturedChunk:
 class SequenceEnd:
     """How a text ended.
 
-    For each final row: its prompt, the number of positions that count (`limits`), and for each call
-    the model row that it was then (`lineage`; None if rows never change, as without beams).
+    For each final row: its prompt, the number of positions that count (`limits`), and by the number
+    of a forward the model row that became this row (`lineage`; None without beams, where rows never
+    change).
     """
 
     prompts: Sequence[int]
@@ -436,7 +437,7 @@ class SequenceEnd:
         return longest
 
     def sources(self, call: int) -> Sequence[int]:
-        """Returns the model row that each final row was in a call, -1 for none."""
+        """Returns the model row of a forward that became each final row, -1 for none."""
         return range(len(self.prompts)) if self.lineage is None else self.lineage[call]
 
 
@@ -502,7 +503,7 @@ def _cells_of_sparse(values: Tensor) -> Tensor:
 
 
 def _sparse(indices: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Returns a sparse tensor whose indices are in order; torch warns if nothing is said of it."""
+    """Returns a sparse tensor whose indices are in order: torch need not sort or check them."""
     return torch.sparse_coo_tensor(indices, values, size, is_coalesced=True, check_invariants=False)
 
 
@@ -548,7 +549,7 @@ def positions_of(captured: Captured) -> Tensor:
 
 
 def merge_captures(parts: Sequence[Captured]) -> Captured:
-    """Joins captures of one site from several batches, whose rows are numbered on."""
+    """Joins captures of one site from several batches. The rows count through all batches."""
     values, positions, prompts = [], [], []
     for part in parts:
         values += part.values

@@ -44,9 +44,9 @@ Verdict: TypeAlias = tuple[Mask, Mask]
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What one condition found at the cells of an edit: a number for each, NaN if not decided.
+    """What one condition read at the cells of an edit: a number for each, NaN if not decided.
 
-    `numbers` is None for a condition that compares no number: of a text, or a user's function.
+    `numbers` is None for a condition on a text, and for a user's function.
     """
 
     condition: When
@@ -54,7 +54,7 @@ class Reading:
     holds: Mask
 
     def at(self, row: int, columns: Sequence[int]) -> str:
-        """Returns what was found at some cells of a row, in words."""
+        """Returns what was read at some cells of a row, in words."""
         name = argument_text(self.condition)
         if self.numbers is None:
             answers = {bool(self.holds[row, column]) for column in columns}
@@ -86,7 +86,7 @@ class Outcome:
         return self._reason(row, columns) if columns else ""
 
     def reason_at(self, row: int, column: int) -> str:
-        """Returns what was found at one cell."""
+        """Returns what was read at one cell, in words."""
         return self._reason(row, [column])
 
     def _reason(self, row: int, columns: Sequence[int]) -> str:
@@ -97,7 +97,7 @@ class Outcome:
 
 
 def _measure_of(condition: LogitCondition | StateCondition, lm: LM) -> Measure:
-    """Returns what a condition compares. It raises `BadEdit` where that is NaN."""
+    """Returns the function that computes what a condition compares; it raises `BadEdit` for NaN."""
     if isinstance(condition, LogitCondition):
         numbers_of = _logit_quantity(condition, lm)
     else:
@@ -164,8 +164,8 @@ def _as_vectors(values: Tensor) -> Tensor:
 
 # ---- the condition of one hook
 
-Ask: TypeAlias = Callable[[Tensor, EditContext, int, list[Reading]], Verdict]
-"""Decides on the cells of an edit in a forward, and appends what was found to the readings."""
+Evaluate: TypeAlias = Callable[[Tensor, EditContext, int, list[Reading]], Verdict]
+"""Decides at the cells of an edit in a forward, and appends what was read to the readings."""
 
 
 class BoundCondition:
@@ -178,15 +178,15 @@ class BoundCondition:
         assert hook.when is not None
         self._lm, self._hook, self._sites = lm, hook, sites
         self.readers: list[StateReader] = []
-        self._ask = self._bind(hook.when)
+        self._evaluate = self._bind(hook.when)
 
-    def ask(self, values: Tensor, here: EditContext, forward: int) -> Outcome:
+    def evaluate(self, values: Tensor, here: EditContext, forward: int) -> Outcome:
         """Returns where the condition holds, among the cells that an edit receives."""
         readings: list[Reading] = []
-        holds, fails = self._ask(values, here, forward, readings)
+        holds, fails = self._evaluate(values, here, forward, readings)
         return Outcome(holds, holds | fails, tuple(readings))
 
-    def _bind(self, when: When) -> Ask:
+    def _bind(self, when: When) -> Evaluate:
         match when:
             case Not(condition):
                 return _negate(self._bind(condition))
@@ -200,17 +200,17 @@ class BoundCondition:
                     raise BadHook(
                         f"when={when} compares text, and this model came without a tokenizer"
                     )
-                return _ask_directly(when, partial(_holds_for_texts, when, self._lm))
+                return _evaluate_directly(when, partial(_holds_for_texts, when, self._lm))
         assert not isinstance(when, Condition), f"{when!r} is a condition of an unknown kind"
-        return _ask_directly(when, partial(_result_of_function, when))
+        return _evaluate_directly(when, partial(_result_of_function, when))
 
-    def _bind_numbers(self, condition: LogitCondition | StateCondition) -> Ask:
+    def _bind_numbers(self, condition: LogitCondition | StateCondition) -> Evaluate:
         measure = _measure_of(condition, self._lm)
         elsewhere = [site for site in self._sites if not self._reads_here(condition, site)]
         reader = self._add_reader(condition, measure) if elsewhere else None
         compare = COMPARE[condition.compare]
 
-        def ask(values: Tensor, here: EditContext, forward: int, readings: Any) -> Verdict:
+        def evaluate(values: Tensor, here: EditContext, forward: int, readings: Any) -> Verdict:
             if reader is None or here.site not in elsewhere:
                 numbers = measure(values, here)
             else:
@@ -219,7 +219,7 @@ class BoundCondition:
             readings.append(Reading(condition, numbers, holds))
             return holds, ~holds & ~numbers.isnan()
 
-        return ask
+        return evaluate
 
     def _reads_here(self, condition: LogitCondition | StateCondition, site: AnySite) -> bool:
         """True if a condition is decided by the very values that are edited at a site."""
@@ -246,17 +246,17 @@ class BoundCondition:
         return reader
 
 
-def _negate(ask: Ask) -> Ask:
+def _negate(evaluate: Evaluate) -> Evaluate:
     def negated(values: Tensor, here: EditContext, forward: int, readings: Any) -> Verdict:
-        holds, fails = ask(values, here, forward, readings)
+        holds, fails = evaluate(values, here, forward, readings)
         return fails, holds
 
     return negated
 
 
-def _combine(parts: Sequence[Ask], *, is_all: bool) -> Ask:
+def _combine(parts: Sequence[Evaluate], *, is_all: bool) -> Evaluate:
     def combined(values: Tensor, here: EditContext, forward: int, readings: Any) -> Verdict:
-        verdicts = [ask(values, here, forward, readings) for ask in parts]
+        verdicts = [evaluate(values, here, forward, readings) for evaluate in parts]
         holds, fails = map(torch.stack, zip(*verdicts, strict=True))
         if is_all:
             return holds.all(dim=0), fails.any(dim=0)
@@ -265,13 +265,13 @@ def _combine(parts: Sequence[Ask], *, is_all: bool) -> Ask:
     return combined
 
 
-def _ask_directly(when: When, holds_at: Callable[[Tensor, EditContext], Mask]) -> Ask:
-    def ask(values: Tensor, here: EditContext, forward: int, readings: Any) -> Verdict:
+def _evaluate_directly(when: When, holds_at: Callable[[Tensor, EditContext], Mask]) -> Evaluate:
+    def evaluate(values: Tensor, here: EditContext, forward: int, readings: Any) -> Verdict:
         holds = holds_at(values, here).to(values.device)
         readings.append(Reading(when, None, holds))
         return holds, ~holds
 
-    return ask
+    return evaluate
 
 
 def conditions_in(when: When) -> Iterator[When]:
@@ -286,7 +286,7 @@ def conditions_in(when: When) -> Iterator[When]:
             yield when
 
 
-def asks_function(when: When | None) -> bool:
+def calls_function(when: When | None) -> bool:
     """True if a user's function decides, which receives all positions together."""
     if when is None:
         return False
@@ -361,11 +361,11 @@ def edit_where(holds: Mask, edited: Tensor, values: Tensor) -> Tensor:
 def offsets_of_tokens(
     length: int, steps: Sequence[int] | None
 ) -> Callable[[EditContext], Int[Tensor, "row pos"]]:
-    """Returns the function that says which of several tokens is due at each cell; -1 for none.
+    """Returns the function that gives the index of the token to write at each cell; -1 for none.
 
-    They begin where the edit's condition holds, at any step or at one of `steps`. The function owns
-    the offsets for each text, by model row and step. The steps of a row are requested in order; a
-    repeated request (without a cache) has the same answer.
+    The first token is written where the edit's condition holds, at any step or at one of `steps`,
+    and the others after it. The function owns the indices for each text, by model row and step. A
+    step that is computed again (without a cache) gets the same index.
     """
     offsets_of_text: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]]
     offsets_of_text = WeakKeyDictionary()

@@ -7,8 +7,8 @@ where a condition on the logits holds too.
 
 `Decisions` makes `generate` take the forced tokens in every decoding mode. Rules of transformers
 (temperature, top_p, suppress_tokens …) are overruled. A constraint of the caller
-(`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out contradicts the hook. No
-rule may leave nothing of what a grammar allows, or make possible what it forbids.
+(`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out raises an error. So does a
+rule that forbids every token that a grammar allows, or allows one that the grammar forbids.
 """
 
 from __future__ import annotations

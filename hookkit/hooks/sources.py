@@ -120,7 +120,7 @@ Source: TypeAlias = OtherModel | OtherPrompts | Unedited | EarlierLayer
 
 
 def as_source(source: Any, lens: Any = None) -> Source:
-    """Returns what a user gives as a source. Raises `BadHook` for what is none."""
+    """Returns a source from the value that a user passes. Raises `BadHook` for other values."""
     if isinstance(source, Sites) and len(source) == 1:
         (source,) = source
     if isinstance(source, Site | ModuleSite | Sites):

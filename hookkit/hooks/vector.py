@@ -212,7 +212,7 @@ class Vector:
         return self._derive(-self.tensor, f"-{self.method}")
 
     def _add(self, other: Vector, sign: int, word: str) -> Vector:
-        """Returns the sum. Its norm is the mean of both, its data hash that of both hashes."""
+        """Returns the sum. Its norm is the mean of both; its data hash is that of both hashes."""
         if not isinstance(other, Vector):
             return NotImplemented
         if self.site != other.site or len(self.tensor) != len(other.tensor):

@@ -159,7 +159,7 @@ class Writers:
 
     @staticmethod
     def read(lm: LM, layer: int) -> Writers:
-        """Returns those of a block. Raises `Unsupported` if its weights do not say it."""
+        """Returns the writers of a block. Raises `Unsupported` if its weights cannot be read."""
         weights = AttentionWeights.read(lm, layer)
         heads = range(lm.layout.sizes_of(layer)["head"] or 1)
         for head in heads:

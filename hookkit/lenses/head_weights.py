@@ -146,7 +146,7 @@ class AttentionWeights:
 
 @torch.no_grad()
 def fold(norm: Map, states: Float[Tensor, "state d_in"]) -> Float[Tensor, "d_in d_out"]:
-    """Returns a norm as a matrix for row vectors: what it does beside the division by its scale.
+    """Returns a norm without the division by its scale, as a matrix for row vectors.
 
     Raises `Unsupported` if the map is neither a LayerNorm, an RMSNorm nor linear.
     """

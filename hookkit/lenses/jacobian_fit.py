@@ -204,7 +204,7 @@ class JacobianSum:
         self._check_complete(reader)
 
     def _check_complete(self, reader: TextReader) -> None:
-        """Raises if the texts are not those of before, or if none of them was long enough."""
+        """Raises if the texts are others than before, or if none of them is long enough."""
         if self.batches:  # of a window that did not come again
             raise HarvestChanged(
                 f"the texts after number {self.text} are not those that the lens was made from: "

@@ -100,8 +100,8 @@ def _logits_and_ranks(real: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _best_anywhere(ids: Tensor, ranks: Tensor) -> Tensor:
-    """Returns the `top` of each cell's leading tokens [cell, state, top] that rank best at any
-    state; of equal ones, that of the later state first."""
+    """Returns for each cell the `top` tokens that rank best at any state. `ids` are the leading
+    tokens [cell, state, top]; among equal ranks, those at later states come first."""
     selected = []
     for ids_of_cell, ranks_of_cell in zip(ids.tolist(), ranks.tolist(), strict=True):
         best: dict[int, tuple[int, int]] = {}

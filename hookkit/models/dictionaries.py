@@ -57,7 +57,7 @@ class SiteDictionary(Protocol):
         ...
 
     def about(self) -> dict[str, Any]:
-        """Returns what the dictionary is, ready for JSON."""
+        """Returns the properties of the dictionary as values for JSON."""
         ...
 
 

@@ -660,7 +660,7 @@ def tokenizer_of(tokenizer: Any) -> Any:
 
 
 def as_lm(model: LM | nn.Module) -> LM:
-    """Returns the LM itself, or an LM of a bare module. Raises for what is no model."""
+    """Returns the LM itself, or an LM of a bare module. Raises `BadArgument` for other values."""
     return model if isinstance(model, LM) else LM(model)
 
 

@@ -132,7 +132,7 @@ def crop_row(row: Row, length: int) -> Row:
 
 
 def piece_of_row(row: Row, head: int, start: int, stop: int) -> Row:
-    """Returns the first `head` tokens of a row and those from `start` to `stop`, and who said them.
+    """Returns the first `head` tokens of a row and those from `start` to `stop`, with their roles.
 
     Raises `Unsupported` for a part of a row with an image or other inputs.
     """

@@ -161,7 +161,7 @@ class Site:
 
     @property
     def base_name(self) -> str:
-        """The name; of features, that of the site which their dictionary splits."""
+        """The name without "feat.": of features, the name of their dictionary's site."""
         return self.name.removeprefix(FEATURE_PREFIX)
 
     @property
@@ -183,7 +183,7 @@ class Site:
 
 
 def check_name(name: object) -> None:
-    """Raises `UnknownSite` for what is not the name of a site."""
+    """Raises `UnknownSite` if a value is not the name of a site."""
     if not isinstance(name, str):
         raise UnknownSite(f"a site's name is a text such as 'resid_post', and not {describe(name)}")
     if name.startswith(FEATURE_PREFIX) and name not in FEATURE_AXES:

@@ -312,7 +312,7 @@ class WordEnds:
         return tokens
 
     def _completing_after(self, text: bytes, spelling: bytes) -> list[int]:
-        """Returns the tokens that complete a spelling of which the text ends with a part."""
+        """Returns the tokens that complete a spelling that has begun at the end of the text."""
         tokens: list[int] = []
         for length in range(1, len(spelling)):
             has_begun = text.endswith(spelling[:length])
@@ -321,7 +321,7 @@ class WordEnds:
         return tokens
 
     def _completing(self, spelling: bytes, length: int) -> list[int]:
-        """Returns the tokens that complete a spelling of which `length` bytes are written."""
+        """Returns the tokens that complete a spelling after its first `length` bytes."""
         ending = spelling[length:]
         tokens = []
         for token_id, data in enumerate(self._bytes):

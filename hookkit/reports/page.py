@@ -217,7 +217,7 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
 
 
 def _with_name(part: Content, names: Sequence[str]) -> PagePart:
-    """A table or figure as a part, numbered after those with these names; other parts as is."""
+    """A table or figure as a part with a name that is not among `names`; a text as it is."""
     match part:
         case str() | Part() | Folded() | Passages():
             return part

@@ -192,7 +192,7 @@ def _magnitudes(*values: Any) -> list[float]:
 
 
 def _lines_of(table: pd.DataFrame, shared: list[str]) -> list[str]:
-    """Returns what tells rows apart: their texts and places, by the names of columns."""
+    """Returns a text that identifies each row: its values in the columns of texts and places."""
     parts: list[str] = []
     columns = [name for name in shared if name in PLACES or table[name].dtype.kind not in "biuf"]
     for _, row in table[columns].iterrows():

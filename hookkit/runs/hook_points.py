@@ -395,7 +395,7 @@ def _edit_where(
 ) -> tuple[Tensor, Outcome]:
     """Returns the values, edited where the condition holds, and where that is."""
     assert bound_hook.change is not None and isinstance(bound_hook.hook, EditHook)
-    outcome = condition.ask(values, here, forward)
+    outcome = condition.evaluate(values, here, forward)
     new = bound_hook.change(values, replace(here, condition_mask=outcome.holds))
     if bound_hook.hook.applies_condition or new.dtype != values.dtype:
         return new, outcome

@@ -290,7 +290,7 @@ class CaptureStore:
             bound_hook.pieces = chunks
 
     def finish(self, text: SequenceBatch, ending: SequenceEnd) -> None:
-        """Ends a text. Its captures are joined when they are first asked for."""
+        """Ends a text. Its captures are joined when they are first read."""
         if text not in self._chunks or text in self._finished:
             return
         self._endings[text] = ending

@@ -196,7 +196,7 @@ class TextHooks:
         if firing is not None:
             self.captures.firings.append(firing)
             if self.tracer is not None and firing[-1] is not None:
-                self.tracer.asked(firing)
+                self.tracer.note_condition(firing)
         is_new = tensor is not before and has_name(bound_hook.site, *LOGIT_SITES)
         if self._journal is not None and self.generating and is_new:
             self._journal.note(bound_hook.hook, forward_pass.text, tensor)

@@ -199,7 +199,7 @@ class Tracer:
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
         self.recorded: GenerationRecord | None = None
         self._open_step = _OpenStep()
-        self._asked: list[Firing] = []  # the hooks with conditions in the last forward
+        self._conditional: list[Firing] = []  # the hooks with conditions in the last forward
 
     def begin(self, generation: Generation) -> None:
         """Called at the start of a `generate`."""
@@ -219,11 +219,11 @@ class Tracer:
         """Called with the logits [row, pos, vocab] of a forward, before any edit."""
         self._open_step = _OpenStep(call, logits[:, -1].float())
 
-    def asked(self, firing: Firing) -> None:
-        """Called after each hook whose condition was asked."""
-        if self._asked and self._asked[-1][1] != firing[1]:
-            self._asked = []
-        self._asked.append(firing)
+    def note_condition(self, firing: Firing) -> None:
+        """Called after each hook whose condition was evaluated."""
+        if self._conditional and self._conditional[-1][1] != firing[1]:
+            self._conditional = []
+        self._conditional.append(firing)
 
     def changed(self, hook: Hook, before: Tensor, after: Tensor) -> None:
         """Called after each hook that has edited the logits."""
@@ -323,7 +323,7 @@ class Tracer:
             changes.append(LogitChange(hook, rows, ranks, removed_first))
         by_name = {name: stages[id(logits)] for name, logits in logits_by_name.items()}
         call = self._open_step.call
-        firings = [firing for firing in self._asked if firing[1] == call]
+        firings = [firing for firing in self._conditional if firing[1] == call]
         return Step(call, ids, by_name, changes, _condition_sentences(firings))
 
 

@@ -236,7 +236,7 @@ def _joined(first: PairLists, second: PairLists) -> PairLists:
 
 
 def _split(task: Task, held_out: float, seed: int) -> list[Int[Tensor, " pair"]]:
-    """Returns the pairs of the fit, those that say when to stop, and those of the table."""
+    """Returns the indices of the pairs to fit, to decide when to stop, and to report on."""
     bases, sources, _ = task.pairs
     groups: dict[Any, list[int]] = {}
     for index, prompts in enumerate(zip(bases, sources, strict=True)):

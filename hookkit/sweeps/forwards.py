@@ -22,7 +22,7 @@ from torch import Tensor, cat
 from ..errors import Unsupported
 from ..hooks.ablation import Ablate
 from ..hooks.base import EditHook
-from ..hooks.conditions import asks_function
+from ..hooks.conditions import calls_function
 from ..hooks.edits import Edit
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
@@ -117,7 +117,7 @@ def needs_all_positions(bound: BoundHook) -> bool:
         return True  # it may read positions at which nothing is edited
     hook = bound.hook
     mixes_positions = isinstance(hook, EditHook) and (
-        hook.mixes_positions or asks_function(hook.when)
+        hook.mixes_positions or calls_function(hook.when)
     )
     return mixes_positions or weights_later_keys(bound)
 

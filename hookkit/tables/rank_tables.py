@@ -54,7 +54,7 @@ def ranks(
     top: int | None = 10,
     watch: Iterable[WordLike] | WordLike = (),
 ) -> pd.DataFrame:
-    """The most likely next tokens at a position, and the watched tokens whatever their rank.
+    """The most likely next tokens at a position, and the watched tokens with any rank.
 
     Columns: row, pos, token, token_id, logit, logprob, prob, rank. The table has one row for each
     token, ordered by rank. `pos` is the prompt's last position by default (a masked language model

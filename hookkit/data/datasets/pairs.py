@@ -380,7 +380,7 @@ def sample_pairs(
 def _distinct_samples(
     lm: LM, draw_pair: DrawPair, seed: int, length: int | None = None
 ) -> Iterator[Draw]:
-    """Yields different pairs of a seed, with `length` those of so many tokens."""
+    """Yields different pairs that a seed draws; with `length`, only pairs of so many tokens."""
     source, previous, idle = Random(seed), set(), 0
     while idle < MAX_IDLE_DRAWS:
         idle += 1

@@ -239,7 +239,7 @@ def _no_order(before: LM, after: LM, sites: Sequence[AnySite], *, same_sites: bo
     if before.n_layers != after.n_layers:
         return f"they have {before.n_layers} and {after.n_layers} layers"
     if not same_sites:
-        return "their sites differ, in which there are or how large they are"
+        return "their sites have other names or sizes"
     for site in sites:
         if not isinstance(site, Site):
             return f"{site} is a module, and what is computed before it is not known"
