@@ -24,7 +24,7 @@ from .training import QUALITY, train_dictionary
 TEXTS_OF_SET = 150  # the most that are drawn from one set of labelled texts
 LEAST_CHARACTERS = 40  # of a text: names and titles are shorter
 SAME_BEGINNING = 60  # characters; two texts that begin with the same ones count as one
-MOST_TEXTS = 7075  # of the mixture: 330,000 tokens, which one free core reads in 7 minutes
+MAX_TEXTS = 7075  # of the mixture: 330,000 tokens, which one free core reads in 7 minutes
 HELD_OUT = 0.04  # share of the texts
 CONTEXT = 128  # tokens of a text that are read
 SHARD_SIZE = 2**15  # tokens of a shard: what an interruption loses at most
@@ -48,7 +48,7 @@ def mixed_texts() -> list[str]:
                 new_texts.append(text)
         texts += random.sample(new_texts, min(len(new_texts), TEXTS_OF_SET))
     random.shuffle(texts)
-    return texts[:MOST_TEXTS]
+    return texts[:MAX_TEXTS]
 
 
 def shuffled_texts(file: str) -> list[Any]:

@@ -24,8 +24,8 @@ from ..runs.forward import forward
 from ..runs.run import Run
 from .dictionary import Dictionary
 
-MOST_ACTIVE = 0.5  # of the features, on average; trained dictionaries have less than 0.1
-MOST_ERROR = 1.0  # the error of a reconstruction that is the mean everywhere
+MAX_ACTIVE = 0.5  # of the features, on average; trained dictionaries have less than 0.1
+MAX_ERROR = 1.0  # the error of a reconstruction that is the mean everywhere
 TEXT = (
     "The harbour was quiet in the morning. Two fishing boats had left before dawn, and the gulls "
     "were waiting for them on the wall. In 1912 the town built a second pier, which cost 40,000 "
@@ -127,11 +127,11 @@ def _short_name(name: str) -> str:
 
 
 def _check_fit(dictionary: Dictionary, fit: Fit) -> None:
-    fits = 0 < fit.share <= MOST_ACTIVE and fit.error < MOST_ERROR
+    fits = 0 < fit.share <= MAX_ACTIVE and fit.error < MAX_ERROR
     if not fits:
         raise OtherModel(
             f"the dictionary does not describe this model: on a short text {fit}. A dictionary "
-            f"that fits has fewer than {MOST_ACTIVE:.0%} active and less than {MOST_ERROR:g} "
+            f"that fits has fewer than {MAX_ACTIVE:.0%} active and less than {MAX_ERROR:g} "
             "unexplained. Check the model and at=, and in the file's settings the normalization "
             f"({dictionary.normalization}) and whether the bias is subtracted before encoding "
             f"({dictionary.centred}); for a dictionary that is not trained: check=False"

@@ -82,9 +82,9 @@ def roc_curves(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure
     """
     if not curves:
         raise EmptySelection("there is no curve to draw: give {'name': roc(score, right)}")
-    if len(curves) > style.MOST_LINES:
+    if len(curves) > style.MAX_LINES:
         raise BadHook(
-            f"{len(curves)} curves are more than can be told apart: draw up to {style.MOST_LINES}"
+            f"{len(curves)} curves are more than can be told apart: draw up to {style.MAX_LINES}"
         )
     figure, axes = style.new_figure(8.4, 4.9)
     axes.plot([0, 1], [0, 1], color=style.MUTED, lw=1.2, ls="--", label="chance: 0.500")

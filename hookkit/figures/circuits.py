@@ -25,7 +25,7 @@ from . import style
 
 CURVE_COLUMNS = ("circuit", "draw", "size", "faithfulness", "faithfulness_low", "n")
 EDGE_COLUMNS = ("sender", "receiver", "score", "in_circuit")
-BLOCK_HEIGHT, HEAD_WIDTH, MOST_SIDE = 0.42, 0.62, 14.0  # inches
+BLOCK_HEIGHT, HEAD_WIDTH, MAX_SIDE = 0.42, 0.62, 14.0  # inches
 
 Node: TypeAlias = tuple[int, int]
 EMBEDDING, LOGITS = (-1, 0), (10**6, 0)
@@ -91,8 +91,8 @@ def circuit_graph(table: pd.DataFrame, *, title: str = "") -> Figure:
     senders, readers, _ = zip(*lines, strict=True)
     positions = _place({*senders, *readers})
     right, top = np.array(list(positions.values())).max(axis=0)
-    width = min(MOST_SIDE, max(5.0, HEAD_WIDTH * (right + 2)))
-    figure, axes = style.new_figure(width, min(MOST_SIDE, max(3.0, BLOCK_HEIGHT * (top + 2))))
+    width = min(MAX_SIDE, max(5.0, HEAD_WIDTH * (right + 2)))
+    figure, axes = style.new_figure(width, min(MAX_SIDE, max(3.0, BLOCK_HEIGHT * (top + 2))))
     _draw_lines(axes, lines, positions)
     for node, (x, y) in positions.items():
         box = {"boxstyle": "round,pad=0.2", "fc": style.PAPER, "ec": style.MUTED, "lw": 0.7}

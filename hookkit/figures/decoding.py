@@ -35,7 +35,7 @@ STAGES = {
 }
 COLUMNS = ("row", "step", "stage", "token", "token_id",
            "logit", "logprob", "prob", "rank", "drawn", "why")  # fmt: skip
-MOST_LINES = 12  # that can be told apart
+MAX_LINES = 12  # that can be told apart
 HEIGHT, AXES_HEIGHT = 4.8, 2.2  # inches; of the axes at least, above long labels
 BASELINE_STYLE = {"color": MUTED, "marker": "s", "ls": "--"}
 EDITED_STYLE = {"color": MARK, "marker": "o", "ls": "-"}
@@ -286,9 +286,9 @@ def _select_watched(
         raise NotCaptured(
             "no token was watched in this run or named by a hook: generate with trace(watch=...)"
         )
-    if len(tokens) > MOST_LINES:
+    if len(tokens) > MAX_LINES:
         raise BadHook(
-            f"{len(tokens)} lines are more than can be told apart: choose up to {MOST_LINES} "
+            f"{len(tokens)} lines are more than can be told apart: choose up to {MAX_LINES} "
             "with watch="
         )
     return tokens

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WORD_SIZES = (6.5, 7.5)  # points of a token in a cell, smallest and largest
 CELL_WIDTH, CELL_HEIGHT = 0.95, 0.24  # inches of a cell with a token
-MOST_WORDS = 40  # positions with a token in each cell; of more there are the colours alone
+MAX_WORDS = 40  # positions with a token in each cell; of more there are the colours alone
 NARROW_CELL = 0.12  # inches of a cell without a token
 
 
@@ -62,7 +62,7 @@ def lens_map(
     numbers: Any = top.pivot(index="site", columns="pos", values=value).loc[sites, positions]
     numbers = numbers.to_numpy(float)
     tokens = top.pivot(index="site", columns="pos", values="token").loc[sites, positions]
-    has_words = len(positions) <= MOST_WORDS
+    has_words = len(positions) <= MAX_WORDS
     cell_width = (NARROW_CELL, CELL_WIDTH)[has_words]
     width, height = cell_width * len(positions), CELL_HEIGHT * len(sites)
     figure, axes = new_figure(1.8 + max(3.0, width), 1.6 + max(1.0, height))

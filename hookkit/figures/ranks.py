@@ -89,10 +89,10 @@ def rank_bump(
             "no token of this table has a rank before and after: the model's logits are NaN there"
         )
     title = title or "How the ranking moved"
-    if len(shift) > style.MOST_BARS:
-        title = f"{title}: the {style.MOST_BARS} of {len(shift):,} tokens that moved most"
+    if len(shift) > style.MAX_BARS:
+        title = f"{title}: the {style.MAX_BARS} of {len(shift):,} tokens that moved most"
         ratios = np.log(shift["rank_after"].to_numpy(float) / shift["rank_before"].to_numpy(float))
-        shift = shift.iloc[np.sort(np.argsort(-np.abs(ratios), kind="stable")[: style.MOST_BARS])]
+        shift = shift.iloc[np.sort(np.argsort(-np.abs(ratios), kind="stable")[: style.MAX_BARS])]
     height = max(4.2, 0.22 * len(shift) + 1)  # inches
     figure, axes = new_figure(8, height)
     lowest = max(float(shift[columns].to_numpy().max()), 10.0) * 1.25
@@ -136,11 +136,11 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     _check_one_position(shift, "logprob_delta")
     ordered = shift.sort_values("logprob_delta", ascending=False)
     title = title or "What became more and less likely"
-    if len(ordered) > style.MOST_BARS:
-        title = f"{title}: the {style.MOST_BARS} largest changes of {len(ordered):,} tokens"
+    if len(ordered) > style.MAX_BARS:
+        title = f"{title}: the {style.MAX_BARS} largest changes of {len(ordered):,} tokens"
         sizes = ordered["logprob_delta"].abs().to_numpy(float)
         order = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")
-        ordered = ordered.iloc[np.sort(order[: style.MOST_BARS])]
+        ordered = ordered.iloc[np.sort(order[: style.MAX_BARS])]
     deltas = ordered["logprob_delta"].to_numpy(float)
     names = list(map(style.token_label, ordered["token"]))
     figure, axes = new_figure(7, max(1.6, 0.24 * len(ordered) + 0.7))

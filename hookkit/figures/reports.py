@@ -25,9 +25,9 @@ PANEL_HEIGHT = 4.3  # inches of a panel of ranks
 CELLS = 56  # of the map of all tokens, along each side
 SPREADS = {True: "prompts", False: "95 % interval"}  # by whether there are few prompts
 NAMED = 9  # tokens that get their names
-MOST_LABELS = 14  # lines that get their names
+MAX_LABELS = 14  # lines that get their names
 NAMED_TOKENS = 20  # of a corpus that are drawn
-MOST_TOKENS = 60  # tokens of a prompt that are drawn
+MAX_TOKENS = 60  # tokens of a prompt that are drawn
 # The sites that have a line, in this order, as far as the table has them.
 DIFF_SITES = ("resid_post", "attn_out", "mlp_out", "z", "mlp_post", "q")
 
@@ -121,7 +121,7 @@ def shift_through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: s
             labels.append(PointLabel(text, last_layer, rank, colour))
         style.integer_axis(axes, part["layer"].astype(int))
         axes.set_xlabel("layer (dashed: before, solid: after, shaded: edited)")
-        style.label_column(axes, labels[:MOST_LABELS], 2.6)
+        style.label_column(axes, labels[:MAX_LABELS], 2.6)
     title = title or "What each layer would predict"
     return apply_style(figure, title, style.describe_prompt(layers))
 
@@ -240,7 +240,7 @@ def _draw_site_lines(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_yscale("log")
     values = table["value"].to_numpy(float)
     axes.set_ylim(float(values.min()) / 1.5, float(values.max()) * 1.5)
-    for number, name in enumerate(names[: style.MOST_LINES]):
+    for number, name in enumerate(names[: style.MAX_LINES]):
         line = lines[name].sort_values("layer")
         layers = line["layer"].astype(int)
         axes.plot(layers, line["value"], label=name, lw=1.6, ms=3.5, **style.line_style(number))
@@ -250,9 +250,9 @@ def _draw_site_lines(axes: Axes, table: pd.DataFrame) -> None:
 
 def token_bars(tokens: pd.DataFrame, *, title: str = "") -> Figure:
     """The KL after each token of one prompt as bars, orange where the most likely token changes."""
-    table, title = tokens.head(MOST_TOKENS), title or "How far apart they are after each token"
-    if len(tokens) > MOST_TOKENS:
-        title = f"{title}: the first {MOST_TOKENS} of {len(tokens):,}"
+    table, title = tokens.head(MAX_TOKENS), title or "How far apart they are after each token"
+    if len(tokens) > MAX_TOKENS:
+        title = f"{title}: the first {MAX_TOKENS} of {len(tokens):,}"
     colours = np.where(table["top1_changed"], MARK, POINT).tolist()
     figure, axes = style.new_figure(7, 0.24 * len(table) + 0.8)
     style.draw_bars(axes, _token_labels(table), table["kl"].tolist(), colours, ".2g", width=7)
@@ -269,7 +269,7 @@ def stream_map(stream: pd.DataFrame, *, title: str = "") -> Figure | None:
     finite: Any = stream[np.isfinite(stream["difference"].to_numpy(float))]
     labels = dict(zip(finite["pos"], _token_labels(finite), strict=True))
     has_difference = (finite["difference"] > 0).any()
-    if not has_difference or len(labels) > MOST_TOKENS:
+    if not has_difference or len(labels) > MAX_TOKENS:
         return None
     settings: dict[str, Any] = {"value": "difference", "x": "pos", "y": "layer", "labels": labels}
     title = title or "The difference of the residual stream after each layer"

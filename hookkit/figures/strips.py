@@ -41,7 +41,7 @@ LEAST_WIDTH = 6.5  # inches, which the title and the caption need
 TOP = 0.1  # inches above the first line
 STRONGEST = 0.62  # the greatest opacity of a cell
 SURPRISAL_COLUMNS = ("row", "pos", "token", "token_id", "loss", "rank")
-MOST_TOKENS = 600  # tokens of a text that can be read in one figure
+MAX_TOKENS = 600  # tokens of a text that can be read in one figure
 PITCH = 0.55  # inches from line to line of a text
 TOKEN_WIDTHS = (0.42, 2.2)  # inches of a token's cell in a text, smallest and largest
 SURPRISAL_CAPTION = (
@@ -188,9 +188,9 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     """
     style.check_columns(table, SURPRISAL_COLUMNS, "surprisal(run)")
     part = style.select_row(table, row).sort_values("pos", kind="stable")
-    if len(part) > MOST_TOKENS:
+    if len(part) > MAX_TOKENS:
         raise OutOfRange(
-            f"row {row} has {len(part):,} tokens, and {MOST_TOKENS} can be read: draw a part, "
+            f"row {row} has {len(part):,} tokens, and {MAX_TOKENS} can be read: draw a part, "
             "table[table.pos < 300]"
         )
     cells = part.assign(token=part.apply(token_name, axis=1)).to_dict("records")

@@ -37,8 +37,8 @@ LINES = (BLUE, VERMILLION, GREEN, VIOLET, BROWN)  # colours of lines, in turn
 MARKERS = ("o", "s", "^", "D", "v")  # of the points of lines, in turn
 # Dash patterns tell lines apart without colour, and where one line hides another.
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MOST_LINES = len(LINES) * len(DASHES)  # that can be told apart
-MOST_BARS = 60  # bars or lines of tokens that one figure shows
+MAX_LINES = len(LINES) * len(DASHES)  # that can be told apart
+MAX_BARS = 60  # bars or lines of tokens that one figure shows
 DPI = 150
 LABEL_HEIGHT = 0.175  # inches from label to label in a column
 SHADES = 256  # colours of a colour map

@@ -37,7 +37,7 @@ UNITS = {
 }
 DOSE_COLUMNS = ("vector", "site", "dose", "control")
 CELL_WIDTH, CELL_HEIGHT = 0.4, 0.17  # inches of a cell, where the figure does not become too large
-LEAST_SIDE, MOST_WIDTH, MOST_HEIGHT = 2.8, 12.0, 16.0  # inches of a panel, and of all panels
+LEAST_SIDE, MAX_WIDTH, MAX_HEIGHT = 2.8, 12.0, 16.0  # inches of a panel, and of all panels
 LEAST_FRAMED = 0.12  # inches of a cell that has a frame
 NAMED_SHARE = 0.1  # of the largest value: smaller ones are not written in their cells
 NAME_SIZE = 6.5  # points of a number in a cell
@@ -101,8 +101,8 @@ def _panel_sizes(grids: Sequence[pd.DataFrame]) -> list[tuple[float, float]]:
     sizes = []
     for grid in grids:
         n_rows, n_columns = grid.shape
-        width = min(MOST_WIDTH / len(grids), max(LEAST_SIDE, CELL_WIDTH * n_columns))
-        sizes.append((width, min(MOST_HEIGHT, max(2.0, CELL_HEIGHT * n_rows))))
+        width = min(MAX_WIDTH / len(grids), max(LEAST_SIDE, CELL_WIDTH * n_columns))
+        sizes.append((width, min(MAX_HEIGHT, max(2.0, CELL_HEIGHT * n_rows))))
     return sizes
 
 
@@ -289,12 +289,12 @@ def _height_for(entries: int) -> float:
 
 def _reach_farthest(lines: Mapping[Any, pd.DataFrame], value: str) -> list[Any]:
     """The names of the lines that have colours: all, or those that reach farthest from 0."""
-    if len(lines) <= style.MOST_LINES:
+    if len(lines) <= style.MAX_LINES:
         return list(lines)
     reaches = {}
     for name, line in lines.items():
         reaches[name] = style.largest_finite(np.abs(line[value].to_numpy(float)))
-    return sorted(reaches, key=lambda name: -reaches[name])[: style.MOST_LINES]
+    return sorted(reaches, key=lambda name: -reaches[name])[: style.MAX_LINES]
 
 
 def _mark_infinite(axes: Axes, places: Any, values: Any, colour: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import BadEdit, BadHook, Unsupported
@@ -120,20 +120,21 @@ def _measure_of(condition: LogitCondition | StateCondition, lm: LM) -> Measure:
 
 def _logit_quantity(condition: LogitCondition, lm: LM) -> Callable[[Tensor], Numbers]:
     token = None if condition.token is None else lm.token(condition.token)
-    quantity, n_tokens = condition.quantity, lm.n_tokens
+    return partial(_numbers_of_logits, condition.quantity, lm.n_tokens, token)
 
-    def numbers_of(logits: Tensor) -> Numbers:
-        if quantity == "margin":
-            return margin_of(logits.float(), n_tokens)
-        if quantity == "rank":
-            return ranks_for_table(rank_among(token_logits(logits, n_tokens), logits[..., token]))
-        logprobs = logits.float().log_softmax(dim=-1)
-        if quantity == "entropy":
-            return entropy_of(logprobs)
-        assert quantity == "prob"
-        return logprobs[..., token].exp()
 
-    return numbers_of
+def _numbers_of_logits(
+    quantity: str, n_tokens: int, token: int | None, logits: Float[Tensor, "row pos vocab"]
+) -> Numbers:
+    if quantity == "margin":
+        return margin_of(logits.float(), n_tokens)
+    if quantity == "rank":
+        return ranks_for_table(rank_among(token_logits(logits, n_tokens), logits[..., token]))
+    logprobs = logits.float().log_softmax(dim=-1)
+    if quantity == "entropy":
+        return entropy_of(logprobs)
+    assert quantity == "prob"
+    return logprobs[..., token].exp()
 
 
 def _state_quantity(condition: StateCondition) -> Callable[[Tensor], Numbers]:
@@ -370,12 +371,6 @@ def offsets_of_tokens(
     offsets_of_text: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]]
     offsets_of_text = WeakKeyDictionary()
 
-    def next_offset(previous: int, step: int, holds: bool) -> int:
-        if 0 <= previous < length - 1:
-            return previous + 1
-        begins = holds and (steps is None or step in steps)
-        return 0 if begins else -1
-
     def offsets(here: EditContext) -> Int[Tensor, "row pos"]:
         if here.cells.text.beams > 1:
             raise Unsupported(
@@ -389,8 +384,10 @@ def offsets_of_tokens(
         for index, row in enumerate(here.cells.rows):
             steps_of_row = here.steps[index, : len(here.cells.row_positions[index])].tolist()
             for column, step in enumerate(steps_of_row):
-                previous = known_offsets.get((row, step - 1), -1)
-                offset = next_offset(previous, step, condition_holds[index][column])
+                offset = known_offsets.get((row, step - 1), -1) + 1
+                if offset in (0, length):  # no token was written, or the last one
+                    begins = condition_holds[index][column] and (steps is None or step in steps)
+                    offset = 0 if begins else -1
                 offsets[index, column] = known_offsets.setdefault((row, step), offset)
         return offsets
 

@@ -209,19 +209,22 @@ class Boost(TokensEdit, verb="boost"):
             fitted = [fitted_number(amount, logits.dtype, "by") for amount in amounts]
             old, new = logits[..., tokens], logits.clone()
             new[..., tokens] += torch.tensor(fitted, dtype=logits.dtype, device=logits.device)
-            if old.element_size() > 2 or not any(amounts):
-                return new
-            unchanged = old == new[..., tokens]  # a small dtype may round the amounts away
-            lost = (torch.isfinite(old) & unchanged).any(dim=-1) & unchanged.all(dim=-1)
-            if bool(here.real_cells(lost).any()):
-                raise BadEdit(
-                    f"{self} changes nothing at {here.site}: "
-                    f"{str(old.dtype).removeprefix('torch.')} has no number so near to these "
-                    "logits; give a larger amount, or run the model in float32"
-                )
+            if old.element_size() <= 2 and any(amounts):
+                self._check_rounding(old, new[..., tokens], here)
             return new
 
         return apply
+
+    def _check_rounding(self, old: Tensor, new: Tensor, here: EditContext) -> None:
+        """Raises `BadEdit` if a small dtype rounded all amounts away."""
+        unchanged = old == new
+        lost = (torch.isfinite(old) & unchanged).any(dim=-1) & unchanged.all(dim=-1)
+        if bool(here.real_cells(lost).any()):
+            raise BadEdit(
+                f"{self} changes nothing at {here.site}: "
+                f"{str(old.dtype).removeprefix('torch.')} has no number so near to these "
+                "logits; give a larger amount, or run the model in float32"
+            )
 
 
 @check_keywords

@@ -197,14 +197,18 @@ def _patch(source: Captured, where: Where, source_where: Where, lm: LM) -> Chang
             _check_sizes(source, new.shape[2:], values.shape[2:])
             return new
         _check_sizes(source, new.shape[2:-1], values.shape[2:-1])
-        # no query of the source's text sees keys after its last one
-        n_missing_keys = values.shape[-1] - new.shape[-1]
-        if n_missing_keys <= 0:
-            return new[..., : values.shape[-1]]
         masked = unseen_value(new.dtype, source.site.name == "scores")
-        return nn.functional.pad(new, (0, n_missing_keys), value=masked)
+        return _with_key_count(new, values.shape[-1], masked)
 
     return apply
+
+
+def _with_key_count(values: Tensor, count: int, masked: float) -> Tensor:
+    """Returns scores or a pattern with `count` keys; no query of a text sees keys after its end."""
+    n_missing_keys = count - values.shape[-1]
+    if n_missing_keys <= 0:
+        return values[..., :count]
+    return nn.functional.pad(values, (0, n_missing_keys), value=masked)
 
 
 def _check_sizes(source: Captured, sizes: Sequence[int], model_sizes: Sequence[int]) -> None:

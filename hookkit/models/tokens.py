@@ -13,7 +13,7 @@ from ..errors import NotOneToken
 Token: TypeAlias = str | int
 HALF_CHARACTER = "�"  # how a part of a character is decoded
 SPACE = "▁"  # sentencepiece writes a space as this character
-MOST_PROMPTS, MOST_TOKENS = 200, 1000  # that a table keeps as texts
+MAX_PROMPTS, MAX_TOKENS = 200, 1000  # that a table keeps as texts
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # sentencepiece's name of a single byte
 # Texts that are put before another one, to tokenize it as a continuation.
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
@@ -334,9 +334,9 @@ def describe_prompts(
     `prompts` are their texts, and with `tokens`, `tokens` the texts of their tokens. Of many
     prompts, or of long ones, nothing is kept.
     """
-    if len(rows) > MOST_PROMPTS:
+    if len(rows) > MAX_PROMPTS:
         return {}
     attrs: dict[str, list[Any]] = {"prompts": [prompt_text(lm, row) for row in rows]}
-    if tokens and sum(map(len, rows)) <= MOST_TOKENS:
+    if tokens and sum(map(len, rows)) <= MAX_TOKENS:
         attrs["tokens"] = [list(map(lm.string, row)) for row in rows]
     return attrs

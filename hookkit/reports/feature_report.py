@@ -39,7 +39,7 @@ from ..tables.distributions import token_texts
 from .page import Report, report
 from .parts import Content, Part, Passage, Passages
 
-MOST_FEATURES = 10  # that have a part of their own on the page; the tables have all features
+MAX_FEATURES = 10  # that have a part of their own on the page; the tables have all features
 CONTEXTS = 4  # in which a feature is clamped
 NEAREST = 5
 WORDS = 5  # promoted tokens in the summary
@@ -76,7 +76,7 @@ class FeatureReport:
         if len(numbers) == 1:
             subject = f"Feature {self.site}.{numbers[0]}"
         parts: list[Content] = [Part(self.summary, "summary", "One row for each feature.")]
-        for number in numbers[:MOST_FEATURES]:
+        for number in numbers[:MAX_FEATURES]:
             parts += self._write_feature(number)
         if self.missing:
             reasons = map("{}: {}".format, self.missing, self.missing.values())
@@ -179,7 +179,7 @@ def feature(
     *,
     pos: PosLike = slice(1, None),
     top: int = 10,
-    effects: int = MOST_FEATURES,
+    effects: int = MAX_FEATURES,
     seed: int = 0,
     progress: bool = True,
 ) -> FeatureReport:
@@ -241,7 +241,7 @@ def feature(
         tables["effects"] = pd.concat(parts, ignore_index=True)
     tables = {"summary": _summary(corpus, numbers, tables), **tables}
     passages = {}
-    for slot, number in enumerate(numbers[:MOST_FEATURES]):
+    for slot, number in enumerate(numbers[:MAX_FEATURES]):
         passages[number] = _passages(lm, corpus, number, float(corpus.maxima[slot]))
     return FeatureReport(site, corpus.n_tokens, tables, missing, passages)
 

@@ -24,7 +24,7 @@ from .parts import MARK, README, is_own_readme
 from .typesetting import escape_markdown
 
 PICTURE_SIZE = 640, 360  # pixels, the largest width and height of a picture on the index
-MOST_PIXELS = 80_000_000  # of a picture that is read
+MAX_PIXELS = 80_000_000  # of a picture that is read
 COLUMNS = ["result", "title", "question", "answer", "made", "page"]
 
 
@@ -151,7 +151,7 @@ def _encode_picture(folder: Path) -> str:
 
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise BadFile(
                     f"{str(path)!r} is a picture of {image.width} x {image.height} pixels, and is "
                     "not shown"

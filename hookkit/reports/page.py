@@ -55,7 +55,7 @@ from .parts import (
 )
 from .typesetting import column_kind, format_cell
 
-MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
+MAX_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
 FIRST_ROWS = 24  # of a longer table; its CSV has all rows
 SORTABLE_ROWS = 3  # the fewest rows of a table that the reader can sort
 PROSE_LETTERS = 40  # a longer text in a cell may break into lines
@@ -340,7 +340,7 @@ def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
 
 def _visible_part(table: pd.DataFrame, caption: str) -> tuple[pd.DataFrame, str]:
     """The rows and columns that are on the page, and the caption, which mentions the others."""
-    visible = table if len(table) <= MOST_ROWS else table.head(FIRST_ROWS)
+    visible = table if len(table) <= MAX_ROWS else table.head(FIRST_ROWS)
     # Empty columns, such as the intervals of a mean over one prompt, are only in the CSV.
     empty = table.columns[table.isna().all()]
     if len(table) and len(empty) < table.shape[1]:

@@ -42,8 +42,8 @@ from .comparison_page import name_prompt
 from .page import Report, report
 from .parts import Content, Part
 
-MOST_PROMPTS = 10  # that have a part of their own on the page; the tables have all prompts
-MOST_COMPONENTS = 8  # of a logit, for a reader
+MAX_PROMPTS = 10  # that have a part of their own on the page; the tables have all prompts
+MAX_COMPONENTS = 8  # of a logit, for a reader
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class Scan:
         count = len(self.run.text)
         title = title or f"Scan: {self.prompt(0)}"
         parts: list[Content] = [Part(self.summary, "summary", "One row for each prompt.")]
-        for row in range(min(count, MOST_PROMPTS)):
+        for row in range(min(count, MAX_PROMPTS)):
             parts += self._write_prompt(row)
         if self.missing:
             reasons = map("{}: {}".format, self.missing, self.missing.values())
@@ -347,7 +347,7 @@ def _lens_section(scan: Scan, name: str, table: Any, choice: str) -> Section:
 
 def _direct_section(scan: Scan, name: str, table: Any, choice: str) -> Section:
     caption = f"Which components say {choice}: {table['logit'].sum():.4g} of logit in all"
-    largest: Any = largest_rows(table, "logit", MOST_COMPONENTS)[["component", "logit"]]
+    largest: Any = largest_rows(table, "logit", MAX_COMPONENTS)[["component", "logit"]]
     return Section(name, caption, largest, partial(figures.logit_bars, table, top=12))
 
 

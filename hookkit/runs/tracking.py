@@ -222,11 +222,7 @@ class PositionTracker:
 
         def prompt(row: int) -> tuple[int, ...]:
             own = source_rows[row] if len(source_rows) == rows else None
-            if own is not None:
-                return tuple(own)
-            if not isinstance(ids, Tensor):
-                return (-1,) * lengths[row]
-            return tuple(ids[row, list(columns[row])].tolist())
+            return tuple(own) if own is not None else _read_ids(ids, row, columns[row])
 
         return SequenceBatch(columns, lengths, prompt, self.find, final=True)
 
@@ -360,12 +356,7 @@ class PositionTracker:
             )
 
         def prompt(row: int) -> tuple[int, ...]:
-            """The ids of a row; -1 where they are not known."""
-            length = lengths[row]
-            if ids is None:
-                return (-1,) * length
-            new = [column - past for column in columns[row][:length] if column >= past]
-            return (*(-1,) * (length - len(new)), *ids[row, new].tolist())
+            return _read_ids(ids, row, columns[row][: lengths[row]], past)
 
         return SequenceBatch(columns, lengths, prompt, self.find)
 
@@ -378,6 +369,14 @@ def _note_source(text: SequenceBatch, source: SequenceBatch | None, rows: int) -
         text.before, text.before_rows = source, range(rows)
     elif len(source.lengths) == 1:
         text.before, text.before_rows = source, [0] * rows
+
+
+def _read_ids(ids: Any, row: int, columns: Columns, past: int = 0) -> tuple[int, ...]:
+    """Returns the ids of a row, in which column `past` is the first; -1 where they are unknown."""
+    if not isinstance(ids, Tensor):
+        return (-1,) * len(columns)
+    known = [column - past for column in columns if column >= past]
+    return (*(-1,) * (len(columns) - len(known)), *ids[row, known].tolist())
 
 
 def _decoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,9 +38,9 @@ from ..tables.intervals import Auroc, auroc, auroc_difference, further_draws
 from .directions import BATCH, SiteStatistics, collect_statistics, median_length, provenance
 
 CONFIDENCE = 0.95
-MOST_TRIES = 100  # draws for each one whose folds all have both labels
+MAX_TRIES = 100  # draws for each one whose folds all have both labels
 LARGEST_SEED = 2**32 - 1  # of scikit-learn
-MOST_STEPS = 10_000  # of a fit; scikit-learn warns if it did not converge
+MAX_STEPS = 10_000  # of a fit; scikit-learn warns if it did not converge
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -250,7 +250,7 @@ class Study:
         label_of_group = self.is_positive[first]
         is_constant = np.array_equal(label_of_group[index], self.is_positive)
         draws = []
-        for _ in range(MOST_TRIES * self.shuffles):
+        for _ in range(MAX_TRIES * self.shuffles):
             if is_constant:
                 is_positive = generator.permutation(label_of_group)[index]
             else:
@@ -366,7 +366,7 @@ def _linear_model(c: float) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MOST_STEPS))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_STEPS))
 
 
 def _text_model() -> Any:
@@ -381,7 +381,7 @@ def _text_model() -> Any:
     bag = TfidfVectorizer(analyzer=analyzer, sublinear_tf=True)
     lengths = (StandardScaler(), ["tokens", "characters"])
     return make_pipeline(
-        make_column_transformer((bag, "words"), lengths), LogisticRegression(max_iter=MOST_STEPS)
+        make_column_transformer((bag, "words"), lengths), LogisticRegression(max_iter=MAX_STEPS)
     )
 
 

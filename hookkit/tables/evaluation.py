@@ -152,6 +152,19 @@ class _HookedForwards:
             if number not in self.fired:
                 raise NeverFired(f"{hook} acted in no document of the tasks: none came to it")
 
+    def batched_likelihoods(
+        self, texts: Sequence[Text], batch_size: int, longest: int, dtype: torch.dtype | None
+    ) -> list[tuple[float, bool]]:
+        """Returns the likelihoods of texts, which run in batches, the longest texts first."""
+        lengths = [len(context) + len(answer) for context, answer in texts]
+        longest_first = sorted(range(len(texts)), key=lambda index: -lengths[index])
+        scores: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(texts), batch_size):
+            indices = longest_first[start : start + batch_size]
+            batch = [texts[index] for index in indices]
+            scores.update(zip(indices, self.likelihoods(batch, longest, dtype), strict=True))
+        return [scores[index] for index in range(len(texts))]
+
     def likelihoods(
         self, texts: Sequence[Text], longest: int, dtype: torch.dtype | None
     ) -> Iterator[tuple[float, bool]]:
@@ -194,14 +207,9 @@ def _model_class() -> Callable[..., Any]:
         ) -> list[tuple[float, bool]]:
             if not self.forwards.hooks:
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            lengths = [len(context) + len(answer) for _, context, answer in requests]
-            longest_first = sorted(range(len(requests)), key=lambda index: -lengths[index])
-            scores: dict[int, tuple[float, bool]] = {}
-            for start in range(0, len(requests), self.batch_size):
-                batch_indices = longest_first[start : start + self.batch_size]
-                texts = [requests[index][1:] for index in batch_indices]
-                likelihoods = self.forwards.likelihoods(texts, self.max_length, self.softmax_dtype)
-                scores.update(zip(batch_indices, likelihoods, strict=True))
-            return [scores[index] for index in range(len(requests))]
+            texts = [request[1:] for request in requests]
+            return self.forwards.batched_likelihoods(
+                texts, self.batch_size, self.max_length, self.softmax_dtype
+            )
 
     return HookedModel

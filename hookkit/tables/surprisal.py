@@ -55,7 +55,7 @@ from .distributions import add_roles, selected_rows, token_texts
 from .rank_tables import add_deltas
 
 # default number of tokens in a window: 200 MB of logits for 49,152 tokens of vocabulary
-MOST = 1024
+MAX_TOKENS = 1024
 ALL_POSITIONS = (None, Span(None, None), Span(0, None))
 NUMBERS_AT_ONCE = 2**22  # logits in one piece of work: 16 MiB of float32
 TOKEN_COLUMNS = ["row", "pos", "token", "token_id"]
@@ -298,7 +298,7 @@ def token_losses(
     prefix: Prompts | None = None,
     window: int | None = None,
     stride: int | None = None,
-    batch_tokens: int = MOST,
+    batch_tokens: int = MAX_TOKENS,
     top: int = 0,
 ) -> pd.DataFrame:
     """The table of `surprisal` for texts of any length and number: the loss of each token, once.
@@ -392,7 +392,7 @@ def _continuation(lm: LM, text: Any) -> Any:
 def _window_sizes(lm: LM, window: int | None, stride: int | None) -> tuple[int, int]:
     context = lm.context or math.inf
     if window is None:
-        window = int(min(context, MOST))
+        window = int(min(context, MAX_TOKENS))
     meaning = "a number of tokens within the model's context,"
     check_integer(window, "window", least=2, most=context, meaning=meaning, error=BadHook)
     if stride is None:

@@ -7,7 +7,7 @@ successor             the next day, month, letter, number or ordinal
 greater_than          a year after the beginning of a span
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from random import Random
@@ -285,11 +285,8 @@ def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
     name_answer = _answer_namer(lm)
 
     def draw(source: Random) -> Draw | None:
-        names: dict[int, Token] = {}
-        for token_id in source.sample(range(lm.n_tokens), min(lm.n_tokens, 4 * length + 4)):
-            name = name_answer(token_id)
-            if name is not None:
-                names[token_id] = name
+        drawn = source.sample(range(lm.n_tokens), min(lm.n_tokens, 4 * length + 4))
+        names = _names_of(name_answer, drawn)
         if len(names) <= length:
             return None
         *repeated, answer, wrong = list(names)[: length + 1]
@@ -303,6 +300,18 @@ def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
         )
 
     return sample_pairs("induction", lm, draw, n, seed=seed)
+
+
+def _names_of(
+    name_answer: Callable[[int], Token | None], token_ids: Iterable[int]
+) -> dict[int, Token]:
+    """Returns the answers that name these tokens, without the tokens that have none."""
+    names: dict[int, Token] = {}
+    for token_id in token_ids:
+        name = name_answer(token_id)
+        if name is not None:
+            names[token_id] = name
+    return names
 
 
 def _added_prefix(lm: LM) -> tuple[int, ...]:
@@ -377,26 +386,27 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     words = list(chain.from_iterable(all_series.values()))
     usable_words = set(one_token_words(lm, words, "days, months, letters, numbers and ordinals"))
     usable = {name: words for name, words in all_series.items() if usable_words.issuperset(words)}
-
-    def draw(source: Random) -> Draw | None:
-        if not usable:
-            return None
-        name = source.choice([*usable])
-        template, separator = source.choice(SERIES_TEMPLATES)
-        series = usable[name]
-        n_starts = len(series) if name in ROUND else len(series) - ITEMS
-        clean_start, corrupted_start = source.sample(range(n_starts), 2)
-        *clean, answer = _successive_items(series, clean_start)
-        *corrupted, wrong = _successive_items(series, corrupted_start)
-        return Draw(
-            clean=template.format(items=separator.join(clean)),
-            corrupted=template.format(items=separator.join(corrupted)),
-            answer=f" {answer}",
-            wrong=f" {wrong}",
-            labels={f"item {n}": at(f" {word}", which=-1) for n, word in enumerate(clean, start=1)},
-        )
-
+    draw = partial(_draw_items, usable)
     return sample_pairs("successor", lm, draw, n, seed=seed, same_length=same_length)
+
+
+def _draw_items(usable: Mapping[str, list[str]], source: Random) -> Draw | None:
+    if not usable:
+        return None
+    name = source.choice([*usable])
+    template, separator = source.choice(SERIES_TEMPLATES)
+    series = usable[name]
+    n_starts = len(series) if name in ROUND else len(series) - ITEMS
+    clean_start, corrupted_start = source.sample(range(n_starts), 2)
+    *clean, answer = _successive_items(series, clean_start)
+    *corrupted, wrong = _successive_items(series, corrupted_start)
+    return Draw(
+        clean=template.format(items=separator.join(clean)),
+        corrupted=template.format(items=separator.join(corrupted)),
+        answer=f" {answer}",
+        wrong=f" {wrong}",
+        labels={f"item {n}": at(f" {word}", which=-1) for n, word in enumerate(clean, start=1)},
+    )
 
 
 def _successive_items(series: list[str], start: int) -> list[str]:
@@ -440,21 +450,20 @@ def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) ->
     ('7', '3')
     """
     check_text_draws(lm, "greater_than", n, seed)
-
-    def draw(source: Random) -> Draw | None:
-        noun = source.choice(NOUNS.split())
-        century = source.choice(CENTURIES)
-        unit = source.randrange(10)
-        decades = sorted(source.sample(range(10), 4))
-        corrupted_year, wrong_year, clean_year, later_year = [
-            f"{decade}{unit}" for decade in decades
-        ]
-        clean = TEMPLATE.format(noun=noun, century=century, year=clean_year)
-        corrupted = TEMPLATE.format(noun=noun, century=century, year=corrupted_year)
-        answer = next_token(lm, clean, later_year)
-        wrong = next_token(lm, clean, wrong_year)
-        if answer is None or wrong is None:
-            return None
-        return Draw(clean, corrupted, answer, wrong, {"decade": at(f"{century}{clean_year[0]}")})
-
+    draw = partial(_draw_years, lm)
     return sample_pairs("greater_than", lm, draw, n, seed=seed, same_length=same_length)
+
+
+def _draw_years(lm: LM, source: Random) -> Draw | None:
+    noun = source.choice(NOUNS.split())
+    century = source.choice(CENTURIES)
+    unit = source.randrange(10)
+    decades = sorted(source.sample(range(10), 4))
+    corrupted_year, wrong_year, clean_year, later_year = [f"{decade}{unit}" for decade in decades]
+    clean = TEMPLATE.format(noun=noun, century=century, year=clean_year)
+    corrupted = TEMPLATE.format(noun=noun, century=century, year=corrupted_year)
+    answer = next_token(lm, clean, later_year)
+    wrong = next_token(lm, clean, wrong_year)
+    if answer is None or wrong is None:
+        return None
+    return Draw(clean, corrupted, answer, wrong, {"decade": at(f"{century}{clean_year[0]}")})

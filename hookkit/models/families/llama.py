@@ -287,18 +287,18 @@ HUNYUAN_MOE = replace(MIXTURE, sizes=_hunyuan_sizes)
 LAGUNA = replace(MIXTURE, sizes=_laguna_sizes)
 
 
+def _mimo_sizes(config: Any, layer: int | None) -> dict[str, int]:
+    is_sliding = layer is not None and config.layer_types[layer] == "sliding_attention"
+    return {
+        "kv_head": config.num_key_value_heads * (2 if is_sliding else 1),
+        "d_head": config.v_head_dim,
+        "d_qk": config.head_dim,
+        "d_v": config.v_head_dim,
+    }
+
+
 def mimo_v2_flash(config: Any) -> Family:
     """Returns the row: keys and values have other widths, and sliding blocks have more heads."""
-
-    def sizes(config: Any, layer: int | None) -> dict[str, int]:
-        is_sliding = layer is not None and config.layer_types[layer] == "sliding_attention"
-        return {
-            "kv_head": config.num_key_value_heads * (2 if is_sliding else 1),
-            "d_head": config.v_head_dim,
-            "d_qk": config.head_dim,
-            "d_v": config.v_head_dim,
-        }
-
     return like_llama(
         {
             "q": output_of(".self_attn.q_proj", cut="head d_qk"),
@@ -306,5 +306,5 @@ def mimo_v2_flash(config: Any) -> Family:
         },
         mixture_sites(),
         missing=MIXED,
-        sizes=sizes,
+        sizes=_mimo_sizes,
     )

@@ -45,7 +45,7 @@ CHUNK_BYTES = 2**20  # of the float32 logits of a chunk on the CPU; as large as 
 DEVICE_CHUNK_BYTES = 2**26  # on another device
 STRIPES = 64  # the parts of the vocabulary among which the largest changes are found
 KL_STEPS = 3  # how often the size of a control is corrected
-MOST_SCALE = 100.0  # of a control's change of the logits
+MAX_SCALE = 100.0  # of a control's change of the logits
 SIGN_BIT = 2**31  # of a float32
 
 
@@ -86,7 +86,7 @@ def measure_changes(
     """Returns what the changes add up to.
 
     With `target`, the changes are scaled at each position so that the KL is the target, as far as
-    that is possible: up to `MOST_SCALE`, and not where a change is infinite.
+    that is possible: up to `MAX_SCALE`, and not where a change is infinite.
     """
     largest, scale = before.amax(-1, keepdim=True), torch.ones_like(changes[:, 0])
     weights = (before - largest).exp_()
@@ -120,10 +120,10 @@ def _scale_to_kl(
     for _ in range(KL_STEPS):
         slope = (root - last_root) / (scale - last_scale)
         step = (target_root - root) / slope
-        nearest = torch.minimum(scale / 10, last_scale.clamp(min=1 / MOST_SCALE))
+        nearest = torch.minimum(scale / 10, last_scale.clamp(min=1 / MAX_SCALE))
         guess = torch.where(step.isfinite(), scale + step, scale)
         last_scale, last_root = scale, root
-        scale = torch.maximum(guess, nearest).clamp(max=MOST_SCALE)
+        scale = torch.maximum(guess, nearest).clamp(max=MAX_SCALE)
         log_norm = torch.addcmul(logprobs, changes, scale[:, None]).logsumexp(-1)
         kl = (log_norm - scale * mean).clamp(min=0.0)
         root = kl.sqrt()
