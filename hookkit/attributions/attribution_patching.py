@@ -360,19 +360,27 @@ def _table(
     repeats = np.repeat(np.arange(len(points)), np.multiply(n_units, count))
     table = pd.DataFrame(points).iloc[repeats].reset_index(drop=True)
     if by_neuron:
-        units = list(map(np.arange, n_units))
-        for point, numbers in zip(points, units, strict=True):
-            if point.get("site", next(iter(grid.layers))) in FEATURE_AXES:
-                numbers[-1] = NO_UNIT
-        table["unit"] = np.repeat(np.concatenate(units), count)
-        if (table["unit"] == NO_UNIT).any():
-            table["unit"] = table["unit"].astype("Int64").mask(table["unit"] == NO_UNIT)
+        table["unit"] = _unit_column(grid, points, n_units, count)
     delta = np.concatenate(deltas).ravel()
     rows = np.tile(np.arange(count), len(delta) // count)
     table["row"] = rows
     unedited = before[rows]
     numbers = metric_columns(metric, unedited + delta, unedited, delta, target[rows])
     return table.assign(**numbers)
+
+
+def _unit_column(
+    grid: SiteGrid, points: Sequence[Mapping[str, Any]], n_units: Sequence[int], count: int
+) -> pd.Series:
+    """Returns the neuron of each row, or the feature: NA for the error of a dictionary."""
+    units = list(map(np.arange, n_units))
+    for point, numbers in zip(points, units, strict=True):
+        if point.get("site", next(iter(grid.layers))) in FEATURE_AXES:
+            numbers[-1] = NO_UNIT
+    column = pd.Series(np.repeat(np.concatenate(units), count))
+    if (column == NO_UNIT).any():
+        return column.astype("Int64").mask(column == NO_UNIT)
+    return column
 
 
 def _estimates_of_points(

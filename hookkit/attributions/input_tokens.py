@@ -91,10 +91,8 @@ def token_attribution(
         change = result.metric.double().cpu() - baseline_metric.double().cpu()
         gaps = change - attributions.sum(-1)
         table["gap"] = gaps.numpy()[table["row"]]
-        table.attrs["gap"] = gaps.tolist()
-        table.attrs["steps"] = len(path)
-    table.attrs["method"] = method
-    table.attrs["metric"] = result.metric.tolist()
+        table.attrs |= {"gap": gaps.tolist(), "steps": len(path)}
+    table.attrs |= {"method": method, "metric": result.metric.tolist()}
     table.attrs["baseline"] = baseline_metric.tolist()
     return table
 

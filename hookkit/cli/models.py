@@ -358,12 +358,7 @@ def dictionary(
     The same command continues after an interruption.
     """
     is_default = model.model is None and texts is None and site == DICTIONARY_SITE
-    if out is None and not is_default:
-        raise BadFile("with --model, --texts or --site, say the folder of the dictionary: --out")
-    if out is not None:
-        check_result_folder("--out", out)
-    if texts is not None:
-        _check_text_file(texts)
+    _check_dictionary_options(texts, out, is_default=is_default)
     from ..features.default_dictionary import make_dictionary, mixed_texts, shuffled_texts
     from ..features.dictionary_files import default_dictionary_folder
     from ..features.training import QUALITY
@@ -388,6 +383,15 @@ def dictionary(
         print_text(json.dumps(rows_as_dicts(table)) + "\n")
     else:
         print_table(table.round(4))
+
+
+def _check_dictionary_options(texts: str | None, out: Path | None, *, is_default: bool) -> None:
+    if out is None and not is_default:
+        raise BadFile("with --model, --texts or --site, say the folder of the dictionary: --out")
+    if out is not None:
+        check_result_folder("--out", out)
+    if texts is not None:
+        _check_text_file(texts)
 
 
 @command(

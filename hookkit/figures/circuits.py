@@ -94,9 +94,9 @@ def circuit_graph(table: pd.DataFrame, *, title: str = "") -> Figure:
     width = min(MAX_SIDE, max(5.0, HEAD_WIDTH * (right + 2)))
     figure, axes = style.new_figure(width, min(MAX_SIDE, max(3.0, BLOCK_HEIGHT * (top + 2))))
     _draw_lines(axes, lines, positions)
+    box = {"boxstyle": "round,pad=0.2", "fc": style.PAPER, "ec": style.MUTED, "lw": 0.7}
+    look = {"ha": "center", "va": "center", "fontsize": 7, "color": style.INK}
     for node, (x, y) in positions.items():
-        box = {"boxstyle": "round,pad=0.2", "fc": style.PAPER, "ec": style.MUTED, "lw": 0.7}
-        look = {"ha": "center", "va": "center", "fontsize": 7, "color": style.INK}
         axes.text(x, y, _label(node), bbox=box, zorder=2, **look)
     axes.set_xlim(-0.6, right + 0.6)
     axes.set_ylim(-0.6, top + 0.6)

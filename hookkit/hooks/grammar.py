@@ -7,7 +7,7 @@ needs no other package, and it refuses a schema of which it cannot keep a part.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from json import dumps, loads
 from typing import TYPE_CHECKING, Any
@@ -244,15 +244,18 @@ def check_sequences(
         selected = text.selected_positions(hook.where)
         for index, (tokens, prompt) in enumerate(zip(rows, prompts, strict=True)):
             new = list(tokens[text.lengths[prompt] :])
-            matcher = start.deep_copy()
-            count = matcher.try_consume_tokens(new)  # it reads no end token of generate's own
-            fits = count == len(new) or (new[count] in ends and matcher.is_accepting())
-            if selected[prompt] is not None and not fits:
+            if selected[prompt] is not None and not _is_allowed(start.deep_copy(), new, ends):
                 raise Unsupported(
                     f"sequence {index} of {len(rows)}, of row {prompt}, is none that {hook} "
                     "allows: it has fewer texts than there are beams, so take fewer beams, or "
                     "return fewer sequences"
                 )
+
+
+def _is_allowed(matcher: Any, tokens: list[int], ends: Collection[int]) -> bool:
+    """True if a grammar allows a text; the matcher reads no end token of generate's own."""
+    count = matcher.try_consume_tokens(tokens)
+    return count == len(tokens) or (tokens[count] in ends and matcher.is_accepting())
 
 
 @check_keywords

@@ -366,21 +366,29 @@ class ForwardPass:
         lowest = first
         if new:
             lowest = max(first, self.n_read)
+        rows, positions = self._positions_between(where, lowest, last)
+        if not rows:
+            return None
+        columns: list[Columns] = []
+        for row, row_positions in zip(rows, positions, strict=True):
+            prompt_columns = self.text.columns[self.text.of(row)]
+            columns.append(_columns_of(row_positions, prompt_columns, first))
+        return self._build_selection(rows, positions, columns, len(computed))
+
+    def _positions_between(
+        self, where: Where, first: int, last: int
+    ) -> tuple[list[int], list[PositionRange]]:
+        """Returns the rows with selected positions from column `first` to `last`, and these."""
         selected = self.text.selected_positions(where)
         rows: list[int] = []
         positions: list[PositionRange] = []
-        columns: list[Columns] = []
         for row in range(self.rows):
             prompt = self.text.of(row)
-            prompt_columns = self.text.columns[prompt]
-            row_positions = positions_between(selected[prompt], prompt_columns, lowest, last)
+            row_positions = positions_between(selected[prompt], self.text.columns[prompt], first, last)
             if row_positions:
                 rows.append(row)
                 positions.append(row_positions)
-                columns.append(_columns_of(row_positions, prompt_columns, first))
-        if not rows:
-            return None
-        return self._build_selection(rows, positions, columns, len(computed))
+        return rows, positions
 
     def _select_patches(self, images: Places, where: Where, new: bool) -> Selection | None:
         """Returns the cells that a hook selects in a tower, whose rows may have several images.

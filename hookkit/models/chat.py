@@ -398,10 +398,15 @@ def _locate_contents(
                     f"{message['role']}'s: {shorten(content)!r}. Leave it out, or write it into "
                     "another message"
                 )
-            start = _common_length(text, altered)
-            after = _common_length(text[start:][::-1], altered[start:][::-1])
-            end = len(text) - after
+            start, end = _changed_span(text, altered)
             yield (turn, start, end) if _is_part(text[start:end], content) else None
+
+
+def _changed_span(text: str, altered: str) -> tuple[int, int]:
+    """Returns where a text begins and ends to differ from an altered one."""
+    start = _common_length(text, altered)
+    after = _common_length(text[start:][::-1], altered[start:][::-1])
+    return start, len(text) - after
 
 
 def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:

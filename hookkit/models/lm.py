@@ -208,15 +208,7 @@ class LM(Vocabulary):
     engine: Engine | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            hint = ""
-            if isinstance(self.tokenizer, nn.Module):
-                hint = "; the model comes first, then the tokenizer"
-            raise BadArgument(
-                f"LM needs the model itself, an nn.Module, and was given "
-                f"{type(self.model).__name__} {str(self.model)[:60]!r}; to load one by name, use "
-                f"hk.load(name){hint}"
-            )
+        self._check_model()
         if self.tokenizer is not None:
             tokenizer = tokenizer_of(self.tokenizer)
             if tokenizer is not self.tokenizer:
@@ -231,6 +223,18 @@ class LM(Vocabulary):
                 f"LM has row={describe(self.row)}: give a row of the table of families, "
                 "hk.family(…)"
             )
+
+    def _check_model(self) -> None:
+        if isinstance(self.model, nn.Module):
+            return
+        hint = ""
+        if isinstance(self.tokenizer, nn.Module):
+            hint = "; the model comes first, then the tokenizer"
+        raise BadArgument(
+            f"LM needs the model itself, an nn.Module, and was given "
+            f"{type(self.model).__name__} {str(self.model)[:60]!r}; to load one by name, use "
+            f"hk.load(name){hint}"
+        )
 
     # ---- the model
 

@@ -190,16 +190,20 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
     columns: list[Sequence[int]] = [range(len(row)) for row in rows]
     mask = inputs.get("attention_mask")
     if mask is not None:
-        mask_rows = _rows_of_mask(mask)
-        if len(mask_rows) != len(rows):
-            raise BadPrompt(
-                f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one "
-                "shape"
-            )
-        columns = list(map(_columns_without_padding, rows, mask_rows, count()))
+        columns = _columns_by_mask(rows, mask)
         rows = [tuple(map(row.__getitem__, own)) for row, own in zip(rows, columns, strict=True)]
     others = {str(name): inputs[name] for name in inputs if name not in MODEL_INPUTS}
     return split_inputs(rows, columns, width, others)
+
+
+def _columns_by_mask(rows: Sequence[Any], mask: Any) -> list[Sequence[int]]:
+    """Returns the columns of each row that are no padding by the mask."""
+    mask_rows = _rows_of_mask(mask)
+    if len(mask_rows) != len(rows):
+        raise BadPrompt(
+            f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one shape"
+        )
+    return list(map(_columns_without_padding, rows, mask_rows, count()))
 
 
 def _rows_of_mask(mask: object) -> list[Any]:

@@ -172,13 +172,8 @@ class Vocabulary(ABC):
         pieces = self.tokenizer.convert_ids_to_tokens(list(range(self.n_tokens)))
         result: list[bytes] = []
         for token_id, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
-            data = text.removeprefix(start).encode()
-            is_byte = BYTE_PIECE.fullmatch(str(piece)) is not None
-            if token_id in special_ids and not is_byte:
-                data = b"\0"
-            elif is_byte or HALF_CHARACTER in text:
-                data = _bytes_of(str(piece)) or data
-            result.append(data)
+            is_special = token_id in special_ids
+            result.append(_added_bytes(text.removeprefix(start), str(piece), is_special=is_special))
         return result
 
     @property
@@ -291,6 +286,16 @@ def check_tokens(
     for item in items:
         tokens.append(item if isinstance(item, also) else check_token(item, name))
     return tuple(tokens)
+
+
+def _added_bytes(text: str, piece: str, *, is_special: bool) -> bytes:
+    """Returns the bytes of a token from its text and its piece; one zero byte if it is special."""
+    is_byte = BYTE_PIECE.fullmatch(piece) is not None
+    if is_special and not is_byte:
+        return b"\0"
+    if is_byte or HALF_CHARACTER in text:
+        return _bytes_of(piece) or text.encode()
+    return text.encode()
 
 
 def different_tokens(first: Vocabulary, second: Vocabulary) -> dict[int, tuple[str, str]]:

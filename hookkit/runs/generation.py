@@ -366,6 +366,24 @@ def end_of_rows(
     The last token of a row was chosen and never read, so its position does not count.
     """
     prompts = [row // generation.returned for row in range(len(sequences))]
+    rows = _rows_without_padding(generation, text, prompts, sequences, watch)
+    lineage = None
+    if generation.beams > 1:
+        lineage = {
+            forward: _ancestors(history, sequences, prompts, text.expand)
+            for forward, history in watch.histories.items()
+        }
+    return rows, SequenceEnd(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
+
+
+def _rows_without_padding(
+    generation: Generation,
+    text: SequenceBatch,
+    prompts: Sequence[int],
+    sequences: Tensor,
+    watch: GenerationWatch,
+) -> list[list[int]]:
+    """Returns the tokens of the prompt and of the generated text of each returned sequence."""
     ended = [0] * len(prompts)
     if watch.ended is not None and generation.beams == 1:
         ended = watch.ended.tolist()
@@ -375,13 +393,7 @@ def end_of_rows(
         new = sequence[prompt_width:]
         end = columns - prompt_width if columns else _end_of(new, generation)
         rows.append([*text.prompt(prompt), *new[:end]])
-    lineage = None
-    if generation.beams > 1:
-        lineage = {
-            forward: _ancestors(history, sequences, prompts, text.expand)
-            for forward, history in watch.histories.items()
-        }
-    return rows, SequenceEnd(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
+    return rows
 
 
 def _end_of(new: list[int], generation: Generation) -> int | None:

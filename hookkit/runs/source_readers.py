@@ -77,12 +77,7 @@ class TextReader:
         if logits is None:
             left = generating or can_pad(self.lm, "left", rows)
             logits = self._read_all(rows, max(n_unread), left=left, generating=generating)
-        columns: list[list[int]] = []
-        for row, index in zip(rows, indices, strict=True):
-            shift = logits.shape[1] - len(row) if left else 0
-            columns.append([shift + number for number in index])
-        cells = pad_rows(columns, 0).to(logits.device)
-        logits = logits[torch.arange(len(rows), device=logits.device)[:, None], cells]
+        logits = _at_indices(logits, rows, indices, left=left)
         self.last = here.cells, logits
         return logits
 
@@ -283,6 +278,18 @@ def _index_of(cells: Selection, some: Selection) -> tuple[Tensor, Tensor]:
 
 
 Reader: TypeAlias = TextReader | LayerReader
+
+
+def _at_indices(
+    logits: SourceLogits, rows: Sequence[Row], indices: Sequence[Sequence[int]], *, left: bool
+) -> SourceLogits:
+    """Returns the logits at these indices into the rows, which are padded on the left or right."""
+    columns: list[list[int]] = []
+    for row, index in zip(rows, indices, strict=True):
+        shift = logits.shape[1] - len(row) if left else 0
+        columns.append([shift + number for number in index])
+    cells = pad_rows(columns, 0).to(logits.device)
+    return logits[torch.arange(len(rows), device=logits.device)[:, None], cells]
 
 
 def reader_of(lm: LM, hook: SourceEdit | SwapConcept) -> Reader:

@@ -316,15 +316,22 @@ class Tracer:
             key: _stage(logits, ids, tops[key][:, : self.settings.top], n_tokens)
             for key, logits in different.items()
         }
-        changes, first = [], tops[id(logits_by_name["model"])][:, :1]
-        for hook, rows, after in self._open_step.changes:
-            ranks = ranks_among(token_logits(after, n_tokens), after.gather(1, ids))
-            removed_first = after.gather(1, first)[:, 0].isneginf()
-            changes.append(LogitChange(hook, rows, ranks, removed_first))
+        changes = self._logit_changes(ids, tops[id(logits_by_name["model"])][:, :1])
         by_name = {name: stages[id(logits)] for name, logits in logits_by_name.items()}
         call = self._open_step.call
         firings = [firing for firing in self._conditional if firing[1] == call]
         return Step(call, ids, by_name, changes, _condition_sentences(firings))
+
+    def _logit_changes(
+        self, ids: Int[Tensor, "row token"], first: Int[Tensor, "row 1"]
+    ) -> list[LogitChange]:
+        """The ranks of tokens after each hook, and whether it removed the model's first token."""
+        changes, n_tokens = [], self.lm.n_tokens
+        for hook, rows, after in self._open_step.changes:
+            ranks = ranks_among(token_logits(after, n_tokens), after.gather(1, ids))
+            removed_first = after.gather(1, first)[:, 0].isneginf()
+            changes.append(LogitChange(hook, rows, ranks, removed_first))
+        return changes
 
 
 def _condition_sentences(firings: Iterable[Firing]) -> dict[int, list[str]]:

@@ -204,14 +204,10 @@ class PositionTracker:
 
     def _source_text(self, arguments: Mapping[str, Any]) -> SequenceBatch:
         """Returns the text that the encoder reads, from the arguments of the model or of it."""
-        ids, features = arguments.get("input_ids"), arguments.get("input_features")
-        outputs, mask = arguments.get("encoder_outputs"), arguments.get("attention_mask")
-        if isinstance(features, Tensor):  # two frames of sound are one position
-            rows, width, mask = features.shape[0], (features.shape[-1] + 1) // 2, None
-        elif outputs is not None and not isinstance(ids, Tensor):
-            rows, width = outputs[0].shape[:2]
-        else:
-            rows, width = _rows_and_width(arguments)
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        rows, width = _shape_of_source(arguments)
+        if isinstance(arguments.get("input_features"), Tensor):
+            mask = None  # it is of frames
         columns: list[Columns] = [range(width)] * rows
         lengths = [width] * rows
         if isinstance(mask, Tensor):
@@ -369,6 +365,16 @@ def _note_source(text: SequenceBatch, source: SequenceBatch | None, rows: int) -
         text.before, text.before_rows = source, range(rows)
     elif len(source.lengths) == 1:
         text.before, text.before_rows = source, [0] * rows
+
+
+def _shape_of_source(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns how many rows an encoder reads, and how many positions a row has."""
+    features, outputs = arguments.get("input_features"), arguments.get("encoder_outputs")
+    if isinstance(features, Tensor):  # two frames of sound are one position
+        return features.shape[0], (features.shape[-1] + 1) // 2
+    if outputs is not None and not isinstance(arguments.get("input_ids"), Tensor):
+        return outputs[0].shape[:2]
+    return _rows_and_width(arguments)
 
 
 def _read_ids(ids: Any, row: int, columns: Columns, past: int = 0) -> tuple[int, ...]:

@@ -335,6 +335,11 @@ def _plain_items(values: Any, name: str, count: int) -> list[Any]:
             f"there are {count_of(count, 'text')} and {len(values)} {name}: give one for each text"
         )
     items = [value.item() if hasattr(value, "item") else value for value in values]
+    _check_items(items, name)
+    return items
+
+
+def _check_items(items: Sequence[Any], name: str) -> None:
     try:
         missing = [item for item in items if item is None or item != item]
         set(items)
@@ -342,7 +347,6 @@ def _plain_items(values: Any, name: str, count: int) -> list[Any]:
         raise BadHook(f"{name} has a value that is no number or text: {error}") from error
     if missing:
         raise BadHook(f"{name} has {len(missing)} missing values (None or NaN): leave them out")
-    return items
 
 
 # ---- fits

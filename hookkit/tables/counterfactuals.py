@@ -228,6 +228,19 @@ def _refuse_several_texts(lm: LM, arguments: Mapping[str, Any]) -> None:
 
 def _for_both_halves(lm: LM, arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Returns generate's arguments for a batch that has each of `count` prompts twice."""
+    _refuse_per_row(lm, arguments)
+    batch_arguments = dict(arguments)
+    allowed = arguments.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        batch_arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(row % count, ids)
+    for name in ("logits_processor", "stopping_criteria"):
+        if arguments.get(name):
+            batch_arguments[name] = [_Halves(arguments[name], name, count)]
+    return batch_arguments
+
+
+def _refuse_per_row(lm: LM, arguments: Mapping[str, Any]) -> None:
+    """Raises `Unsupported` for an argument that has a value for each row of the batch."""
     for name, value in arguments.items():
         is_per_row = isinstance(value, Tensor) and value.ndim > 0 and name in lm.takes
         is_state = name in ("past_key_values", "encoder_outputs", "streamer") and value is not None
@@ -237,14 +250,6 @@ def _for_both_halves(lm: LM, arguments: Mapping[str, Any], count: int) -> dict[s
                 "its rows would be others than yours: leave it out, or call generate twice, with "
                 "the hooks and without them"
             )
-    batch_arguments = dict(arguments)
-    allowed = arguments.get("prefix_allowed_tokens_fn")
-    if allowed is not None:
-        batch_arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(row % count, ids)
-    for name in ("logits_processor", "stopping_criteria"):
-        if arguments.get(name):
-            batch_arguments[name] = [_Halves(arguments[name], name, count)]
-    return batch_arguments
 
 
 class _Halves:

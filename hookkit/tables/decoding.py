@@ -173,11 +173,7 @@ def _decision_row(record: GenerationRecord, decision: Decision) -> dict[str, obj
         "token_id": decision.token,
         "why": _reason(record, decision),
     }
-    numbers = {name: _numbers(decision, name, decision.token) for name in STAGES}
-    for name in STAGES:
-        for quantity in ("entropy", "varentropy", "margin"):
-            numbers[name][quantity] = getattr(stages[name], quantity)[row].item()
-        numbers[name]["perplexity"] = stages[name].entropy[row].exp().item()
+    numbers = {name: _numbers_at(decision, name) for name in STAGES}
     for quantity in ("logit", "prob", "rank", "entropy", "varentropy", "margin", "perplexity"):
         for name in STAGES:
             columns[f"{quantity}_{name}"] = numbers[name][quantity]
@@ -187,6 +183,15 @@ def _decision_row(record: GenerationRecord, decision: Decision) -> dict[str, obj
         columns["top1_model"] = lm.string(int(stages["model"].top[row, 0]))
     columns["conditions"] = "; ".join(decision.record.conditions.get(row, ()))
     return columns
+
+
+def _numbers_at(decision: Decision, name: str) -> dict[str, Any]:
+    """Returns the numbers of the chosen token and of its distribution at a stage."""
+    stage, row = decision.record.stages[name], decision.model_row
+    numbers: dict[str, Any] = dict(_numbers(decision, name, decision.token))
+    for quantity in ("entropy", "varentropy", "margin"):
+        numbers[quantity] = getattr(stage, quantity)[row].item()
+    return {**numbers, "perplexity": stage.entropy[row].exp().item()}
 
 
 def _reason(record: GenerationRecord, decision: Decision) -> str:

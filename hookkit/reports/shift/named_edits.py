@@ -10,7 +10,7 @@ import pandas as pd
 
 from ...arguments import check_integer
 from ...errors import BadHook
-from ...hooks.base import Hook
+from ...hooks.base import Hook, as_tuple
 from ...hooks.capture import Capture
 from ...hooks.edits import Knockout
 from ...hooks.grammar import Grammar
@@ -176,10 +176,7 @@ def describe_hook(hook: Hook) -> str:
     if isinstance(hook, Grammar):
         return f"{verb} {hook}"
     if isinstance(hook, LogitEdit) and not isinstance(hook, Randomised):
-        tokens = []
-        for name in hook.names:
-            value = getattr(hook, name)
-            tokens += value if isinstance(value, tuple) else [value]
+        tokens = chain.from_iterable(as_tuple(getattr(hook, name)) for name in hook.names)
         return f"{verb} {', '.join(map(repr, tokens))} at the logits"
     text = f"{verb} {hook._sites()}"
     if hook.where.pos is not None:
