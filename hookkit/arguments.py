@@ -145,6 +145,11 @@ def as_items(values: Any) -> list[Any] | None:
         return None
 
 
+def leave_out_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that are not None, by name."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def is_mapping(value: object) -> bool:
     """True for a dict, and for the `UserDict` that a tokenizer or a processor returns."""
     if isinstance(value, Mapping):

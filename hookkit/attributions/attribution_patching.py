@@ -356,7 +356,7 @@ def _table(
         estimate = torch.cat([effect[site] for effect in effects], dim=1)
         estimates[site] = estimate.movedim(1, -1).numpy()
     points, deltas = _estimates_of_points(grid, estimates)
-    n_units = [len(delta) for delta in deltas]  # neurons, or 1
+    n_units = list(map(len, deltas))  # neurons, or 1
     repeats = np.repeat(np.arange(len(points)), np.multiply(n_units, count))
     table = pd.DataFrame(points).iloc[repeats].reset_index(drop=True)
     if by_neuron:

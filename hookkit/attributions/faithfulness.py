@@ -435,7 +435,7 @@ def compare_circuits(
     one, two = tables[0], tables[1].loc[tables[0].index]
     a, b = one["in_circuit"].to_numpy(bool), two["in_circuit"].to_numpy(bool)
     total = len(a)
-    weights = [_weights(table) for table in (one, two)]
+    weights = list(map(_weights, (one, two)))
     by_chance = a.sum() * b.sum() / total
     overlap = {
         "jaccard": (a & b).sum() / max(1, (a | b).sum()),

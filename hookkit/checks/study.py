@@ -90,7 +90,7 @@ class Study:
     def sites(self) -> list[Site]:
         """The sites of the whole stack and of the layers to check."""
         layers = {None, *self.layers}
-        sites = self.lm.expand([self.site(name) for name in self.layout.names])
+        sites = self.lm.expand(list(map(self.site, self.layout.names)))
         return [site for site in sites if isinstance(site, Site) and site.layer in layers]
 
     def sites_named(self, names: Collection[str]) -> list[Site]:

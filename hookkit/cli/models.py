@@ -315,7 +315,7 @@ def harvest(
         "rows": len(results),
         "texts": results.texts,
         "left_out": results.left_out,
-        "sites": [str(site) for site in results.sites],
+        "sites": list(map(str, results.sites)),
     }
     print_text(json.dumps(summary, ensure_ascii=False) + "\n")
 

@@ -18,6 +18,7 @@ from typer import Argument, Option
 
 import hookkit as hk
 
+from ..arguments import leave_out_none
 from ..errors import BadFile, BadHook, BadPrompt, NotOneToken
 from ..files.untrusted import (
     decode_text,
@@ -98,7 +99,7 @@ class ModelOptions:
 def _options_set(group: Any, *names: str) -> dict[str, Any]:
     """Returns the options of a group with these names, without those that are left out."""
     values = {name: getattr(group, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    return leave_out_none(values)
 
 
 @dataclass(frozen=True, kw_only=True)

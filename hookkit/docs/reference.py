@@ -125,7 +125,7 @@ class _Name:
 def _format_signature(function: Any, *, method: bool = False) -> str:
     """Returns the signature with the names of types, a parameter a line if it is long."""
     signature = inspect.signature(function)
-    parameters = [_with_names(item) for item in signature.parameters.values()]
+    parameters = list(map(_with_names, signature.parameters.values()))
     returned = signature.return_annotation
     if isinstance(returned, str):
         returned = _Name(returned)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from ..arguments import describe
+from ..arguments import describe, leave_out_none
 from ..display import describe_outcome, render_html
 from ..errors import BadEdit, BadHook, Unsupported
 from ..models.batch_positions import Selection, expand_mask, pad_rows
@@ -311,7 +311,7 @@ class Hook:
     def where_settings(self) -> dict[str, Any]:
         """Returns the keywords that say where the hook acts."""
         values = {"pos": self.where.pos, "rows": self.where.rows, "step": self.where.step}
-        return {name: value for name, value in values.items() if value is not None}
+        return leave_out_none(values)
 
     def __str__(self) -> str:
         """Returns the call that makes this hook, on one line."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import check_choice, check_keywords, check_text, describe, shorten
+from ..arguments import check_choice, check_keywords, check_text, describe, leave_out_none, shorten
 from ..errors import BadEdit, BadHook, MissingExtra, Unsupported
 from ..models.batch_positions import Ruling, SequenceBatch
 from ..models.lm import LM
@@ -295,7 +295,7 @@ def grammar(
     [' Paris.<|im_end|>']
     """
     arguments = {"json": json, "regex": regex, "ebnf": ebnf}
-    values = {kind: value for kind, value in arguments.items() if value is not None}
+    values = leave_out_none(arguments)
     if len(values) != 1:
         named = " and ".join(values) or "none"
         raise BadHook(f"grammar() needs one of json=, regex= and ebnf=, and was given {named}")

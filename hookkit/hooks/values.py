@@ -189,7 +189,7 @@ def _patch(source: Captured, where: Where, source_where: Where, lm: LM) -> Chang
     """Returns the change to the source's values, position by position of `source_where` in it."""
 
     def apply(values: Tensor, here: EditContext) -> Tensor:
-        rows = [source.row(prompt) for prompt in here.rows]
+        rows = list(map(source.row, here.rows))
         columns = _source_columns(source, (where, source_where), rows, here, lm)
         new = source.by_position[torch.tensor(rows)[:, None], columns]
         new = convert_like(new, values, f"what the source has at {source.site}")

@@ -7,6 +7,7 @@ hk.figures.heat_map(table.query("score == 'induction'"), value="value", x="head"
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -98,8 +99,11 @@ def _attention_values(
 ) -> dict[str, Float[Tensor, "row layer_head"]]:
     """Returns each head's mean attention in each sequence, by score."""
     sites = [Site("pattern", layer) for layer in layers]
-    parts = [_attention(run, sites, length) for run in _runs(lm, rows, sites)]
-    return {name: torch.cat([part[name] for part in parts]) for name in ATTENTION}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for run in _runs(lm, rows, sites):
+        for name, scores in _attention(run, sites, length).items():
+            parts[name].append(scores)
+    return {name: torch.cat(scores) for name, scores in parts.items()}
 
 
 def _suppression_values(

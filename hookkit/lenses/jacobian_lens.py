@@ -225,7 +225,7 @@ class JacobianLens:
                 "are not means of the same: fit both with the same ones"
             )
         sums = {site: values + other.sums[site] for site, values in self.sums.items()}
-        counts = [sum(of_half) for of_half in zip(self.counts, other.counts, strict=True)]
+        counts = list(map(sum, zip(self.counts, other.counts, strict=True)))
         share = sum(self.counts) / sum(counts)
         lengths = {}
         for site, length in self.lengths.items():

@@ -191,7 +191,7 @@ class Selection:
     @property
     def prompts(self) -> list[int]:
         """The prompt of each row."""
-        return [self.text.of(row) for row in self.rows]
+        return list(map(self.text.of, self.rows))
 
     @cached_property
     def positions(self) -> Int[Tensor, "row pos"]:

@@ -128,7 +128,7 @@ class Word:
     def ids(self, lm: LM) -> list[int]:
         """Returns the tokens that `force` writes: the text as it was given, after a space."""
         if not isinstance(self.text, str):
-            return [lm.token(token) for token in self.text]
+            return list(map(lm.token, self.text))
         has_space = not self.exact and _continues_word(self.text[0])
         return _ids_of_text(lm, f" {self.text}" if has_space else self.text, self)
 

@@ -78,7 +78,7 @@ class ControlMaker:
         Raises `Unsupported` if there are not two: an edit of attention's pattern in all blocks, for
         example, has no other block.
         """
-        makers = [self._choose_kind(hook) for hook in hooks]
+        makers = list(map(self._choose_kind, hooks))
         draws: dict[Hooks, None] = {}
         for attempt in range(count * TRIES):
             generator = Random(f"{seed} {attempt}")

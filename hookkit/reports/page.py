@@ -291,7 +291,7 @@ def _render_part(part: PagePart, formats: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(part, Folded):
         return {"kind": "folded", "summary": part.summary, "text": part.text}
     if isinstance(part, Passages):
-        passages = [_render_passage(passage) for passage in part.passages]
+        passages = list(map(_render_passage, part.passages))
         return {"kind": "passages", "caption": part.caption, "passages": passages}
     if isinstance(part.content, Figure):
         svg = Markup(as_svg(part.content, part.name, part.caption))

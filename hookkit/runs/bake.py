@@ -260,7 +260,7 @@ def _split_stream(lm: LM, hook: ProjectOut, sites: Sites) -> tuple[list[Site], l
 
 
 def _check_whole_stream(lm: LM, hook: ProjectOut, stream: Sequence[Site]) -> None:
-    points = {_point(site) for site in stream}
+    points = set(map(_point, stream))
     names = [name for name in STREAM if name in lm.layout.names]
     missing = [site for site in lm.sites(names) if _point(site) not in points]  # pyright: ignore
     if missing:

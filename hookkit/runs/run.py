@@ -228,7 +228,7 @@ class Run:
 
     def _ipython_key_completions_(self) -> list[str]:
         """The keys that a notebook offers after `run["`."""
-        return [str(site) for site in self.sites]
+        return list(map(str, self.sites))
 
     def _repr_html_(self) -> str:
         facts: dict[str, object] = {}

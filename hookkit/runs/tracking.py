@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..arguments import leave_out_none
 from ..errors import Unsupported
 from ..models.batch_positions import (
     Columns,
@@ -397,7 +398,7 @@ def _decoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
             )
         given["input_ids"] = _first_tensor(arguments.values())  # the decoder was called by itself
     others = {name: value for name, value in arguments.items() if name not in names}
-    return {**others, **{name: value for name, value in given.items() if value is not None}}
+    return {**others, **leave_out_none(given)}
 
 
 def _refuse_named(stack: str, ids: Sequence[int], place: Named) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def split_axis(location: ModuleLocation, sizes: Mapping[str, int | None]) -> Axi
     """Returns the numbers of a location's `cut` with these sizes."""
     group, _, text = location.cut.rpartition(":")
     parts = [_numbers(words, sizes) for words in text.split("|")]
-    lengths = [math.prod(part) for part in parts]
+    lengths = list(map(math.prod, parts))
     start = sum(lengths[: location.part])
     stop = start + lengths[location.part]
     *heads, width = parts[location.part]

@@ -135,7 +135,7 @@ def as_metrics(metrics: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]
         raise BadHook(
             "no metric was given: give one, such as hk.metrics.logit_diff(' Mary', ' John')"
         )
-    return tuple([_as_metric(item) for item in items])
+    return tuple(map(_as_metric, items))
 
 
 def _as_metric(item: Any) -> Metric:
