@@ -384,7 +384,8 @@ class ForwardPass:
         positions: list[PositionRange] = []
         for row in range(self.rows):
             prompt = self.text.of(row)
-            row_positions = positions_between(selected[prompt], self.text.columns[prompt], first, last)
+            columns = self.text.columns[prompt]
+            row_positions = positions_between(selected[prompt], columns, first, last)
             if row_positions:
                 rows.append(row)
                 positions.append(row_positions)
