@@ -42,7 +42,7 @@ MAX_BARS = 60  # bars or lines of tokens that one figure shows
 DPI = 150
 LABEL_HEIGHT = 0.175  # inches from label to label in a column
 SHADES = 256  # colours of a colour map
-MOST_DRAWN_CELLS = 5000  # more are one picture in an SVG
+MAX_DRAWN_CELLS = 5000  # more are one picture in an SVG
 # Fonts with characters that matplotlib's own font lacks. Those that are installed are used.
 FALLBACK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR",
@@ -351,7 +351,7 @@ def draw_cells(
     """Draw a grid of numbers as coloured cells with frames; cells without a number are hatched."""
     cells = np.ma.masked_invalid(np.clip(numbers, low, high))
     colours: dict[str, Any] = {"cmap": shades, "vmin": low, "vmax": high, "edgecolors": GRID}
-    is_large = cells.size > MOST_DRAWN_CELLS
+    is_large = cells.size > MAX_DRAWN_CELLS
     axes.pcolormesh(cells, linewidth=lw, rasterized=is_large, **colours)
     missing = np.ma.masked_where(~np.isnan(numbers), np.zeros_like(numbers))
     if missing.count():

@@ -24,7 +24,7 @@ from ..figures.style import DPI, GRID, INK, MUTED, PAPER
 from ..files.atomic import format_csv
 from .typesetting import as_json, as_latex, as_markdown, escape_markdown
 
-MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
+MAX_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
 FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
     "json": as_json,
     "md": as_markdown,
@@ -117,7 +117,7 @@ def table_files(name: str, table: pd.DataFrame, formats: tuple[str, ...]) -> lis
 
 def _table_formats(table: pd.DataFrame, formats: tuple[str, ...]) -> tuple[str, ...]:
     """The formats in which a table is written: a long one is not written as Markdown or LaTeX."""
-    if len(table) <= MOST_PAPER_ROWS:
+    if len(table) <= MAX_PAPER_ROWS:
         return formats
     return tuple(kind for kind in formats if kind in ("csv", "json"))
 
