@@ -16,11 +16,12 @@ from torch import nn
 
 from ..arguments import check_arguments, shorten
 from ..display import count_of, describe_outcome, first_rows, render_html
-from ..errors import HookkitError
+from ..errors import HookkitError, Unsupported
 from ..models.devices import count_parameters
 from ..models.layout import Layout
 from ..models.lm import LM
 from ..models.sites import AXES, CROSS_SITES
+from .engine_checkup import engine_facts, engine_laws, engine_notes
 from .laws import UNFINISHED, check_laws
 
 MAX_PROBLEMS = 3  # that the text of a checkup shows
@@ -90,20 +91,28 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
 
     `layers` are the layers to check; by default the first, middle and last of each kind. It takes
     some seconds on a small model. A site is `editable` if zeroing it changes the output, and
-    `proved` if every law about it holds.
+    `proved` if every law about it holds. A model in vLLM is compared with transformers instead:
+    values and an edit at each site, and the logits.
 
     >>> doctor(tiny("gemma2")).healthy
     True
     """
+    if lm.engine is not None and layers is not None:
+        raise Unsupported(
+            f"layers={layers}: a model in vLLM is compared with the first blocks of the same model "
+            "in transformers, in which each kind of block is; leave layers out"
+        )
     problems, notes = _tokenizer_problems(lm), _notes(lm)
     laws = pd.DataFrame(columns=["law", "site", "difference", "limit", "holds", "note"])
     if not lm.layout.names:
         problems.append(lm.family.why_missing("resid_post"))
     else:
         try:
-            laws = check_laws(lm, layers=layers)
+            laws = check_laws(lm, layers=layers) if lm.engine is None else engine_laws(lm)
         except HookkitError as error:
             problems.append(str(error))
+    if lm.engine is not None:
+        notes += engine_notes(lm)
     # Another row reports the error of an unfinished law.
     broken: Any = laws[~laws["holds"].astype(bool) & (laws["note"] != UNFINISHED)]
     for row in broken.to_dict(orient="records"):
@@ -167,6 +176,7 @@ def facts(lm: LM) -> dict[str, Any]:
     devices = {str(lm.device), *lm.places.values(), *buffers}
     ranks = lm.ranks
     quantisation = getattr(lm.config, "quantization_config", None)
+    about_engine = {} if lm.engine is None else engine_facts(lm)
     return {
         "model": lm.name or type(lm.root).__name__,
         "class": type(lm.root).__name__,
@@ -183,6 +193,7 @@ def facts(lm: LM) -> dict[str, Any]:
         **_tokenizer_facts(lm),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **about_engine,
     }
 
 

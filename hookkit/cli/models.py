@@ -35,6 +35,7 @@ from .options import (
     ModelOptions,
     Quiet,
     Revision,
+    ServingOptions,
     Texts,
     check_result_folder,
 )
@@ -130,14 +131,14 @@ class CheckedModelOptions:
         bool, Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False
 
-    def load(self, *, quiet: bool) -> "hk.LM":
-        """Loads the model."""
-        settings: dict[str, Any] = {
+    def load(self, *, quiet: bool, **settings: Any) -> "hk.LM":
+        """Loads the model; `settings` are further arguments of `hk.load`."""
+        own_settings: dict[str, Any] = {
             "device_map": self.device_map,
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code,
         }
-        settings = {name: value for name, value in settings.items() if value}
+        settings |= {name: value for name, value in own_settings.items() if value}
         model = ModelOptions(self.model, self.revision, self.device, self.dtype)
         return model.load(quiet=quiet, **settings)
 
@@ -145,15 +146,18 @@ class CheckedModelOptions:
 @command("hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16", panel=PANEL)
 def doctor(
     model: CheckedModelOptions,
+    serving: ServingOptions,
     layer: Annotated[list[int] | None, Option(help="A layer to check; repeatable.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check the laws on a model, and print what does not work and why.
 
-    Ends with status 1 if there is a problem.
+    With --engine vllm, compares what vLLM computes with transformers instead. Ends with status 1 if
+    there is a problem.
     """
-    checkup = hk.doctor(model.load(quiet=quiet), layers=layer or None)
+    lm = model.load(quiet=quiet, **serving.settings())
+    checkup = hk.doctor(lm, layers=layer or None)
     if as_json:
         print_text(checkup.to_json() + "\n")
     else:

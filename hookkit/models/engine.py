@@ -153,6 +153,7 @@ class Engine:
     def __init__(self, start: StartEngine) -> None:
         self.label, self.source, self.arguments = start.label, start.source, dict(start.arguments)
         self._dictionaries: tuple[Any, ...] = ()  # that the process has
+        self.proof: Any = None  # what was compared with transformers before the first run
         self._lock = RLock()
         self._folder = tempfile.TemporaryDirectory(prefix="hookkit-engine-")
         self._log = Path(self._folder.name, "log.txt")

@@ -92,7 +92,10 @@ def load(
     continuous batching. `hk.generate`, `hk.forward` and `hk.harvest` run there, with the sites that
     `lm.describe()` lists. Any further argument is one of vLLM's engine, such as max_model_len=2048
     or model_impl="vllm" (its own code of the model, instead of transformers' modules). The process
-    ends with `lm.engine.close()`, or when nothing refers to the LM any more.
+    ends with `lm.engine.close()`, or when nothing refers to the LM any more. The first run proves
+    the engine: values, logits and an edit at each site are compared with the first blocks of the
+    same model in transformers, and if they differ, every run raises `Unsupported`. `hk.doctor(lm)`
+    lists what was compared.
 
     Raises `BadHook` for a placement or dtype that is impossible, `ModelNotFound` for an unknown
     name or a folder that cannot be read, and `DownloadFailed` if the network, the disk or a
@@ -232,7 +235,7 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
         source = source.parent
     tokenizer_options = {word: options[word] for word in options if word in TOKENIZER_OPTIONS}
     try:
-        with _hidden_progress_bars() if is_local else nullcontext():
+        with hidden_progress_bars() if is_local else nullcontext():
             config = AutoConfig.from_pretrained(source, **tokenizer_options)
             model = auto_class(config).from_pretrained(source, **options)
             tokenizer = _read_tokenizer(config, source, tokenizer_options)
@@ -332,7 +335,7 @@ def _chained_class_names(error: BaseException) -> list[str]:
 
 
 @contextmanager
-def _hidden_progress_bars() -> Iterator[None]:
+def hidden_progress_bars() -> Iterator[None]:
     """Hides transformers' progress bars inside a `with` block."""
     from transformers.utils import logging
 

@@ -27,6 +27,7 @@ from ..generation import NEUTRAL
 from ..hook_points import build_hook_points
 from ..run import Run
 from .vllm_hooks import SampledRun, ServedResult, ServedRun
+from .vllm_probe import check_proved
 
 # arguments of transformers' generate, by those of vLLM's SamplingParams
 SAMPLING: Mapping[str, str] = {
@@ -159,6 +160,7 @@ def run_in_engine(
     assert engine is not None
     _check_hooks(lm, (*hooks, *observers))
     _check_prompts(lm, prompts, most)
+    check_proved(lm)
     references: list[tuple[tuple[Any, ...], dict[AnySite, Captured]]] = []
 
     def reference(sites: Sequence[AnySite], others: tuple[Any, ...]) -> dict[AnySite, Captured]:

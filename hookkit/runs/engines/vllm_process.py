@@ -48,6 +48,7 @@ class EngineProcess:
         code: Code = "vllm"
         if type(root).__name__.startswith("Transformers"):
             code = "transformers"
+        self._code: Code = code
         served = Served(start.family, code, start.sizes)
         modules = {path for path, _ in root.named_modules()}
         family = served_family(served, modules.__contains__, type(root).__name__)
@@ -66,6 +67,7 @@ class EngineProcess:
             "names": self.lm.layout.names,
             "missing": dict(self.lm.family.missing),
             "class": type(self.runner.model).__name__,
+            "code": self._code,
             "context": self.engine.model_config.max_model_len,
             "dtype": str(self.engine.model_config.dtype).removeprefix("torch."),
             "device": torch.device(self.runner.device).type,

@@ -66,6 +66,8 @@ def served_family(served: Served, has_module: Callable[[str], bool], kind: str) 
     Raises `Unsupported` if its code passes the stream in a way that hookkit does not know.
     """
     row = served.family
+    if served.code == "transformers":
+        row = row.moved(_decoder_path(row), "lm_head")
     locations: dict[str, ModuleLocation] = {}
     missing = dict(row.missing)
     changes: Mapping[str, ModuleLocation] = {}
@@ -88,6 +90,12 @@ def served_family(served: Served, has_module: Callable[[str], bool], kind: str) 
     return replace(
         row, locations=locations, missing=missing, sizes=lambda config, layer: sizes[layer]
     )
+
+
+def _decoder_path(row: Family) -> str:
+    """Returns the path of the decoder, which is a part of `model` in vLLM's backend."""
+    _, _, part = row.block.rsplit(".", 2)[0].partition(".")
+    return f"model.{part}".removesuffix(".")
 
 
 def _as_tuple(location: ModuleLocation | tuple[ModuleLocation, ...]) -> tuple[ModuleLocation, ...]:
