@@ -10,10 +10,12 @@ from ..models.lm import LM
 from ..models.sites import parse_site
 from ..runs.engines.vllm_probe import EngineProof, prove_engine
 
-VALUES = "the engine's values are those of transformers"
-LOGITS = "the engine's logits are those of transformers"
-TOKENS = "the engine's tokens are those of its logits, or of hk.force"
-NAMES = {"values": VALUES, "edit": "reaches", "logits": LOGITS, "token": TOKENS}
+LAWS_BY_COMPARISON = {
+    "values": "the engine's values are those of transformers",
+    "edit": "reaches",
+    "logits": "the engine's logits are those of transformers",
+    "token": "the engine's tokens are those of its logits, or of hk.force",
+}
 
 
 def engine_laws(lm: LM) -> pd.DataFrame:
@@ -41,7 +43,7 @@ def _as_law(comparison: Any) -> dict[str, Any]:
             f"{comparison['tolerance']:.0e}"
         )
     return {
-        "law": NAMES[comparison["compared"]],
+        "law": LAWS_BY_COMPARISON[comparison["compared"]],
         "site": site.name,
         "difference": comparison["difference"],
         "limit": comparison["tolerance"],
