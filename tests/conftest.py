@@ -15,6 +15,14 @@ if (
 
 import pytest
 import torch
+from served_models import (  # noqa: F401  fixtures of the session
+    cached,
+    model_folder,
+    narrow,
+    own_code,
+    reference,
+    served,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
