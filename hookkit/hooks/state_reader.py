@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import EmptySelection, OutOfRange, Unsupported
 from ..models.batch_positions import ForwardPass, Selection, SequenceBatch, pad_rows
@@ -30,7 +31,10 @@ Measure: TypeAlias = Callable[[Tensor, EditContext], Numbers]
 
 @dataclass(eq=False)
 class _TextReadings:
-    """What a `StateReader`, its owner, has read of one text."""
+    """What a `StateReader`, its owner, has read of one text.
+
+    An engine reads the rows of one step in several parts, which have the same number.
+    """
 
     forward: int = -1  # the number of the last forward that it read
     # of that forward, without the selection itself, which would keep the text alive
@@ -42,6 +46,16 @@ class _TextReadings:
     earlier: dict[tuple[int, int], float] = field(default_factory=dict)  # by model row, position
     by_position: dict[int, dict[int, float]] = field(default_factory=dict)  # by prompt
     decisions: dict[int, float] = field(default_factory=dict)  # by prompt, the number to compare
+
+    def keep(self, numbers: Numbers, cells: Selection, *, same_forward: bool) -> None:
+        """Keeps the numbers of a forward, beside those of its other rows."""
+        if self.numbers is None or not same_forward or set(self.rows) & set(cells.rows):
+            self.numbers, self.rows, self.row_positions = numbers, cells.rows, cells.row_positions
+            return
+        rows = [*self.numbers, *numbers]
+        self.numbers = pad_sequence(rows, batch_first=True, padding_value=math.nan)
+        self.rows = [*self.rows, *cells.rows]
+        self.row_positions = [*self.row_positions, *cells.row_positions]
 
 
 class StateReader:
@@ -71,23 +85,25 @@ class StateReader:
         """Called with the values at the reader's site in each forward."""
         context = EditContext(self.site, self.where, cells)
         readings = self._texts.setdefault(cells.text, _TextReadings())
+        same_forward = readings.forward == forward_pass.number
         readings.forward = forward_pass.number
         if self.pos is None:
-            self._read_each(readings, values, context)
+            numbers = self._measure(values, context)
+            readings.keep(numbers, cells, same_forward=same_forward)
+            self._note_earlier(readings, numbers.tolist(), cells)
         elif not readings.decisions.keys() >= set(context.rows):
             self._read_prompts(readings, values, context)
 
-    def _read_each(self, readings: _TextReadings, values: Tensor, here: EditContext) -> None:
-        cells = here.cells
-        readings.numbers = self._measure(values, here)
-        readings.rows, readings.row_positions = cells.rows, cells.row_positions
+    def _note_earlier(
+        self, readings: _TextReadings, numbers: list[list[float]], cells: Selection
+    ) -> None:
+        """Keeps what edits of the next token ask for, at sites that are computed before."""
         if not readings.late_sites:
             return
-        numbers = readings.numbers.tolist()
         for index, row in enumerate(cells.rows):
             first = cells.text.lengths[cells.text.of(row)] - 1
             for column, position in enumerate(cells.row_positions[index]):
-                if position >= first:  # edits of the next token ask for it
+                if position >= first:
                     readings.earlier.setdefault((row, position), numbers[index][column])
 
     def _read_prompts(self, readings: _TextReadings, values: Tensor, here: EditContext) -> None:

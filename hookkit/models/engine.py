@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import BadArgument, EngineLost, MissingExtra, Unsupported
 from .families.schema import Family
@@ -82,11 +82,14 @@ class EngineFailure:
         import cloudpickle
 
         text = "".join(traceback.format_exception(error)).rstrip()
+        as_text = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        if type(error).__module__.split(".")[0] == "vllm":  # which the user's process lacks
+            return cls(as_text, text)
         try:
             data = cloudpickle.dumps(error)
             pickle.loads(data)
         except Exception:  # noqa: BLE001  an error may hold any value
-            data = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+            data = as_text
         return cls(data, text)
 
     def to_error(self) -> BaseException:
@@ -105,7 +108,8 @@ def check_engine(engine: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise BadArgument(f"engine={engine!r} is unknown: say engine='vllm', or leave it out")
     check_installed()
     for name, reason in REFUSED.items():
-        if arguments.get(name) not in NEUTRAL:
+        value = arguments.get(name)
+        if value is True or value not in NEUTRAL:
             raise Unsupported(f"{name}={arguments[name]!r}: {reason}; leave it out")
     if arguments.get("enforce_eager", True) is not True:
         raise Unsupported("enforce_eager=False: compiled graphs do not call hooks; leave it out")
@@ -159,11 +163,18 @@ class Engine:
         self._log = Path(self._folder.name, "log.txt")
         key = secrets.token_bytes(32)
         address = str(Path(self._folder.name, "socket"))
-        with Listener(address, "AF_UNIX", authkey=key) as listener:
-            self._process = self._start(address, key)
-            self._end = weakref.finalize(self, _end, self._process, self._folder)
+        listener = Listener(address, "AF_UNIX", authkey=key)
+        self._process = self._start(address, key)
+        self._end = weakref.finalize(self, _end, self._process, self._folder)
+        try:
             self._connection = self._accept(listener)
-        self.facts: Mapping[str, Any] = self.call("start", start)
+            self.facts: Mapping[str, Any] = self.call("start", start)
+        except BaseException:  # Ctrl-C too, whose traceback may keep this object
+            self.close()
+            raise
+        finally:
+            with suppress(OSError):  # the socket's file has gone with the folder
+                listener.close()
 
     def _start(self, address: str, key: bytes) -> subprocess.Popen[bytes]:
         environment = dict(os.environ)
@@ -210,11 +221,18 @@ class Engine:
         """
         import cloudpickle
 
+        try:
+            message = cloudpickle.dumps((name, value), protocol=5)
+        except Exception as error:
+            raise Unsupported(
+                f"the hooks of this run cannot be sent to the process of the engine: {error}. "
+                "Give functions that hold plain values and tensors only"
+            ) from error
         with self._lock:
             if not self._end.alive:
                 raise EngineLost(f"the engine of {self.label} was closed: load the model again")
             try:
-                self._connection.send_bytes(cloudpickle.dumps((name, value), protocol=5))
+                self._connection.send_bytes(message)
                 is_value, answer = pickle.loads(self._connection.recv_bytes())
             except (EOFError, OSError) as error:
                 raise self._lost("ended") from error
@@ -245,6 +263,10 @@ class Engine:
         self._end()
 
     def __reduce__(self) -> Any:
+        self.refuse_copy()
+
+    def refuse_copy(self) -> NoReturn:
+        """Raises `Unsupported`."""
         raise Unsupported(f"{self!r} is a process of this machine, and cannot be copied or sent")
 
     def __repr__(self) -> str:

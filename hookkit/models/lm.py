@@ -240,6 +240,8 @@ class LM(Vocabulary):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the fields only: a copy computes the rest again."""
+        if self.engine is not None:
+            self.engine.refuse_copy()
         names = ("model", "tokenizer", "name", "row", "dictionaries", "processor", "engine")
         return {name: getattr(self, name) for name in names}
 

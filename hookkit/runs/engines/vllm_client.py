@@ -168,9 +168,14 @@ def run_in_engine(
         references.append((others, values))
         return values
 
-    build_hook_points(lm, hooks, reference, observers)
+    points = build_hook_points(lm, hooks, reference, observers)
+    bound_hooks = [bound_hook for point in points for bound_hook in point.actions]
+    bound_hooks.sort(key=lambda bound_hook: bound_hook.number)
+    order = [(bound_hook.number, bound_hook.site) for bound_hook in bound_hooks]
     eos = frozenset(settings.get("stop_token_ids") or ())
-    run = ServedRun(hooks, observers, tuple(prompts), returned, most, eos, references, is_forward)
+    run = ServedRun(
+        hooks, observers, tuple(prompts), returned, most, eos, references, is_forward, order
+    )
     count = len(prompts) * returned
     seeds: list[int | None] = [None] * count
     if seed is not None:
@@ -198,8 +203,6 @@ def _check_hooks(lm: LM, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         if isinstance(hook, Capture) and hook.grad:
             lm.refuse_engine(f"{hook} needs gradients")
-        if isinstance(hook, Capture) and hook.device not in (None, "cpu"):
-            lm.refuse_engine(f"{hook} has device={hook.device!r}, and captures come to the CPU")
         if isinstance(hook, SourceEdit | SwapConcept):
             lm.refuse_engine(f"{hook} reads another forward, or another part of this one")
         if isinstance(hook, Grammar):

@@ -110,6 +110,7 @@ class ServedRun:
     most       how many tokens may be generated
     eos        the tokens that end a row
     is_forward  True if the prompts are read, and the token after each is left out
+    order      the hooks at their sites, by number, in the order in which a run lists them
     """
 
     hooks: tuple[Hook, ...]
@@ -120,6 +121,7 @@ class ServedRun:
     eos: frozenset[int]
     references: Sequence[tuple[tuple[Any, ...], dict[AnySite, Captured]]] = ()
     is_forward: bool = False
+    order: Sequence[tuple[int, AnySite]] = ()
 
     @property
     def rows(self) -> range:
@@ -172,7 +174,8 @@ class EngineHooks:
         points = build_hook_points(lm, run.hooks, self._reference, run.observers)
         self.hook_points = points
         bound_hooks = [hook for point in points for hook in point.actions]
-        bound_hooks.sort(key=lambda bound_hook: bound_hook.number)
+        order = {hook_at_site: index for index, hook_at_site in enumerate(run.order)}
+        bound_hooks.sort(key=lambda hook: (hook.number, order.get((hook.number, hook.site), 0)))
         self.strategy = TextHooks(lm, bound_hooks)
         self.text = SequenceBatch(
             [EVERY_COLUMN] * len(run.prompts),
@@ -191,6 +194,7 @@ class EngineHooks:
         self._passes: dict[bool, list[ChunkPass]] = {}
         self._decided: dict[int, tuple[int, DecidedToken]] = {}
         self._handles: list[Any] = []
+        self._block_inputs: dict[HookPoint, Tensor] = {}  # of the blocks that are being computed
         self._check_positions()
 
     def _reference(
@@ -245,6 +249,11 @@ class EngineHooks:
                 hook = partial(self._at_output, point)
                 handle = point.module.register_forward_hook(hook, with_kwargs=True)
             self._handles.append(handle)
+        for point in self.hook_points:
+            if point.reads_input and point.location.item == STREAM:
+                keep = partial(self._keep_stream_input, point)
+                handle = point.module.register_forward_pre_hook(keep, with_kwargs=True)
+                self._handles.append(handle)
 
     def remove(self) -> None:
         """Removes them."""
@@ -318,15 +327,23 @@ class EngineHooks:
         self, point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Applies hooks to the stream that a module is given as two tensors, its last arguments."""
-        names = [name for name in ("hidden_states", "residual") if name in kwargs]
-        if names:
-            raise Unsupported(f"{point.location.path} was called with the keywords {names}")
-        *others, hidden, residual = args
-        stream = hidden if residual is None else hidden + residual
+        stream = _stream_in(point, args, kwargs)
         new = self._apply(point, stream, None)
         if new is stream:
             return None
+        *others, _, residual = args
         return (*others, *_as_two(new, residual)), kwargs
+
+    def _keep_stream_input(
+        self, point: HookPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Keeps a block's input for the hooks at its output: the block writes into it."""
+        if self.error is not None:
+            return
+        try:
+            self._block_inputs[point] = _stream_in(point, args, kwargs).clone()
+        except Exception as error:  # noqa: BLE001  raised once the step is over
+            self.error = error
 
     def _at_output(
         self,
@@ -342,7 +359,7 @@ class EngineHooks:
             if point.location.item == STREAM:
                 hidden, residual = output
                 stream = hidden + residual
-                new = self._apply(point, stream, None)
+                new = self._apply(point, stream, self._block_inputs.pop(point, None))
                 return None if new is stream else _as_two(new, residual)
             if point.location.item == "logits":
                 return self._apply_to_logits(point, output)
@@ -466,8 +483,8 @@ class EngineHooks:
         positions: dict[int, list[Tensor]] = {}
         for chunk in bound_hook.pieces:
             if chunk.cells is None:
-                return Captured(site, hook.where, chunk.values.cpu(), None, (), (), hook.name)
-            chunk_values = chunk.values.to_dense().cpu()
+                return Captured(site, hook.where, chunk.values, None, (), (), hook.name)
+            chunk_values = chunk.values.to_dense()
             for index, row in enumerate(chunk.cells.rows):
                 row_positions = chunk.cells.positions[index]
                 is_kept = (row_positions >= 0) & (row_positions < len(rows[row]) - 1)
@@ -506,6 +523,15 @@ def _refuse_earlier_logits(bound_hook: BoundHook, positions: PositionRange, leng
             f"{bound_hook.hook} means position {positions[0]} of {length}, and vLLM computes "
             "logits only where a token is chosen: say pos=-1"
         )
+
+
+def _stream_in(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The stream that a module is given as two tensors, its last arguments."""
+    names = [name for name in ("hidden_states", "residual") if name in kwargs]
+    if names:
+        raise Unsupported(f"{point.location.path} was called with the keywords {names}")
+    *_, hidden, residual = args
+    return hidden if residual is None else hidden + residual
 
 
 def _as_two(stream: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from dataclasses import replace
 from multiprocessing.connection import Client, Connection
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ...errors import Unsupported
+from ...errors import BadArgument, Unsupported
 from ...models.dictionaries import SiteDictionary
 from ...models.engine import EngineFailure, StartEngine
 from ...models.layout import text_config
@@ -56,6 +57,7 @@ class EngineProcess:
         self._plain_lm = self.lm
         self._numbers: dict[int, int] = {}  # the index of each row in the current batch
         self._runs = 0
+        self._owner = os.getppid()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -83,8 +85,6 @@ class EngineProcess:
 
     def run(self, sampled: SampledRun) -> ServedResult:
         """Runs the requests of a run to their end."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-
         hooks = EngineHooks(self.lm, sampled.run, self._read_batch, self._tokens_of_row)
         rows: dict[int, list[int]] = {}
         self._runs += 1
@@ -96,12 +96,12 @@ class EngineProcess:
                 prompt: Any = {"prompt_token_ids": list(ids)}
                 if sampled.salts[row] is not None:
                     prompt["cache_salt"] = sampled.salts[row]
-                params = SamplingParams(
-                    **sampled.settings, seed=sampled.seeds[row], extra_args={ROW: row}
-                )
+                params = _sampling_params(sampled, row)
                 name = self.engine.add_request(f"{self._runs}-{row}", prompt, params)
                 names[name] = names[f"{self._runs}-{row}"] = row
             while self.engine.has_unfinished_requests():
+                if os.getppid() != self._owner:
+                    raise SystemExit("the process that owns this engine has ended")
                 for output in self.engine.step():
                     if output.finished:
                         row = names[output.request_id]
@@ -163,6 +163,16 @@ def _model_runner(engine: Any) -> Any:
     return runner
 
 
+def _sampling_params(sampled: SampledRun, row: int) -> Any:
+    """Returns vLLM's parameters for a row; raises `BadArgument` where it refuses them."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    try:
+        return SamplingParams(**sampled.settings, seed=sampled.seeds[row], extra_args={ROW: row})
+    except Exception as error:  # noqa: BLE001  a class of vLLM
+        raise BadArgument(f"vLLM refuses the arguments of this generate: {error}") from None
+
+
 def _logit_scale(config: Any) -> float:
     """The number by which the head's output is multiplied, as the configuration says it."""
     scale = getattr(config, "logit_scale", None) or 1.0
@@ -174,6 +184,7 @@ def main(address: str) -> None:
 
     An answer is a pair: True and a value, or False and an `EngineFailure`.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, which ends this process
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     key = bytes.fromhex(os.environ.pop("HOOKKIT_ENGINE_KEY"))
