@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..hooks.capture import Captured, capture
-from ..models.layout import FusedView, view_of
 from ..models.lm import LM
 from ..models.prompts import Row
 from ..models.sites import AnySite, ModuleSite, Site, module
+from ..models.views import FusedView, view_of
 from ..runs.forward import forward
 from .backward import CAPTURE_NAME, read_captures
 from .edges import HEAD_INPUTS, check_stream_is_sum, required_sites

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..hooks.capture import Captured, capture
-from ..models.layout import is_hidden
 from ..models.lm import LM
 from ..models.sites import SITES_WITH_KEY_HEADS, AnySite, Site
+from ..models.views import is_hidden
 from ..runs.run import Run
 from .backward import CAPTURE_NAME, PromptMetric, SiteGradients, as_float, compute_gradients
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from ..errors import BadPrompt, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..models.layout import Layout, is_hidden
+from ..models.layout import Layout
 from ..models.lm import LM
 from ..models.named_positions import placeholder_ids
 from ..models.padding import check_generation, padding_scheme
 from ..models.prompts import as_batch, start_token
 from ..models.sites import QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
+from ..models.views import is_hidden
 from ..runs.dispatch import forward_of_site
 from ..runs.forward import forward
 from ..runs.run import Run

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..display import render_html
 from ..errors import BadHook, OutOfRange
-from ..models.layout import SiteView
 from ..models.sites import Site
+from ..models.views import SiteView
 
 if TYPE_CHECKING:
     import pandas as pd

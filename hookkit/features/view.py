@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..models.batch_positions import ForwardPass, Selection, expand_mask
-from ..models.layout import SiteView
+from ..models.views import SiteView
 
 if TYPE_CHECKING:
     from .dictionary import Dictionary

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_keywords, check_number
 from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange
-from ..models.layout import is_hidden, unseen_value
 from ..models.positions import IndicesLike, Pos, PosLike, Where, read_position, resolve_positions
 from ..models.sites import Site, SitesLike, as_sites, has_name
+from ..models.views import is_hidden, unseen_value
 from .base import (
     Binding,
     Change,

@@ -20,12 +20,12 @@ from ..arguments import check_choice, check_seed, describe
 from ..errors import BadEdit, BadHook, BadPrompt
 from ..models.chat import Chat
 from ..models.experts import NEURONS
-from ..models.layout import unseen_value
 from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.positions import Where, resolve_positions
 from ..models.prompts import check_prompts
 from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, has_name
+from ..models.views import unseen_value
 from .base import Binding, Change, Constant, EditContext, check_constant, set_field
 from .capture import Captured, positions_of
 

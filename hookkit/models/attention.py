@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from .experts import NEURONS, compute_experts
-from .layout import is_hidden
 from .overrides import Overrides, RemovableMode
+from .views import is_hidden
 
 NAME = "hookkit"  # the attention implementation that is registered with transformers
 

@@ -16,8 +16,8 @@ from .sites import FEATURE_PREFIX, Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .layout import SiteView
     from .lm import LM
+    from .views import SiteView
 
 
 @runtime_checkable

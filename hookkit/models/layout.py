@@ -1,9 +1,7 @@
-"""Where the sites of one model are, and how each is stored in the tensor there.
+"""Where the sites of one model are: a row of the table of families, applied to its modules.
 
-A `Layout` is a row of the table of families, applied to the modules of a model. A `SiteView`
-converts between a module's tensor and a site's values: heads, fused parts, multipliers, keys. It
-reads through views of that tensor where it can, so that what it writes goes into the module's own
-tensor (or a copy).
+A `Layout` has the module location and the sizes of each site. `views` has how a site is stored in
+the tensor there.
 """
 
 import copy
@@ -15,11 +13,9 @@ from operator import itemgetter
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import MissingSite, OutOfRange, UnknownSite, did_you_mean
-from .batch_positions import ForwardPass, KeySpan, Selection
 from .dictionaries import SiteDictionary, find_dictionary
 from .experts import NEURONS, count_neurons
 from .families.schema import AxisSplit, Family, ModuleLocation, split_axis
@@ -27,7 +23,6 @@ from .sites import (
     AXES,
     CROSS_SITES,
     FEATURE_AXES,
-    QUERY_KEY_SITES,
     SITES_WITH_KEY_HEADS,
     SITES_WITHOUT_LAYER,
     AnySite,
@@ -78,20 +73,23 @@ class Layout:
         corrections: Mapping[str, int | None] = {}
         if config is not None:
             corrections = self.family.sizes(config, layer)
-        heads, d_model = _read_int(config, "num_attention_heads"), _read_int(config, "hidden_size")
-        d_head = _read_int(config, "head_dim") or _divide(d_model, heads)
+        heads, d_model = (
+            read_integer(config, "num_attention_heads"),
+            read_integer(config, "hidden_size"),
+        )
+        d_head = read_integer(config, "head_dim") or _divide(d_model, heads)
         d_head = corrections.get("d_head", d_head)
         sizes: dict[str, int | None] = {
             "d_model": d_model,
             "head": heads,
-            "kv_head": _read_int(config, "num_key_value_heads") or heads,
+            "kv_head": read_integer(config, "num_key_value_heads") or heads,
             "d_head": d_head,
             "d_qk": d_head,
             "d_v": d_head,
             "d_mlp": self._mlp_width(layer),
-            "expert": _read_int(config, "num_local_experts", "num_experts", "n_routed_experts"),
-            "choice": _read_int(config, "num_experts_per_tok"),
-            "vocab": _read_int(config, "vocab_size") or self._embedding_rows(),
+            "expert": read_integer(config, "num_local_experts", "num_experts", "n_routed_experts"),
+            "choice": read_integer(config, "num_experts_per_tok"),
+            "vocab": read_integer(config, "vocab_size") or self._embedding_rows(),
             **corrections,
         }
         # `share` is the number of query heads per key-value head.
@@ -103,7 +101,7 @@ class Layout:
         """Returns the number of embeddings, for a configuration that does not say it."""
         find = getattr(self.root, "get_input_embeddings", lambda: None)
         try:
-            return _read_int(find(), "num_embeddings")
+            return read_integer(find(), "num_embeddings")
         except NotImplementedError:  # transformers raises it for a model without token embeddings
             return None
 
@@ -125,7 +123,7 @@ class Layout:
     @cached_property
     def n_layers(self) -> int:
         """The number of blocks."""
-        return _read_int(self.config, "num_hidden_layers") or 0
+        return read_integer(self.config, "num_hidden_layers") or 0
 
     @cached_property
     def names(self) -> list[str]:
@@ -267,7 +265,7 @@ class Layout:
     def _module_width(self, location: ModuleLocation) -> int | None:
         """The numbers that a module has for each position there; None if it does not say."""
         module = self.submodule(location.path)
-        width = _read_int(module, "embedding_dim", "out_features")
+        width = read_integer(module, "embedding_dim", "out_features")
         if location.side == "input":
             width = _input_size(module)
         weight: Any = getattr(module, "weight", None)
@@ -384,7 +382,7 @@ def is_masked_lm(model: nn.Module) -> bool:
     return is_named_so and not hasattr(model, "generate")
 
 
-def _read_int(config: Any, *names: str) -> int | None:
+def read_integer(config: Any, *names: str) -> int | None:
     """Returns the first of several attributes of a configuration that is a whole number."""
     for name in names:
         try:
@@ -405,7 +403,7 @@ def _divide(size: int | None, parts: int | None) -> int | None:
 
 def _input_size(module: nn.Module) -> int | None:
     """Returns how many numbers a linear module reads at each position."""
-    in_features = _read_int(module, "in_features")
+    in_features = read_integer(module, "in_features")
     if in_features is not None:
         return in_features
     inner = getattr(module, "linear", None)  # as in a linear module of Gemma 4 that clips
@@ -416,249 +414,3 @@ def _input_size(module: nn.Module) -> int | None:
         return None
     # The weight of transformers' Conv1D has its input on the first axis.
     return weight.shape[0] if hasattr(module, "nf") else weight.shape[1]
-
-
-# ---- how a site is stored in the tensor at its module location
-
-
-@dataclass(frozen=True)
-class SiteView:
-    """A site that is its module's tensor [batch, pos, ...], up to a factor."""
-
-    head: int | None = None
-    factor: float = 1.0
-    flat: bool = False  # True if rows and positions are one axis: [(batch pos), ...]
-
-    @property
-    def plain(self) -> bool:
-        """True if the site is exactly the module's tensor."""
-        return type(self) is SiteView and self.factor == 1.0 and not self.flat
-
-    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
-        """Returns a view [batch, pos, ...] of the module's tensor."""
-        if self.flat and tensor.ndim == 2:
-            return tensor.unflatten(0, (forward.shape[0], -1))
-        return tensor
-
-    def call(self, forward: ForwardPass, tensor: Tensor) -> ForwardPass:
-        """Returns the forward pass with the rows and columns that the tensor has."""
-        return forward
-
-    def view(self, full: Tensor) -> Tensor:
-        """Returns the view of [batch, pos, ...] that is the site; heads may be on two axes."""
-        return full
-
-    def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
-        """Returns the values of the site [row, pos, ...] from these cells of the view."""
-        if self.factor == 1.0:
-            return raw
-        return raw * self.factor
-
-    def write(
-        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
-    ) -> Tensor:
-        """Returns the cells of the view that give the values `new`.
-
-        With `old`, cells that did not change are equal to `raw` bit for bit.
-        """
-        if self.factor == 1.0:
-            return new
-        scaled = new / self.factor
-        if old is None:
-            return scaled
-        if new.requires_grad:  # the gradient goes to `new`, also where no value changed
-            raw = raw.detach() + (scaled - scaled.detach())
-        return torch.where(new == old, raw, scaled)
-
-
-@dataclass(frozen=True)
-class ExpertView(SiteView):
-    """Neurons of experts, [(batch pos), choice, d_mlp]."""
-
-    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
-        return tensor.unflatten(0, (forward.shape[0], -1))
-
-
-@dataclass(frozen=True)
-class FusedView(SiteView):
-    """A site that is a part of the tensor's last axis, which may have heads."""
-
-    cut: AxisSplit = None  # pyright: ignore[reportAssignmentType]
-
-    def view(self, full: Tensor) -> Tensor:
-        cut = self.cut
-        part = full.unflatten(-1, (-1, cut.total))[..., cut.start : cut.stop]
-        if cut.inner is None:
-            return part[..., 0, :]
-        heads = part.unflatten(-1, (cut.inner, cut.width))
-        if self.head is not None:
-            return heads[:, :, self.head // cut.inner, self.head % cut.inner]
-        if cut.inner == 1:
-            return heads[..., 0, :]
-        if cut.outer == 1:
-            return heads[:, :, 0]
-        return heads
-
-    def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
-        return raw.flatten(2, 3) if raw.ndim == 5 else raw
-
-    def write(
-        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
-    ) -> Tensor:
-        return new.reshape(raw.shape)
-
-
-@dataclass(frozen=True)
-class HeadFirstView(SiteView):
-    """A tensor inside attention, [batch, head, pos, d_head].
-
-    With `keys=True` it has all columns that the cache holds, and not only those of this forward.
-    """
-
-    keys: bool = False
-
-    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
-        return tensor.transpose(1, 2)
-
-    def call(self, forward: ForwardPass, tensor: Tensor) -> ForwardPass:
-        return forward.with_keys(tensor.shape[2]) if self.keys else forward
-
-    def view(self, full: Tensor) -> Tensor:
-        if self.head is None:
-            return full
-        return full[:, :, self.head]
-
-
-@dataclass(frozen=True)
-class AttentionView(HeadFirstView):
-    """Scores or pattern: [batch, head, query, key] in the module, with batch columns as keys.
-
-    The values of the site are [row, query, head, key]. Keys are each row's own positions, up to
-    the last position of the longest row. Where a query does not see a key, a score is the dtype's
-    smallest number and the pattern is zero.
-    """
-
-    scores: bool = False
-    cross: bool = False  # True if the keys are those of an encoder-decoder's source
-
-    def _keys(self, cells: Selection, forward: ForwardPass, count: int) -> list[list[KeySpan]]:
-        return forward.source_keys(cells) if self.cross else forward.keys(cells, count)
-
-    def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
-        unseen = unseen_value(raw.dtype, self.scores)
-        if self.scores:
-            raw = raw.masked_fill(is_hidden(raw), unseen)
-        spans = self._keys(cells, forward, raw.shape[-1])
-        width = max(span.last for span in itertools.chain(*spans))
-        own_keys = [KeySpan(slice(None), 0, width, slice(0, width))]
-        if all(row_spans == own_keys for row_spans in spans):
-            return raw[..., :width]
-        values = raw.new_full((*raw.shape[:-1], width), unseen)
-        for row, row_spans in enumerate(spans):
-            for span in row_spans:
-                keys = raw[row][span.queries][..., span.columns]
-                values[row, span.queries, ..., span.first : span.last] = keys
-        return values
-
-    def write(
-        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
-    ) -> Tensor:
-        result = raw.clone()
-        for row, row_spans in enumerate(self._keys(cells, forward, raw.shape[-1])):
-            for span in row_spans:
-                query_values = result[row][span.queries].clone()
-                query_values[..., span.columns] = new[row][span.queries][
-                    ..., span.first : span.last
-                ]
-                result[row, span.queries] = query_values
-        return result
-
-
-def is_hidden(scores: Tensor, masks: torch.dtype | None = None) -> Tensor:
-    """True where a mask hides a key. `masks` is the mask's dtype; by default that of the scores.
-
-    The limit is above the dtype's smallest number, because some families scale after masking. In
-    float64 the limit is float32's, because some families always compute scores in float32.
-    """
-    dtype = masks or scores.dtype
-    if dtype == torch.float64:
-        dtype = torch.float32
-    return scores <= torch.finfo(dtype).min / 16
-
-
-def unseen_value(dtype: torch.dtype, scores: bool) -> float:
-    """Returns the value of a score or of the pattern where a query does not see a key."""
-    return torch.finfo(dtype).min if scores else 0.0
-
-
-def view_of(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
-    """Returns how a site is stored in the tensor at its module location."""
-    # A multiplier is an attribute that users may change, so it is read each time.
-    if location.times or location.over:
-        return _build_view(layout, site, location)
-    if site not in layout.views:
-        layout.views[site] = _build_view(layout, site, location)
-    return layout.views[site]
-
-
-def full_sizes(layout: Layout, site: AnySite, location: ModuleLocation) -> dict[int, int] | None:
-    """Returns the full lengths of a tensor's axes that may be split among processes, by axis.
-
-    Returns None where they are not known.
-    """
-    if not isinstance(site, Site):
-        return _module_sizes(layout, location)
-    if site.of_features:
-        site = find_dictionary(layout.dictionaries, site).site
-    shape = layout.shape(replace(site, head=None))
-    if location.side == "inside" and not location.flat:
-        return {1: shape[0]}
-    cut = layout.cut(site)
-    if cut is not None:
-        return {-1: cut.outer * cut.total}
-    return {axis - len(shape): size for axis, size in enumerate(shape) if size}
-
-
-def _module_sizes(layout: Layout, location: ModuleLocation) -> dict[int, int] | None:
-    attribute = "in_features" if location.side == "input" else "out_features"
-    size = _read_int(layout.submodule(location.path), attribute)
-    if size is None or location.item != 0:
-        return None
-    return {-1: size}
-
-
-def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
-    if not isinstance(site, Site):
-        return SiteView()
-    if site.of_features:
-        return _build_feature_view(layout, site, location)
-    if location.item in NEURONS:
-        return ExpertView()
-    if location.side == "inside" and site.name in QUERY_KEY_SITES:
-        return AttentionView(
-            site.head, scores=site.name.endswith("scores"), cross=site.name in CROSS_SITES
-        )
-    if location.side == "inside" and location.item != "router":
-        return HeadFirstView(site.head, keys=location.item != "query")
-    cut = layout.cut(site)
-    if cut is not None:
-        return FusedView(site.head, flat=location.flat, cut=cut)
-    return SiteView(site.head, layout.factor(site), location.flat)
-
-
-def _build_feature_view(layout: Layout, site: Site, location: ModuleLocation) -> SiteView:
-    dictionary = find_dictionary(layout.dictionaries, site)
-    source = dictionary.reads
-    source_view = None
-    if source != dictionary.site:
-        source_view = view_of(layout, source, layout.location(source))
-    base = _build_view(layout, dictionary.site, location)
-    return dictionary.view(base, source_view, site.head)
-
-
-def source_of_features(layout: Layout, site: AnySite) -> Site | None:
-    """Returns the site that a transcoder reads, whose features these are; None for other sites."""
-    if not isinstance(site, Site) or not site.of_features:
-        return None
-    dictionary = find_dictionary(layout.dictionaries, site)
-    return None if dictionary.reads == dictionary.site else dictionary.reads

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from .families.schema import ModuleLocation
-from .layout import text_config, view_of
+from .layout import text_config
 from .lm import LM
 from .sites import Site
+from .views import view_of
 
 # The site that the last matrix of a part of the block reads.
 READ_BY_LAST_MATRIX = {"attn_out": "z", "mlp_out": "mlp_post", "cross_out": "cross_z"}

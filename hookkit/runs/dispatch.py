@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..errors import BadEdit, Unsupported
 from ..models.batch_positions import ForwardPass
 from ..models.families.schema import ModuleLocation
-from ..models.layout import full_sizes
 from ..models.lm import LM
 from ..models.overrides import (
     CURRENT_SCOPES,
@@ -30,6 +29,7 @@ from ..models.overrides import (
     hooks_are_off,
 )
 from ..models.sites import AnySite
+from ..models.views import full_sizes
 from .hook_points import HookPoint
 from .tracking import arguments_by_name
 

@@ -39,9 +39,10 @@ from ..models.named_positions import find_positions
 from ..models.positions import NO_END
 from ..models.prompts import pad_id
 from ..models.sites import Site
+from .applied_hooks import apply_hook, forget, settle
 from .forward import refuse_two_texts
 from .generation import Generation
-from .hook_points import BoundHook, apply_hook, build_hook_points, forget, settle
+from .hook_points import BoundHook, build_hook_points
 from .manager import capture_reference
 from .text_hooks import check_positions
 

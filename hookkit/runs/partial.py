@@ -17,8 +17,9 @@ from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
+from .applied_hooks import apply_hook, forget, settle
 from .dispatch import find_input, replace_input
-from .hook_points import BoundHook, HookPoint, apply_hook, forget, in_order_of_registration, settle
+from .hook_points import BoundHook, HookPoint, in_order_of_registration
 from .manager import ForwardBoundary, HookBlock
 
 Path: TypeAlias = tuple[Any, ...]

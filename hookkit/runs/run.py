@@ -33,12 +33,12 @@ from ..hooks.capture import (
     swap_head_and_query,
 )
 from ..models.batch_positions import Selection, SequenceBatch
-from ..models.layout import unseen_value
 from ..models.lm import LM
 from ..models.positions import PositionRange
 from ..models.prompt_row import Row
 from ..models.prompts import continue_row
 from ..models.sites import AnySite, Site, Sites
+from ..models.views import unseen_value
 from .hook_points import BoundHook, Firing
 from .trace import GenerationRecord
 

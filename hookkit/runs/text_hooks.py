@@ -24,6 +24,7 @@ from ..models.overrides import CURRENT_SCOPES, Scope
 from ..models.positions import PositionRange, resolve_rows
 from ..models.sites import LOGIT_SITES, Site, has_name
 from ..models.tower_images import find_images
+from .applied_hooks import apply_hook, forget, settle
 from .generation import (
     Generation,
     GenerationWatch,
@@ -32,7 +33,7 @@ from .generation import (
     watch_generate,
     without_compilation,
 )
-from .hook_points import BoundHook, HookPoint, apply_hook, forget, settle
+from .hook_points import BoundHook, HookPoint
 from .kept_tensors import KeptTensors
 from .run import CaptureStore, first_to_last, one_per_selection
 from .trace import Tracer

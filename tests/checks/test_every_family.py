@@ -11,7 +11,7 @@ from tiny_families import ALL, NOT_BY_HAND, made
 import hookkit as hk
 from hookkit.checks.laws import LAWS
 from hookkit.errors import MissingSite, Unsupported
-from hookkit.models.layout import is_hidden
+from hookkit.models.views import is_hidden
 
 IDS = [5, 9, 17, 200, 33, 41, 7, 90, 12]
 

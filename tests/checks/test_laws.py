@@ -6,7 +6,7 @@ import torch
 from conftest import PROMPTS
 
 import hookkit as hk
-from hookkit.models.layout import is_hidden
+from hookkit.models.views import is_hidden
 
 LAYERED = [
     "resid_pre",

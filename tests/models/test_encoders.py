@@ -13,9 +13,9 @@ import hookkit as hk
 from hookkit.errors import MissingSite, Unsupported
 from hookkit.models.discovery.discover import discover_family
 from hookkit.models.families.encoders import ENCODERS
-from hookkit.models.layout import is_hidden
 from hookkit.models.padding import can_pad
 from hookkit.models.sites import AXES
+from hookkit.models.views import is_hidden
 
 IDS = [5, 9, 17, 200, 33, 41, 7, 90, 12]
 ROWS = [IDS, [40, 41, 42], [8, 60, 13, 77, 101]]

@@ -26,7 +26,7 @@ from hookkit.reports.shift.before_after import add_deltas
 from hookkit.reports.shift.headline import FEW_PROMPTS
 from hookkit.reports.shift.inside import most_moved
 from hookkit.reports.shift.named_edits import Edit, table_of
-from hookkit.reports.shift.shift_page import ShiftTables
+from hookkit.reports.shift.shift_tables import ShiftTables
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
 HEAD = (1, 2)

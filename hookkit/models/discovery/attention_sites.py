@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..families.schema import NOT_ROTARY, OWN_ATTENTION, ModuleLocation, split_axis
-from ..layout import FusedView
+from ..views import FusedView
 from .dry_run import (
     RELATIVE_TOLERANCE,
     ROWS,

@@ -34,9 +34,10 @@ from ...models.lm import LM
 from ...models.named_positions import find_positions
 from ...models.positions import NO_END, PositionRange, Where
 from ...models.sites import AnySite
+from ..applied_hooks import forget, settle
 from ..dispatch import find_input, pick_output, replace_input, replace_output
 from ..generation import Generation
-from ..hook_points import BoundHook, HookPoint, build_hook_points, forget, settle
+from ..hook_points import BoundHook, HookPoint, build_hook_points
 from ..run import one_per_selection
 from ..text_hooks import TextHooks, check_row
 from .vllm_sites import STREAM
