@@ -332,6 +332,9 @@ def _with_positions(
     )
 
 
+# ---- results that are not finite
+
+
 def _check_result(
     bound_hook: BoundHook, selection: Selection | None, old: Tensor, new: Tensor
 ) -> None:
