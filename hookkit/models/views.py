@@ -16,12 +16,7 @@ from .dictionaries import find_dictionary
 from .experts import NEURONS
 from .families.schema import AxisSplit, ModuleLocation
 from .layout import Layout, read_integer
-from .sites import (
-    CROSS_SITES,
-    QUERY_KEY_SITES,
-    AnySite,
-    Site,
-)
+from .sites import CROSS_SITES, QUERY_KEY_SITES, AnySite, Site
 
 
 @dataclass(frozen=True)

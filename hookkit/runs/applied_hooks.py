@@ -19,7 +19,7 @@ from ..hooks.conditions import BoundCondition, Outcome, edit_where
 from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.positions import Where
-from ..models.sites import ModuleSite
+from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, ModuleSite
 from ..models.views import SiteView
 from .hook_points import BoundHook, Firing, HookPoint
 

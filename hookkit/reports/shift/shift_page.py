@@ -40,15 +40,8 @@ from ..page import Report
 from ..parts import Content, Part
 from ..typesetting import format_value
 from . import before_after
-from .headline import (
-    FEW_PROMPTS,
-    Headline,
-    control_table,
-)
-from .inside import (
-    feature_sites,
-    most_moved,
-)
+from .headline import FEW_PROMPTS, Headline, control_table
+from .inside import feature_sites, most_moved
 from .named_edits import (
     Controls,
     Edit,

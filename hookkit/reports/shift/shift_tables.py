@@ -18,9 +18,7 @@ from ...models.prompts import Row
 from ...models.tokens import prompt_text
 from ...sweeps.summary import mean_over_prompts
 from ...tables.rank_tables import Pair, shift_table
-from ..comparison_page import (
-    name_prompt,
-)
+from ..comparison_page import name_prompt
 from ..control_draws import NO_CONTROL, ControlMaker
 from . import before_after
 from .headline import (
