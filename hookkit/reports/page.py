@@ -35,6 +35,7 @@ from ..errors import BadFile, BadHook
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import check_mapping, is_bare_name, parse_json
 from .parts import (
+    MOST_PAPER_ROWS,
     NAME,
     README,
     README_HASHES,
@@ -104,7 +105,11 @@ class Report:
 
     def readme(self) -> str:
         """The page in Markdown, with links to the files that `write` puts beside it."""
-        return render_readme(self.title, self.parts, self.footer)
+        return self._render_readme({})
+
+    def _render_readme(self, hashes: Mapping[str, str]) -> str:
+        long_tables = [name for name, table in self.tables.items() if len(table) > MOST_PAPER_ROWS]
+        return render_readme(self.title, self.parts, self.footer, hashes, long_tables)
 
     def _render(self, hashes: Mapping[str, str]) -> str:
         """The page with the sha256 of its files, by which later reports recognize them."""
@@ -152,7 +157,7 @@ class Report:
             write_bytes(target / name, content)
         write_text(page, self._render(hashes))
         if is_own_readme(readme) or not os.path.lexists(readme):
-            write_text(readme, render_readme(self.title, self.parts, self.footer, hashes))
+            write_text(readme, self._render_readme(hashes))
         return page
 
     def _build_files(self) -> dict[str, bytes]:
@@ -380,7 +385,10 @@ def _render_number(value: Any, text: str, name: str) -> dict[str, Any]:
     style = DIRECTION_STYLES[direction_of(name, value)]
     if name == "rank_delta":
         style += " rank"  # which has an arrow, too
-    return {"text": text, "style": style, "value": f"{value:.8g}", "heads": False}
+    cell = {"text": text, "style": style, "value": f"{value:.8g}", "heads": False}
+    if cell["value"] == text:
+        cell["value"] = None
+    return cell
 
 
 def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dict[str, Any]]]:

@@ -7,7 +7,8 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..errors import BadHook
-from ..figures.style import DPI, GRID, INK, MUTED, PAPER
+from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import format_csv
 from .typesetting import as_json, as_latex, as_markdown, escape_markdown
 
@@ -36,15 +37,18 @@ README = "README.md"
 MARK = "<!-- Written by hookkit. -->"  # the first line
 LONGEST_HEAD = 2**20  # bytes at the beginning of a page that contain its head
 README_HASHES = re.compile(rb"<!-- hookkit-files (.*) -->")
-README_ROWS = 8  # of a table; its CSV has all of it
+README_ROWS = 8  # of a table; of a longer one README.md has its first rows, and its CSV all
+README_FIRST_ROWS = 4
 README_COLUMNS = 10
 DETAILS = ("_se", "_n")  # ends of the names of columns that a wide table leaves out first
 
+FILE_DPI = 100  # of a figure's file: figures of 8 to 10 inches are as wide as a page on a code host
 COLOURS = 64  # of a picture, at most; fewer are seen as steps in a colour map
-FEW_COLOURS = 16  # of a cloud of points in an SVG, which has shades of one or two colours
+FEW_COLOURS = 8  # of a cloud of points in an SVG, which has shades of one or two colours
 NOTICED = 7  # a squared distance of colours times the root of a share of the pixels; see below
 FARTHEST = 4 * 255**2  # the squared distance of two colours is not larger
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+STYLE = re.compile(r' style="([^"]*)"(?=[^<>]*>)')  # of an element of an SVG, not in a text
 EMBEDDED = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")  # a picture in an SVG
 
 
@@ -151,21 +155,25 @@ def render_readme(
     parts: Iterable[PagePart],
     footer: str = "",
     hashes: Mapping[str, str] | None = None,
+    long_tables: Collection[str] = (),
 ) -> str:
-    """The page in GitHub's Markdown, with links to the files beside it and with their sha256."""
+    """The page in GitHub's Markdown, with links to the files beside it and with their sha256.
+
+    Of `long_tables` the files have names without links, since a repository may leave them out.
+    """
     blocks = [MARK]
     if hashes:
         noted = json.dumps(hashes).replace(">", r"\u003e")  # "-->" would end the comment
         blocks.append(f"<!-- hookkit-files {noted} -->")
     blocks.append(f"# {escape_markdown(title)}")
     for part in parts:
-        blocks += _render_part(part)
+        blocks += _render_part(part, long_tables)
     if footer:
         blocks.append(escape_markdown(footer))
     return "\n\n".join(blocks) + "\n"
 
 
-def _render_part(part: PagePart) -> list[str]:
+def _render_part(part: PagePart, long_tables: Collection[str]) -> list[str]:
     match part:
         case Passages():
             return ["\n".join(map(_render_passage, part.passages)), escape_markdown(part.caption)]
@@ -177,7 +185,7 @@ def _render_part(part: PagePart) -> list[str]:
             caption = escape_markdown(part.caption)
             image = f"![{caption or escape_markdown(part.name)}]({part.name}.png)"
             return [image, *filter(None, [caption])]
-    return _render_table(part)
+    return _render_table(part, long_tables)
 
 
 def _render_text(words: str) -> str:
@@ -199,14 +207,17 @@ def _render_passage(passage: Passage) -> str:
     return f"- {escape_markdown(passage.label)}: {words.strip()}"
 
 
-def _render_table(part: Part) -> list[str]:
+def _render_table(part: Part, long_tables: Collection[str]) -> list[str]:
     table: pd.DataFrame = part.content  # pyright: ignore[reportAssignmentType]
-    visible = table.head(README_ROWS).dropna(axis="columns", how="all")
+    visible = table if len(table) <= README_ROWS else table.head(README_FIRST_ROWS)
+    visible = visible.dropna(axis="columns", how="all")
     if visible.shape[1] > README_COLUMNS:
         names = [name for name in visible if not str(name).endswith(DETAILS)]
         visible = visible.loc[:, names[:README_COLUMNS]]
-    file = f"{part.file or part.name}.csv"
-    words = f"[{file}]({file})"
+    name = part.file or part.name
+    words = f"[{name}.csv]({name}.csv)"
+    if name in long_tables:
+        words = f"`{name}.csv`"
     if visible.shape != table.shape:
         words += f" has {len(table)} rows and {table.shape[1]} columns"
     if part.caption:
@@ -222,15 +233,17 @@ def _render_table(part: Part) -> list[str]:
 def as_png(figure: Figure) -> bytes:
     """A figure as PNG of at most `COLOURS` colours, a fifth of the size of one with all."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
-    return _compress_png(drawn.getvalue(), COLOURS, dpi=(DPI, DPI))
+    figure.savefig(drawn, format="png", dpi=FILE_DPI, metadata={"Software": None})
+    return compress_png(drawn.getvalue())
 
 
-def _compress_png(data: bytes, most: int, **settings: Any) -> bytes:
-    """A PNG with a palette of at most `most` colours. `settings` are those of `Image.save`."""
+def compress_png(data: bytes, colours: int = COLOURS) -> bytes:
+    """A PNG with a palette of at most this many colours."""
     output = io.BytesIO()
     with Image.open(io.BytesIO(data)) as picture:
-        _with_palette(picture, most).save(output, "PNG", optimize=True, **settings)
+        resolution = picture.info.get("dpi", (FILE_DPI, FILE_DPI))
+        indexed = _with_palette(picture, colours)
+        indexed.save(output, "PNG", optimize=True, dpi=resolution)
     return output.getvalue()
 
 
@@ -291,12 +304,13 @@ def as_svg(figure: Figure, name: str, caption: str) -> str:
     }
     with rc_context({"svg.hashsalt": name, **fonts}):
         # Clouds of points are pictures in the SVG: their dots an inch decide the page's size
-        figure.savefig(output, format="svg", dpi=100, metadata={"Date": None, "Creator": None})
+        figure.savefig(output, format="svg", dpi=80, metadata={"Date": None, "Creator": None})
     svg = output.getvalue()
     svg = _compress_svg(svg[svg.index("<svg") :])
     for colour, variable in THEMED.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = _share_styles(svg, name)
     inches = figure.get_figwidth()
     min_width = max(4.3 * inches, min(34, 5.5 * inches))  # the smallest text has 8 to 10 pixels
     max_width = min(76, 7 * inches)
@@ -311,12 +325,14 @@ def as_svg(figure: Figure, name: str, caption: str) -> str:
 def _compress_svg(svg: str) -> str:
     """An SVG of matplotlib without what nobody sees, a half of its size.
 
-    Removed are the metadata, the ids that nothing refers to, rotations by 0, the font, which the
-    page sets, indentation, and the digits of coordinates beyond a hundredth of a point.
+    Removed are the metadata, the ids that nothing refers to, groups without attributes, rotations
+    by 0, the font, which the page sets, indentation, and the digits of coordinates beyond a
+    hundredth of a point.
     """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda name: name[0] if name[1] in used else "", svg)
+    svg = _without_plain_groups(svg)
     svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
     svg = svg.replace("font-family: 'DejaVu Sans', sans-serif; ", "")
     svg = re.sub(r">\n\s*<", ">\n<", svg)
@@ -324,10 +340,36 @@ def _compress_svg(svg: str) -> str:
     return EMBEDDED.sub(_compress_embedded, svg)
 
 
+def _without_plain_groups(svg: str) -> str:
+    is_plain: list[bool] = []  # of the groups that are open
+
+    def keep_or_remove(tag: re.Match[str]) -> str:
+        if tag[0] != "</g>":
+            is_plain.append(tag[0] == "<g>")
+        removes = is_plain[-1] if tag[0] != "</g>" else is_plain.pop()
+        return "" if removes else tag[0]
+
+    return re.sub(r"<g\b[^>]*>|</g>", keep_or_remove, svg)
+
+
+def _share_styles(svg: str, name: str) -> str:
+    """An SVG whose repeated styles are classes, with names that begin with the figure's name."""
+    counts = Counter(STYLE.findall(svg))
+    shared = [style for style, count in counts.items() if count > 1]
+    classes = {style: f"{name}-{number}" for number, style in enumerate(shared)}
+
+    def replace_style(attribute: re.Match[str]) -> str:
+        label = classes.get(attribute[1])
+        return f' class="{label}"' if label else attribute[0]
+
+    rules = "".join(f".{label} {{{style}}}\n" for style, label in classes.items())
+    return STYLE.sub(replace_style, svg).replace("</style>", f"\n{rules}</style>", 1)
+
+
 def _round_coordinates(attribute: re.Match[str]) -> str:
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", attribute[0])
 
 
 def _compress_embedded(picture: re.Match[str]) -> str:
-    data = _compress_png(base64.b64decode(picture[1]), FEW_COLOURS)
+    data = compress_png(base64.b64decode(picture[1]), FEW_COLOURS)
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,7 +45,8 @@ def compare_results(before: Tables, after: Tables, *, tolerance: float = TOLERAN
     """The differences between the tables of two results, one row for each table.
 
     before, after  folders, with every CSV in them and in folders below; "FOLDER@REVISION" is a
-                   folder as git has it; or mappings from names to tables
+                   folder as git has it, and tables that git ignores are not compared with it; or
+                   mappings from names to tables
     tolerance      two numbers a and b are the same if |a - b| is at most tolerance x max(1, |a|,
                    |b|): absolute for small numbers, relative for large ones. Texts are compared
                    letter by letter, rows and columns in their order
@@ -60,7 +61,7 @@ def compare_results(before: Tables, after: Tables, *, tolerance: float = TOLERAN
        table  same  moved
     0  ranks  True      0
     """
-    old_tables, new_tables = _read_tables(before), _read_tables(after)
+    old_tables, new_tables = _read_both(before, after)
     records = []
     for name in dict.fromkeys([*old_tables, *new_tables]):
         changes = _compare(old_tables.get(name), new_tables.get(name), tolerance)
@@ -113,7 +114,7 @@ def changed_cells(before: Tables, after: Tables, *, tolerance: float = TOLERANCE
     >>> changed_cells({"t": ranks(run, top=2)}, {"t": ranks(run, top=3)})["after"].tolist()
     ["line 2: row 0, pos 5, token ' breakfast', token_id 13848"]
     """
-    old_tables, new_tables = _read_tables(before), _read_tables(after)
+    old_tables, new_tables = _read_both(before, after)
     records: list[dict[str, Any]] = []
     for name in dict.fromkeys([*old_tables, *new_tables]):
         old, new = old_tables.get(name), new_tables.get(name)
@@ -245,8 +246,8 @@ def _flat_settings(about: Mapping[str, Any]) -> dict[str, str]:
 
 def _read_about(source: Folder) -> Mapping[str, Any]:
     """Returns the about.json of a folder, or of a folder in a commit; empty if it has none."""
-    folder, at, revision = os.fspath(source).rpartition("@")
-    if at and folder and not Path(source).exists():
+    if _is_commit(source):
+        folder, _, revision = os.fspath(source).rpartition("@")
         archive = _git_archive(Path(folder), revision)
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             if ABOUT not in files.getnames():
@@ -257,11 +258,38 @@ def _read_about(source: Folder) -> Mapping[str, Any]:
     return untrusted.read_json(path, finite=False) if path.is_file() else {}
 
 
+def _is_commit(source: Tables) -> bool:
+    """True for the name of a folder in a commit."""
+    if isinstance(source, Mapping):
+        return False
+    folder, at, _ = os.fspath(source).rpartition("@")
+    return bool(at and folder) and not Path(source).exists()
+
+
+def _read_both(
+    before: Tables, after: Tables
+) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
+    """The tables of two results. Those that git ignores are no news beside a commit."""
+    old_tables, new_tables = _read_tables(before), _read_tables(after)
+    if _is_commit(before) and not _is_commit(after) and not isinstance(after, Mapping):
+        for name in _ignored_names(Path(after), new_tables.keys() - old_tables.keys()):
+            del new_tables[name]
+    return old_tables, new_tables
+
+
+def _ignored_names(folder: Path, names: Iterable[str]) -> list[str]:
+    """The tables of a folder whose files git ignores."""
+    command = ["git", "-C", str(folder), "check-ignore", "-z", "--stdin"]
+    paths = "\0".join(f"{name}.csv" for name in names)
+    ended = subprocess.run(command, input=paths.encode(), capture_output=True, check=False)
+    return [path.removesuffix(".csv") for path in ended.stdout.decode().split("\0") if path]
+
+
 def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
     if isinstance(source, Mapping):
         return dict(source)
-    folder, at, revision = os.fspath(source).rpartition("@")
-    if at and folder and not Path(source).exists():
+    if _is_commit(source):
+        folder, _, revision = os.fspath(source).rpartition("@")
         return _read_committed(Path(folder), revision)
     if not Path(source).is_dir():
         raise BadHook(

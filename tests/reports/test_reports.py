@@ -218,7 +218,7 @@ def test_the_alternative_text_of_a_figure_is_its_title_its_axes_and_the_caption(
 def test_a_token_that_rose_has_another_colour_and_another_arrow_than_one_that_fell():
     ranks = pd.DataFrame({"token": ["a", "b", "c"], "rank_delta": [-90, 4, 0]})
     page = hk.report("Ranks", ranks).html()
-    rows = re.findall(r'<td class="([^"]+)" data-value="([^"]+)">', page)
+    rows = re.findall(r'<td class="([^"]+)">(.+?)</td>', page)
     assert rows == [("number up rank", "-90"), ("number down rank", "4"), ("number rank", "0")]
     assert 'td.rank.up::before { content: "▲ " / "rose "; }' in page
 
@@ -248,14 +248,14 @@ def test_a_picture_has_few_colours_and_no_mark_of_its_own_colour_is_lost(tmp_pat
     axes.scatter([0], [6], color="#d55e00", s=12)
     hk.report("x", Part(drawn, "cloud")).write(tmp_path)
     full = io.BytesIO()
-    drawn.savefig(full, dpi=150)
+    drawn.savefig(full, dpi=100)
     exact, written = (Image.open(file) for file in (full, tmp_path / "cloud.png"))
-    assert len(written.getcolors()) <= 64 and written.info["dpi"][0] == pytest.approx(150, abs=1)
+    assert len(written.getcolors()) <= 64 and written.info["dpi"][0] == pytest.approx(100, abs=1)
     before, after = (np.array(image.convert("RGB")).astype(int) for image in (exact, written))
     errors = np.abs(after - before).max(axis=-1)
     orange = (before == (0xD5, 0x5E, 0x00)).all(axis=-1)
     white = (before == 255).all(axis=-1)
-    assert orange.sum() > 30 and errors[orange].max() == 0 and errors[white].max() == 0
+    assert orange.sum() >= 9 and errors[orange].max() == 0 and errors[white].max() == 0
     assert errors.max() < 60 and np.sqrt((errors**2).mean()) < 8
     assert (tmp_path / "cloud.png").stat().st_size < len(full.getvalue()) / 3
 

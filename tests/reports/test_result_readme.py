@@ -44,7 +44,7 @@ def test_a_readme_has_the_title_texts_tables_and_figures_of_the_page(tmp_path):
     words = re.sub(r"<[^>]+>", "", page)
     assert "<h1>A &lt;b&gt;title</h1>" in page and "<h2>Before</h2>" in page
     assert "<script" not in page and "alert(1)" in words and "<em>" not in page
-    assert page.count("<tr>") == 1 + 8 and "ranks.csv has 40 rows and 3 columns" in words
+    assert page.count("<tr>") == 1 + 4 and "ranks.csv has 40 rows and 3 columns" in words
     assert "empty" not in words and "Made by hand." in words
     assert '<a href="ranks.csv">' in page and '<img src="map.png" alt="A map." />' in page
     assert "one<br />\ntwo" in page
@@ -57,6 +57,17 @@ def test_a_wide_table_shows_its_first_columns_without_their_details(tmp_path):
     hk.report("R", pd.DataFrame([range(18)], columns=names)).write(tmp_path)
     words = re.sub(r"<[^>]+>", " ", rendered(tmp_path / "README.md"))
     assert "m8" in words and "_se" not in words and "has 1 rows and 18 columns" in words
+
+
+def test_a_long_table_has_no_link_since_a_repository_may_leave_it_out(tmp_path):
+    long = pd.DataFrame({"pos": range(201), "loss": 0.5})
+    parts = Part(long, "long"), Part(long[:5], "first", file="long"), Part(long[:200], "short")
+    hk.report("R", *parts).write(tmp_path)
+    page = rendered(tmp_path / "README.md")
+    assert re.findall(r'href="([^"]+)"', page) == ["short.csv"]
+    assert page.count("<code>long.csv</code>") == 2
+    assert page.count("has 201 rows and 2 columns") == 1
+    assert (tmp_path / "long.csv").is_file()
 
 
 @pytest.mark.parametrize("write", ["report", "record", "index"])
@@ -116,7 +127,7 @@ def test_a_report_without_its_page_is_written_again_and_a_changed_file_is_not(tm
 def test_a_figure_is_a_png_of_few_colours_that_nobody_tells_from_the_drawing():
     figure = drawn()
     full = io.BytesIO()
-    figure.savefig(full, format="png", dpi=150)
+    figure.savefig(full, format="png", dpi=100)
     data = part_files(Part(figure, "map"))["map.png"]
     image = Image.open(io.BytesIO(data))
     assert image.mode == "P" and len(data) < 0.7 * len(full.getvalue())

@@ -94,6 +94,14 @@ def test_a_folder_is_compared_with_what_git_has_of_it_also_when_it_is_gone(tmp_p
         assert hk.results.compare_results(f"{folder}@HEAD", folder)[
             ["table", "moved"]
         ].values.tolist() == [["t", 1]]
+    (tmp_path / ".gitignore").write_text("long.csv\n")
+    for name in ("long.csv", "short.csv"):
+        TABLE.to_csv(result / name, index=False)
+    news = hk.results.compare_results(f"{result}@HEAD", result)
+    assert news[["table", "note"]].values.tolist() == [["t", ""], ["short", "is new"]]
+    assert hk.results.changed_cells(f"{result}@HEAD", result)["table"].unique().tolist() == ["t"]
+    (result / "long.csv").unlink()
+    (result / "short.csv").unlink()
     monkeypatch.chdir(tmp_path)
     (result / "t.csv").rename(tmp_path / "t.csv")
     result.rmdir()
