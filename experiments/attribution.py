@@ -117,12 +117,6 @@ def places(lm: hk.LM, pairs: hk.types.Pairs, results: hk.types.Record) -> list[p
             started = time.perf_counter()
             estimate = hk.attribution(lm, *both, sites, metric, **settings, **way)
             seconds[method] = time.perf_counter() - started
-            caption = f"What attribution makes of it ({method})."
-            results.figure(
-                f"{label}_{method}",
-                hk.figures.heat_map(estimate, title=f"Effect by {METHODS[method].lower()}"),
-                caption=caption,
-            )
             results.figure(
                 f"{label}_{method}_scatter",
                 scatter(

@@ -56,24 +56,23 @@ def main() -> None:
             "difference is a part of the largest value at the site, over all laws that compare two "
             "ways to compute it."
         )
-        results.answer(answer({"sites": table, "families": summary}))
+        grid = table.pivot(index="model_type", columns="site", values="state")
+        states = grid.loc[table["model_type"].unique(), table["site"].unique()].reset_index()
+        results.answer(answer({"sites": states, "families": summary}))
         results.figure("coverage", coverage(table), caption="Family by site.")
         results.table("families", summary, caption="One row for each model type.")
-        reasons = table.query("state != 'proved'")[["site", "state", "reason"]].groupby(
-            ["state", "reason"], sort=False
-        )
-        why = reasons.agg(
-            sites=("site", lambda found: ", ".join(dict.fromkeys(found)))
-        ).reset_index()
+        reasons = table.query("state != 'proved'").groupby(["state", "reason"], sort=False)
+        why = reasons.agg(sites=("site", joined), model_types=("model_type", joined)).reset_index()
         results.table("reasons", why, caption="Why a site is not there, or not everywhere.")
-        results.table("sites", table, caption="Every family and site.")
+        results.table("sites", states, caption="Every family and site.")
     print(summary.to_string(index=False))
     print(f"\n{results.answered}\nThe page: results/families/report.html")
 
 
 def answer(tables: Mapping[str, Any]) -> str:
     """The answer, from the tables that were written."""
-    states, families = tables["sites"]["state"], tables["families"]
+    states = tables["sites"].drop(columns="model_type").stack().dropna()
+    families = tables["families"]
     n_absent, n_unproved = (states == "not there").sum(), (states == "not proved").sum()
     n_there = len(states) - n_absent
     verdict = "Yes, all of them are proved" if n_unproved == 0 else "Not all of them are proved"
@@ -112,6 +111,10 @@ def rows_of(model_type: str, checkup: hk.types.Checkup) -> pd.DataFrame:
     return pd.DataFrame(
         rows, columns=["model_type", "site", "state", "blocks", "difference", "reason"]
     )
+
+
+def joined(names: pd.Series) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 def summed(table: pd.DataFrame, checked: dict[str, hk.types.Checkup]) -> pd.DataFrame:

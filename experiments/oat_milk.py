@@ -107,14 +107,9 @@ def look_at_draws(lm: hk.LM, before: hk.types.Run, results: hk.types.Record) -> 
     results.text(f"# After “{MILK}”")
     everything = hk.ranks(before, top=None)
     results.figure(
-        "logits",
-        hk.figures.logit_scatter(everything, watch=COFFEE),
-        caption="All logits at the last position.",
-    )
-    results.figure(
         "panels",
         hk.figures.logit_panels(everything, watch=COFFEE),
-        caption="The same tokens, three times.",
+        caption="All tokens at the last position.",
     )
     results.table(
         "top_ten", hk.ranks(before, watch=COFFEE), caption="The ten most likely next tokens."

@@ -62,8 +62,11 @@ def traced(lm: hk.LM, results: hk.types.Record) -> None:
         )
         means = hk.stats.mean_over_prompts(table)
         means.insert(2, "place", [named.get(pos, "") for pos in means["pos"]])
+        columns = ["layer", "pos", "place", "prob", "prob_before", "prob_delta", "prob_effect"]
         results.table(
-            site, means, caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt."
+            site,
+            means[columns],
+            caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt.",
         )
         around = "one block" if window == 1 else f"{window} blocks"
         title = f"How much of the probability of {CITY!r} {site} of {around} brings back"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 HERE = Path(__file__).parent.parent
 PACKAGE = HERE / "hookkit"
@@ -188,12 +189,29 @@ def test_git_has_the_tables_and_figures_of_results_and_two_pages():
     paths = [Path(line) for line in listed.stdout.splitlines()]
     if not paths:
         pytest.skip("this is no clone")
-    pages = {"results/oat_milk/report.html", "results/shift_reports/coffee/report.html"}
+    pages = {"results/oat_milk/report.html", "results/one_shift_report/report.html"}
     assert {str(path) for path in paths if path.suffix == ".html"} == pages
     others = {path.name for path in paths if path.suffix not in (".html", ".csv", ".png")}
     assert others == {"README.md", "about.json", "plan.md"}
     for folder in {path.parent for path in paths}:
         assert folder / "README.md" in paths or folder.name == "shift_reports", folder
+
+
+def test_the_repository_is_small():
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    paths = [HERE / name for name in listed.stdout.split("\0") if name]
+    if not paths:
+        pytest.skip("this is no clone")
+    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+    results = {path: sizes[path] for path in sizes if path.is_relative_to(HERE / "results")}
+    assert sum(results.values()) < 2_400_000
+    assert sum(sizes.values()) < 8_000_000
+    for path in results:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert picture.mode == "P" and round(picture.info["dpi"][0]) == 100, path
 
 
 def test_every_protocol_can_be_checked_at_run_time():

@@ -38,7 +38,6 @@ SHARED_EMBEDDING = {
     "embed": "encoder and decoder call one embedding module; resid_pre.0 is what it gives"
 }
 RELATIVE = {"pos_embed": "positions are a bias of the attention scores"}
-ENCODER_CROSS = "the encoder attends to its own text only"
 
 
 def cross_sites(path: str, q: str = "q_proj", projection: str = "o_proj") -> SiteLocations:
