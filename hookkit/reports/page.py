@@ -385,10 +385,10 @@ def _render_number(value: Any, text: str, name: str) -> dict[str, Any]:
     style = DIRECTION_STYLES[direction_of(name, value)]
     if name == "rank_delta":
         style += " rank"  # which has an arrow, too
-    cell = {"text": text, "style": style, "value": f"{value:.8g}", "heads": False}
-    if cell["value"] == text:
-        cell["value"] = None
-    return cell
+    number: str | None = f"{value:.8g}"
+    if number == text:
+        number = None  # the script reads the text
+    return {"text": text, "style": style, "value": number, "heads": False}
 
 
 def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dict[str, Any]]]:
