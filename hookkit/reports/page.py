@@ -35,7 +35,7 @@ from ..errors import BadFile, BadHook
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import check_mapping, is_bare_name, parse_json
 from .parts import (
-    MOST_PAPER_ROWS,
+    MAX_PAPER_ROWS,
     NAME,
     README,
     README_HASHES,
@@ -108,7 +108,7 @@ class Report:
         return self._render_readme({})
 
     def _render_readme(self, hashes: Mapping[str, str]) -> str:
-        long_tables = [name for name, table in self.tables.items() if len(table) > MOST_PAPER_ROWS]
+        long_tables = [name for name, table in self.tables.items() if len(table) > MAX_PAPER_ROWS]
         return render_readme(self.title, self.parts, self.footer, hashes, long_tables)
 
     def _render(self, hashes: Mapping[str, str]) -> str:
