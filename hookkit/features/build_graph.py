@@ -72,6 +72,7 @@ def attribution_graph(
         check_integer(number, name, least=1, meaning="how many nodes,", error=BadHook)
     check_number(logit_share, "logit_share", least=0, most=1, error=BadHook)
     refuse_no_gradient(lm)
+    lm.refuse_engine("an attribution graph needs gradients")
     transcoders = _transcoders_of(lm)
     sites = [ENTERING, *pattern_sites(lm)]
     for transcoder in transcoders:

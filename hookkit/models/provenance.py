@@ -4,8 +4,9 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from ..files.atomic import sha256
+from ..files.untrusted import open_tensors
 from .devices import count_parameters, weights_of
 from .engine import Engine
 from .lm import LM
@@ -68,14 +70,17 @@ def versions() -> dict[str, str]:
 def weights_hash(lm: LM) -> str:
     """Returns the sha256 of all weights, ordered by name; equal for models with equal weights.
 
-    Weights that accelerate offloads to the disk are read one after another. Where a model is
-    served, it is the hash of the weights' files, or of the name and the commit on the Hub.
+    Weights that accelerate offloads to the disk are read one after another, and so are those of a
+    model in an engine, from its files.
     """
-    digest = hashlib.sha256()
     if lm.engine is not None:
-        commit = getattr(lm.config, "_commit_hash", None)
-        return _source_hash(lm.engine.source, commit)
-    for name, read in sorted(_plain_weights(lm), key=lambda item: item[0]):
+        return _served_hash(lm, lm.engine)
+    return _hash_of(_plain_weights(lm))
+
+
+def _hash_of(weights: Iterable[tuple[str, Callable[[], torch.Tensor]]]) -> str:
+    digest = hashlib.sha256()
+    for name, read in sorted(weights, key=lambda item: item[0]):
         weight = read()
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         data: Any = weight.detach().cpu().contiguous()
@@ -83,15 +88,55 @@ def weights_hash(lm: LM) -> str:
     return digest.hexdigest()
 
 
-def _source_hash(source: str, commit: str | None) -> str:
-    folder = Path(source)
+def _served_hash(lm: LM, engine: Engine) -> str:
+    """Returns the hash of the weights that an engine has read: that of the loaded model if the
+    files have its weights by their names, else that of the files, or of the commit on the Hub."""
+    folder = Path(engine.source)
     if not folder.is_dir():
-        return hashlib.sha256(f"{source} {commit}".encode()).hexdigest()
-    lines: list[str] = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix in WEIGHT_FILES:
-            lines.append(f"{path.name} {sha256(path)}")
+        from huggingface_hub import snapshot_download
+
+        commit = getattr(lm.config, "_commit_hash", None)
+        try:
+            folder = Path(snapshot_download(engine.source, revision=commit, local_files_only=True))
+        except (OSError, ValueError):
+            return hashlib.sha256(f"{engine.source} {commit}".encode()).hexdigest()
+    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
+    weights = _weights_in_files(lm, paths, getattr(torch, engine.facts["dtype"]))
+    if weights is not None:
+        return _hash_of(weights)
+    lines = [f"{path.name} {sha256(path)}" for path in paths]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _weights_in_files(
+    lm: LM, paths: list[Path], dtype: torch.dtype
+) -> list[tuple[str, Callable[[], torch.Tensor]]] | None:
+    """Returns functions that read each weight of a model; None if one is not in the files."""
+    path_of_name: dict[str, Path] = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            with open_tensors(path) as file:
+                path_of_name |= dict.fromkeys(file.keys(), path)
+    names_of_weight: dict[torch.Tensor, list[str]] = {}
+    for prefix, module in lm.root.named_modules():
+        buffers = module._non_persistent_buffers_set
+        for name, weight in (*module._parameters.items(), *module._buffers.items()):
+            if weight is not None and name not in buffers:
+                names_of_weight.setdefault(weight, []).append(f"{prefix}.{name}".lstrip("."))
+    weights: list[tuple[str, Callable[[], torch.Tensor]]] = []
+    for names in names_of_weight.values():
+        stored = [name for name in names if name in path_of_name]
+        if not stored:
+            return None
+        read = partial(_read_weight, path_of_name[stored[0]], stored[0], dtype)
+        weights += [(name, read) for name in names]
+    return weights
+
+
+def _read_weight(path: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    with open_tensors(path) as file:
+        weight = file.get_tensor(name)
+    return weight.to(dtype) if weight.is_floating_point() else weight
 
 
 def _plain_weights(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

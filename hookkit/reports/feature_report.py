@@ -209,6 +209,7 @@ def feature(
     check_integer(top, "top", least=1, meaning="how many texts and tokens of a feature to keep,")
     check_integer(effects, "effects", least=0, meaning="for how many features to measure effects,")
     where = Where(read_position(pos))
+    lm.refuse_engine("a page about features edits each row with a vector of its own")
     site, dictionary, numbers = _features_of(lm, sites)
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(texts, Harvest):

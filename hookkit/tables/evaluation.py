@@ -59,6 +59,7 @@ def evaluate(
 
     >>> evaluate(lm, "arc_easy", hk.scale("mlp_out.12", 0.5), limit=50)  # doctest: +SKIP
     """
+    lm.refuse_engine("the harness reads the logits at every position")
     model = harness_model(lm, *hooks, batch_size=batch_size)
     task_manager = import_module("lm_eval.tasks").TaskManager(include_path=include_path)
     with _random_state():

@@ -203,6 +203,8 @@ def _check_hooks(lm: LM, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         if isinstance(hook, Capture) and hook.grad:
             lm.refuse_engine(f"{hook} needs gradients")
+        if isinstance(hook, Capture) and hook.device not in (None, "cpu"):
+            lm.refuse_engine(f"{hook} has device={hook.device!r}, and captures come to the CPU")
         if isinstance(hook, SourceEdit | SwapConcept):
             lm.refuse_engine(f"{hook} reads another forward, or another part of this one")
         if isinstance(hook, Grammar):

@@ -484,8 +484,8 @@ class EngineHooks:
         positions: dict[int, list[Tensor]] = {}
         for chunk in bound_hook.pieces:
             if chunk.cells is None:
-                return Captured(site, hook.where, chunk.values, None, (), (), hook.name)
-            chunk_values = chunk.values.to_dense()
+                return Captured(site, hook.where, chunk.values.cpu(), None, (), (), hook.name)
+            chunk_values = chunk.values.to_dense().cpu()
             for index, row in enumerate(chunk.cells.rows):
                 row_positions = chunk.cells.positions[index]
                 is_kept = (row_positions >= 0) & (row_positions < len(rows[row]) - 1)
