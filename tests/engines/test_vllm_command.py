@@ -4,7 +4,12 @@ from served_models import PROMPTS, needs_vllm
 
 pytestmark = needs_vllm
 
-ARGUMENTS = ("max_model_len=128", "max_num_seqs=4", "block_size=32", "kv_cache_memory_bytes=33554432")
+ARGUMENTS = (
+    "max_model_len=128",
+    "max_num_seqs=4",
+    "block_size=32",
+    "kv_cache_memory_bytes=33554432",
+)
 
 
 def test_the_command_serves_a_model(hookkit, model_folder):
