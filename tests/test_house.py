@@ -194,7 +194,7 @@ def test_git_has_the_tables_and_figures_of_results_and_two_pages():
     others = {path.name for path in paths if path.suffix not in (".html", ".csv", ".png")}
     assert others == {"README.md", "about.json", "plan.md"}
     for folder in {path.parent for path in paths}:
-        assert folder / "README.md" in paths or folder.name == "shift_reports", folder
+        assert folder / "README.md" in paths, folder
 
 
 def test_the_repository_is_small():
