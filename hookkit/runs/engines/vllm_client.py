@@ -26,7 +26,7 @@ from ..forward import Logits, LogitsOption, read_logits_option, select_columns
 from ..generation import NEUTRAL
 from ..hook_points import build_hook_points
 from ..run import Run
-from .vllm_hooks import SampledRun, ServedResult, ServedRun
+from .served_run import SampledRun, ServedResult, ServedRun
 from .vllm_probe import check_proved
 
 # arguments of transformers' generate, by those of vLLM's SamplingParams

@@ -9,30 +9,24 @@ as in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import BadEdit, Unsupported
-from ...hooks.base import Hook
 from ...hooks.capture import Capture, Captured, SequenceEnd
 from ...models.batch_positions import (
-    Columns,
     DecidedToken,
-    ForwardPass,
-    Selection,
     SequenceBatch,
-    positions_between,
 )
 from ...models.lm import LM
 from ...models.named_positions import find_positions
-from ...models.positions import NO_END, PositionRange, Where
+from ...models.positions import PositionRange
 from ...models.sites import AnySite
 from ..applied_hooks import forget, settle
 from ..dispatch import find_input, pick_output, replace_input, replace_output
@@ -40,117 +34,9 @@ from ..generation import Generation
 from ..hook_points import BoundHook, HookPoint, build_hook_points
 from ..run import one_per_selection
 from ..text_hooks import TextHooks, check_row
+from .chunk_passes import EVERY_COLUMN, Chunk, ChunkPass, index_of
+from .served_run import ServedResult, ServedRun
 from .vllm_sites import STREAM
-
-EVERY_COLUMN = range(NO_END)  # a row of an engine has no padding
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The tokens of one request in a step of the engine.
-
-    row      the row of the run
-    start    the index of the first token on the flat axis
-    past     how many tokens of the row were read before
-    count    how many are read now
-    samples  True if the logits at the last of them choose the next token
-    """
-
-    row: int
-    start: int
-    past: int
-    count: int
-    samples: bool
-
-
-@dataclass(eq=False)
-class ChunkPass(ForwardPass):
-    """A forward of some chunks that have equally many tokens, each from its own position on.
-
-    `new_from` is the first position of each chunk that no earlier step has read: a request that the
-    engine preempts is read again.
-    """
-
-    chunks: Sequence[Chunk] = ()
-    firsts: Sequence[int] = ()  # the position of each chunk's first token in the tensor
-    new_from: Sequence[int] = ()
-
-    def _select(self, where: Where, head: bool, new: bool) -> Selection | None:
-        selected = self.text.selected_positions(where)
-        rows: list[int] = []
-        indices: list[int] = []
-        positions: list[PositionRange] = []
-        columns: list[Columns] = []
-        for index, chunk in enumerate(self.chunks):
-            first = self.firsts[index]
-            lowest = max(first, self.new_from[index]) if new else first
-            row_positions = positions_between(
-                selected[self.text.of(chunk.row)], EVERY_COLUMN, lowest, first + self.width
-            )
-            if not row_positions:
-                continue
-            rows.append(chunk.row)
-            indices.append(index)
-            positions.append(row_positions)
-            if isinstance(row_positions, range):
-                step = row_positions.step
-                columns.append(range(row_positions[0] - first, row_positions[-1] - first + 1, step))
-            else:
-                columns.append(tuple(position - first for position in row_positions))
-        if not rows:
-            return None
-        return self._build_selection(rows, positions, columns, self.width, indices)
-
-
-@dataclass(frozen=True, eq=False)
-class ServedRun:
-    """What the process of an engine is told of a run. `references` are values at sites on prompts.
-
-    prompts    the token ids of each prompt
-    returned   how many rows each prompt has
-    most       how many tokens may be generated
-    eos        the tokens that end a row
-    is_forward  True if the prompts are read, and the token after each is left out
-    order      the hooks at their sites, by number, in the order in which a run lists them
-    """
-
-    hooks: tuple[Hook, ...]
-    observers: tuple[Hook, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    returned: int
-    most: int
-    eos: frozenset[int]
-    references: Sequence[tuple[tuple[Any, ...], dict[AnySite, Captured]]] = ()
-    is_forward: bool = False
-    order: Sequence[tuple[int, AnySite]] = ()
-
-    @property
-    def rows(self) -> range:
-        """The rows of the run: `returned` of each prompt."""
-        return range(len(self.prompts) * self.returned)
-
-
-@dataclass(frozen=True, eq=False)
-class SampledRun:
-    """A run, and how vLLM chooses its tokens: `settings` are those of its `SamplingParams`.
-
-    `seeds` are those of the rows, or None. `salts` keep the cached prefixes of a row to itself.
-    """
-
-    run: ServedRun
-    settings: Mapping[str, Any]
-    seeds: Sequence[int | None]
-    salts: Sequence[str | None]
-
-
-@dataclass(frozen=True, eq=False)
-class ServedResult:
-    """What a run gave: the tokens of each row, the captured and observed values, and the log."""
-
-    rows: list[list[int]]
-    captures: list[Captured]
-    observed: list[Captured]
-    log: pd.DataFrame
 
 
 class EngineHooks:
@@ -385,7 +271,7 @@ class EngineHooks:
             flat_input = _on_one_axis(module_input, count, point)
         new_flat = flat
         for forward in self._passes[False]:
-            index = _index_of(forward.chunks)
+            index = index_of(forward.chunks)
             shape = (len(forward.chunks), forward.width)
             part = flat[index].unflatten(0, shape)
             part_input = None
@@ -553,12 +439,3 @@ def _on_one_axis(tensor: Tensor, count: int, point: HookPoint) -> Tensor:
             "tokens, so that its rows and positions are unknown"
         )
     return flat
-
-
-def _index_of(chunks: Sequence[Chunk]) -> slice | Tensor:
-    """Returns where the tokens of these chunks are on the flat axis: a slice where possible."""
-    first, last = chunks[0], chunks[-1]
-    length = sum(chunk.count for chunk in chunks)
-    if last.start + last.count - first.start == length:
-        return slice(first.start, first.start + length)
-    return torch.tensor([chunk.start for chunk in chunks])

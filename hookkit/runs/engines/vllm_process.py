@@ -24,7 +24,9 @@ from ...models.dictionaries import SiteDictionary
 from ...models.engine import EngineFailure, StartEngine
 from ...models.layout import text_config
 from ...models.lm import LM
-from .vllm_hooks import Chunk, EngineHooks, SampledRun, ServedResult
+from .chunk_passes import Chunk
+from .served_run import SampledRun, ServedResult
+from .vllm_hooks import EngineHooks
 from .vllm_sites import Code, Served, served_family
 
 ROW = "hookkit_row"  # the name of a request's row among its extra arguments
