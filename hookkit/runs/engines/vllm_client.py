@@ -26,8 +26,8 @@ from ..forward import Logits, LogitsOption, read_logits_option, select_columns
 from ..generation import NEUTRAL
 from ..hook_points import build_hook_points
 from ..run import Run
-from .served_run import SampledRun, ServedResult, ServedRun
 from .vllm_probe import check_proved
+from .vllm_run import SampledRun, ServedResult, ServedRun
 
 # arguments of transformers' generate, by those of vLLM's SamplingParams
 SAMPLING: Mapping[str, str] = {

@@ -35,7 +35,7 @@ from ..hook_points import BoundHook, HookPoint, build_hook_points
 from ..run import one_per_selection
 from ..text_hooks import TextHooks, check_row
 from .chunk_passes import EVERY_COLUMN, Chunk, ChunkPass, index_of
-from .served_run import ServedResult, ServedRun
+from .vllm_run import ServedResult, ServedRun
 from .vllm_sites import STREAM
 
 

@@ -32,7 +32,7 @@ from ...models.loading import auto_class, hidden_progress_bars
 from ...models.sites import Site, Sites
 from ..forward import forward
 from ..run import Run
-from .served_run import SampledRun, ServedResult, ServedRun
+from .vllm_run import SampledRun, ServedResult, ServedRun
 
 # The largest difference that is allowed, as a part of the largest value of the row at the site.
 # Healthy models differed by up to 2e-5, 5e-3 and 2e-2, and faulty ones by more than 0.1.

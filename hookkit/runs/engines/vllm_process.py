@@ -25,8 +25,8 @@ from ...models.engine import EngineFailure, StartEngine
 from ...models.layout import text_config
 from ...models.lm import LM
 from .chunk_passes import Chunk
-from .served_run import SampledRun, ServedResult
 from .vllm_hooks import EngineHooks
+from .vllm_run import SampledRun, ServedResult
 from .vllm_sites import Code, Served, served_family
 
 ROW = "hookkit_row"  # the name of a request's row among its extra arguments
