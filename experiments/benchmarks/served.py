@@ -44,7 +44,12 @@ def main() -> None:
     given = asked.parse_args()
     torch.set_num_threads(1)
     os.environ.update(ONE_THREAD)
-    served = hk.load(engine="vllm", max_model_len=256, max_num_seqs=given.prompts)
+    served = hk.load(
+        engine="vllm",
+        max_model_len=256,
+        max_num_seqs=given.prompts,
+        kv_cache_memory_bytes=2**30,
+    )
     lm = hk.load(device="cpu")
     with hk.record(
         given.out, title="What hooks cost in vLLM", question=QUESTION, lm=served, seed=0

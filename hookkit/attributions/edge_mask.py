@@ -98,6 +98,7 @@ def edge_mask(
     check_integer(steps, "steps", least=1, meaning="how many steps,", error=BadHook)
     check_integer(batch_size, "batch_size", least=1, meaning="how many pairs,", error=BadHook)
     check_number(lr, "lr", above=0.0)
+    lm.refuse_engine("a mask over edges is trained with gradients")
     draws = torch.Generator().manual_seed(check_seed(seed))
     target, source = bind_pair(lm, clean, corrupted, metric, "noise", ())
     model = CircuitModel.of(lm, target.inputs.rows, source.inputs.rows)

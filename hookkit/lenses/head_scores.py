@@ -77,6 +77,7 @@ def head_scores(
     check_integer(n, "n", least=2, meaning="how many sequences,")
     if not names:
         raise EmptySelection(f"scores= is empty: give some of {', '.join(SCORES)}")
+    lm.refuse_engine("the scores of heads are read from attention patterns")
     sequences = list(as_batch(lm, list(induction(lm, n, length=length, seed=seed).clean)).rows)
     other = sequences if prompts is None else list(as_batch(lm, prompts).rows)
     layers = lm.layout.layers("pattern") or ()
