@@ -14,7 +14,7 @@ LAWS_BY_COMPARISON = {
     "values": "the engine's values are those of transformers",
     "edit": "reaches",
     "logits": "the engine's logits are those of transformers",
-    "token": "the engine's tokens are those of its logits, or of hk.force",
+    "token": "reaches",
 }
 
 
@@ -22,6 +22,7 @@ def engine_laws(lm: LM) -> pd.DataFrame:
     """Returns the laws of a model in an engine: one row for each law and name of a site.
 
     The law "reaches" is an edit: the values after it are those of transformers with the same edit.
+    At the logits it is `hk.force`, and tokens that are those of the logits.
     """
     proof = prove_engine(lm)
     rows: dict[tuple[str, str], dict[str, Any]] = {}

@@ -15,6 +15,8 @@ SERVED = [
     pytest.param("gemma2", "transformers", WIDE_HEADS),
     pytest.param("mixtral", "transformers", {}, marks=slow),
     pytest.param("qwen2", "vllm", {}),
+    pytest.param("qwen2", "transformers", {}, marks=slow),
+    pytest.param("phi3", "vllm", {}, marks=slow),
     pytest.param("qwen3", "transformers", WIDE_HEADS, marks=slow),
     pytest.param("qwen3", "vllm", WIDE_HEADS, marks=slow),
     pytest.param("mistral", "transformers", {}, marks=slow),
@@ -56,7 +58,7 @@ def test_a_family_in_vllm_is_that_of_transformers(family, code, config, serve_fa
         missing |= {"router_logits", "experts", "expert_weights", "mlp_pre", "mlp_post"}
     assert set(reference.layout.names) - set(lm.layout.names) == missing
     compare(lm, reference, PROMPTS, hk.capture(lm.sites()))
-    compare(lm, reference, PROMPTS, hk.scale("attn_out.1", -1.0, rows=[2]), hk.force(" tea"))
+    compare(lm, reference, PROMPTS, hk.scale("attn_out.1", -1.0, rows=[2]), hk.force(" t"))
 
 
 def test_a_model_whose_logits_vllm_forgets_to_scale_raises(serve_family):

@@ -210,7 +210,8 @@ def test_doctor_compares_a_served_model_with_transformers(served):
     assert checkup.facts["dtype"] == "float32"
     assert checkup.facts["vllm"].startswith("0.32")
     sites = checkup.sites.set_index("site")
-    assert sites.loc["z", "editable"] and sites.loc["z", "proved"]
+    for name in ("z", "logits"):
+        assert sites.loc[name, "editable"] and sites.loc[name, "proved"]
     assert 0 < sites.loc["z", "difference"] < 5e-5
     assert "one kernel" in sites.loc["pattern", "why"]
     with pytest.raises(hk.errors.Unsupported, match="leave layers out"):
