@@ -294,7 +294,7 @@ class Captures:
         """Every capture, in the order of the hooks."""
         return [slot.captured() for slot in self.slots]
 
-    @property
+    @cached_property
     def sites(self) -> Sites:
         """The sites that have values, in the order of the hooks."""
         return Sites(tuple(dict.fromkeys(slot.site for slot in self.slots)))

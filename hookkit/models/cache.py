@@ -68,6 +68,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HOOKKIT_CACHE") or user_cache_dir("hookkit", appauthor=False))
 
 
+def trials_folder() -> Path:
+    """Returns the folder of the results of trials (see `sweeps.kept_trials`)."""
+    return cache_folder() / "trials"
+
+
 def stored_models() -> pd.DataFrame:
     """Returns the models stored on this machine, one row for each revision.
 
@@ -90,6 +95,7 @@ def model_folders() -> pd.DataFrame:
     rows = [
         [DEFAULT, str(cache_folder()), "HOOKKIT_CACHE"],
         ["the Hub", str(_hub_folder()), "HF_HOME, HF_HUB_CACHE"],
+        ["trials of models", str(trials_folder()), "HOOKKIT_CACHE"],
     ]
     return pd.DataFrame(rows, columns=["of", "path", "set_by"])
 

@@ -109,6 +109,7 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
     """Returns every cell of the grid, the last dimension fastest. Checks the hooks against the
     model and the prompts."""
     axes = _check_axes(grid)
+    _check_takes(hooks, axes)
     reference = References(lm)
     cells: list[Cell] = []
     for values in product(*axes.values()):
@@ -183,20 +184,21 @@ def _can_be_compared(value: Any) -> bool:
     return isinstance(value, Hashable) and not isinstance(value, Tensor)
 
 
-def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | None:
-    """Calls a function of the grid's values at a point. Returns the hooks; None for no cell.
-
-    Raises `BadHook` if it cannot be called with the grid's dimensions by name.
-    """
+def _check_takes(hooks: HooksAt, dimensions: Mapping[str, Any]) -> None:
+    """Raises `BadHook` if a function cannot be called with the grid's dimensions by name."""
     try:
-        inspect.signature(hooks).bind(**point)
+        inspect.signature(hooks).bind(**dimensions)
     except ValueError:  # a function written in C has no signature
         pass
     except TypeError as error:
         raise BadHook(
             "the function that gives the hooks cannot be called with the grid's dimensions "
-            f"{', '.join(point)}: {error}"
+            f"{', '.join(dimensions)}: {error}"
         ) from None
+
+
+def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | None:
+    """Calls a function of the grid's values at a point. Returns the hooks; None for no cell."""
     with _errors_name_cell(point):
         result = hooks(**point)
     return None if result is None else as_hooks(result)
@@ -365,6 +367,8 @@ def create_controls(
     _check_control_settings(control, draws, seed)
     if control is None:
         return []
+    if callable(control):
+        _check_takes(control, cells[0].point)
     reference = References(lm)
     controls: list[Cell] = []
     for draw, cell in product(range(_count_draws(cells, control, draws)), cells):

@@ -131,6 +131,7 @@ class SweepWorker:
                 job.width,
                 plan.shortcuts,
                 plan.base_hook_points,
+                plan.tokens,
             )
             values = cell_metrics.values(job.keys, logits)
         except RuntimeError as error:

@@ -8,7 +8,7 @@ positions that the metric reads are computed there.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, cat
+from torch import Tensor, cat, nn
+from torch.nn import functional
 
 from ..errors import Unsupported
 from ..hooks.ablation import Ablate
@@ -27,7 +28,7 @@ from ..hooks.edits import Edit
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
 from ..models.overrides import Overrides
-from ..models.sites import QUERY_KEY_SITES, Site
+from ..models.sites import QUERY_KEY_SITES, ModuleSite, Site
 from ..runs.hook_points import BoundHook, HookPoint
 from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
 from .inputs import SweepInputs
@@ -135,9 +136,8 @@ def weights_later_keys(bound: BoundHook) -> bool:
     return isinstance(bound.hook, Edit)
 
 
-def can_narrow(lm: LM, lanes: Lanes) -> bool:
+def can_narrow(lm: LM, hook_points: Iterable[HookPoint]) -> bool:
     """True if no hook needs the other positions of the last block after its attention."""
-    hook_points = chain.from_iterable(points for _, points in lanes)
     return not any(_needs_last_block(lm, bound) for bound in bound_hooks_of(hook_points))
 
 
@@ -197,6 +197,38 @@ def _fill_with_zeros(values: Any, shape: Sequence[int], width: int) -> Tensor:
     return full
 
 
+def can_compute_tokens(lm: LM, hook_points: Iterable[HookPoint]) -> bool:
+    """True if the head is a plain linear layer, and no hook at these points reads its output."""
+    location = lm.layout.find("lm_head", None)
+    if location is None or lm.ranks is not None:
+        return False
+    head = lm.submodule(location.path)
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return False
+    return not any(_may_read_logits(lm, bound) for bound in bound_hooks_of(hook_points))
+
+
+def _may_read_logits(lm: LM, bound: BoundHook) -> bool:
+    is_module = isinstance(bound.site, ModuleSite)
+    return bound.head or (is_module and block_of_module(lm, bound.site.path) == INPUT)
+
+
+@contextmanager
+def compute_tokens(lm: LM, tokens: Sequence[int]) -> Iterator[None]:
+    """Inside this context the head computes the logits of these tokens only, in this order."""
+    location = lm.layout.find("lm_head", None)
+    assert location is not None
+    head = lm.submodule(location.path)
+    with Overrides() as overrides:
+        overrides.wrap_method(head, "forward", partial(_logits_of_tokens, head, list(tokens)))
+        yield
+
+
+def _logits_of_tokens(head: Any, tokens: list[int], inner: Any, /, hidden: Tensor) -> Tensor:
+    bias = None if head.bias is None else head.bias[tokens]
+    return functional.linear(hidden, head.weight[tokens], bias)
+
+
 # ---- the forwards
 
 
@@ -239,18 +271,22 @@ class Shortcuts:
     grow     rows can join at the block at which they begin to differ
     prefix   positions before the first that differs can come from a cache
     last     after the last attention only the metric's positions have to be computed
+    tokens   of the logits only those of the tokens that the metrics read have to be computed
     why      for each shortcut that is not allowed, the reason
     factors  which inputs of the blocks have rows (see `JoinSchedule`)
     kinds    what each block returns: 0 for a tensor, or the length of a tuple
+    reads_ahead  True if the logits at a position depend on a later token
     """
 
     batch: bool
     grow: bool
     prefix: bool
     last: bool
+    tokens: bool
     why: Mapping[str, str]
     factors: Factors
     kinds: Sequence[int]
+    reads_ahead: bool = False
 
 
 def run_base(
@@ -289,8 +325,10 @@ def run_cell_prompts(
     width: int,
     shortcuts: Shortcuts,
     base_hook_points: Sequence[HookPoint] = (),
+    tokens: Sequence[int] | None = None,
 ) -> Float[Tensor, "row pos vocab"]:
-    """Runs sorted cell prompts over the last `width` columns.
+    """Runs sorted cell prompts over the last `width` columns. Returns their logits, perhaps those
+    of `tokens` only.
 
     `hook_points` are those of each cell. `base_hook_points` are those among them that act in every
     cell: what they change before the blocks may also reach the blocks beside the residual stream
@@ -316,8 +354,12 @@ def run_cell_prompts(
     if past:
         indices = torch.tensor(row_indices)
         cache = prefix_cache(base.cache, past, lambda: indices[: shared_forward.count])
-    narrows = shortcuts.last and n_logits < width and can_narrow(lm, lanes)
-    with narrow_last_block(lm, n_logits) if narrows else nullcontext():
+    acting = list(chain.from_iterable(points for _, points in lanes))
+    with ExitStack() as contexts:
+        if shortcuts.last and n_logits < width and can_narrow(lm, acting):
+            contexts.enter_context(narrow_last_block(lm, n_logits))
+        if shortcuts.tokens and tokens is not None and can_compute_tokens(lm, acting):
+            contexts.enter_context(compute_tokens(lm, tokens))
         return _run_model(shared_forward, inputs, rows, base.columns, cache, prompt_rows)
 
 

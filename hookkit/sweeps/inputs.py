@@ -172,17 +172,22 @@ class CellMetrics:
     """The metrics of the prompts of a sweep.
 
     `before` are the logits of each row without a cell's edits, at the metric's position; None if no
-    metric compares with them.
+    metric compares with them. `tokens` are the sorted ids of the only tokens whose logits the
+    metrics read; None for all.
     """
 
     inputs: SweepInputs
     measures: Sequence[Measure]
     before: Mapping[int, Float[Tensor, " vocab"]] | None = None
+    tokens: Sequence[int] | None = None
 
     def values(
         self, keys: Sequence[tuple[int, int]], logits: Float[Tensor, "row pos vocab"]
     ) -> Values:
-        """Returns the metrics of these cells and rows, in parts because metrics make copies."""
+        """Returns the metrics of these cells and rows, in parts because metrics make copies.
+
+        `logits` are those of all tokens of the model, or of `tokens`.
+        """
         values: Values = {}
         size = max(1, LOGITS_AT_ONCE // max(1, logits[0].numel()))
         for start in range(0, len(keys), size):
@@ -197,12 +202,16 @@ class CellMetrics:
         self, rows: Sequence[int], logits: Float[Tensor, "row pos vocab"]
     ) -> MetricInput:
         """Returns the logits of these rows that the metrics read."""
-        before = after = None
+        before = after = tokens = None
         if self.before is not None:
             before = torch.stack([self.before[row] for row in rows]).float().to(logits.device)
         counts = [self.inputs.read_counts[row] for row in rows]
         if self.inputs.has_continuation:
             pairs = zip(logits, counts, strict=True)
             after = [row_logits[-count:].float() for row_logits, count in pairs]
-        at_position = logits[torch.arange(len(rows)), -torch.tensor(counts)]
-        return MetricInput(at_position.float(), rows, before, after)
+        if self.tokens is not None and len(self.tokens) == logits.shape[-1]:
+            tokens = torch.tensor(self.tokens)
+        at_position = logits[:, -counts[0]]
+        if len(set(counts)) > 1:
+            at_position = logits[torch.arange(len(rows)), -torch.tensor(counts)]
+        return MetricInput(at_position.float(), rows, before, after, tokens)

@@ -48,6 +48,7 @@ from .forwards import (
     Shortcuts,
     block_of_module,
     bound_hooks_of,
+    can_compute_tokens,
     needs_all_positions,
 )
 from .inputs import CellMetrics, SweepInputs
@@ -302,6 +303,17 @@ class Plan:
         """The metrics, bound to this model and these prompts."""
         return [metric.bind(self.lm, len(self.inputs)) for metric in self.metrics]
 
+    @cached_property
+    def tokens(self) -> list[int] | None:
+        """The sorted ids of the only tokens whose logits the metrics read; None for all."""
+        tokens: set[int] = set()
+        for metric in self.metrics:
+            of_metric = metric.tokens_read(metric.prepare(self.lm, len(self.inputs)))
+            if of_metric is None:
+                return None
+            tokens.update(of_metric)
+        return sorted(tokens)
+
     @property
     def compares(self) -> bool:
         """True if a metric compares a cell with the unedited prompts."""
@@ -330,7 +342,7 @@ class Plan:
             before = {}
             for row, logits in zip(base.rows, base.logits, strict=True):
                 before[row] = logits[-self.inputs.read_counts[row]]
-        return CellMetrics(self.inputs, self.measures, before)
+        return CellMetrics(self.inputs, self.measures, before, self.tokens)
 
     def cell_prompts(self, rows: Sequence[int], *, sources_match: bool = True) -> list[CellPrompt]:
         """Returns the cell prompts of some prompts that have to run.
@@ -462,8 +474,17 @@ class Plan:
         activations = width * (8 * sizes["d_model"] + 3 * mlp)
         heads = sizes.get("head") or 1
         attention = columns * 4 * sizes["d_model"] + heads * width * columns
-        n_logits = self.inputs.count_logits(range(len(self.inputs)), width)
-        return self._number_bytes * (activations + attention) + 12 * n_logits * sizes["vocab"]
+        n_logits = self.inputs.count_logits(range(len(self.inputs)), width) * self._tokens_computed
+        return self._number_bytes * (activations + attention) + 12 * n_logits
+
+    @cached_property
+    def _tokens_computed(self) -> int:
+        """Of how many tokens the forwards of the cells compute logits, at most."""
+        hook_points = chain.from_iterable(self.hook_points)
+        computes_some = self.tokens is not None and self.shortcuts.tokens
+        if computes_some and can_compute_tokens(self.lm, hook_points):
+            return len(self.tokens or ())
+        return self.lm.sizes["vocab"] or 0
 
     @property
     def _number_bytes(self) -> int:
@@ -503,6 +524,9 @@ class Plan:
         takes_count = "logits_to_keep" in self.lm.takes
         no_count = "the model takes no logits_to_keep"
         yield "head", _use(takes_count, "at the metric's position only", no_count)
+        if self.tokens is not None:
+            reason = self.shortcuts.why.get("tokens", "")
+            yield "tokens", _use(self.shortcuts.tokens, "logits of the metric's only", reason)
         for reason, count in Counter(cell.alone for cell in self.alone).items():
             yield "alone", f"{_count(count, 'cell')}: {reason}"
 

@@ -1,19 +1,19 @@
 """Which shortcuts a model allows. A trial of a few tokens decides it, once for each model.
 
-The trial runs a small sweep with each shortcut and compares it with one plain forward. A shortcut
-that gives other logits, or that fails, is not used, and the reason is stored.
+The trial runs a small sweep with all shortcuts and compares it with one plain forward. If that
+gives other logits, or fails, each shortcut is tried by itself. One that gives other logits is not
+used, and the reason is stored. The results are kept on disk (see `kept_trials`).
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain, count, islice, product
+from itertools import count, islice, product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..hooks.base import Hook
 from ..hooks.edits import steer
@@ -24,13 +24,33 @@ from ..models.sites import ModuleSite, Site
 from ..runs.dispatch import HIDDEN_STATES_KEYWORDS
 from ..runs.forward import forward
 from ..runs.hook_points import build_hook_points
-from ..runs.manager import HookBlock
-from ..runs.partial import Path, SharedForward
-from .forwards import INPUT, CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
+from ..runs.manager import find_user_hooks
+from ..runs.partial import Factors
+from .block_inputs import (
+    ShapeRecorder,
+    blocks_of,
+    cached_factors,
+    inspect_blocks,
+    row_factors,
+    run_recorded,
+)
+from .forwards import (
+    INPUT,
+    BaseForward,
+    CellPrompt,
+    Shortcuts,
+    can_compute_tokens,
+    run_base,
+    run_cell_prompts,
+)
 from .inputs import SweepInputs
+from .kept_trials import add_result, file_of_model, read_results
 
 LENGTHS = (5, 3, 4)  # of the trial's prompts, in tokens
 POSITIONS = (-1, -2)  # at which the trial edits
+READS_AHEAD = "the model reads ahead: what it says at a position depends on later tokens too"
+NO_PREFIX = "a prompt with more than token ids is read at once"
+N_TOKENS = 512  # of which a trial compares the logits where only some are computed
 
 # By how much the values of two forwards may differ, relative to the largest value.
 LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -39,27 +59,46 @@ LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.b
 def shortcuts(lm: LM, rows: Sequence[Row] = ()) -> Shortcuts:
     """Returns what this model allows, with its current settings.
 
-    If the prompts `rows` have images or other inputs, the trial is one of them.
+    If the prompts `rows` have images or other inputs, the trial is one of them. If they have one
+    length, the prompts of the trial do too, and nothing is padded.
     """
+    trial = partial(_try_shortcuts, lm, rows, is_padded=_is_padded(rows))
+    return _once(lm, _key(lm, rows), trial, rows)
+
+
+def _key(lm: LM, rows: Sequence[Row]) -> str:
     attention = getattr(lm.config, "_attn_implementation", None)
-    key = "shortcuts", attention, lm.root.training, _dtype(lm), input_names(rows)
-    return _once(lm, key, lambda: _try_shortcuts(_trial_inputs(lm, rows)))
+    about = lm.root.training, _dtype(lm), input_names(rows), _is_padded(rows)
+    return f"shortcuts {attention} {about}"
+
+
+def _is_padded(rows: Sequence[Row]) -> bool:
+    return len(set(map(len, rows))) != 1
 
 
 def reads_ahead(lm: LM, rows: Sequence[Row] = ()) -> bool:
     """True if the logits at a position depend on a later token; then no position can be skipped."""
+    if _key(lm, rows) in lm.trial_results or not find_user_hooks(lm.model):
+        return shortcuts(lm, rows).reads_ahead
+    first, *_, changed = _trial_inputs(lm, rows).rows
+    key = f"reads_ahead {lm.root.training} {input_names(rows)}"
+    return _once(lm, key, lambda: _reads_ahead(lm, first, changed), rows)
 
-    def trial() -> bool:
-        row = _trial_inputs(lm, rows).rows[0]
-        last = (row[-1] + 1) % lm.n_tokens
-        changed_row = continue_row(lm, crop_row(row, len(row) - 1), [last])
-        first, repeated, changed = forward(lm, [row, row, changed_row]).logits[:, :-1].float()
-        limit = LIMITS.get(_dtype(lm), 2e-5) * float(first.abs().max())
-        # With dropout the same row gives different logits, and nothing can be concluded.
-        is_stable = float((first - repeated).abs().max()) <= limit
-        return is_stable and float((first - changed).abs().max()) > limit
 
-    return _once(lm, ("reads_ahead", lm.root.training, input_names(rows)), trial)
+def _reads_ahead(lm: LM, row: Row, changed_row: Row, logits: Tensor | None = None) -> bool:
+    """`reads_ahead`, from a row and the same with another last token, whose logits may be known."""
+    if logits is not None and _has_equal_logits(lm, *logits):
+        return False
+    first, repeated, changed = forward(lm, [row, row, changed_row]).logits
+    # With dropout the same row gives different logits, and nothing can be concluded.
+    return _has_equal_logits(lm, first, repeated) and not _has_equal_logits(lm, first, changed)
+
+
+def _has_equal_logits(lm: LM, one: Tensor, other: Tensor) -> bool:
+    """True if the logits [pos, token] of two rows are the same at all positions but the last."""
+    one, other = one[:-1].float(), other[:-1].float()
+    limit = LIMITS.get(_dtype(lm), 2e-5) * float(one.abs().max())
+    return float((one - other).abs().max()) <= limit
 
 
 def has_rows(lm: LM, site: ModuleSite) -> bool:
@@ -69,26 +108,54 @@ def has_rows(lm: LM, site: ModuleSite) -> bool:
         of_two, of_three = _trial_shape(lm, site, 2), _trial_shape(lm, site, 3)
         return of_two[:2] == (2, max(LENGTHS)) and of_three[:2] == (3, max(LENGTHS))
 
-    return _once(lm, ("has_rows", site), trial)
+    return _once(lm, f"has_rows {site!r}", trial)
 
 
 def is_called(lm: LM, site: ModuleSite) -> bool:
     """True if a forward calls the module. Fused code bypasses some modules, and evaluation skips
     some."""
-    key = "is_called", site.path, lm.root.training
+    key = f"is_called {site.path} {lm.root.training}"
     return _once(lm, key, lambda: bool(_record_module(lm, site, len(LENGTHS)).kinds))
 
 
-def _once(lm: LM, key: Any, trial: Callable[[], Any]) -> Any:
-    """Returns the result of a trial, which is made once for each model."""
-    if key not in lm.trial_results:
-        lm.trial_results[key] = trial()
-    return lm.trial_results[key]
+def _once(lm: LM, key: str, trial: Callable[[], Any], rows: Sequence[Row] = ()) -> Any:
+    """Returns the result of a trial, which is made once for each model.
+
+    Trials of a user's images and other inputs are not kept on disk.
+    """
+    results = lm.trial_results
+    if key in results:
+        return results[key]
+    if input_names(rows):
+        results[key] = trial()
+        return results[key]
+    file = file_of_model(lm)
+    for name, value in read_results(file).items():
+        results.setdefault(name, _from_json(value))
+    if key not in results:
+        results[key] = trial()
+        add_result(file, key, _as_json(results[key]))
+    return results[key]
 
 
-def _record_module(lm: LM, site: ModuleSite, n_rows: int) -> "_ShapeRecorder":
-    recorder = _ShapeRecorder([lm.submodule(site.path)])
-    _run_trial(recorder, _trial_inputs(lm), range(n_rows))
+def _as_json(result: Any) -> Any:
+    """Returns the result of a trial as JSON holds it."""
+    if not isinstance(result, Shortcuts):
+        return result
+    factors = [[layer, path, factor] for (layer, path), factor in result.factors.items()]
+    return {**vars(result), "factors": factors}
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    factors = {(layer, tuple(path)): factor for layer, path, factor in value["factors"]}
+    return Shortcuts(**{**value, "factors": factors})
+
+
+def _record_module(lm: LM, site: ModuleSite, n_rows: int) -> ShapeRecorder:
+    recorder = ShapeRecorder([lm.submodule(site.path)])
+    run_recorded(recorder, _trial_inputs(lm), range(n_rows))
     return recorder
 
 
@@ -105,22 +172,66 @@ def _trial_shape(lm: LM, site: ModuleSite, n_rows: int) -> tuple[int, ...]:
     return next(filter(None, shapes), ())
 
 
-def _try_shortcuts(inputs: SweepInputs) -> Shortcuts:
-    lm = inputs.lm
+def _try_shortcuts(lm: LM, rows: Sequence[Row], *, is_padded: bool) -> Shortcuts:
+    inputs = _trial_inputs(lm, rows, is_padded=is_padded)
+    first, *_, changed = inputs.rows
     if not lm.n_layers or "resid_pre" not in lm.layout.names:
-        return no_shortcuts("the model's blocks are not known")
+        reason = "the model's blocks are not known"
+        return no_shortcuts(reason, reads_ahead=_reads_ahead(lm, first, changed))
+    base, recorder = None, ShapeRecorder(blocks_of(lm))
+    with suppress(Exception), recorder.wrap_modules():  # a model that takes no cache raises
+        base = _run_trial_base(inputs, cache=not inputs.has_more_than_tokens)
+    if _reads_ahead(lm, first, changed, None if base is None else base.logits[[0, -1]]):
+        return no_shortcuts(READS_AHEAD, reads_ahead=True)
     try:
-        factors, kinds = _inspect_blocks(inputs)
-        expected = _expected_logits(inputs)
+        expected_recorder = ShapeRecorder(recorder.modules)
+        with expected_recorder.wrap_modules():
+            expected = _expected_logits(inputs)
+        counts = len(expected), len(inputs)
+        if base is not None and can_compute_tokens(lm, ()) and counts[0] != counts[1]:
+            factors = row_factors(expected_recorder.lengths, recorder.lengths, *counts)
+            allowed = _try_all(inputs, base, expected, factors, recorder)
+            if allowed.batch:
+                return allowed
+        factors, kinds = inspect_blocks(inputs)
     except Exception as error:  # noqa: BLE001  whatever fails, cells can still run one by one
         return no_shortcuts(_describe_error(error))
-    shared = Shortcuts(True, True, False, True, {}, factors, kinds)
+    shared = Shortcuts(True, True, False, True, False, {}, factors, kinds)
     return _try_each(inputs, shared, expected)
+
+
+def _run_trial_base(inputs: SweepInputs, *, cache: bool) -> BaseForward:
+    """Runs the trial's prompts, with the logits of all positions."""
+    rows = range(len(inputs))
+    layers = [edit.layer for edit in _trial_edits(inputs.lm)]
+    with_logits = replace(inputs, read_counts=tuple(inputs.lengths))
+    return run_base(with_logits, rows, [], layers, inputs.count_columns(rows), cache=cache)
+
+
+def _try_all(
+    inputs: SweepInputs,
+    base: BaseForward,
+    expected: Tensor,
+    factors: Factors,
+    recorder: ShapeRecorder,
+) -> Shortcuts:
+    """Returns all shortcuts, if a trial with all of them gives the expected logits, and one with
+    all but the prefix does too; else none. A prompt with more than token ids has no prefix."""
+    kinds = [recorder.kinds[number] for number in range(inputs.lm.n_layers)]
+    allowed = Shortcuts(True, True, False, True, True, {}, factors, kinds)
+    reason = _difference(inputs, allowed, expected, base)
+    if base.cache is not None and not reason:
+        factors = {**cached_factors(inputs, base, kinds), **factors}
+        allowed = replace(allowed, prefix=True, factors=factors)
+        reason = _difference(inputs, allowed, expected, base)
+    if reason:
+        return no_shortcuts(reason)
+    return allowed if allowed.prefix else replace(allowed, why={"prefix": NO_PREFIX})
 
 
 def _try_each(inputs: SweepInputs, shared: Shortcuts, expected: Tensor) -> Shortcuts:
     """Returns the shortcuts of those that `shared` allows with which a trial gives the expected
-    logits, and `prefix` if it does so too."""
+    logits, and `prefix` and `tokens` if it does so too."""
     why: dict[str, str] = {}
     for grow, last in product((True, False), repeat=2):
         allowed = replace(shared, grow=grow, last=last)
@@ -130,11 +241,15 @@ def _try_each(inputs: SweepInputs, shared: Shortcuts, expected: Tensor) -> Short
         why["last" if last else "grow"] = reason
     else:
         return no_shortcuts(why["grow"])
-    why["prefix"] = "a prompt with more than token ids is read at once"
+    why["prefix"] = NO_PREFIX
     if not inputs.has_more_than_tokens:
         why["prefix"] = _difference(inputs, replace(allowed, prefix=True), expected)
     allowed = replace(allowed, prefix=not why["prefix"])
-    for name in ("grow", "last", "prefix"):
+    why["tokens"] = "the model's head is no plain linear layer"
+    if can_compute_tokens(inputs.lm, ()):
+        why["tokens"] = _difference(inputs, replace(allowed, tokens=True), expected)
+    allowed = replace(allowed, tokens=not why["tokens"])
+    for name in ("grow", "last", "prefix", "tokens"):
         if getattr(allowed, name):
             why.pop(name, None)
     return replace(allowed, why=why)
@@ -144,10 +259,11 @@ def _dtype(lm: LM) -> Any:
     return getattr(lm.root, "dtype", None)
 
 
-def no_shortcuts(reason: str) -> Shortcuts:
+def no_shortcuts(reason: str, *, reads_ahead: bool = False) -> Shortcuts:
     """Returns shortcuts none of which is allowed, for this reason."""
-    why: dict[str, str] = dict.fromkeys(("batch", "grow", "prefix", "last"), reason)
-    return Shortcuts(False, False, False, False, why, {}, [])
+    names = "batch", "grow", "prefix", "last", "tokens"
+    why: dict[str, str] = dict.fromkeys(names, reason)
+    return Shortcuts(False, False, False, False, False, why, {}, [], reads_ahead)
 
 
 def _describe_error(error: Exception) -> str:
@@ -159,15 +275,20 @@ def _read_length(row: Row) -> int:
     return len(getattr(row, "source", None) or row)
 
 
-def _trial_inputs(lm: LM, prompts: Sequence[Row] = ()) -> SweepInputs:
+def _trial_inputs(lm: LM, prompts: Sequence[Row] = (), *, is_padded: bool = True) -> SweepInputs:
+    """Returns the prompts of a trial. The last one is the first with another last token."""
     if input_names(prompts):
         # the sources of an encoder-decoder are padded where they differ in length
         longest, shortest = max(prompts, key=_read_length), min(prompts, key=_read_length)
-        own_rows = (longest, shortest, longest)
-        return SweepInputs(lm, own_rows, own_rows, (1,) * len(own_rows))
-    ids = (number**3 * 7919 % lm.n_tokens for number in count(3))
-    rows = tuple(tuple(islice(ids, length)) for length in LENGTHS)
-    return SweepInputs(lm, rows, rows, (1,) * len(rows))
+        rows = [longest, shortest, longest]
+    else:
+        ids = (number**3 * 7919 % lm.n_tokens for number in count(3))
+        lengths = LENGTHS if is_padded else (max(LENGTHS),) * len(LENGTHS)
+        rows = [tuple(islice(ids, length)) for length in lengths]
+    first = rows[0]
+    other_token = (first[-1] + 1) % lm.n_tokens
+    rows.append(continue_row(lm, crop_row(first, len(first) - 1), [other_token]))
+    return SweepInputs(lm, tuple(rows), tuple(rows), (1,) * len(rows))
 
 
 class _TrialEdit(NamedTuple):
@@ -189,158 +310,71 @@ def _trial_edits(lm: LM) -> list[_TrialEdit]:
     return edits
 
 
+def _row_of_edit(inputs: SweepInputs, number: int) -> int:
+    """Returns the row in which an edit of the trial acts; neighbours act in different rows."""
+    return (1 - number) % len(inputs)
+
+
 def _expected_logits(inputs: SweepInputs) -> Tensor:
-    """Returns the last logits of each cell and prompt [cell row, vocab], from a plain forward."""
+    """Returns the last logits of each edit's row [edit, vocab], from a plain forward."""
     prompts, hooks = [], []
-    for edit in _trial_edits(inputs.lm):
-        rows = range(len(prompts), len(prompts) + len(inputs))
-        hooks.append(edit.on_rows(rows=list(rows)))
-        prompts += inputs.rows
+    for number, edit in enumerate(_trial_edits(inputs.lm)):
+        hooks.append(edit.on_rows(rows=[number]))
+        prompts.append(inputs.rows[_row_of_edit(inputs, number)])
     return forward(inputs.lm, prompts, *hooks, logits="last").logits[:, -1]
 
 
-def _difference(inputs: SweepInputs, allowed: Shortcuts, expected: Tensor) -> str:
+def _difference(
+    inputs: SweepInputs, allowed: Shortcuts, expected: Tensor, base: BaseForward | None = None
+) -> str:
     """Returns why these shortcuts do not work for this model; an empty string if they do."""
+    largest = expected.float().abs().max().clamp(min=1e-9)
+    limit = LIMITS.get(expected.dtype, LIMITS[torch.float32])
     try:
-        logits = _trial_logits(inputs, allowed)
+        for edits, tokens, logits in _trial_logits(inputs, allowed, base):
+            target = expected[edits][:, tokens].float()
+            difference = float((logits.float() - target).abs().max() / largest)
+            if not difference <= limit:
+                return (
+                    f"a trial gave other logits (by {difference:.1g} of the largest; {limit:.1g} "
+                    "is allowed)"
+                )
     except Exception as error:  # noqa: BLE001  a model that cannot run this way raises anything
         return _describe_error(error)
-    target = expected.float()
-    largest = target.abs().max().clamp(min=1e-9)
-    difference = float((logits.float() - target).abs().max() / largest)
-    limit = LIMITS.get(expected.dtype, LIMITS[torch.float32])
-    if difference <= limit:
-        return ""
-    return f"a trial gave other logits (by {difference:.1g} of the largest; {limit:.1g} is allowed)"
+    return ""
 
 
-def _trial_logits(inputs: SweepInputs, allowed: Shortcuts) -> Tensor:
-    """Returns the last logits of each cell and prompt [cell row, vocab], with these shortcuts.
+def _trial_logits(
+    inputs: SweepInputs, allowed: Shortcuts, base: BaseForward | None
+) -> Iterator[tuple[list[int], Any, Tensor]]:
+    """Yields the last logits [edit, token] of some edits' rows, with these shortcuts.
 
-    The cells of the first block run by themselves, so that the others skip it.
+    The cells of the first block run by themselves, so that the others skip it. Of the others'
+    logits only some are computed, where that is allowed.
     """
-    lm, edits = inputs.lm, _trial_edits(inputs.lm)
+    lm, edits, rows = inputs.lm, _trial_edits(inputs.lm), range(len(inputs))
     hook_points = [build_hook_points(lm, [edit.on_rows()], no_reference) for edit in edits]
     cell_prompts: list[CellPrompt] = []
-    for (number, edit), row in product(enumerate(edits), range(len(inputs))):
+    for number, edit in enumerate(edits):
+        row = _row_of_edit(inputs, number)
         block = edit.layer if allowed.grow else INPUT
         cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + edit.pos))
-    width = -min(POSITIONS) if allowed.prefix else inputs.count_columns(range(len(inputs)))
-    layers = [edit.layer for edit in edits]
-    base = run_base(inputs, range(len(inputs)), [], layers, width, cache=allowed.prefix)
+    columns = inputs.count_columns(rows)
+    width = -min(POSITIONS) if allowed.prefix else columns
+    base = base or _run_trial_base(inputs, cache=allowed.prefix)
     first_block = min(cell_prompt.block for cell_prompt in cell_prompts)
-    logits: dict[CellPrompt, Tensor] = {}
+    some_tokens = range(0, lm.n_tokens, max(1, lm.n_tokens // N_TOKENS))
     for is_first in (True, False):
         group = [cell for cell in sorted(cell_prompts) if (cell.block == first_block) == is_first]
-        if group:
-            values = run_cell_prompts(base, inputs, group, hook_points, width, allowed)
-            logits |= zip(group, values[:, -1], strict=True)
-    return torch.stack([logits[cell_prompt] for cell_prompt in cell_prompts])
+        if not group:
+            continue
+        tokens = (
+            some_tokens if allowed.tokens and (not is_first or len(group) == len(edits)) else None
+        )
+        logits = run_cell_prompts(base, inputs, group, hook_points, width, allowed, (), tokens)
+        yield [cell.cell for cell in group], tokens or slice(None), logits[:, -1]
 
 
 def no_reference(sites: Any, prompts: Any) -> Any:
     """Stands for the reference values of hooks that need none."""
     raise AssertionError("these hooks need no reference values")
-
-
-class _ShapeRecorder:
-    """Records the shapes of the inputs and outputs of some modules, by their number, and owns them.
-
-    kinds  0 for a module that returns a tensor, or the length of its tuple
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.inputs: dict[tuple[int, Path], tuple[int, ...]] = {}
-        self.outputs: dict[tuple[int, int | str], tuple[int, ...]] = {}
-        self.kinds: dict[int, int] = {}
-
-    def wrap_modules(self, block: HookBlock) -> None:
-        """Wraps the forwards of the modules for the time of a block."""
-        for number, module in enumerate(self.modules):
-            block.overrides.wrap_method(module, "forward", partial(self._record_forward, number))
-
-    def _record_forward(self, number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self._record_inputs(number, args, ())
-        self._record_inputs(number, kwargs, ())
-        output = inner(*args, **kwargs)
-        items: Any = [(0, output)]
-        if isinstance(output, dict):
-            items = output.items()
-        elif isinstance(output, tuple | list):
-            items = enumerate(output)
-        for item, value in items:
-            if isinstance(value, Tensor):
-                self.outputs[number, item] = tuple(value.shape)
-        self.kinds[number] = len(output) if isinstance(output, tuple) else 0
-        return output
-
-    def _record_inputs(self, number: int, value: Any, path: Path) -> None:
-        if isinstance(value, Tensor):
-            self.inputs[number, path] = tuple(value.shape)
-        elif isinstance(value, tuple | list):
-            for index, item in enumerate(value):
-                self._record_inputs(number, item, (*path, index))
-        elif type(value) is dict:
-            for name, item in value.items():
-                self._record_inputs(number, item, (*path, name))
-
-
-def _inspect_blocks(inputs: SweepInputs) -> tuple[dict[tuple[int, Path], int], list[int]]:
-    """Returns which inputs of the blocks have rows, and what the blocks return."""
-    of_two, _ = _inspect_batch(inputs, 2)
-    of_three, kinds = _inspect_batch(inputs, 3)
-    factors: dict[tuple[int, Path], int] = {}
-    for path in of_two.keys() & of_three.keys():
-        factor = _row_factor(of_two[path], of_three[path])
-        if factor is not None:
-            factors[path] = factor
-    return factors, kinds
-
-
-def _inspect_batch(
-    inputs: SweepInputs, n_rows: int
-) -> tuple[dict[tuple[int, Path], set[int]], list[int]]:
-    """Runs `n_rows` rows with and without a cache. Returns the lengths of axis 0 of each input of
-    the blocks, and what the blocks return."""
-    lm = inputs.lm
-    block_names = [lm.family.block.format(layer=layer) for layer in range(lm.n_layers)]
-    blocks = list(map(lm.submodule, block_names))
-    plain, cached = _ShapeRecorder(blocks), _ShapeRecorder(blocks)
-    _run_trial(plain, inputs, range(n_rows))
-    with suppress(Exception):  # a model that takes no cache runs without one
-        _run_trial(cached, inputs, range(n_rows), cached=True)
-    lengths: dict[tuple[int, Path], set[int]] = defaultdict(set)
-    for path, shape in chain(plain.inputs.items(), cached.inputs.items()):
-        lengths[path].add(shape[0] if shape else 0)
-    return lengths, [plain.kinds[number] for number in range(len(blocks))]
-
-
-def _row_factor(of_two: set[int], of_three: set[int]) -> int | None:
-    """Returns how many entries of axis 0 a row has, from the lengths of axis 0 with two rows and
-    with three; 0 if it has no rows, None if it varies."""
-    of_two, of_three = of_two - {1}, of_three - {1}  # 1 is one entry for all rows
-    if of_two == of_three and len(of_two) <= 1:
-        return 0
-    factor = max(of_two, default=0) // 2
-    return factor if (of_two, of_three) == ({2 * factor}, {3 * factor}) else None
-
-
-def _run_trial(
-    recorder: _ShapeRecorder, inputs: SweepInputs, rows: Sequence[int], *, cached: bool = False
-) -> None:
-    """Runs some rows of the trial; with `cached` only the last two positions, after a cache."""
-    from transformers import DynamicCache
-
-    lm, columns = inputs.lm, inputs.count_columns(rows)
-    settings = lm.accepted(use_cache=cached, return_dict=True)
-    model_inputs = inputs.model_inputs(rows, columns, columns)
-    width = columns
-    with torch.no_grad():
-        if cached:
-            width, whole, indices = 2, DynamicCache(), torch.arange(len(rows))
-            lm.model(**model_inputs, **settings, past_key_values=whole)
-            settings["past_key_values"] = prefix_cache(whole, columns - width, lambda: indices)
-            model_inputs = inputs.model_inputs(rows, columns, width)
-        shared_forward = SharedForward(lm, [], rows=len(rows), width=width)
-        shared_forward.run({**model_inputs, **settings}, recorder.wrap_modules)

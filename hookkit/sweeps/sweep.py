@@ -63,9 +63,8 @@ from .forwards import (
 from .inputs import UNEDITED, CellMetrics, SweepInputs, Values, read_inputs
 from .journal import Journal, hooks_as_json, open_journal
 from .plan import Plan, first_position, memory_budget
-from .shortcuts import LIMITS, has_rows, no_shortcuts, reads_ahead, shortcuts
+from .shortcuts import LIMITS, READS_AHEAD, has_rows, no_shortcuts, reads_ahead, shortcuts
 
-READS_AHEAD = "the model reads ahead: what it says at a position depends on later tokens too"
 METRIC_SUFFIXES = ("", "_before", "_delta", "_target", "_effect")  # of a metric's columns
 
 
@@ -118,7 +117,7 @@ def sweep_plan(
     cells = create_cells(lm, grid, hooks, inputs)
     cells += create_controls(lm, cells, control, inputs, draws=draws, seed=control_seed)
     base_hook_points = tuple(bind_hooks(lm, as_hooks(base_hooks), inputs, References(lm)))
-    if reads_ahead(lm, inputs.rows):
+    if reads_ahead(lm, inputs.run_rows):
         inputs = _whole_prompts(lm, inputs)
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
     _check_names(cells[0], column_names(metric_values), _draw_column(control))
@@ -220,11 +219,11 @@ def _check_names(cell: Cell, metric_names: Sequence[str], draw_column: Sequence[
 def _allowed_shortcuts(lm: LM, inputs: SweepInputs) -> Shortcuts:
     """Returns what the model allows: nothing if it reads ahead, or if it has hooks of the user's,
     which see batches."""
-    if reads_ahead(lm, inputs.rows):
-        return no_shortcuts(READS_AHEAD)
     modules = find_user_hooks(lm.model)
     if not modules:
-        return shortcuts(lm, inputs.rows)
+        return shortcuts(lm, inputs.run_rows)
+    if reads_ahead(lm, inputs.run_rows):
+        return no_shortcuts(READS_AHEAD)
     return no_shortcuts(
         f"the model carries hooks that are not hookkit's (on {modules[0] or 'the model'}), which "
         "see whole batches"

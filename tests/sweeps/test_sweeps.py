@@ -373,7 +373,7 @@ def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
     hooks["mixed"] = hk.edit(
         "resid_mid.2", lambda values: values.flip(1)
     )  # the end gets what was at the beginning
-    assert shortcuts(lm).last
+    assert shortcuts(lm, [ids]).last
     mlp, widths = lm.model.model.layers[-1].mlp, []
     forward = mlp.act_fn.forward
     mlp.act_fn.forward = lambda x: (widths.append(x.shape[1]), forward(x))[1]
@@ -515,3 +515,21 @@ def test_a_sweep_of_a_model_that_reads_ahead_runs_whole_prompts():
         handle.remove()
         assert cell["logit"] == pytest.approx(float(expected), abs=1e-4)
         assert abs(cell["logit_delta"]) > 1e-4  # the edit at position 2 too
+
+
+def test_only_the_logits_that_the_metrics_read_are_computed(lm):
+    def hooks(layer):
+        return hk.ablate(hk.Site("attn_out", layer))
+
+    grid = {"layer": range(lm.n_layers)}
+    metrics = [hk.metrics.logit_diff((5, 9), 3), hk.metrics.logit(300)]
+    plan = hk.sweep_plan(lm, [range(5, 13)], grid, hooks, metrics)
+    assert plan.tokens == [3, 5, 9, 300] and "logits of the metric's only" in repr(plan)
+    table = hk.sweep(lm, [range(5, 13)], grid, hooks, metrics, verify=3)
+    for row in table.itertuples():
+        logits = hk.forward(lm, [range(5, 13)], hooks(row.layer)).logits[0, -1]
+        expected = (logits[5] + logits[9]) / 2 - logits[3]
+        assert row.logit_diff == pytest.approx(float(expected), abs=1e-5)
+        assert row.logit == pytest.approx(float(logits[300]), abs=1e-5)
+    banned = hk.sweep(lm, [range(5, 13)], {"token": [3, 4]}, lambda token: hk.ban(token), metrics)
+    assert banned["logit_diff"].tolist()[0] == torch.inf

@@ -66,8 +66,7 @@ def compared(
     ways += [
         Way(name, how, partial(peer, how)) for name, peer in peers.items() for how in peer.ways
     ]
-    # With the trial of the model
-    started = answered(*swept(hk.LM(lm.model, lm.tokenizer)), task, cells)
+    started = answered(*swept(lm), task, cells)
     values = dict(zip(cells, started["values"], strict=True))
     ours = [_seconds(answered(*swept(lm), task, cells)) for _ in range(2)][1:]
     _round(
@@ -94,9 +93,6 @@ def compared(
     rows: list[list[object]] = [
         [letter, "hookkit", "hk.sweep", f"all {len(cells)} cells", *mine, 1.0, 1.0, 0.0]
     ]
-    first = _seconds(started)
-    ratios = [first[0] / mine[0], first[1] / mine[1]]
-    rows.append([letter, "hookkit", "the first sweep of a model", rows[0][3], *first, *ratios, 0.0])
     for way in ways:
         rows.append(
             [

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...arguments import (
@@ -46,12 +46,15 @@ class MetricInput:
                                 compares with them
     after   row of [pos, vocab] the logits at the prompt's last position and at each token of the
                                 continuation but the last; None if there is no continuation
+    tokens  [vocab]             the sorted ids of the tokens whose logits these are; None for all
+                                tokens of the model
     """
 
     logits: Float[Tensor, "row vocab"]
     rows: Sequence[int]
     before: Float[Tensor, "row vocab"] | None = None
     after: Sequence[Float[Tensor, "pos vocab"]] | None = None
+    tokens: Int[Tensor, " vocab"] | None = None
 
     def __repr__(self) -> str:
         n_rows, n_tokens = self.logits.shape
@@ -77,6 +80,9 @@ class Metric:
 
     def prepare(self, lm: LM, count: int) -> Any:
         """Returns what `measure` needs beside the logits of these prompts, such as token ids."""
+
+    def tokens_read(self, prepared: Any) -> list[int] | None:
+        """Returns the only tokens whose logits are measured; None if all logits are."""
 
     def measure(self, lm: LM, prepared: Any, inputs: MetricInput) -> Float[Tensor, " row"]:
         """Returns the metric of each row."""

@@ -45,8 +45,11 @@ class Ids:
 
     def mean(self, inputs: MetricInput) -> Tensor:
         """Returns the mean logit of these tokens in each row."""
+        columns = self
+        if inputs.tokens is not None:
+            columns = Ids(torch.searchsorted(inputs.tokens, self.ids), self.mask)
         counts = self.mask[torch.as_tensor(inputs.rows)].sum(-1).to(inputs.logits.device)
-        return self.of(inputs.logits, inputs.rows, 0.0).sum(-1) / counts
+        return columns.of(inputs.logits, inputs.rows, 0.0).sum(-1) / counts
 
 
 def read_answers(answers: object, name: str) -> Answers:
@@ -149,6 +152,10 @@ class LogitDiff(Metric):
     def prepare(self, lm: LM, count: int) -> tuple[Ids, Ids]:
         return ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
 
+    def tokens_read(self, prepared: tuple[Ids, Ids]) -> list[int]:
+        right, wrong = prepared
+        return [*right.ids.flatten().tolist(), *wrong.ids.flatten().tolist()]
+
     def measure(self, lm: LM, prepared: tuple[Ids, Ids], inputs: MetricInput) -> Tensor:
         right, wrong = prepared
         return right.mean(inputs) - wrong.mean(inputs)
@@ -188,6 +195,9 @@ class Logit(TokenMetric):
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_words(self.token, "token")
+
+    def tokens_read(self, prepared: Ids) -> list[int]:
+        return prepared.ids.flatten().tolist()
 
     def measure(self, lm: LM, prepared: Ids, inputs: MetricInput) -> Tensor:
         return prepared.mean(inputs)
