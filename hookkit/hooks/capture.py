@@ -294,9 +294,13 @@ class Captures:
         """Every capture, in the order of the hooks."""
         return [slot.captured() for slot in self.slots]
 
-    @cached_property
+    @property
     def sites(self) -> Sites:
         """The sites that have values, in the order of the hooks."""
+        return self._sites
+
+    @cached_property
+    def _sites(self) -> Sites:
         return Sites(tuple(dict.fromkeys(slot.site for slot in self.slots)))
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:

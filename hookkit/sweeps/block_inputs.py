@@ -109,7 +109,7 @@ def cached_factors(inputs: SweepInputs, base: BaseForward, kinds: Sequence[int])
             recorder = ShapeRecorder(modules)
             run_recorded(recorder, inputs, range(n_rows), base.cache)
             lengths.append(recorder.lengths)
-    return row_factors(*lengths, 2, 3)
+    return row_factors(lengths[0], lengths[1], 2, 3)
 
 
 def _inspect_batch(inputs: SweepInputs, n_rows: int) -> tuple[Lengths, list[int]]:

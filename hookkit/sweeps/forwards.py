@@ -209,8 +209,9 @@ def can_compute_tokens(lm: LM, hook_points: Iterable[HookPoint]) -> bool:
 
 
 def _may_read_logits(lm: LM, bound: BoundHook) -> bool:
-    is_module = isinstance(bound.site, ModuleSite)
-    return bound.head or (is_module and block_of_module(lm, bound.site.path) == INPUT)
+    if isinstance(bound.site, ModuleSite):
+        return block_of_module(lm, bound.site.path) == INPUT
+    return bound.head
 
 
 @contextmanager

@@ -43,7 +43,9 @@ N_NUMBERS = 64  # of each weight that are hashed
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("hooks", "models", "runs", "sweeps")  # a trial runs code of these rooms
 LIBRARIES = ("torch.nn.", "transformers.")  # whose classes are known by their version
-KNOWN_CODE = tuple(str(Path(module.__file__).parent) + os.sep for module in (torch, transformers))
+KNOWN_CODE = tuple(
+    str(Path(str(module.__file__)).parent) + os.sep for module in (torch, transformers)
+)
 PYTHON = str(Path(os.__file__).parent) + os.sep
 
 

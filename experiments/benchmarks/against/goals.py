@@ -32,7 +32,7 @@ def goals(table: pd.DataFrame, peaks: pd.DataFrame, first: pd.DataFrame) -> pd.D
             f"{column.removeprefix('ratio_').replace('_', ' ')}"
         )
         found.append([goal, MEMORY, most, most, most < MEMORY])
-    for row in first.itertuples():
-        goal = f"a: first sweep at most {FIRST} times a later one, {row.process}"
-        found.append([goal, FIRST, row.times, row.times_processor, row.times <= FIRST])
+    for row in first.to_dict("records"):
+        goal = f"a: first sweep at most {FIRST} times a later one, {row['process']}"
+        found.append([goal, FIRST, row["times"], row["times_processor"], row["times"] <= FIRST])
     return pd.DataFrame(found, columns=["goal", "wanted", "found", "found_processor", "met"])
