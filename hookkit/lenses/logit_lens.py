@@ -86,6 +86,7 @@ def logit_lens(
     29     29   Paris     1
     """
     check_choice(choose, "choose", ["layer", "anywhere"])
+    lm.refuse_engine("a lens runs the model's norm and head")
     watched = watched_ids(lm, watch)
     least = 0 if watched else 1
     check_integer(top, "top", least=least, most=lm.n_tokens, meaning="how many tokens to show")

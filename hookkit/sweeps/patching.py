@@ -55,6 +55,8 @@ from .plan import Plan
 from .shortcuts import no_reference
 from .sweep import Settings, sweep, sweep_plan
 
+SHARED = "sweeps share forwards, and run parts of them"
+
 
 @check_arguments
 def patching(
@@ -90,6 +92,7 @@ def patching(
     layers, heads, sweep_settings = split_settings(settings)
     names = site_names(sites)
     target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    lm.refuse_engine(SHARED)
     lengths = check_pairs(lm, source, target)
     grid = create_site_grid(lm, names, layers, heads, grid_positions(lengths, names, pos))
     base_hooks = as_hooks(settings.get("base_hooks", ()))
@@ -149,6 +152,7 @@ def path_patching(
         )
     read_sites = list(dict.fromkeys(map(_check_receiver, receiver_sites)))
     frozen = _all_layers(lm, freeze)
+    lm.refuse_engine(SHARED)
     lengths = check_pairs(lm, corrupted, clean)
     base_hooks = as_hooks(settings.get("base_hooks", ()))
     captured_sites = list(dict.fromkeys([*frozen, *read_sites]))
@@ -338,6 +342,7 @@ def causal_tracing(
     positions = _positions_of_samples(positions, samples)
     rows = list(chain.from_iterable(repeat(row, samples) for row in batch.rows))
     base_hooks = as_hooks(settings.get("base_hooks", ()))
+    lm.refuse_engine(SHARED)
     clean = forward(lm, rows, *base_hooks, capture(lm.sites(site)))
 
     def hooks(layer: int, pos: object) -> list[Hook]:

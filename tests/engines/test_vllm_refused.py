@@ -109,6 +109,10 @@ METRIC = hk.metrics.logit_diff(" milk", "e")
 LAYER = "resid_post.1"
 
 
+def refuse_to_run(*arguments) -> None:
+    raise AssertionError("a request was sent")
+
+
 def attach(lm: hk.LM) -> None:
     with hk.attach(lm, hk.capture(LAYER)):
         pass
@@ -144,7 +148,8 @@ REFUSED = {
 
 @needs_vllm
 @pytest.mark.parametrize("request_of_user", REFUSED)
-def test_what_an_engine_cannot_do_is_refused(request_of_user, served):
+def test_what_an_engine_cannot_do_is_refused(request_of_user, served, monkeypatch):
+    monkeypatch.setattr(type(served.engine), "run", refuse_to_run)  # nothing is sent
     with pytest.raises((hk.errors.Unsupported, hk.errors.MissingSite), match="vLLM"):
         REFUSED[request_of_user](served)
 
