@@ -65,7 +65,7 @@ def traced(lm: hk.LM, results: hk.types.Record) -> None:
         columns = ["layer", "pos", "place", "prob", "prob_before", "prob_delta", "prob_effect"]
         results.table(
             site,
-            means[columns],
+            pd.DataFrame(means[columns]),
             caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt.",
         )
         around = "one block" if window == 1 else f"{window} blocks"

@@ -207,7 +207,7 @@ def test_the_repository_is_small():
     sizes = {path: path.stat().st_size for path in paths if path.is_file()}
     results = {path: sizes[path] for path in sizes if path.is_relative_to(HERE / "results")}
     assert sum(results.values()) < 2_400_000
-    assert sum(sizes.values()) < 8_000_000
+    assert sum(sizes.values()) < 8 * 2**20
     for path in results:
         if path.suffix == ".png":
             with Image.open(path) as picture:

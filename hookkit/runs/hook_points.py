@@ -8,6 +8,7 @@ registered on the model here. `applied_hooks` has how a bound hook acts on a ten
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -227,6 +228,12 @@ def _add_transcoded(lm: LM, source: Site, hook_points: dict[ModuleLocation, Hook
         hook_points[tensor] = HookPoint(lm.submodule(tensor.path), tensor, [])
     hook_points[tensor].copies_output = False
     hook_points[tensor].transcoded.add(source)
+
+
+def sort_bound_hooks(hook_points: Iterable[HookPoint]) -> list[BoundHook]:
+    """Returns the hooks at these hook points in the order in which the user passed them."""
+    bound_hooks = chain.from_iterable(hook_point.actions for hook_point in hook_points)
+    return sorted(bound_hooks, key=lambda bound_hook: bound_hook.number)
 
 
 def in_order_of_registration(hook_points: Iterable[HookPoint]) -> list[HookPoint]:

@@ -49,7 +49,7 @@ from ..models.overrides import (
 from ..models.prompts import Batch, as_batch
 from ..models.sites import AnySite, Site, Sites
 from .dispatch import HookDispatcher, HookStrategy
-from .hook_points import HookPoint, build_hook_points
+from .hook_points import HookPoint, build_hook_points, sort_bound_hooks
 from .run import CaptureStore
 from .text_hooks import Stop, TextHooks, logits_hook_point
 from .trace import Tracer
@@ -271,8 +271,7 @@ class HookManager(HookBlock):
         reference = partial(capture_reference, lm)
         hook_points = build_hook_points(lm, hooks, reference, observers, sources=True)
         traced_point = None if tracer is None else logits_hook_point(lm, hook_points)
-        all_hooks = chain.from_iterable(hook_point.actions for hook_point in hook_points)
-        bound_hooks = sorted(all_hooks, key=lambda bound_hook: bound_hook.number)
+        bound_hooks = sort_bound_hooks(hook_points)
         self._readers = [hook.reader for hook in bound_hooks if hook.reader is not None]
         make_strategy = partial(
             TextHooks,

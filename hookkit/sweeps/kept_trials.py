@@ -21,6 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -123,7 +124,8 @@ def _functions_of(sources: set[ModuleType], modules: dict[str, nn.Module]) -> It
 
     for source in sources:
         yield from vars(source).values()
-    for kind in {base for module in modules.values() for base in type(module).__mro__}:
+    kinds = set(map(type, modules.values()))
+    for kind in set(chain.from_iterable(kind.__mro__ for kind in kinds)):
         yield from vars(kind).values()
     yield from ALL_ATTENTION_FUNCTIONS.values()
     yield from ALL_MASK_ATTENTION_FUNCTIONS.values()

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -107,7 +108,8 @@ class ShardPlan:
 
     @property
     def sequences(self) -> list[TokenSequence]:
-        return [sequence for window in self.windows for sequence in window.sequences]
+        """The token sequences of all windows."""
+        return list(chain.from_iterable(window.sequences for window in self.windows))
 
     def __str__(self) -> str:
         first, last = self.windows[0].sequences[0], self.windows[-1].sequences[-1]

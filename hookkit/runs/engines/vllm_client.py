@@ -24,7 +24,7 @@ from ...models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ...models.sites import AnySite, Site, Sites
 from ..forward import Logits, LogitsOption, read_logits_option, select_columns
 from ..generation import NEUTRAL
-from ..hook_points import build_hook_points
+from ..hook_points import build_hook_points, sort_bound_hooks
 from ..run import Run
 from .vllm_probe import check_proved
 from .vllm_run import SampledRun, ServedResult, ServedRun
@@ -169,8 +169,7 @@ def run_in_engine(
         return values
 
     points = build_hook_points(lm, hooks, reference, observers)
-    bound_hooks = [bound_hook for point in points for bound_hook in point.actions]
-    bound_hooks.sort(key=lambda bound_hook: bound_hook.number)
+    bound_hooks = sort_bound_hooks(points)
     order = [(bound_hook.number, bound_hook.site) for bound_hook in bound_hooks]
     eos = frozenset(settings.get("stop_token_ids") or ())
     run = ServedRun(

@@ -31,7 +31,7 @@ from ...models.sites import AnySite
 from ..applied_hooks import forget, settle
 from ..dispatch import find_input, pick_output, replace_input, replace_output
 from ..generation import Generation
-from ..hook_points import BoundHook, HookPoint, build_hook_points
+from ..hook_points import BoundHook, HookPoint, build_hook_points, sort_bound_hooks
 from ..run import one_per_selection
 from ..text_hooks import TextHooks, check_row
 from .chunk_passes import EVERY_COLUMN, Chunk, ChunkPass, index_of
@@ -60,7 +60,7 @@ class EngineHooks:
         self._read_batch, self._tokens_of_row = read_batch, tokens_of_row
         points = build_hook_points(lm, run.hooks, self._reference, run.observers)
         self.hook_points = points
-        bound_hooks = [hook for point in points for hook in point.actions]
+        bound_hooks = sort_bound_hooks(points)
         order = {hook_at_site: index for index, hook_at_site in enumerate(run.order)}
         bound_hooks.sort(key=lambda hook: (hook.number, order.get((hook.number, hook.site), 0)))
         self.strategy = TextHooks(lm, bound_hooks)

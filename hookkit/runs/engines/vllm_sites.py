@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 from ...errors import Unsupported
@@ -108,11 +109,8 @@ def _in_own_code(
     """Returns the locations of the stream in vLLM's own code of a model like Llama."""
     block = row.block.format(layer=0)
     missing_paths = [path for path in OWN_CODE if not has_module(block + path)]
-    is_multiplied = any(
-        location.times or location.over
-        for in_row in row.locations.values()
-        for location in _as_tuple(in_row)
-    )
+    locations = chain.from_iterable(map(_as_tuple, row.locations.values()))
+    is_multiplied = any(location.times or location.over for location in locations)
     expected = ModuleLocation(".post_attention_layernorm", "input", shared=True)
     if missing_paths or is_multiplied or row.locations.get("resid_mid") != expected:
         raise Unsupported(
