@@ -18,11 +18,11 @@ demo: $(READY)
 test: check
 	$(IN) -m pytest -n 2 -m "not slow" --deselect tests/test_house.py
 	$(IN) -m pytest -n 2 tests/checks/test_laws.py tests/tables/test_rank_tables.py --jaxtyping-packages=hookkit,beartype.beartype
-	if [ -f $(VLLM_READY) ]; then $(IN_VLLM) -m pytest tests/engines; fi
+	if [ -f $(VLLM_READY) ]; then $(IN_VLLM) -m pytest -m "not slow" tests/engines; fi
 
 # What runs inside vLLM, three minutes; its environment is made in two, and takes 3 GB.
 test-vllm: $(VLLM_READY)
-	$(IN_VLLM) -m pytest tests/engines
+	$(IN_VLLM) -m pytest -m "not slow" tests/engines
 
 # For the daily loop, a minute and a half: the core, the laws on three families, the command line.
 QUICK = tests/hooks tests/tables/test_rank_tables.py tests/tables/test_decoding.py tests/tables/test_metrics.py \
