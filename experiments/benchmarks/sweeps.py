@@ -31,7 +31,7 @@ from .against.first_sweeps import first_of, first_sweeps
 from .against.goals import goals as goals_of
 from .against.growth import drawn, growing
 from .against.memory import memory, peak_of
-from .against.parts import PYTHON, parts
+from .against.parts import parts
 from .against.peers import PEERS, Peer
 from .against.rounds import compared, table_of
 from .against.workloads import workloads
@@ -81,7 +81,7 @@ def main() -> None:
             goals_of(table, peaks, first),
             caption="What was aimed at, and what this run found.",
         )
-        results.answer(answer({"sweeps": table, "goals": reached, "parts": spent}))
+        results.answer(answer({"sweeps": table, "goals": reached}))
         caption = (
             "Patching every layer and position. loop_s_computed: a whole forward's seconds for "
             "each cell."
@@ -104,15 +104,11 @@ def answer(tables: Mapping[str, Any]) -> str:
     batched = [times[letter, "by hand", "batched"] for letter in "abc"]
     missed = "; ".join(goals[~goals["met"]]["goal"])
     rest = f" Missed: {missed}." if missed else ""
-    shares = tables["parts"][tables["parts"]["workload"] == "a"].set_index("part")["share"]
-    products = shares.iloc[0]
-    others = 1 - products - shares[PYTHON]
     return (
         f"A loop of forwards by hand takes {min(one_by_one):.0f} to {max(one_by_one):.0f} times as "
         f"long as hk.sweep, and batches by hand {min(batched):.1f} to {max(batched):.1f} times, "
         f"over three sweeps of the default model. {goals['met'].sum()} of {len(goals)} goals are "
-        f"reached.{rest} In sweep a {products:.0%} of the seconds are matrix products of the "
-        f"linear layers, {others:.0%} other operators, and {shares[PYTHON]:.0%} Python."
+        f"reached.{rest}"
     )
 
 

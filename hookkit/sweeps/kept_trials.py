@@ -127,8 +127,10 @@ def _functions_of(sources: set[ModuleType], modules: dict[str, nn.Module]) -> It
     kinds = set(map(type, modules.values()))
     for kind in set(chain.from_iterable(kind.__mro__ for kind in kinds)):
         yield from vars(kind).values()
-    yield from ALL_ATTENTION_FUNCTIONS.values()
-    yield from ALL_MASK_ATTENTION_FUNCTIONS.values()
+    for module in modules.values():
+        attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        yield ALL_ATTENTION_FUNCTIONS.get(str(attention))
+        yield ALL_MASK_ATTENTION_FUNCTIONS.get(str(attention))
 
 
 def _is_known_code(value: Any) -> bool:

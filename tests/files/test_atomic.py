@@ -400,7 +400,8 @@ def test_no_other_file_of_the_package_writes():
     allowed = {
         "models/cache.py": 1,
         "cli/output.py": 1,
-    }  # into a folder of its own that is renamed, into a file that is made
+        "models/engine.py": 1,
+    }  # into a folder of its own that is renamed, a file that is made, the log of a process
     package, found = Path(hk.__file__).parent, {}
     for path in package.rglob("*.py"):
         if path.name == "atomic.py" or "docs" in path.parts:

@@ -8,7 +8,7 @@ import torch
 
 import hookkit as hk
 from hookkit.errors import BadEdit, BadHook, HookkitError
-from hookkit.runs import hook_points
+from hookkit.runs import applied_hooks
 
 IDS = [[5, 6, 7]]
 ONES = torch.ones(32)
@@ -159,7 +159,7 @@ def test_a_model_that_is_infinite_itself_is_not_blamed_on_the_edit():
 
 def test_on_other_devices_the_results_are_looked_at_once_for_a_forward(models, monkeypatch):
     """As on a GPU, where each look would have to wait for the device."""
-    monkeypatch.setattr(hook_points, "AT_ONCE", frozenset())
+    monkeypatch.setattr(applied_hooks, "AT_ONCE", frozenset())
     lm = models[torch.float32]
     for hook in (
         hk.scale("z.1", 1e39),
@@ -183,7 +183,7 @@ def test_on_other_devices_the_results_are_looked_at_once_for_a_forward(models, m
 
 
 def test_on_other_devices_a_sweep_looks_at_the_results_too(models, monkeypatch):
-    monkeypatch.setattr(hook_points, "AT_ONCE", frozenset())
+    monkeypatch.setattr(applied_hooks, "AT_ONCE", frozenset())
     with pytest.raises(BadEdit, match="scale.* gives numbers at z.1 that are infinite or NaN"):
         hk.sweep(
             models[torch.float32],

@@ -169,7 +169,7 @@ def same(found, expected) -> None:
         if found.is_floating_point() and not torch.equal(found, expected):
             assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     elif isinstance(found, pd.DataFrame):
-        pd.testing.assert_frame_equal(found, expected, rtol=1e-4, atol=1e-5)
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-4, atol=3e-5)
     elif isinstance(found, list):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):

