@@ -45,6 +45,7 @@ ANSWERED = {
     "benchmarks.attention": "benchmarks_attention",
     "benchmarks.conditions": "benchmarks_conditions",
     "benchmarks.features": "benchmarks_features",
+    "benchmarks.served": "benchmarks_served",
     "benchmarks.gradients": "benchmarks_gradients",
     "benchmarks.grammar": "benchmarks_grammar",
     "benchmarks.harvest": "benchmarks_harvest",
