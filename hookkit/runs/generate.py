@@ -118,8 +118,8 @@ def generate_with_tracer(
         cache=config.cache_implementation,
         rows=batch.rows,
     )
-    manager = HookManager(lm, hooks, observers=_observers(option), tracer=tracer)
-    settings = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
+    manager = HookManager(lm, hooks, observers=logit_observers(option), tracer=tracer)
+    settings = {"verb": "generate", "logits": option, "arguments": arguments_as_json(arguments)}
     if draws.seed is not None:
         settings["seed"] = draws.seed
     output: Any = None
@@ -176,7 +176,7 @@ def _inputs(lm: LM, batch: Batch, config: Any, arguments: Mapping[str, Any]) -> 
     return inputs
 
 
-def _observers(option: LogitsOption) -> list[Hook]:
+def logit_observers(option: LogitsOption) -> list[Hook]:
     """A capture of the logits that chose each token, which the user does not see as a hook."""
     if option == "none":
         return []
@@ -187,7 +187,11 @@ def _observers(option: LogitsOption) -> list[Hook]:
 def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | None:
     if option == "none":
         return None
-    captured = manager.captures.observed().captured("logits")
+    return logits_of_option(manager.captures.observed().captured("logits"), option)
+
+
+def logits_of_option(captured: Captured, option: LogitsOption) -> Captured:
+    """Returns the logits of all steps, or with "last" those of the last step of each row."""
     if option == "all":
         return captured
     assert captured.positions is not None
@@ -280,7 +284,7 @@ def _refuse_beam_rules(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as JSON can hold them; other objects by the name of their type."""
     plain_types = str | int | float | bool | list | tuple | None
     plain = {}

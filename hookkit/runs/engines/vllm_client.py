@@ -12,8 +12,8 @@ import torch
 
 from ...arguments import describe
 from ...errors import Unsupported
-from ...hooks.base import EVERY_STEP, Hook
-from ...hooks.capture import Capture, Captured, CaptureLast, Captures, LazyCapture, capture
+from ...hooks.base import Hook
+from ...hooks.capture import Capture, Captured, Captures, LazyCapture, capture
 from ...hooks.concepts import SwapConcept
 from ...hooks.grammar import Grammar
 from ...hooks.sources import SourceEdit
@@ -22,7 +22,8 @@ from ...models.positions import Where
 from ...models.prompt_row import PromptRow, Row
 from ...models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ...models.sites import AnySite, Site, Sites
-from ..forward import Logits, LogitsOption, read_logits_option, select_columns
+from ..forward import Logits, LogitsOption, read_logits_option
+from ..generate import arguments_as_json, logit_observers, logits_of_option
 from ..generation import NEUTRAL
 from ..hook_points import build_hook_points, sort_bound_hooks
 from ..run import Run
@@ -59,20 +60,17 @@ def generate_in_engine(
     batch = as_batch(lm, prompts, side="left")
     returned = config.num_return_sequences or 1
     most = _most_new_tokens(config, arguments, batch.ids.shape[1])
-    observers: tuple[Hook, ...] = ()
-    if option != "none":
-        kind = CaptureLast if option == "last" else Capture
-        observers = (kind(Sites((Site("logits"),)), Where(step=EVERY_STEP)),)
+    observers = tuple(logit_observers(option))
     started = time.perf_counter()
     result = run_in_engine(lm, hooks, observers, batch.rows, returned, most, settings, seed)
-    about = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
+    about = {"verb": "generate", "logits": option, "arguments": arguments_as_json(arguments)}
     if seed is not None:
         about["seed"] = seed
     about["seconds"] = time.perf_counter() - started
     prompt_rows = tuple(row // returned for row in range(len(result.rows)))
     kept_logits = None
     if result.observed:
-        kept_logits = _of_option(result.observed[0], option)
+        kept_logits = logits_of_option(result.observed[0], option)
     return served_run(lm, batch, hooks, result, prompt_rows, kept_logits, about, arguments)
 
 
@@ -256,21 +254,3 @@ def _most_new_tokens(config: Any, arguments: Mapping[str, Any], width: int) -> i
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     return max(1, (config.max_length or 20) - width * ("max_length" in arguments))
-
-
-def _of_option(logits: Captured, option: str) -> Captured:
-    """The logits of all steps, or of the last of each row."""
-    if option != "last":
-        return logits
-    assert logits.positions is not None
-    last = (logits.positions >= 0).sum(dim=1) - 1
-    values, positions = select_columns(logits.values, last), select_columns(logits.positions, last)
-    return replace(logits, values=values, positions=positions)
-
-
-def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    plain_types = str | int | float | bool | list | tuple | None
-    return {
-        name: value if isinstance(value, plain_types) else type(value).__name__
-        for name, value in arguments.items()
-    }
