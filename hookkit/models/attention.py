@@ -298,6 +298,8 @@ def _attention(
     query = interception.replace("query", query)
     key = interception.replace("key", key)
     value = interception.replace("value", value)
+    if attention_mask is not None:
+        attention_mask = interception.replace("mask", attention_mask)
     selected = settings.get("indices")
     if selected is not None and interception.implementation in ("eager", "sdpa"):
         attention_mask = _only_selected(attention_mask, settings.pop("indices"))

@@ -1,8 +1,7 @@
 """SharedForward: one forward for many cells of a sweep; each cell's hooks act on its own rows.
 
-The batch grows as it passes the blocks. A row joins at the first block where its cell differs from
-the unedited row, with the hidden state that the unedited row has there. The hooks of each cell see
-its rows alone, as they would in a forward of their own.
+The batch may grow as it passes the blocks (see `growing_batch`). The hooks of each cell see its
+rows alone, as they would in a forward of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,39 +9,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
 from .applied_hooks import apply_hook, forget, settle
-from .dispatch import find_input, replace_input
+from .dispatch import find_input
+from .growing_batch import GrowingBatch, NotByRow, PackedTokens
 from .hook_points import BoundHook, HookPoint, in_order_of_registration
 from .manager import ForwardBoundary, HookBlock
-
-Path: TypeAlias = tuple[Any, ...]
-"""Where a value is among the arguments of a block: indices and keywords."""
-
-Factors: TypeAlias = Mapping[tuple[int, Path], int]
-"""By block and path: the entries of axis 0 that an argument has for each row; 0 without rows."""
-
-
-class NotByRow(Unsupported):
-    """A tensor that has no axis of rows, so that cells cannot share a forward.
-
-    `hook_point` is where it is.
-    """
-
-    def __init__(self, message: str, hook_point: HookPoint | None = None) -> None:
-        super().__init__(message)
-        self.hook_point = hook_point
 
 
 @dataclass(eq=False)
 class CellRows:
-    """The rows of one cell in a batch: from `start` to before `stop`, of the prompts `rows`."""
+    """The rows of one cell in a batch: from `start` to before `stop`, of the prompts `rows`.
+
+    In a packed batch they are the tokens from `start` to before `stop`.
+    """
 
     rows: tuple[int, ...]
     start: int
@@ -52,28 +36,6 @@ class CellRows:
 
 HooksByCell: TypeAlias = dict[HookPoint, list[tuple[CellRows, list[BoundHook]]]]
 """For each hook point the hooks of each cell there."""
-
-
-@dataclass(frozen=True, eq=False)
-class JoinSchedule:
-    """How the batch grows.
-
-    first    the first block that runs; those before it are skipped
-    counts   the number of rows in each block
-    states   the hidden states of the unedited rows that join: block -> [row, pos, d_model]
-    prompts  for each row, the index of a row that the model itself is called with
-    base     the number of rows that the model itself is called with
-    kinds    the output of each skipped block: 0 for a tensor, or the number of values
-    factors  which arguments of a block have rows
-    """
-
-    first: int
-    counts: Sequence[int]
-    states: Callable[[int], Tensor]
-    prompts: Sequence[int]
-    base: int
-    kinds: Sequence[int]
-    factors: Factors
 
 
 @dataclass(eq=False)
@@ -95,26 +57,24 @@ class SharedForward:
         self,
         lm: LM,
         lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]],
-        growth: JoinSchedule | None = None,
+        growth: GrowingBatch | None = None,
         recorder: Recorder | None = None,
         *,
         rows: int,
         width: int,
     ) -> None:
         self.lm, self.growth, self.recorder = lm, growth, recorder
-        self.count = rows  # the number of rows at this moment
+        self.count = rows  # the number of rows, or of packed tokens, at this moment
         self.width = width
         self._hook_points: dict[ModuleLocation, HookPoint] = {}
         self._hooks: HooksByCell = {}
         self._hooks_before: HooksByCell = {}  # those that act before the batch begins to grow
         self._before_growth = growth is not None
+        self._is_packed = False  # at this moment
         for lane, hook_points in lanes:
             self._add_cell(lane, hook_points, self._hooks)
         text = SequenceBatch([], [], lambda row: (), lambda ids, at: ())
         self._whole_pass = ForwardPass(text, 0, 0, rows, width, range(width), 0)
-        # by id, a tensor that all blocks share and its expansion to all rows; the tensor is stored
-        # so that its id is not used again
-        self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def act_before_the_blocks(self, lane: CellRows, hook_points: Sequence[HookPoint]) -> None:
         """Adds hooks that act on the rows of the model itself, until the first block runs."""
@@ -165,63 +125,35 @@ class SharedForward:
                 skip = partial(skip_block, growth.kinds[number])
                 hook_block.overrides.wrap_method(block, "forward", skip)
             elif growth is not None or self._records(number):
-                on_input = partial(self._on_block_input, number)
+                on_input = partial(self._on_block_input, number, block)
                 hook = ForwardBoundary(hook_block.dispatcher.if_in_forward, on_input)
                 hook_block.register_at_input(block, hook)
+            if isinstance(growth, PackedTokens) and number == self.lm.n_layers - 1:
+                unpack = partial(self._unpack, growth)
+                hook_block.overrides.wrap_method(block, "forward", unpack)
 
     def _records(self, number: int) -> bool:
         return self.recorder is not None and number in self.recorder.blocks
 
-    def _on_block_input(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _on_block_input(
+        self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Records the input of a block, and lets rows join there."""
-        hidden, key = find_input(args, kwargs, 0, f"block {number}")
         if self.recorder is not None and self._records(number):
+            hidden, _ = find_input(args, kwargs, 0, f"block {number}")
             self.recorder.states[number] = hidden[:, -self.recorder.width :].detach().clone()
         growth = self.growth
         if growth is None:
             return None
-        before = growth.counts[number - 1] if number > growth.first else 0
         self.count, self._before_growth = growth.counts[number], False
-        if self.count > before:
-            joining = growth.states(number).to(hidden.device)
-            hidden = torch.cat([hidden, joining]) if before else joining
-        args = self._for_all_rows(growth, number, (), args)
-        kwargs = self._for_all_rows(growth, number, (), kwargs)
-        return replace_input(args, kwargs, key, hidden)
+        self._is_packed = isinstance(growth, PackedTokens)
+        return growth.grow(number, block, args, kwargs)
 
-    def _for_all_rows(self, growth: JoinSchedule, number: int, path: Path, value: Any) -> Any:
-        """An argument of a block, with an entry for each row at this moment."""
-        if isinstance(value, Tensor):
-            return self._expand_rows(growth, number, path, value)
-        if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-            return type(value)(
-                self._for_all_rows(growth, number, (*path, index), item)
-                for index, item in enumerate(value)
-            )
-        if type(value) is dict:
-            return {
-                name: self._for_all_rows(growth, number, (*path, name), item)
-                for name, item in value.items()
-            }
-        return value
-
-    def _expand_rows(self, growth: JoinSchedule, number: int, path: Path, tensor: Tensor) -> Tensor:
-        factor = growth.factors.get((number, path))
-        if factor is None:
-            raise NotByRow(
-                f"block {number} is given a tensor {list(tensor.shape)} at {path}, which no trial "
-                "showed"
-            )
-        if factor == 0 or tensor.shape[0] != factor * growth.base:
-            return tensor
-        if id(tensor) not in self._expanded:
-            # what all blocks share is expanded once, to all the rows that will join
-            prompts = torch.tensor(growth.prompts, device=tensor.device)
-            by_row = tensor.unflatten(0, (growth.base, factor))
-            expanded = by_row.index_select(0, prompts).flatten(0, 1)
-            self._expanded[id(tensor)] = tensor, expanded
-        _, expanded = self._expanded[id(tensor)]
-        return expanded[: self.count * factor]
+    def _unpack(self, growth: PackedTokens, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of the last block's forward, after which the batch has rows again."""
+        output = growth.unpack(inner, *args, **kwargs)
+        self.count, self._is_packed = len(growth.last), False
+        return output
 
     # ---- at the hook points
 
@@ -263,7 +195,7 @@ class SharedForward:
             new = _apply_in_cell(lane, bound_hooks, hook_point, part, input_part)
             if new is part:
                 continue
-            if lane.stop - lane.start == self.count:
+            if self._is_alone(lane):
                 result = new
                 continue
             if result is tensor:
@@ -271,16 +203,22 @@ class SharedForward:
             self._rows_of(lane, hook_point, result).copy_(new)
         return result
 
+    def _is_alone(self, lane: CellRows) -> bool:
+        """True if no other cell is in the forward at this moment."""
+        return lane.stop - lane.start == self.count and not self._is_packed
+
     def _rows_of(self, lane: CellRows, hook_point: HookPoint, tensor: Tensor) -> Tensor:
-        if lane.stop - lane.start == self.count:
-            return tensor  # no other cell is in the forward
+        if self._is_alone(lane):
+            return tensor
         length, width = len(tensor) if tensor.ndim else 0, self.width
+        is_flat = hook_point.location.flat or tensor.ndim == 2
+        if self._is_packed and tensor.shape[:2] == (1, self.count) and not is_flat:
+            return tensor[0, lane.start : lane.stop].unflatten(0, lane.call.shape)
         if length == self.count:
             return tensor[lane.start : lane.stop]
-        is_flat = hook_point.location.flat or tensor.ndim == 2
-        if is_flat and length == self.count * width:
+        if is_flat and length == self.count * width and not self._is_packed:
             return tensor[lane.start * width : lane.stop * width]
-        if length == 1 and tensor.ndim > 1:
+        if length == 1 and tensor.ndim > 1 and not self._is_packed:
             return tensor
         raise NotByRow(
             f"{hook_point.location.path} has a tensor {list(tensor.shape)}, and {self.count} "
@@ -289,7 +227,7 @@ class SharedForward:
         )
 
     def _copy_by_row(self, tensor: Tensor) -> Tensor:
-        if tensor.shape[0] == 1 and self.count > 1:
+        if tensor.shape[0] == 1 and self.count > 1 and not self._is_packed:
             return tensor.expand(self.count, *tensor.shape[1:]).clone()
         return tensor.clone()
 

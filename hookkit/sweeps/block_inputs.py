@@ -14,10 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..models.attention import intercept_tensors
 from ..models.lm import LM
 from ..models.overrides import Overrides
-from ..runs.partial import Factors, Path, SharedForward, skip_block
-from .forwards import BaseForward, prefix_cache, run_base
+from ..models.sites import Site
+from ..runs.growing_batch import Factors, NotByRow, Path, TokenAxes, key_of_mask
+from ..runs.partial import SharedForward, skip_block
+from .forwards import BaseForward, cache_of_rows, run_base
 from .inputs import SweepInputs
 
 Lengths: TypeAlias = Mapping[tuple[int, Path], set[int]]
@@ -98,18 +101,55 @@ def row_factors(of_some: Lengths, of_others: Lengths, some: int, others: int) ->
     return factors
 
 
-def cached_factors(inputs: SweepInputs, base: BaseForward, kinds: Sequence[int]) -> Factors:
-    """Returns which inputs of the blocks have rows after a cache, from forwards that skip all
-    blocks."""
-    modules, lengths = blocks_of(inputs.lm), []
+def cached_inputs(
+    inputs: SweepInputs, base: BaseForward, kinds: Sequence[int]
+) -> tuple[Factors, TokenAxes]:
+    """Returns which inputs of the blocks have rows after a cache, and which have positions, from
+    forwards that skip all blocks."""
+    modules, recorders = blocks_of(inputs.lm), []
     with Overrides() as overrides:
         for module, kind in zip(modules, kinds, strict=True):
             overrides.wrap_method(module, "forward", partial(skip_block, kind))
-        for n_rows in (2, 3):
+        for n_rows, width in ((2, 2), (3, 2), (2, 3)):
             recorder = ShapeRecorder(modules)
-            run_recorded(recorder, inputs, range(n_rows), base.cache)
-            lengths.append(recorder.lengths)
-    return row_factors(lengths[0], lengths[1], 2, 3)
+            run_recorded(recorder, inputs, range(n_rows), base.cache, width)
+            recorders.append(recorder)
+    first, more_rows, wider = recorders
+    axes: dict[tuple[int, Path], int] = {}
+    for path in first.inputs.keys() & wider.inputs.keys():
+        lengths = list(zip(first.inputs[path], wider.inputs[path], strict=False))
+        axes[path] = lengths.index((2, 3)) if (2, 3) in lengths else -1
+    return row_factors(first.lengths, more_rows.lengths, 2, 3), axes
+
+
+@contextmanager
+def watch_masks(lm: LM) -> Iterator[None]:
+    """Inside this context a block whose attention has another mask than the block is given raises
+    `NotByRow`.
+
+    An attention that looks at all its keys to choose some of them, for example, would confuse those
+    of different cells where their tokens are packed, and may do so in long batches only.
+    """
+    given: dict[int, Any] = {}
+
+    def note_mask(number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        key = key_of_mask(modules[number], args, kwargs)
+        given[number] = kwargs[key] if isinstance(key, str) else args[key]
+        return inner(*args, **kwargs)
+
+    def check_mask(number: int, name: str, mask: Tensor) -> Tensor:
+        if not torch.equal(mask, given.get(number, mask[..., :0])):
+            raise NotByRow(f"the attention of block {number} changes the mask")
+        return mask
+
+    modules = blocks_of(lm)
+    with Overrides() as overrides:
+        for number, module in enumerate(modules):
+            overrides.wrap_method(module, "forward", partial(note_mask, number))
+            attention = lm.submodule(lm.location(Site("pattern", number)).path)
+            check = partial(check_mask, number)
+            intercept_tensors(overrides, attention, "interface", frozenset({"mask"}), check)
+        yield
 
 
 def _inspect_batch(inputs: SweepInputs, n_rows: int) -> tuple[Lengths, list[int]]:
@@ -138,15 +178,20 @@ def _row_factor(of_some: set[int], of_others: set[int], some: int, others: int) 
 
 
 def run_recorded(
-    recorder: ShapeRecorder, inputs: SweepInputs, rows: Sequence[int], cache: Any = None
+    recorder: ShapeRecorder,
+    inputs: SweepInputs,
+    rows: Sequence[int],
+    cache: Any = None,
+    width: int = 2,
 ) -> None:
-    """Runs some rows of the trial; with a cache of them only the last two positions."""
-    lm, width = inputs.lm, inputs.count_columns(rows)
-    columns = width
+    """Runs some rows of the trial; with a cache of them only the last `width` positions."""
+    lm, columns = inputs.lm, inputs.count_columns(rows)
     settings = lm.accepted(use_cache=cache is not None, return_dict=True)
-    if cache is not None:
-        width, indices = 2, torch.arange(len(rows))
-        settings["past_key_values"] = prefix_cache(cache, columns - width, lambda: indices)
+    if cache is None:
+        width = columns
+    else:
+        indices = torch.arange(len(rows))
+        settings["past_key_values"] = cache_of_rows(cache, columns - width, lambda: indices)
     model_inputs = inputs.model_inputs(rows, columns, width)
     shared_forward = SharedForward(lm, [], rows=len(rows), width=width)
     with torch.no_grad(), recorder.wrap_modules():

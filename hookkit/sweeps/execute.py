@@ -23,10 +23,10 @@ from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import Step, Steps, run_steps
 from ..runs.engines.ray import Ray
 from ..runs.hook_points import BoundHook, HookPoint, build_hook_points
-from .forwards import BaseForward, CellPrompt, bound_hooks_of, run_base, run_cell_prompts
+from .forwards import BaseForward, CellPrompt, Job, bound_hooks_of, run_base, run_cell_prompts
 from .inputs import UNEDITED, CellMetrics, Values, count_cells
 from .journal import Journal
-from .plan import Job, Plan, patch_source
+from .plan import Plan, patch_source
 from .shortcuts import LIMITS, is_called, no_reference
 
 # Parts of torch's error messages that mean too little memory.
@@ -60,7 +60,7 @@ class BaseSettings:
                 blocks |= {cell_prompt.block for cell_prompt in job.cell_prompts}
                 widths.append(job.width)
         columns = plan.inputs.count_columns(rows)
-        cache = any(job.width < columns for job in jobs)
+        cache = any(job.packed or job.width < columns for job in jobs)
         return cls(rows, sources_match, tuple(sorted(blocks)), max(widths), cache)
 
     def run(self, plan: Plan, captures: Sequence[HookPoint] = ()) -> BaseForward:
@@ -126,9 +126,8 @@ class SweepWorker:
             logits = run_cell_prompts(
                 forward,
                 plan.inputs,
-                job.cell_prompts,
+                job,
                 plan.hook_points,
-                job.width,
                 plan.shortcuts,
                 plan.base_hook_points,
                 plan.tokens,

@@ -1,17 +1,18 @@
 """The forwards of a sweep: the unedited prompts once, then many cells in one batch.
 
-Three things save work. The positions before the first edit have the keys and values of the
-unedited prompts, which are computed once and shared by all rows. A row joins the batch at the block
-at which it begins to differ. After the last attention no position reads another, so that only the
-positions that the metric reads are computed there.
+Four things save work. The positions before the first edit have the keys and values of the unedited
+prompts, which are computed once and shared by all rows. A row joins the batch at the block at which
+it begins to differ. The rows of cells whose edits are at different positions are packed, so that
+none is padded. After the last attention no position reads another, so that only the positions that
+the metric reads are computed there.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import accumulate, chain, filterfalse, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,20 +30,28 @@ from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM, logits_of
 from ..models.overrides import Overrides
 from ..models.sites import QUERY_KEY_SITES, ModuleSite, Site
+from ..runs.growing_batch import (
+    Factors,
+    GrowingBatch,
+    GrowingRows,
+    PackedTokens,
+    TokenAxes,
+    TokenPlaces,
+)
 from ..runs.hook_points import BoundHook, HookPoint
-from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
+from ..runs.partial import CellRows, Recorder, SharedForward
 from .inputs import SweepInputs
 
 Lanes: TypeAlias = list[tuple[CellRows, Sequence[HookPoint]]]
 """The rows of each cell in a forward, with its hook points."""
 
 
-def prefix_cache(whole: Any, columns: int, rows: Callable[[], Tensor]) -> Any:
+def prefix_cache(whole: Any, columns: int, append: Callable[[Tensor, Tensor], Tensor]) -> Any:
     """Returns a cache of transformers that holds the first `columns` columns of another one.
 
-    The cache stores nothing new. Each update of a layer returns the prefix of the rows that are in
-    the batch at that moment, `rows()`, followed by the new keys and values. So the batch can grow
-    from layer to layer, and no prefix is stored twice.
+    The cache stores nothing new. Each update of a layer returns what `append` makes of all that the
+    other cache holds there and the new keys, or values. So the batch can grow from layer to layer,
+    and no prefix is stored twice.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -52,16 +61,15 @@ def prefix_cache(whole: Any, columns: int, rows: Callable[[], Tensor]) -> Any:
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
+            self.whole = keys, values
             self.keys, self.values = keys[..., :columns, :], values[..., :columns, :]
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
-            assert self.keys is not None and self.values is not None
-            indices = rows()
-            keys = _append(self.keys, indices, key_states)
-            return keys, _append(self.values, indices, value_states)
+            keys, values = self.whole
+            return append(keys, key_states), append(values, value_states)
 
     cache: Any = DynamicCache()
     cache.layers = []
@@ -71,6 +79,16 @@ def prefix_cache(whole: Any, columns: int, rows: Callable[[], Tensor]) -> Any:
         else:
             cache.layers.append(DynamicLayer())  # of a layer without keys and values
     return cache
+
+
+def cache_of_rows(whole: Any, columns: int, rows: Callable[[], Tensor]) -> Any:
+    """Returns a cache with the prefix of the rows that are in the batch at that moment, `rows()`,
+    before the new keys and values."""
+
+    def append(stored: Tensor, new: Tensor) -> Tensor:
+        return _append(stored[..., :columns, :], rows(), new)
+
+    return prefix_cache(whole, columns, append)
 
 
 def _append(prefix: Tensor, rows: Tensor, new: Tensor) -> Tensor:
@@ -106,10 +124,12 @@ def bound_hooks_of(hook_points: Iterable[HookPoint]) -> list[BoundHook]:
 
 def block_of_module(lm: LM, path: str) -> int:
     """Returns the block that a module is or is in; `INPUT` for a module outside the blocks."""
-    for layer in range(lm.n_layers):
-        if f"{path}.".startswith(f"{lm.family.block.format(layer=layer)}."):
-            return layer
-    return INPUT
+    before = lm.family.block.partition("{layer}")[0]
+    number = path.removeprefix(before).partition(".")[0]
+    if not path.startswith(before) or not number.isdecimal() or int(number) >= lm.n_layers:
+        return INPUT
+    block = lm.family.block.format(layer=number)
+    return int(number) if f"{path}.".startswith(f"{block}.") else INPUT
 
 
 def needs_all_positions(bound: BoundHook) -> bool:
@@ -136,6 +156,30 @@ def weights_later_keys(bound: BoundHook) -> bool:
     return isinstance(bound.hook, Edit)
 
 
+def is_after_blocks(lm: LM, hook_point: HookPoint) -> bool:
+    """True for a hook point that is not inside the blocks: where a packed batch has rows."""
+    location = hook_point.location
+    last_block = lm.family.block.format(layer=lm.n_layers - 1)
+    is_output = location.path == last_block and location.side == "output"
+    return is_output or block_of_module(lm, location.path) == INPUT
+
+
+def can_pack(lm: LM, hook_points: Iterable[HookPoint]) -> bool:
+    """True if the hooks at these points act on each position by itself, in a module's input or
+    output, so that rows of different widths may stand side by side."""
+    for hook_point in hook_points:
+        if hook_point.location.side == "inside" or hook_point.stack:
+            return False
+        if hook_point.reads_input and is_after_blocks(lm, hook_point):
+            return False  # the input of the last block is packed, and its output is not
+        for bound in hook_point.actions:
+            if not isinstance(bound.site, Site) or bound.site.base_name in QUERY_KEY_SITES:
+                return False
+            if bound.elsewhere or needs_all_positions(bound):
+                return False
+    return True
+
+
 def can_narrow(lm: LM, hook_points: Iterable[HookPoint]) -> bool:
     """True if no hook needs the other positions of the last block after its attention."""
     return not any(_needs_last_block(lm, bound) for bound in bound_hooks_of(hook_points))
@@ -152,48 +196,50 @@ def _needs_last_block(lm: LM, bound: BoundHook) -> bool:
 
 
 @contextmanager
-def narrow_last_block(lm: LM, width: int) -> Iterator[None]:
-    """Inside this context those modules compute the last `width` positions and return zeros for
-    the other ones."""
+def narrow_last_block(lm: LM, positions: slice | Tensor) -> Iterator[None]:
+    """Inside this context those modules compute these positions and return zeros for the other
+    ones."""
     with Overrides() as overrides:
         for name in NARROWED_INPUTS:
             location = lm.layout.find(name, lm.n_layers - 1)
             if location is not None and location.side == "input":
                 module = lm.submodule(location.path)
-                overrides.wrap_method(module, "forward", partial(_compute_last_positions, width))
+                overrides.wrap_method(module, "forward", partial(_compute_positions, positions))
         yield
 
 
-def _compute_last_positions(
-    width: int, inner: Any, /, hidden: Tensor, *args: Any, **kwargs: Any
+def _compute_positions(
+    positions: slice | Tensor, inner: Any, /, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     if hidden.ndim != 3:
         raise Unsupported(
             "a module of the last block has an input that is not [batch, pos, d]: "
             f"{list(hidden.shape)}"
         )
-    crop = partial(_crop, hidden.shape[:2], width)
+    crop = partial(_crop, hidden.shape[:2], positions)
     cropped_kwargs = {name: crop(value) for name, value in kwargs.items()}
-    output = inner(crop(hidden), *map(crop, args), **cropped_kwargs)
-    if isinstance(output, tuple):
-        return (_fill_with_zeros(output[0], hidden.shape, width), *output[1:])
-    return _fill_with_zeros(output, hidden.shape, width)
+    cropped = crop(hidden)
+    output = inner(cropped, *map(crop, args), **cropped_kwargs)
+    fill = partial(_fill_with_zeros, hidden, cropped.shape[:2], positions)
+    return (fill(output[0]), *output[1:]) if isinstance(output, tuple) else fill(output)
 
 
-def _crop(shape: torch.Size, width: int, value: Any) -> Any:
-    """Returns the last positions of a tensor with these rows and positions, and other values as
-    they are."""
+def _crop(shape: torch.Size, positions: slice | Tensor, value: Any) -> Any:
+    """Returns some positions of a tensor with these rows and positions, and other values as they
+    are."""
     if not isinstance(value, Tensor) or value.shape[:2] != shape:
         return value
-    return value[:, -width:].contiguous()  # modules may make a view of their input
+    return value[:, positions].contiguous()  # modules may make a view of their input
 
 
-def _fill_with_zeros(values: Any, shape: Sequence[int], width: int) -> Tensor:
-    """Returns the values of the last positions, with zeros at the positions before them."""
-    if not isinstance(values, Tensor) or values.shape[:2] != (shape[0], width):
+def _fill_with_zeros(
+    hidden: Tensor, cropped: torch.Size, positions: slice | Tensor, values: Any
+) -> Tensor:
+    """Returns the values of some positions of `hidden`, with zeros at the other positions."""
+    if not isinstance(values, Tensor) or values.shape[:2] != cropped:
         raise Unsupported("a module of the last block has an output that is not [batch, pos, d]")
-    full = values.new_zeros(*shape[:2], values.shape[-1])
-    full[:, -width:] = values
+    full = values.new_zeros(*hidden.shape[:2], values.shape[-1])
+    full[:, positions] = values
     return full
 
 
@@ -248,6 +294,47 @@ class CellPrompt(NamedTuple):
         return self.cell, self.row
 
 
+@dataclass(frozen=True)
+class Job:
+    """Cell prompts that run in one forward, over the last `width` positions.
+
+    All of them join at blocks, or all of them run from the input on. Those that join may be packed
+    into one row.
+    """
+
+    width: int
+    cell_prompts: tuple[CellPrompt, ...]
+    packed: bool = False
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """The cell number and the row of each cell prompt."""
+        return [cell_prompt.key for cell_prompt in self.cell_prompts]
+
+    @property
+    def rows(self) -> list[int]:
+        """The row of each cell prompt."""
+        return [cell_prompt.row for cell_prompt in self.cell_prompts]
+
+    @property
+    def joins(self) -> bool:
+        """True if the cell prompts join at blocks."""
+        return self.cell_prompts[0].block > INPUT
+
+    def counts_by_block(self, sizes: Sequence[int], n_layers: int) -> list[int]:
+        """Returns the sum of the sizes of the cell prompts that are in each block."""
+        blocks = [cell_prompt.block for cell_prompt in self.cell_prompts]
+        sums = [0, *accumulate(sizes)]
+        return [sums[bisect_right(blocks, block)] for block in range(n_layers)]
+
+    def split(self, size: int) -> list["Job"]:
+        """Returns jobs of at most `size` of the cell prompts each."""
+        starts = range(0, len(self.cell_prompts), size)
+        return [
+            replace(self, cell_prompts=self.cell_prompts[start : start + size]) for start in starts
+        ]
+
+
 @dataclass(frozen=True, eq=False)
 class BaseForward:
     """The results of the unedited prompts, from which later forwards start.
@@ -263,6 +350,11 @@ class BaseForward:
     states: Mapping[int, Tensor]
     logits: Float[Tensor, "row pos vocab"]
 
+    def indices_of(self, rows: Sequence[int]) -> list[int]:
+        """Returns the index of each of these rows among those that were run."""
+        indices = {row: index for index, row in enumerate(self.rows)}
+        return list(map(indices.__getitem__, rows))
+
 
 @dataclass(frozen=True, eq=False)
 class Shortcuts:
@@ -271,11 +363,13 @@ class Shortcuts:
     batch    cells can share a forward, each with its own rows
     grow     rows can join at the block at which they begin to differ
     prefix   positions before the first that differs can come from a cache
+    pack     cells that differ from different positions on can share a row of the batch
     last     after the last attention only the metric's positions have to be computed
     tokens   of the logits only those of the tokens that the metrics read have to be computed
     why      for each shortcut that is not allowed, the reason
-    factors  which inputs of the blocks have rows (see `JoinSchedule`)
+    factors  which inputs of the blocks have rows (see `GrowingRows`)
     kinds    what each block returns: 0 for a tensor, or the length of a tuple
+    token_axes   which inputs of the blocks have positions (see `PackedTokens`)
     reads_ahead  True if the logits at a position depend on a later token
     """
 
@@ -287,6 +381,8 @@ class Shortcuts:
     why: Mapping[str, str]
     factors: Factors
     kinds: Sequence[int]
+    pack: bool = False
+    token_axes: TokenAxes = field(default_factory=dict)
     reads_ahead: bool = False
 
 
@@ -321,52 +417,179 @@ def run_base(
 def run_cell_prompts(
     base: BaseForward,
     inputs: SweepInputs,
-    cell_prompts: Sequence[CellPrompt],
+    job: Job,
     hook_points: Sequence[Sequence[HookPoint]],
-    width: int,
     shortcuts: Shortcuts,
     base_hook_points: Sequence[HookPoint] = (),
     tokens: Sequence[int] | None = None,
 ) -> Float[Tensor, "row pos vocab"]:
-    """Runs sorted cell prompts over the last `width` columns. Returns their logits, perhaps those
-    of `tokens` only.
+    """Runs the cell prompts of a job. Returns their logits, perhaps those of `tokens` only.
 
     `hook_points` are those of each cell. `base_hook_points` are those among them that act in every
     cell: what they change before the blocks may also reach the blocks beside the residual stream
     (the per-layer inputs of Gemma, for example).
     """
-    lm, past = inputs.lm, base.columns - width
-    prompt_rows = [cell_prompt.row for cell_prompt in cell_prompts]
-    index_of_row = {row: index for index, row in enumerate(base.rows)}
-    row_indices = list(map(index_of_row.__getitem__, prompt_rows))
-    n_logits = inputs.count_logits(prompt_rows, width)
-    batch = inputs.padded_batch(base.columns)  # one for all cells: it caches the hooks' positions
-    cell_rows = partial(_cell_rows, batch, past, width, n_logits)
-    lanes = _lanes_of_cells(cell_prompts, hook_points, cell_rows)
-    rows, schedule = prompt_rows, None
-    if cell_prompts[0].block > INPUT:
-        rows = base.rows
-        schedule = _join_schedule(base, lm, cell_prompts, row_indices, width, shortcuts)
-    shared_forward = SharedForward(lm, lanes, schedule, rows=len(rows), width=width)
-    if schedule is not None:
+    lm, past = inputs.lm, base.columns - job.width
+    n_logits = inputs.count_logits(job.rows, job.width)
+    arrange = _arrange_tokens if job.packed else _arrange_rows
+    batch = arrange(base, inputs, job, hook_points, n_logits, shortcuts)
+    rows = base.rows if job.joins else job.rows
+    shared_forward = SharedForward(lm, batch.lanes, batch.growth, rows=len(rows), width=job.width)
+    if job.joins:
         outside = [p for p in base_hook_points if block_of_module(lm, p.location.path) == INPUT]
-        shared_forward.act_before_the_blocks(cell_rows(rows), outside)
-    cache = None
-    if past:
-        indices = torch.tensor(row_indices)
-        cache = prefix_cache(base.cache, past, lambda: indices[: shared_forward.count])
-    acting = list(chain.from_iterable(points for _, points in lanes))
+        lane = _cell_rows(inputs.padded_batch(base.columns), past, job.width, n_logits, rows)
+        shared_forward.act_before_the_blocks(lane, outside)
+    cache = batch.cache(shared_forward) if past or job.packed else None
+    acting = list(chain.from_iterable(points for _, points in batch.lanes))
     with ExitStack() as contexts:
-        if shortcuts.last and n_logits < width and can_narrow(lm, acting):
-            contexts.enter_context(narrow_last_block(lm, n_logits))
+        if shortcuts.last and n_logits < job.width and can_narrow(lm, acting):
+            contexts.enter_context(narrow_last_block(lm, batch.read))
         if shortcuts.tokens and tokens is not None and can_compute_tokens(lm, acting):
             contexts.enter_context(compute_tokens(lm, tokens))
-        return _run_model(shared_forward, inputs, rows, base.columns, cache, prompt_rows)
+        return _run_model(shared_forward, inputs, rows, base.columns, cache, job.rows)
+
+
+class CellBatch(NamedTuple):
+    """How the rows of a job stand in a batch.
+
+    lanes   the rows of each cell, with its hook points
+    growth  how the batch grows; None if all rows run from the input on
+    cache   returns the cache for a forward
+    read    the positions that the head reads, in the last block
+    """
+
+    lanes: Lanes
+    growth: GrowingBatch | None
+    cache: Callable[[SharedForward], Any]
+    read: slice | Tensor
+
+
+def _arrange_rows(
+    base: BaseForward,
+    inputs: SweepInputs,
+    job: Job,
+    hook_points: Sequence[Sequence[HookPoint]],
+    n_logits: int,
+    shortcuts: Shortcuts,
+) -> CellBatch:
+    """Returns a batch in which each cell prompt has a row with the last columns."""
+    lm, past = inputs.lm, base.columns - job.width
+    prompts = base.indices_of(job.rows)
+    text = inputs.padded_batch(base.columns)  # one for all cells: it caches the hooks' positions
+    cell_rows = partial(_cell_rows, text, past, job.width, n_logits)
+    growth = None
+    if job.joins:
+        counts = job.counts_by_block([1] * len(prompts), lm.n_layers)
+
+        def joining_states(block: int) -> Tensor:
+            states = base.states[block]
+            joining = prompts[counts[block - 1] if block else 0 : counts[block]]
+            return states[torch.tensor(joining, device=states.device), -job.width :]
+
+        growth = GrowingRows(
+            job.cell_prompts[0].block,
+            counts,
+            joining_states,
+            shortcuts.kinds,
+            prompts,
+            len(base.rows),
+            shortcuts.factors,
+        )
+    indices = torch.tensor(prompts)
+
+    def cache(forward: SharedForward) -> Any:
+        return cache_of_rows(base.cache, past, lambda: indices[: forward.count])
+
+    lanes = _lanes_of_cells(job.cell_prompts, hook_points, cell_rows)
+    return CellBatch(lanes, growth, cache, slice(-n_logits, None))
+
+
+def _arrange_tokens(
+    base: BaseForward,
+    inputs: SweepInputs,
+    job: Job,
+    hook_points: Sequence[Sequence[HookPoint]],
+    n_logits: int,
+    shortcuts: Shortcuts,
+) -> CellBatch:
+    """Returns a batch with one row, in which the tokens of each cell prompt from its position on
+    follow those of the one before."""
+    lm, past = inputs.lm, base.columns - job.width
+    widths = token_widths(inputs, job)
+    places = TokenPlaces.of_rows(base.indices_of(job.rows), widths, base.columns)
+    counts = job.counts_by_block(widths, lm.n_layers)
+    last = torch.tensor(widths).cumsum(0) - 1
+
+    def joining_states(block: int) -> Tensor:
+        states = base.states[block]
+        joining = slice(counts[block - 1] if block else 0, counts[block])
+        columns = places.columns[joining] - (base.columns - states.shape[1])
+        return states[places.prompts[joining], columns][None]
+
+    growth = PackedTokens(
+        job.cell_prompts[0].block,
+        counts,
+        joining_states,
+        shortcuts.kinds,
+        places,
+        past,
+        job.width,
+        shortcuts.token_axes,
+        last,
+    )
+    text = inputs.padded_batch(base.columns)
+    lanes = _lanes_of_tokens(lm, job.cell_prompts, widths, hook_points, text, n_logits)
+    after_blocks: dict[int, Sequence[HookPoint]] = {}
+    for cell in {cell_prompt.cell for cell_prompt in job.cell_prompts}:
+        after_blocks[cell] = list(filter(partial(is_after_blocks, lm), hook_points[cell]))
+    of_rows = partial(_cell_rows, text, past, job.width, n_logits)
+    lanes += _lanes_of_cells(job.cell_prompts, after_blocks, of_rows)
+    read = last[:, None] - torch.arange(n_logits - 1, -1, -1)
+    return CellBatch(
+        lanes,
+        growth,
+        lambda forward: prefix_cache(base.cache, past, places.after_prefix),
+        read.flatten(),
+    )
+
+
+def token_widths(inputs: SweepInputs, job: Job) -> list[int]:
+    """Returns over how many of the last positions each cell prompt of a job runs."""
+    if not job.packed:
+        return [job.width] * len(job.cell_prompts)
+    least = inputs.count_read(job.rows)
+    widths: list[int] = []
+    for cell_prompt in job.cell_prompts:
+        widths.append(max(least, inputs.width_of(cell_prompt.row, cell_prompt.pos)))
+    return widths
+
+
+def _lanes_of_tokens(
+    lm: LM,
+    cell_prompts: Sequence[CellPrompt],
+    widths: Sequence[int],
+    hook_points: Sequence[Sequence[HookPoint]],
+    text: SequenceBatch,
+    n_logits: int,
+) -> Lanes:
+    """Returns the tokens of each cell and its hook points in the blocks; rows of one width that
+    join together are together."""
+    lanes: Lanes = []
+    start, columns = 0, max(map(max, filter(None, text.columns))) + 1
+    numbered = zip(cell_prompts, widths, strict=True)
+    for (_, cell, width), group in groupby(numbered, key=lambda pair: (*pair[0][:2], pair[1])):
+        rows = tuple(cell_prompt.row for cell_prompt, _ in group)
+        lane = _cell_rows(text, columns - width, width, n_logits, rows, start)
+        lane.stop = start + len(rows) * width
+        in_blocks = filterfalse(partial(is_after_blocks, lm), hook_points[cell])
+        lanes.append((lane, list(in_blocks)))
+        start = lane.stop
+    return lanes
 
 
 def _lanes_of_cells(
     cell_prompts: Sequence[CellPrompt],
-    hook_points: Sequence[Sequence[HookPoint]],
+    hook_points: Sequence[Sequence[HookPoint]] | Mapping[int, Sequence[HookPoint]],
     cell_rows: Callable[[Sequence[int], int], CellRows],
 ) -> Lanes:
     """Returns the rows of each cell and its hook points; rows that join together are together."""
@@ -388,27 +611,6 @@ def _cell_rows(
     row_batch = replace(batch, numbers=numbers)
     forward_pass = ForwardPass(row_batch, 0, past, len(rows), width, head, past)
     return CellRows(numbers, start, start + len(rows), forward_pass)
-
-
-def _join_schedule(
-    base: BaseForward,
-    lm: LM,
-    cell_prompts: Sequence[CellPrompt],
-    row_indices: list[int],
-    width: int,
-    shortcuts: Shortcuts,
-) -> JoinSchedule:
-    blocks = [cell_prompt.block for cell_prompt in cell_prompts]
-    counts = [bisect_right(blocks, block) for block in range(lm.n_layers)]
-
-    def joining_states(block: int) -> Tensor:
-        states = base.states[block]
-        joining = row_indices[bisect_left(blocks, block) : counts[block]]
-        return states[torch.tensor(joining, device=states.device), -width:]
-
-    kinds, factors = shortcuts.kinds, shortcuts.factors
-    n_base = len(base.rows)
-    return JoinSchedule(blocks[0], counts, joining_states, row_indices, n_base, kinds, factors)
 
 
 def _run_model(

@@ -83,6 +83,11 @@ class SweepInputs:
         """Returns how many of the last positions of these rows the metrics read."""
         return max(map(self.read_counts.__getitem__, rows))
 
+    def width_of(self, row: int, pos: int) -> int:
+        """Returns how many of the last positions of a row have to run if it differs from `pos`
+        on."""
+        return max(self.read_counts[row], self.lengths[row] - pos)
+
     def count_columns(self, rows: Iterable[int]) -> int:
         """Returns how many tokens the longest of these rows has."""
         return max(map(self.lengths.__getitem__, rows))

@@ -45,11 +45,14 @@ from .forwards import (
     INPUT,
     BaseForward,
     CellPrompt,
+    Job,
     Shortcuts,
     block_of_module,
     bound_hooks_of,
     can_compute_tokens,
+    can_pack,
     needs_all_positions,
+    token_widths,
 )
 from .inputs import CellMetrics, SweepInputs
 
@@ -202,11 +205,15 @@ def patch_source(bound: BoundHook) -> Captured | None:
 # The fixed cost of running a block (reading its weights, calling it), in tokens.
 BLOCK_COST = {"cpu": 40, "cuda": 256}
 
+# How many tokens a packed forward may have: the sizes that are compared.
+PACKED_TOKENS = (256, 512, 1024, 2048)
+
 # What the printed plan says of each shortcut: its name there, the field of `Shortcuts`, the words.
 SHORTCUT_DESCRIPTIONS = (
     ("share", "batch", "cells share forwards"),
     ("start", "grow", "at the block where a cell first differs"),
     ("prefix", "prefix", "positions before the edit come from a cache"),
+    ("pack", "pack", "positions of several cells in one row, where that is less work"),
     ("last block", "last", "after its attention at the metric's position only"),
 )
 
@@ -214,50 +221,25 @@ SHORTCUT_DESCRIPTIONS = (
 DEFAULT_BUDGET = 128 * 2**20
 
 
-@dataclass(frozen=True)
-class Job:
-    """Cell prompts that run in one forward, over the last `width` positions.
-
-    All of them join at blocks, or all of them run from the input on.
-    """
-
-    width: int
-    cell_prompts: tuple[CellPrompt, ...]
-
-    @property
-    def keys(self) -> list[tuple[int, int]]:
-        """The cell number and the row of each cell prompt."""
-        return [cell_prompt.key for cell_prompt in self.cell_prompts]
-
-    @property
-    def joins(self) -> bool:
-        """True if the cell prompts join at blocks."""
-        return self.cell_prompts[0].block > INPUT
-
-    def split(self, size: int) -> list["Job"]:
-        """Returns jobs of at most `size` of the cell prompts each."""
-        starts = range(0, len(self.cell_prompts), size)
-        return [Job(self.width, self.cell_prompts[start : start + size]) for start in starts]
-
-
 def _block_counts(cell_prompts: Sequence[CellPrompt], n_layers: int) -> list[int]:
     """Returns how many blocks each cell prompt runs through."""
     return [n_layers - max(0, cell_prompt.block) for cell_prompt in cell_prompts]
 
 
-def _cheapest_jobs(by_width: Mapping[int, Sequence[CellPrompt]], lm: LM) -> list[Job]:
-    """Returns the cheapest jobs for cell prompts, by how many of the last positions they need.
+def _cheapest_jobs(by_width: Mapping[int, Sequence[CellPrompt]], lm: LM) -> tuple[float, list[Job]]:
+    """Returns the cheapest jobs for cell prompts, by how many of the last positions they need, and
+    their cost.
 
     A job costs its tokens, at its largest width, and the fixed cost of each block that it runs.
     More widths mean fewer tokens and more forwards.
     """
-    fixed = BLOCK_COST.get(lm.device.type, BLOCK_COST["cuda"])
+    fixed = _fixed_cost(lm)
     widths = sorted(by_width)
     counts = [_block_counts(by_width[width], lm.n_layers) for width in widths]
     blocks, deepest = list(map(sum, counts)), list(map(max, counts))
-    best: list[tuple[int, list[Job]]] = [(0, [])]  # for the first widths: none, one, two ...
+    best: list[tuple[float, list[Job]]] = [(0, [])]  # for the first widths: none, one, two ...
     for last, width in enumerate(widths):
-        costs: list[int] = []
+        costs: list[float] = []
         for first in range(last + 1):
             group = slice(first, last + 1)
             costs.append(best[first][0] + sum(blocks[group]) * width + fixed * max(deepest[group]))
@@ -265,7 +247,11 @@ def _cheapest_jobs(by_width: Mapping[int, Sequence[CellPrompt]], lm: LM) -> list
         cell_prompts = chain.from_iterable(map(by_width.__getitem__, widths[first : last + 1]))
         job = Job(width, tuple(sorted(cell_prompts)))
         best.append((costs[first], [*best[first][1], job]))
-    return best[-1][1]
+    return best[-1]
+
+
+def _fixed_cost(lm: LM) -> int:
+    return BLOCK_COST.get(lm.device.type, BLOCK_COST["cuda"])
 
 
 def memory_budget(lm: LM, memory: int | None) -> int:
@@ -390,18 +376,95 @@ class Plan:
                 by_width = joining if cell_prompt.block > INPUT else from_input
                 by_width[self._width_of(cell_prompt, columns)].append(cell_prompt)
         jobs = [Job(columns, tuple(group)) for group in alone.values()]
-        jobs += _cheapest_jobs(from_input, self.lm) + _cheapest_jobs(joining, self.lm)
+        jobs += _cheapest_jobs(from_input, self.lm)[1] + self._joining_jobs(joining, budget)
         parts: list[Job] = []
         for job in jobs:
-            parts += job.split(max(1, budget // 2 // self._row_bytes(job.width, columns)))
+            n_rows = max(1, budget // 2 // self._row_bytes(job.width, columns))
+            parts += [job] if job.packed else job.split(n_rows)
         return parts
+
+    def _joining_jobs(
+        self, by_width: Mapping[int, Sequence[CellPrompt]], budget: int
+    ) -> Sequence[Job]:
+        """Returns the cheapest forwards for cell prompts that join at blocks, packed or not."""
+        cost, jobs = _cheapest_jobs(by_width, self.lm)
+        others: dict[int, list[CellPrompt]] = defaultdict(list)  # those that cannot be packed
+        packable: list[CellPrompt] = []
+        least = self.inputs.count_read(range(len(self.inputs)))
+        for width, cell_prompts in by_width.items():
+            for cell_prompt in cell_prompts:
+                is_long = self.inputs.lengths[cell_prompt.row] >= least
+                can_be_packed = is_long and cell_prompt.cell in self._packable_cells
+                (packable if can_be_packed else others[width]).append(cell_prompt)
+        if not packable:
+            return jobs
+        rest = {width: others[width] for width in others if others[width]}
+        cost_of_rest, jobs_of_rest = _cheapest_jobs(rest, self.lm)
+        for size in PACKED_TOKENS:
+            packed = self._packed_jobs(packable, size)
+            if max(map(self._packed_bytes, packed)) > budget // 2:
+                continue
+            cost_with = cost_of_rest + sum(map(self._packed_cost, packed))
+            if cost_with < cost:
+                cost, jobs = cost_with, [*jobs_of_rest, *packed]
+        return jobs
+
+    @cached_property
+    def _packable_cells(self) -> frozenset[int]:
+        """The cells that may be packed. Owned by this plan."""
+        lm, is_allowed = self.lm, self.shortcuts.pack and not self.inputs.all_logits
+        if not is_allowed or not can_pack(lm, self.base_hook_points):
+            return frozenset()
+        return frozenset(cell.number for cell in self.cells if can_pack(lm, cell.hook_points))
+
+    def _packed_jobs(self, cell_prompts: Iterable[CellPrompt], size: int) -> list[Job]:
+        """Returns jobs of at most so many tokens, if each cell prompt has fewer."""
+        jobs: list[Job] = []
+        group: list[CellPrompt] = []
+        n_tokens = longest = 0
+        least = self.inputs.count_read(range(len(self.inputs)))
+        for cell_prompt in sorted(cell_prompts):
+            width = max(least, self.inputs.width_of(cell_prompt.row, cell_prompt.pos))
+            if group and n_tokens + width > size:
+                jobs.append(Job(longest, tuple(group), packed=True))
+                group, n_tokens, longest = [], 0, 0
+            group.append(cell_prompt)
+            n_tokens, longest = n_tokens + width, max(longest, width)
+        jobs.append(Job(longest, tuple(group), packed=True))
+        return jobs
+
+    def _packed_cost(self, job: Job) -> float:
+        """Returns the cost of a packed job, as that of `_cheapest_jobs`. Each token is compared
+        with all keys, for which it costs a part of what it costs in a block's matrices."""
+        counts, n_prefix = self._packed_counts(job)
+        per_key = 1 / (4 * max(1, self.lm.sizes["d_model"] or 0))
+        cost = sum(count * (1 + (n_prefix + count) * per_key) for count in counts)
+        return cost + _fixed_cost(self.lm) * max(_block_counts(job.cell_prompts, self.lm.n_layers))
+
+    def _packed_counts(self, job: Job) -> tuple[list[int], int]:
+        """Returns how many tokens of a packed job are in each block, and of how many positions of
+        the unedited prompts there are keys, at most."""
+        widths = token_widths(self.inputs, job)
+        columns = self.inputs.count_columns(range(len(self.inputs)))
+        n_prefix = len(set(job.rows)) * (columns - min(widths))
+        return job.counts_by_block(widths, self.lm.n_layers), n_prefix
+
+    def _packed_bytes(self, job: Job) -> int:
+        """Returns about how much memory a packed job takes at its peak."""
+        counts, n_prefix = self._packed_counts(job)
+        n_tokens, n_keys = counts[-1], counts[-1] + n_prefix
+        sizes = {name: size or 0 for name, size in self.lm.sizes.items()}
+        mlp = sizes.get("d_mlp") or 4 * sizes["d_model"]
+        activations = n_tokens * (8 * sizes["d_model"] + 3 * mlp) + n_keys * 4 * sizes["d_model"]
+        attention = (sizes.get("head") or 1) * n_tokens * n_keys
+        n_logits = self.inputs.count_read(job.rows) * self._tokens_computed
+        return self._number_bytes * (activations + attention) + 12 * n_logits * len(job.rows)
 
     def _width_of(self, cell_prompt: CellPrompt, columns: int) -> int:
         """Returns how many of the last positions a cell prompt has to run."""
         if not self.shortcuts.prefix:
             return columns
-        row = cell_prompt.row
-        return max(self.inputs.read_counts[row], self.inputs.lengths[row] - cell_prompt.pos)
+        return self.inputs.width_of(cell_prompt.row, cell_prompt.pos)
 
     @property
     def alone(self) -> list[Cell]:
@@ -430,7 +493,10 @@ class Plan:
         for rows in self.chunks():
             total += len(rows) * self.inputs.count_columns(rows) * n_layers
         for job in self.all_jobs:
-            total += job.width * sum(_block_counts(job.cell_prompts, n_layers))
+            if job.packed:
+                total += sum(self._packed_counts(job)[0])
+            else:
+                total += job.width * sum(_block_counts(job.cell_prompts, n_layers))
         return total
 
     @property
@@ -456,7 +522,10 @@ class Plan:
         rows = max(map(len, self.chunks()))
         peaks = [rows * self._row_bytes(columns, columns)]
         for job in self.all_jobs:
-            peaks.append(len(job.cell_prompts) * self._row_bytes(job.width, columns))
+            if job.packed:
+                peaks.append(self._packed_bytes(job))
+            else:
+                peaks.append(len(job.cell_prompts) * self._row_bytes(job.width, columns))
         return rows * self._base_row_bytes + max(peaks)
 
     @property

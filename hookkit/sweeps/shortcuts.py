@@ -5,11 +5,11 @@ gives other logits, or fails, each shortcut is tried by itself. One that gives o
 used, and the reason is stored. The results are kept on disk (see `kept_trials`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice, product
+from itertools import count, groupby, islice, product
 from typing import Any, NamedTuple
 
 import torch
@@ -23,21 +23,23 @@ from ..models.prompts import continue_row
 from ..models.sites import ModuleSite, Site
 from ..runs.dispatch import HIDDEN_STATES_KEYWORDS
 from ..runs.forward import forward
+from ..runs.growing_batch import Factors, Path
 from ..runs.hook_points import build_hook_points
 from ..runs.manager import find_user_hooks
-from ..runs.partial import Factors
 from .block_inputs import (
     ShapeRecorder,
     blocks_of,
-    cached_factors,
+    cached_inputs,
     inspect_blocks,
     row_factors,
     run_recorded,
+    watch_masks,
 )
 from .forwards import (
     INPUT,
     BaseForward,
     CellPrompt,
+    Job,
     Shortcuts,
     can_compute_tokens,
     run_base,
@@ -50,6 +52,8 @@ LENGTHS = (5, 3, 4)  # of the trial's prompts, in tokens
 POSITIONS = (-1, -2)  # at which the trial edits
 READS_AHEAD = "the model reads ahead: what it says at a position depends on later tokens too"
 NO_PREFIX = "a prompt with more than token ids is read at once"
+BY_PATH = ("factors", "token_axes")  # of `Shortcuts`, which JSON holds as lists
+PACKED_ATTENTION = ("sdpa", "eager")  # which follow the mask that they are given
 N_TOKENS = 512  # of which a trial compares the logits where only some are computed
 
 # By how much the values of two forwards may differ, relative to the largest value.
@@ -142,15 +146,22 @@ def _as_json(result: Any) -> Any:
     """Returns the result of a trial as JSON holds it."""
     if not isinstance(result, Shortcuts):
         return result
-    factors = [[layer, path, factor] for (layer, path), factor in result.factors.items()]
-    return {**vars(result), "factors": factors}
+    values = vars(result)
+    return values | {name: _as_list(values[name]) for name in BY_PATH}
+
+
+def _as_list(by_path: Mapping[tuple[int, Path], int]) -> list[Any]:
+    return [[layer, path, number] for (layer, path), number in by_path.items()]
 
 
 def _from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    factors = {(layer, tuple(path)): factor for layer, path, factor in value["factors"]}
-    return Shortcuts(**{**value, "factors": factors})
+    return Shortcuts(**value | {name: _from_list(value[name]) for name in BY_PATH})
+
+
+def _from_list(items: Sequence[Any]) -> dict[tuple[int, Path], int]:
+    return {(layer, tuple(path)): number for layer, path, number in items}
 
 
 def _record_module(lm: LM, site: ModuleSite, n_rows: int) -> ShapeRecorder:
@@ -215,18 +226,41 @@ def _try_all(
     factors: Factors,
     recorder: ShapeRecorder,
 ) -> Shortcuts:
-    """Returns all shortcuts, if a trial with all of them gives the expected logits, and one with
-    all but the prefix does too; else none. A prompt with more than token ids has no prefix."""
+    """Returns all shortcuts, if a trial with all but `pack` gives the expected logits, and one with
+    all but the prefix does too; else none. `pack` is allowed if a trial with it does so as well.
+
+    A prompt with more than token ids has no prefix.
+    """
     kinds = [recorder.kinds[number] for number in range(inputs.lm.n_layers)]
     allowed = Shortcuts(True, True, False, True, True, {}, factors, kinds)
     reason = _difference(inputs, allowed, expected, base)
-    if base.cache is not None and not reason:
-        factors = {**cached_factors(inputs, base, kinds), **factors}
-        allowed = replace(allowed, prefix=True, factors=factors)
-        reason = _difference(inputs, allowed, expected, base)
     if reason:
         return no_shortcuts(reason)
-    return allowed if allowed.prefix else replace(allowed, why={"prefix": NO_PREFIX})
+    if base.cache is None:
+        return replace(allowed, why={"prefix": NO_PREFIX, "pack": NO_PREFIX})
+    cached, axes = cached_inputs(inputs, base, kinds)
+    allowed = replace(allowed, prefix=True, factors={**cached, **factors})
+    reason = _difference(inputs, allowed, expected, base)
+    if reason:
+        return no_shortcuts(reason)
+    packed = replace(allowed, pack=True, token_axes=axes)
+    reason = _reason_unpacked(inputs.lm)
+    if not reason:
+        with watch_masks(inputs.lm):
+            reason = _difference(inputs, packed, expected, base)
+    return replace(allowed, why={"pack": reason}) if reason else packed
+
+
+def _reason_unpacked(lm: LM) -> str:
+    """Returns why this model cannot run packed rows; an empty string if a trial decides it."""
+    implementation = getattr(lm.config, "_attn_implementation", None)
+    if lm.ranks is not None:
+        return "the model is split over several processes"
+    if lm.family.attention != "interface" or implementation not in PACKED_ATTENTION:
+        return "the model's attention is not transformers' own with sdpa or eager"
+    if lm.layout.layers("pattern") != list(range(lm.n_layers)):
+        return "some blocks have no attention"
+    return ""
 
 
 def _try_each(inputs: SweepInputs, shared: Shortcuts, expected: Tensor) -> Shortcuts:
@@ -245,6 +279,7 @@ def _try_each(inputs: SweepInputs, shared: Shortcuts, expected: Tensor) -> Short
     if not inputs.has_more_than_tokens:
         why["prefix"] = _difference(inputs, replace(allowed, prefix=True), expected)
     allowed = replace(allowed, prefix=not why["prefix"])
+    why["pack"] = why["prefix"] or "a trial with all other shortcuts at once failed"
     why["tokens"] = "the model's head is no plain linear layer"
     if can_compute_tokens(inputs.lm, ()):
         why["tokens"] = _difference(inputs, replace(allowed, tokens=True), expected)
@@ -261,9 +296,9 @@ def _dtype(lm: LM) -> Any:
 
 def no_shortcuts(reason: str, *, reads_ahead: bool = False) -> Shortcuts:
     """Returns shortcuts none of which is allowed, for this reason."""
-    names = "batch", "grow", "prefix", "last", "tokens"
+    names = "batch", "grow", "prefix", "pack", "last", "tokens"
     why: dict[str, str] = dict.fromkeys(names, reason)
-    return Shortcuts(False, False, False, False, False, why, {}, [], reads_ahead)
+    return Shortcuts(False, False, False, False, False, why, {}, [], reads_ahead=reads_ahead)
 
 
 def _describe_error(error: Exception) -> str:
@@ -349,30 +384,39 @@ def _trial_logits(
 ) -> Iterator[tuple[list[int], Any, Tensor]]:
     """Yields the last logits [edit, token] of some edits' rows, with these shortcuts.
 
-    The cells of the first block run by themselves, so that the others skip it. Of the others'
-    logits only some are computed, where that is allowed.
+    Of the logits only some are computed, where that is allowed.
     """
-    lm, edits, rows = inputs.lm, _trial_edits(inputs.lm), range(len(inputs))
+    lm, edits = inputs.lm, _trial_edits(inputs.lm)
     hook_points = [build_hook_points(lm, [edit.on_rows()], no_reference) for edit in edits]
+    base = base or _run_trial_base(inputs, cache=allowed.prefix)
+    some_tokens = range(0, lm.n_tokens, max(1, lm.n_tokens // N_TOKENS))
+    jobs = _trial_jobs(inputs, allowed)
+    for job in jobs:
+        tokens = some_tokens if allowed.tokens and job is jobs[-1] else None
+        logits = run_cell_prompts(base, inputs, job, hook_points, allowed, (), tokens)
+        cells = [cell_prompt.cell for cell_prompt in job.cell_prompts]
+        yield cells, tokens or slice(None), logits[:, -1]
+
+
+def _trial_jobs(inputs: SweepInputs, allowed: Shortcuts) -> list[Job]:
+    """Returns the forwards of a trial's edits.
+
+    The cells of the first block run by themselves, so that the others skip it. Packed cells run
+    together.
+    """
     cell_prompts: list[CellPrompt] = []
-    for number, edit in enumerate(edits):
+    for number, edit in enumerate(_trial_edits(inputs.lm)):
         row = _row_of_edit(inputs, number)
         block = edit.layer if allowed.grow else INPUT
         cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + edit.pos))
-    columns = inputs.count_columns(rows)
-    width = -min(POSITIONS) if allowed.prefix else columns
-    base = base or _run_trial_base(inputs, cache=allowed.prefix)
-    first_block = min(cell_prompt.block for cell_prompt in cell_prompts)
-    some_tokens = range(0, lm.n_tokens, max(1, lm.n_tokens // N_TOKENS))
-    for is_first in (True, False):
-        group = [cell for cell in sorted(cell_prompts) if (cell.block == first_block) == is_first]
-        if not group:
-            continue
-        tokens = (
-            some_tokens if allowed.tokens and (not is_first or len(group) == len(edits)) else None
-        )
-        logits = run_cell_prompts(base, inputs, group, hook_points, width, allowed, (), tokens)
-        yield [cell.cell for cell in group], tokens or slice(None), logits[:, -1]
+    width = -min(POSITIONS) if allowed.prefix else inputs.count_columns(range(len(inputs)))
+    cell_prompts.sort()
+    if allowed.pack:
+        return [Job(width, tuple(cell_prompts), packed=True)]
+    groups = groupby(
+        cell_prompts, key=lambda cell_prompt: cell_prompt.block > cell_prompts[0].block
+    )
+    return [Job(width, tuple(group)) for _, group in groups]
 
 
 def no_reference(sites: Any, prompts: Any) -> Any:

@@ -313,8 +313,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lm, monkeypatch):
     real, refused = working.run_cell_prompts, []
 
     def scarce(trunk, reading, units, *others):
-        if len(units) > 3:
-            refused.append(len(units))
+        if len(units.cell_prompts) > 3:
+            refused.append(len(units.cell_prompts))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(trunk, reading, units, *others)
 
@@ -374,23 +374,23 @@ def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
         "resid_mid.2", lambda values: values.flip(1)
     )  # the end gets what was at the beginning
     assert shortcuts(lm, [ids]).last
-    mlp, widths = lm.model.model.layers[-1].mlp, []
+    mlp, tokens = lm.model.model.layers[-1].mlp, []
     forward = mlp.act_fn.forward
-    mlp.act_fn.forward = lambda x: (widths.append(x.shape[1]), forward(x))[1]
+    mlp.act_fn.forward = lambda x: (tokens.append(x.shape[:-1].numel()), forward(x))[1]
     try:
-        for with_it, width in (
-            ("ablate:z.2.0", 1),
-            ("scale:mlp_in.2*3", 1),
-            ("ablate:mlp_post.2", 9),
-            ("mixed", 9),
+        for with_it, count in (
+            ("ablate:z.2.0", 2),
+            ("scale:mlp_in.2*3", 2),
+            ("ablate:mlp_post.2", 9 + 1),  # packed: nine of the first cell, one of the second
+            ("mixed", 2 * 9),
         ):
-            widths.clear()
+            tokens.clear()
             names = [
                 "ablate:z.1.0",
                 with_it,
             ]  # the first of them needs all nine positions in the blocks before
             table = hk.sweep(lm, [ids], {"hook": names}, lambda hook: hooks[hook], METRICS[0])
-            assert widths == [9, width], with_it
+            assert tokens == [9, count], with_it
             wanted = [by_loop(lm, [ids], [hooks[name]], METRICS[0])[0] for name in names]
             assert table["logit_diff"].tolist() == pytest.approx(wanted, abs=1e-5)
     finally:
