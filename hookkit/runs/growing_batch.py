@@ -14,7 +14,7 @@ from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from ..errors import Unsupported
@@ -50,13 +50,14 @@ class GrowingBatch(ABC):
 
     first   the first block that runs; those before it are skipped
     counts  the number of rows, or of tokens, in each block
-    states  the hidden states that join: block -> [row, pos, d_model]; a packed batch has one row
+    states  the hidden states that join, from the block's number and the hidden states before it:
+            [row, pos, d_model]; a packed batch has one row
     kinds   the output of each skipped block: 0 for a tensor, or the number of values
     """
 
     first: int
     counts: Sequence[int]
-    states: Callable[[int], Tensor]
+    states: Callable[[int, Tensor], Tensor]
     kinds: Sequence[int]
     # By id, a tensor that all blocks share, and the same for all rows or tokens that will join. The
     # tensor is stored so that its id is not used again.
@@ -71,13 +72,18 @@ class GrowingBatch(ABC):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of a block for the batch as it is there."""
         hidden, key = find_input(args, kwargs, 0, f"block {number}")
-        before = self.counts[number - 1] if number > self.first else 0
-        if self.counts[number] > before:
-            joining = self.states(number).to(hidden.device)
-            hidden = torch.cat([hidden, joining], self.axis) if before else joining
+        if number == self.first:
+            hidden = self._begin(hidden)
+        if self.counts[number] > hidden.shape[self.axis]:
+            joining = self.states(number, hidden).to(hidden.device)
+            hidden = torch.cat([hidden, joining], self.axis)
         args, kwargs = replace_input(args, kwargs, key, None)
         args, kwargs = self._extend_arguments(number, block, args, kwargs)
         return replace_input(args, kwargs, key, hidden)
+
+    def _begin(self, hidden: Tensor) -> Tensor:
+        """Returns the part of the model's own hidden states with which the batch begins: none."""
+        return hidden.narrow(self.axis, 0, 0)
 
     def _extend_arguments(
         self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,32 +142,45 @@ class GrowingRows(GrowingBatch):
 
 @dataclass(frozen=True, eq=False)
 class TokenPlaces:
-    """Where the tokens of a packed batch belong. The tokens of each row of a cell are together.
+    """Where the tokens of a packed batch belong. The tokens of each row are together.
+
+    The first `n_unedited` rows may be the unedited prompts themselves.
 
     prompts  the index of a row that the model itself is called with
     columns  the column in that row
     starts   the first column of the row of a cell to which the token belongs
-    owners   the number of the row of a cell
+    owners   the number of that row
     """
 
     prompts: Int[Tensor, " token"]
     columns: Int[Tensor, " token"]
     starts: Int[Tensor, " token"]
     owners: Int[Tensor, " token"]
+    n_unedited: int = 0
 
     @classmethod
-    def of_rows(cls, prompts: Sequence[int], widths: Sequence[int], columns: int) -> "TokenPlaces":
-        """Returns the places for rows of cells that have the last `widths` of so many columns."""
+    def of_rows(
+        cls, prompts: Sequence[int], widths: Sequence[int], columns: int, n_unedited: int = 0
+    ) -> "TokenPlaces":
+        """Returns the places for rows that have the last `widths` of so many columns."""
         counts = torch.tensor(widths)
         owners = torch.repeat_interleave(torch.arange(len(widths)), counts)
         starts = (columns - counts)[owners]
         first_tokens = (counts.cumsum(0) - counts)[owners]
         in_row = torch.arange(len(owners)) - first_tokens
-        return cls(torch.tensor(prompts)[owners], starts + in_row, starts, owners)
+        return cls(torch.tensor(prompts)[owners], starts + in_row, starts, owners, n_unedited)
+
+    @cached_property
+    def is_unedited(self) -> Bool[Tensor, " token"]:
+        """True for the tokens of the unedited prompts."""
+        return self.owners < self.n_unedited
 
     @cached_property
     def prefix(self) -> tuple[Int[Tensor, " key"], Int[Tensor, " key"]]:
-        """The prompt and the column of each key before the first token of any cell."""
+        """The prompt and the column of each key before the first token of any cell, where these
+        come from a cache."""
+        if self.n_unedited:
+            return self.prompts[:0], self.columns[:0]
         prompts, columns = self.prompts.unique(), torch.arange(int(self.starts.max()))
         return prompts.repeat_interleave(len(columns)), columns.repeat(len(prompts))
 
@@ -179,11 +198,13 @@ class TokenPlaces:
         `past`. It is None where each position sees all before it.
         """
         prefix_prompts, prefix_columns = self.prefix
-        is_seen = self.prompts[:, None] == prefix_prompts
-        is_seen &= prefix_columns < self.starts[:, None]
-        is_own = self.owners[:, None] == self.owners
-        allowed = torch.cat([is_seen, is_own], 1)
+        key_prompts = torch.cat([prefix_prompts, self.prompts])
         key_columns = torch.cat([prefix_columns, self.columns])
+        from_cache = torch.ones(len(prefix_prompts), dtype=torch.bool)
+        is_of_prompt = torch.cat([from_cache, self.is_unedited])
+        allowed = is_of_prompt & (self.prompts[:, None] == key_prompts)
+        allowed &= key_columns < self.starts[:, None]
+        allowed[:, len(prefix_prompts) :] |= self.owners[:, None] == self.owners
         if of_rows is None:
             return (allowed & (key_columns <= self.columns[:, None]))[None, None]
         device = of_rows.device
@@ -214,6 +235,12 @@ class PackedTokens(GrowingBatch):
     last: Int[Tensor, " row"]
 
     axis = 1
+
+    def _begin(self, hidden: Tensor) -> Tensor:
+        """Returns the tokens of the unedited prompts, if they are in the batch."""
+        is_unedited = self.places.is_unedited
+        columns = self.places.columns[is_unedited] - self.past
+        return hidden[self.places.prompts[is_unedited], columns][None]
 
     def unpack(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Runs in place of the last block's forward: returns its output [row, pos, d_model].

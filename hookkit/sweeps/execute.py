@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,15 @@ from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import Step, Steps, run_steps
 from ..runs.engines.ray import Ray
 from ..runs.hook_points import BoundHook, HookPoint, build_hook_points
-from .forwards import BaseForward, CellPrompt, Job, bound_hooks_of, run_base, run_cell_prompts
+from .forwards import (
+    BaseForward,
+    CellPrompt,
+    Job,
+    bound_hooks_of,
+    run_base,
+    run_cell_prompts,
+    run_with_unedited,
+)
 from .inputs import UNEDITED, CellMetrics, Values, count_cells
 from .journal import Journal
 from .plan import Plan, patch_source
@@ -56,11 +64,12 @@ class BaseSettings:
         """Returns the settings that these forwards need."""
         blocks, widths = set(), [1]
         for job in jobs:
-            if job.joins:
+            if job.joins and not job.n_unedited:
                 blocks |= {cell_prompt.block for cell_prompt in job.cell_prompts}
                 widths.append(job.width)
         columns = plan.inputs.count_columns(rows)
-        cache = any(job.packed or job.width < columns for job in jobs)
+        after_base = [job for job in jobs if not job.n_unedited]
+        cache = any(job.packed or job.width < columns for job in after_base)
         return cls(rows, sources_match, tuple(sorted(blocks)), max(widths), cache)
 
     def run(self, plan: Plan, captures: Sequence[HookPoint] = ()) -> BaseForward:
@@ -69,6 +78,19 @@ class BaseSettings:
         return run_base(
             plan.inputs, self.rows, hook_points, self.blocks, self.width, cache=self.cache
         )
+
+
+class BaseResults(NamedTuple):
+    """The results of some unedited prompts, and the forwards of the cells.
+
+    `logits` are those of the cell prompts of a single job that has run already; else None.
+    """
+
+    settings: BaseSettings
+    forward: BaseForward
+    jobs: Sequence[Job]
+    cell_prompts: Sequence[CellPrompt]
+    logits: Float[Tensor, "row pos vocab"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,15 +161,16 @@ class SweepWorker:
             del error
             parts = [self._run(part) for part in job.split((count + 1) // 2)]
             return list(chain.from_iterable(parts))
-        for cell_prompt in job.cell_prompts:
-            self._check_fired(cell_prompt, settings.sources_match)
+        check_fired(plan, job, settings.sources_match)
         return [values]
 
-    def _check_fired(self, cell_prompt: CellPrompt, sources_match: bool) -> None:
-        """Raises `NeverFired` for an edit that had to change this row and did nothing."""
-        cell = self.plan.cells[cell_prompt.cell]
+
+def check_fired(plan: Plan, job: Job, sources_match: bool) -> None:
+    """Raises `NeverFired` for an edit that had to change a row of a job and did nothing."""
+    for number, row in job.keys:
+        cell = plan.cells[number]
         for bound in cell.bound_hooks:
-            if should_have_fired(bound, self.plan, [cell_prompt.row], sources_match):
+            if should_have_fired(bound, plan, [row], sources_match):
                 raise NeverFired(
                     f"{bound.hook} never fired at {bound.site} in the sweep's cell {cell}: the "
                     "model never calls this module (some are bypassed by fused code). See "
@@ -268,11 +291,13 @@ def _is_close(actual: Tensor, expected: Tensor, limits: Float[Tensor, " pos"]) -
 
 @dataclass(eq=False)
 class PlanRun:
-    """Runs a plan. It owns `halvings` and `foreign_sources`, which change while it runs.
+    """Runs a plan. It owns `halvings`, `foreign_sources` and `runs_apart`, which change while
+    it runs.
 
     on_progress      is called with the number of cells that were finished, counted for each prompt
     halvings         how often memory ran out, so that later prompts have smaller forwards
     foreign_sources  patches whose source has other values than this model
+    runs_apart       True if memory ran out where the unedited prompts ran together with cells
 
     Which cells run together depends only on the plan and on the memory. So a sweep that continues
     after it was killed runs the same forwards, except those that were finished, and so does any
@@ -285,6 +310,7 @@ class PlanRun:
     engine: Ray | None = None
     halvings: int = field(default=0, init=False)
     foreign_sources: list[str] = field(default_factory=list, init=False)
+    runs_apart: bool = field(default=False, init=False)
 
     def run(self) -> None:
         """Runs all forwards whose values are not in the journal."""
@@ -310,19 +336,29 @@ class PlanRun:
     def _steps(self, rows: tuple[int, ...], worker: SweepWorker) -> Steps:
         """Yields the values that need no forward of a cell, and then the forwards."""
         plan, stored = self.plan, self.journal.values
-        settings, forward, jobs, cell_prompts = self._run_base(rows)
+        base = self._run_base(rows)
+        forward = base.forward
         self._check_base_fired(rows)
-        cell_metrics = worker.load(settings, forward)
+        cell_metrics = worker.load(base.settings, forward)
         values = cell_metrics.values(list(product([UNEDITED], rows)), forward.logits)
+        of_cells: Values = {}
+        if base.logits is not None:
+            (job,) = base.jobs
+            of_cells = cell_metrics.values(job.keys, base.logits)
+            check_fired(plan, job, base.settings.sources_match)
         del forward
         if self.engine is not None:
             worker.base = None
         values = {key: stored.get(key, numbers) for key, numbers in values.items()}
+        unchanged = self._unchanged(rows, base.cell_prompts, values)
         yield Step(None, lambda _: self._store(values))
-        yield Step(None, lambda _: self._store(self._unchanged(rows, cell_prompts, values)))
-        for job in jobs:
+        yield Step(None, lambda _: self._store(unchanged))
+        if of_cells:
+            yield Step(None, lambda _: self._store(of_cells))
+            return
+        for job in base.jobs:
             if not stored.keys() >= set(job.keys):
-                yield Step(create_task(plan, settings, job), self._store_parts)
+                yield Step(create_task(plan, base.settings, job), self._store_parts)
 
     def _check_base_fired(self, rows: Sequence[int]) -> None:
         for bound in self.plan.first_effect.base:
@@ -331,24 +367,47 @@ class PlanRun:
                     f"{bound.hook}, a base hook of every cell, never fired at {bound.site}"
                 )
 
-    def _run_base(
-        self, rows: tuple[int, ...]
-    ) -> tuple[BaseSettings, BaseForward, Sequence[Job], Sequence[CellPrompt]]:
-        """Runs the unedited prompts. Returns the results, and the forwards that start from them."""
+    def _run_base(self, rows: tuple[int, ...]) -> BaseResults:
+        """Runs the unedited prompts, together with the cells if the plan says so."""
         plan = self.plan
         sources_match = not self.foreign_sources
         patches = collect_sources(plan) if sources_match else {}
         cell_prompts = plan.cell_prompts(rows, sources_match=sources_match)
         jobs = plan.jobs(rows, cell_prompts, max(1, plan.budget // 2**self.halvings))
+        if not self._can_run_together(jobs):
+            jobs = [job.without_unedited() for job in jobs]
         settings = BaseSettings.of_jobs(plan, rows, jobs, sources_match=sources_match)
         captures = build_hook_points(plan.lm, list(map(capture, patches)), no_reference)
-        forward = settings.run(plan, captures)
+        logits = None
+        if jobs and jobs[0].n_unedited:
+            try:
+                forward, logits = self._run_together(rows, jobs[0], captures)
+            except RuntimeError as error:
+                check_out_of_memory(error, plan, len(jobs[0].cell_prompts))
+                self.runs_apart = True
+                return self._run_base(rows)
+        else:
+            forward = settings.run(plan, captures)
         for bound in bound_hooks_of(captures):
             foreign = find_foreign_source(plan, patches[bound.site], bound.pieces[0], rows)
             if foreign:
                 self.foreign_sources.append(foreign)
                 return self._run_base(rows)
-        return settings, forward, jobs, cell_prompts
+        return BaseResults(settings, forward, jobs, cell_prompts, logits)
+
+    def _can_run_together(self, jobs: Sequence[Job]) -> bool:
+        """True if the plan has the unedited prompts in a forward with cells, and can have it so."""
+        if not jobs or not jobs[0].n_unedited or self.engine is not None or self.runs_apart:
+            return False
+        return not self.journal.values.keys() >= set(jobs[0].keys)
+
+    def _run_together(
+        self, rows: Sequence[int], job: Job, captures: Sequence[HookPoint]
+    ) -> tuple[BaseForward, Tensor]:
+        plan = self.plan
+        hook_points: dict[int, Sequence[HookPoint]] = dict(enumerate(plan.hook_points))
+        hook_points[UNEDITED] = [*plan.base_hook_points, *captures]
+        return run_with_unedited(plan.inputs, rows, job, hook_points, plan.shortcuts, plan.tokens)
 
     def _unchanged(
         self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], unedited: Values

@@ -40,10 +40,13 @@ from ..runs.growing_batch import (
 )
 from ..runs.hook_points import BoundHook, HookPoint
 from ..runs.partial import CellRows, Recorder, SharedForward
-from .inputs import SweepInputs
+from .inputs import UNEDITED, SweepInputs
 
 Lanes: TypeAlias = list[tuple[CellRows, Sequence[HookPoint]]]
 """The rows of each cell in a forward, with its hook points."""
+
+HookPointsOfCells: TypeAlias = Sequence[Sequence[HookPoint]] | Mapping[int, Sequence[HookPoint]]
+"""All hook points of each cell, by its number."""
 
 
 def prefix_cache(whole: Any, columns: int, append: Callable[[Tensor, Tensor], Tensor]) -> Any:
@@ -299,7 +302,7 @@ class Job:
     """Cell prompts that run in one forward, over the last `width` positions.
 
     All of them join at blocks, or all of them run from the input on. Those that join may be packed
-    into one row.
+    into one row. Then the first ones may be the unedited prompts, which otherwise ran before.
     """
 
     width: int
@@ -307,9 +310,23 @@ class Job:
     packed: bool = False
 
     @property
+    def n_unedited(self) -> int:
+        """How many unedited prompts run in the forward."""
+        return sum(cell_prompt.cell == UNEDITED for cell_prompt in self.cell_prompts)
+
+    @property
     def keys(self) -> list[tuple[int, int]]:
-        """The cell number and the row of each cell prompt."""
-        return [cell_prompt.key for cell_prompt in self.cell_prompts]
+        """The cell number and the row of each cell prompt, without unedited ones."""
+        return [cell_prompt.key for cell_prompt in self.cell_prompts[self.n_unedited :]]
+
+    def with_unedited(self, rows: Sequence[int], columns: int) -> "Job":
+        """Returns the same job with these unedited prompts."""
+        unedited = [CellPrompt(0, UNEDITED, row, 0) for row in rows]
+        return Job(columns, (*unedited, *self.cell_prompts), packed=True)
+
+    def without_unedited(self) -> "Job":
+        """Returns the same job for a forward after that of the unedited prompts."""
+        return replace(self, cell_prompts=self.cell_prompts[self.n_unedited :])
 
     @property
     def rows(self) -> list[int]:
@@ -414,11 +431,31 @@ def run_base(
     return BaseForward(tuple(rows), columns, stored, recorder.states, logits)
 
 
+def run_with_unedited(
+    inputs: SweepInputs,
+    rows: Sequence[int],
+    job: Job,
+    hook_points: HookPointsOfCells,
+    shortcuts: Shortcuts,
+    tokens: Sequence[int] | None = None,
+) -> tuple[BaseForward, Float[Tensor, "row pos vocab"]]:
+    """Runs the unedited prompts and the cell prompts of a packed job in one forward.
+
+    `hook_points` has those of the unedited prompts as those of the cell `UNEDITED`. Returns the
+    results of the unedited prompts, without a cache, and the logits of the cell prompts.
+    """
+    columns = inputs.count_columns(rows)
+    base = BaseForward(tuple(rows), columns, None, {}, torch.empty(0, 0, 0))
+    base_hook_points = hook_points[UNEDITED]
+    logits = run_cell_prompts(base, inputs, job, hook_points, shortcuts, base_hook_points, tokens)
+    return replace(base, logits=logits[: len(rows)]), logits[len(rows) :]
+
+
 def run_cell_prompts(
     base: BaseForward,
     inputs: SweepInputs,
     job: Job,
-    hook_points: Sequence[Sequence[HookPoint]],
+    hook_points: HookPointsOfCells,
     shortcuts: Shortcuts,
     base_hook_points: Sequence[HookPoint] = (),
     tokens: Sequence[int] | None = None,
@@ -439,7 +476,8 @@ def run_cell_prompts(
         outside = [p for p in base_hook_points if block_of_module(lm, p.location.path) == INPUT]
         lane = _cell_rows(inputs.padded_batch(base.columns), past, job.width, n_logits, rows)
         shared_forward.act_before_the_blocks(lane, outside)
-    cache = batch.cache(shared_forward) if past or job.packed else None
+    takes_cache = past > 0 or (job.packed and not job.n_unedited)
+    cache = batch.cache(shared_forward) if takes_cache else None
     acting = list(chain.from_iterable(points for _, points in batch.lanes))
     with ExitStack() as contexts:
         if shortcuts.last and n_logits < job.width and can_narrow(lm, acting):
@@ -468,7 +506,7 @@ def _arrange_rows(
     base: BaseForward,
     inputs: SweepInputs,
     job: Job,
-    hook_points: Sequence[Sequence[HookPoint]],
+    hook_points: HookPointsOfCells,
     n_logits: int,
     shortcuts: Shortcuts,
 ) -> CellBatch:
@@ -481,9 +519,9 @@ def _arrange_rows(
     if job.joins:
         counts = job.counts_by_block([1] * len(prompts), lm.n_layers)
 
-        def joining_states(block: int) -> Tensor:
+        def joining_states(block: int, hidden: Tensor) -> Tensor:
             states = base.states[block]
-            joining = prompts[counts[block - 1] if block else 0 : counts[block]]
+            joining = prompts[len(hidden) : counts[block]]
             return states[torch.tensor(joining, device=states.device), -job.width :]
 
         growth = GrowingRows(
@@ -508,7 +546,7 @@ def _arrange_tokens(
     base: BaseForward,
     inputs: SweepInputs,
     job: Job,
-    hook_points: Sequence[Sequence[HookPoint]],
+    hook_points: HookPointsOfCells,
     n_logits: int,
     shortcuts: Shortcuts,
 ) -> CellBatch:
@@ -516,15 +554,18 @@ def _arrange_tokens(
     follow those of the one before."""
     lm, past = inputs.lm, base.columns - job.width
     widths = token_widths(inputs, job)
-    places = TokenPlaces.of_rows(base.indices_of(job.rows), widths, base.columns)
+    prompts = base.indices_of(job.rows)
+    places = TokenPlaces.of_rows(prompts, widths, base.columns, job.n_unedited)
     counts = job.counts_by_block(widths, lm.n_layers)
     last = torch.tensor(widths).cumsum(0) - 1
 
-    def joining_states(block: int) -> Tensor:
+    def joining_states(block: int, hidden: Tensor) -> Tensor:
+        joining = slice(hidden.shape[1], counts[block])
+        joining_prompts, columns = places.prompts[joining], places.columns[joining]
+        if job.n_unedited:
+            return hidden[:, last[joining_prompts] - (base.columns - 1 - columns)]
         states = base.states[block]
-        joining = slice(counts[block - 1] if block else 0, counts[block])
-        columns = places.columns[joining] - (base.columns - states.shape[1])
-        return states[places.prompts[joining], columns][None]
+        return states[joining_prompts, columns - (base.columns - states.shape[1])][None]
 
     growth = PackedTokens(
         job.cell_prompts[0].block,
@@ -568,7 +609,7 @@ def _lanes_of_tokens(
     lm: LM,
     cell_prompts: Sequence[CellPrompt],
     widths: Sequence[int],
-    hook_points: Sequence[Sequence[HookPoint]],
+    hook_points: HookPointsOfCells,
     text: SequenceBatch,
     n_logits: int,
 ) -> Lanes:
@@ -589,7 +630,7 @@ def _lanes_of_tokens(
 
 def _lanes_of_cells(
     cell_prompts: Sequence[CellPrompt],
-    hook_points: Sequence[Sequence[HookPoint]] | Mapping[int, Sequence[HookPoint]],
+    hook_points: HookPointsOfCells,
     cell_rows: Callable[[Sequence[int], int], CellRows],
 ) -> Lanes:
     """Returns the rows of each cell and its hook points; rows that join together are together."""

@@ -364,7 +364,10 @@ class Plan:
     def jobs(
         self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], budget: int
     ) -> list[Job]:
-        """Returns the forwards that run these cell prompts."""
+        """Returns the forwards that run these cell prompts.
+
+        If a single packed one suffices, and has room for them, the unedited prompts are in it.
+        """
         columns = self.inputs.count_columns(rows)
         alone: dict[int, list[CellPrompt]] = defaultdict(list)  # by cell
         from_input: dict[int, list[CellPrompt]] = defaultdict(list)  # by width; their batch is full
@@ -381,7 +384,30 @@ class Plan:
         for job in jobs:
             n_rows = max(1, budget // 2 // self._row_bytes(job.width, columns))
             parts += [job] if job.packed else job.split(n_rows)
+        if len(parts) == 1 and parts[0].packed and self._can_join_unedited(rows):
+            whole = parts[0].with_unedited(rows, columns)
+            is_cheap = self._packed_cost(whole) < self._packed_cost(parts[0]) + self._base_cost(
+                rows
+            )
+            if is_cheap and self._packed_bytes(whole) <= budget // 2:
+                return [whole]
         return parts
+
+    def _can_join_unedited(self, rows: Sequence[int]) -> bool:
+        """True if unedited prompts may be packed. The values with which the sources of patches are
+        compared come in one tensor only from prompts of one length."""
+        return not self._has_patches or len({self.inputs.lengths[row] for row in rows}) == 1
+
+    @cached_property
+    def _has_patches(self) -> bool:
+        """True if a cell has a patch. Owned by this plan."""
+        bound_hooks = chain.from_iterable(cell.bound_hooks for cell in self.cells)
+        return any(patch_source(bound) is not None for bound in bound_hooks)
+
+    def _base_cost(self, rows: Sequence[int]) -> int:
+        """Returns the cost of the unedited prompts in a forward of their own."""
+        n_tokens = len(rows) * self.inputs.count_columns(rows)
+        return (n_tokens + _fixed_cost(self.lm)) * self.lm.n_layers
 
     def _joining_jobs(
         self, by_width: Mapping[int, Sequence[CellPrompt]], budget: int
@@ -446,7 +472,7 @@ class Plan:
         the unedited prompts there are keys, at most."""
         widths = token_widths(self.inputs, job)
         columns = self.inputs.count_columns(range(len(self.inputs)))
-        n_prefix = len(set(job.rows)) * (columns - min(widths))
+        n_prefix = 0 if job.n_unedited else len(set(job.rows)) * (columns - min(widths))
         return job.counts_by_block(widths, self.lm.n_layers), n_prefix
 
     def _packed_bytes(self, job: Job) -> int:
@@ -482,7 +508,8 @@ class Plan:
     @property
     def forwards(self) -> int:
         """How many forwards will run."""
-        return len(list(self.chunks())) + len(self.all_jobs)
+        n_together = sum(job.n_unedited > 0 for job in self.all_jobs)
+        return len(list(self.chunks())) + len(self.all_jobs) - n_together
 
     @cached_property
     def layer_tokens(self) -> int:
@@ -491,7 +518,9 @@ class Plan:
         n_layers = self.lm.n_layers
         total = 0
         for rows in self.chunks():
-            total += len(rows) * self.inputs.count_columns(rows) * n_layers
+            jobs = self.jobs(rows, self.cell_prompts(rows), self.budget)
+            if not any(job.n_unedited for job in jobs):
+                total += len(rows) * self.inputs.count_columns(rows) * n_layers
         for job in self.all_jobs:
             if job.packed:
                 total += sum(self._packed_counts(job)[0])
@@ -508,7 +537,7 @@ class Plan:
     @property
     def running(self) -> int:
         """How many cells have to run, counted once for each prompt."""
-        return sum(len(job.cell_prompts) for job in self.all_jobs)
+        return sum(len(job.keys) for job in self.all_jobs)
 
     @property
     def filled(self) -> int:
@@ -583,7 +612,7 @@ class Plan:
         return f", over {span} of {max(self.inputs.lengths)} positions"
 
     def _is_alone(self, job: Job) -> bool:
-        return bool(self.cells[job.cell_prompts[0].cell].alone)
+        return bool(self.cells[job.keys[0][0]].alone)
 
     def _reductions(self) -> Iterator[tuple[str, str]]:
         yield "stop", self._last_position()

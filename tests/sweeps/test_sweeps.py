@@ -378,11 +378,12 @@ def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
     forward = mlp.act_fn.forward
     mlp.act_fn.forward = lambda x: (tokens.append(x.shape[:-1].numel()), forward(x))[1]
     try:
-        for with_it, count in (
-            ("ablate:z.2.0", 2),
-            ("scale:mlp_in.2*3", 2),
-            ("ablate:mlp_post.2", 9 + 1),  # packed: nine of the first cell, one of the second
-            ("mixed", 2 * 9),
+        # In one forward with the unedited prompt, or after it
+        for with_it, counts in (
+            ("ablate:z.2.0", [1 + 2]),
+            ("scale:mlp_in.2*3", [1 + 2]),
+            ("ablate:mlp_post.2", [9 + 9 + 1]),  # the second cell has its last token only
+            ("mixed", [9, 2 * 9]),
         ):
             tokens.clear()
             names = [
@@ -390,7 +391,7 @@ def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
                 with_it,
             ]  # the first of them needs all nine positions in the blocks before
             table = hk.sweep(lm, [ids], {"hook": names}, lambda hook: hooks[hook], METRICS[0])
-            assert tokens == [9, count], with_it
+            assert tokens == counts, with_it
             wanted = [by_loop(lm, [ids], [hooks[name]], METRICS[0])[0] for name in names]
             assert table["logit_diff"].tolist() == pytest.approx(wanted, abs=1e-5)
     finally:
