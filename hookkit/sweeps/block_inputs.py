@@ -20,7 +20,8 @@ from ..models.overrides import Overrides
 from ..models.sites import Site
 from ..runs.growing_batch import Factors, NotByRow, Path, TokenAxes, key_of_mask
 from ..runs.partial import SharedForward, skip_block
-from .forwards import BaseForward, cache_of_rows, run_base
+from .cell_batches import BaseForward, cache_of_rows
+from .forwards import run_base
 from .inputs import SweepInputs
 
 Lengths: TypeAlias = Mapping[tuple[int, Path], set[int]]

@@ -33,7 +33,7 @@ from ..models.sites import AnySite, Site
 from ..runs.hook_points import BoundHook, HookPoint, Reference, build_hook_points
 from ..runs.manager import capture_reference
 from ..runs.text_hooks import check_positions
-from .forwards import bound_hooks_of
+from .hook_needs import bound_hooks_of
 from .inputs import SweepInputs
 
 Grid: TypeAlias = Mapping[str, Iterable[Any]]

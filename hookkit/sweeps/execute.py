@@ -23,18 +23,13 @@ from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import Step, Steps, run_steps
 from ..runs.engines.ray import Ray
 from ..runs.hook_points import BoundHook, HookPoint, build_hook_points
-from .forwards import (
-    BaseForward,
-    CellPrompt,
-    Job,
-    bound_hooks_of,
-    run_base,
-    run_cell_prompts,
-    run_with_unedited,
-)
+from .cell_batches import BaseForward, CellPrompt, Job
+from .forwards import run_base, run_cell_prompts, run_with_unedited
+from .hook_needs import bound_hooks_of
 from .inputs import UNEDITED, CellMetrics, Values, count_cells
+from .jobs import patch_source
 from .journal import Journal
-from .plan import Plan, patch_source
+from .plan import Plan
 from .shortcuts import LIMITS, is_called, no_reference
 
 # Parts of torch's error messages that mean too little memory.

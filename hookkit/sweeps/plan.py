@@ -18,8 +18,8 @@ much memory there is.
 """
 
 from bisect import bisect_left
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, takewhile
@@ -30,31 +30,26 @@ import torch
 
 from ..arguments import check_integer
 from ..display import render_html
-from ..hooks.ablation import Ablate, Patch
+from ..hooks.ablation import Patch
 from ..hooks.capture import Captured
-from ..hooks.values import FromRun
 from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.positions import Where, is_named, resolve_positions
 from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.hook_points import BoundHook, HookPoint
 from ..tables.metrics.metric import Measure, Metric
+from .cell_batches import BaseForward, CellPrompt, Job, Shortcuts, token_widths
 from .cells import Cell
-from .forwards import (
+from .hook_needs import (
     AFTER_ATTENTION,
     INPUT,
-    BaseForward,
-    CellPrompt,
-    Job,
-    Shortcuts,
     block_of_module,
     bound_hooks_of,
     can_compute_tokens,
-    can_pack,
     needs_all_positions,
-    token_widths,
 )
 from .inputs import CellMetrics, SweepInputs
+from .jobs import JobChooser, patch_source
 
 Start: TypeAlias = tuple[int, int]
 """The block and the position at which a row of a cell begins to differ."""
@@ -194,20 +189,6 @@ def first_position(positions: Sequence[int] | None, start: int, stop: int) -> in
     return positions[index]
 
 
-def patch_source(bound: BoundHook) -> Captured | None:
-    """Returns the values that a patch inserts at its site; None for any other hook."""
-    hook = bound.hook
-    if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
-        return None
-    return next(source for source in hook.to.sources if source.site == bound.site)
-
-
-# The fixed cost of running a block (reading its weights, calling it), in tokens.
-BLOCK_COST = {"cpu": 40, "cuda": 256}
-
-# How many tokens a packed forward may have: the sizes that are compared.
-PACKED_TOKENS = (256, 512, 1024, 2048)
-
 # What the printed plan says of each shortcut: its name there, the field of `Shortcuts`, the words.
 SHORTCUT_DESCRIPTIONS = (
     ("share", "batch", "cells share forwards"),
@@ -219,39 +200,6 @@ SHORTCUT_DESCRIPTIONS = (
 
 # Bytes, where the free memory is unknown. Larger tensors would be mapped anew each time.
 DEFAULT_BUDGET = 128 * 2**20
-
-
-def _block_counts(cell_prompts: Sequence[CellPrompt], n_layers: int) -> list[int]:
-    """Returns how many blocks each cell prompt runs through."""
-    return [n_layers - max(0, cell_prompt.block) for cell_prompt in cell_prompts]
-
-
-def _cheapest_jobs(by_width: Mapping[int, Sequence[CellPrompt]], lm: LM) -> tuple[float, list[Job]]:
-    """Returns the cheapest jobs for cell prompts, by how many of the last positions they need, and
-    their cost.
-
-    A job costs its tokens, at its largest width, and the fixed cost of each block that it runs.
-    More widths mean fewer tokens and more forwards.
-    """
-    fixed = _fixed_cost(lm)
-    widths = sorted(by_width)
-    counts = [_block_counts(by_width[width], lm.n_layers) for width in widths]
-    blocks, deepest = list(map(sum, counts)), list(map(max, counts))
-    best: list[tuple[float, list[Job]]] = [(0, [])]  # for the first widths: none, one, two ...
-    for last, width in enumerate(widths):
-        costs: list[float] = []
-        for first in range(last + 1):
-            group = slice(first, last + 1)
-            costs.append(best[first][0] + sum(blocks[group]) * width + fixed * max(deepest[group]))
-        first = costs.index(min(costs))
-        cell_prompts = chain.from_iterable(map(by_width.__getitem__, widths[first : last + 1]))
-        job = Job(width, tuple(sorted(cell_prompts)))
-        best.append((costs[first], [*best[first][1], job]))
-    return best[-1]
-
-
-def _fixed_cost(lm: LM) -> int:
-    return BLOCK_COST.get(lm.device.type, BLOCK_COST["cuda"])
 
 
 def memory_budget(lm: LM, memory: int | None) -> int:
@@ -308,7 +256,7 @@ class Plan:
     def chunks(self) -> Iterator[tuple[int, ...]]:
         """Yields groups of prompts whose results, and whose forward, fit half the budget."""
         columns = max(self.inputs.lengths)
-        row = max(self._base_row_bytes, self._row_bytes(columns, columns))
+        row = max(self._base_row_bytes, self.chooser.row_bytes(columns, columns))
         size = max(1, self.budget // 2 // max(1, row))
         rows = range(len(self.inputs))
         for start in rows[::size]:
@@ -361,136 +309,23 @@ class Plan:
         """Cache of `cell_prompts`, owned by this plan."""
         return {}
 
+    @cached_property
+    def chooser(self) -> JobChooser:
+        """What decides which cell prompts run in one forward."""
+        return JobChooser(
+            self.lm,
+            self.inputs,
+            self.cells,
+            self.base_hook_points,
+            self.shortcuts,
+            self._tokens_computed,
+        )
+
     def jobs(
         self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], budget: int
     ) -> list[Job]:
-        """Returns the forwards that run these cell prompts.
-
-        If a single packed one suffices, and has room for them, the unedited prompts are in it.
-        """
-        columns = self.inputs.count_columns(rows)
-        alone: dict[int, list[CellPrompt]] = defaultdict(list)  # by cell
-        from_input: dict[int, list[CellPrompt]] = defaultdict(list)  # by width; their batch is full
-        joining: dict[int, list[CellPrompt]] = defaultdict(list)  # by width; their batch grows
-        for cell_prompt in cell_prompts:
-            if self.cells[cell_prompt.cell].alone:
-                alone[cell_prompt.cell].append(cell_prompt)
-            else:
-                by_width = joining if cell_prompt.block > INPUT else from_input
-                by_width[self._width_of(cell_prompt, columns)].append(cell_prompt)
-        jobs = [Job(columns, tuple(group)) for group in alone.values()]
-        jobs += _cheapest_jobs(from_input, self.lm)[1] + self._joining_jobs(joining, budget)
-        parts: list[Job] = []
-        for job in jobs:
-            n_rows = max(1, budget // 2 // self._row_bytes(job.width, columns))
-            parts += [job] if job.packed else job.split(n_rows)
-        if len(parts) == 1 and parts[0].packed and self._can_join_unedited(rows):
-            whole = parts[0].with_unedited(rows, columns)
-            is_cheap = self._packed_cost(whole) < self._packed_cost(parts[0]) + self._base_cost(
-                rows
-            )
-            if is_cheap and self._packed_bytes(whole) <= budget // 2:
-                return [whole]
-        return parts
-
-    def _can_join_unedited(self, rows: Sequence[int]) -> bool:
-        """True if unedited prompts may be packed. The values with which the sources of patches are
-        compared come in one tensor only from prompts of one length."""
-        return not self._has_patches or len({self.inputs.lengths[row] for row in rows}) == 1
-
-    @cached_property
-    def _has_patches(self) -> bool:
-        """True if a cell has a patch. Owned by this plan."""
-        bound_hooks = chain.from_iterable(cell.bound_hooks for cell in self.cells)
-        return any(patch_source(bound) is not None for bound in bound_hooks)
-
-    def _base_cost(self, rows: Sequence[int]) -> int:
-        """Returns the cost of the unedited prompts in a forward of their own."""
-        n_tokens = len(rows) * self.inputs.count_columns(rows)
-        return (n_tokens + _fixed_cost(self.lm)) * self.lm.n_layers
-
-    def _joining_jobs(
-        self, by_width: Mapping[int, Sequence[CellPrompt]], budget: int
-    ) -> Sequence[Job]:
-        """Returns the cheapest forwards for cell prompts that join at blocks, packed or not."""
-        cost, jobs = _cheapest_jobs(by_width, self.lm)
-        others: dict[int, list[CellPrompt]] = defaultdict(list)  # those that cannot be packed
-        packable: list[CellPrompt] = []
-        least = self.inputs.count_read(range(len(self.inputs)))
-        for width, cell_prompts in by_width.items():
-            for cell_prompt in cell_prompts:
-                is_long = self.inputs.lengths[cell_prompt.row] >= least
-                can_be_packed = is_long and cell_prompt.cell in self._packable_cells
-                (packable if can_be_packed else others[width]).append(cell_prompt)
-        if not packable:
-            return jobs
-        rest = {width: others[width] for width in others if others[width]}
-        cost_of_rest, jobs_of_rest = _cheapest_jobs(rest, self.lm)
-        for size in PACKED_TOKENS:
-            packed = self._packed_jobs(packable, size)
-            if max(map(self._packed_bytes, packed)) > budget // 2:
-                continue
-            cost_with = cost_of_rest + sum(map(self._packed_cost, packed))
-            if cost_with < cost:
-                cost, jobs = cost_with, [*jobs_of_rest, *packed]
-        return jobs
-
-    @cached_property
-    def _packable_cells(self) -> frozenset[int]:
-        """The cells that may be packed. Owned by this plan."""
-        lm, is_allowed = self.lm, self.shortcuts.pack and not self.inputs.all_logits
-        if not is_allowed or not can_pack(lm, self.base_hook_points):
-            return frozenset()
-        return frozenset(cell.number for cell in self.cells if can_pack(lm, cell.hook_points))
-
-    def _packed_jobs(self, cell_prompts: Iterable[CellPrompt], size: int) -> list[Job]:
-        """Returns jobs of at most so many tokens, if each cell prompt has fewer."""
-        jobs: list[Job] = []
-        group: list[CellPrompt] = []
-        n_tokens = longest = 0
-        least = self.inputs.count_read(range(len(self.inputs)))
-        for cell_prompt in sorted(cell_prompts):
-            width = max(least, self.inputs.width_of(cell_prompt.row, cell_prompt.pos))
-            if group and n_tokens + width > size:
-                jobs.append(Job(longest, tuple(group), packed=True))
-                group, n_tokens, longest = [], 0, 0
-            group.append(cell_prompt)
-            n_tokens, longest = n_tokens + width, max(longest, width)
-        jobs.append(Job(longest, tuple(group), packed=True))
-        return jobs
-
-    def _packed_cost(self, job: Job) -> float:
-        """Returns the cost of a packed job, as that of `_cheapest_jobs`. Each token is compared
-        with all keys, for which it costs a part of what it costs in a block's matrices."""
-        counts, n_prefix = self._packed_counts(job)
-        per_key = 1 / (4 * max(1, self.lm.sizes["d_model"] or 0))
-        cost = sum(count * (1 + (n_prefix + count) * per_key) for count in counts)
-        return cost + _fixed_cost(self.lm) * max(_block_counts(job.cell_prompts, self.lm.n_layers))
-
-    def _packed_counts(self, job: Job) -> tuple[list[int], int]:
-        """Returns how many tokens of a packed job are in each block, and of how many positions of
-        the unedited prompts there are keys, at most."""
-        widths = token_widths(self.inputs, job)
-        columns = self.inputs.count_columns(range(len(self.inputs)))
-        n_prefix = 0 if job.n_unedited else len(set(job.rows)) * (columns - min(widths))
-        return job.counts_by_block(widths, self.lm.n_layers), n_prefix
-
-    def _packed_bytes(self, job: Job) -> int:
-        """Returns about how much memory a packed job takes at its peak."""
-        counts, n_prefix = self._packed_counts(job)
-        n_tokens, n_keys = counts[-1], counts[-1] + n_prefix
-        sizes = {name: size or 0 for name, size in self.lm.sizes.items()}
-        mlp = sizes.get("d_mlp") or 4 * sizes["d_model"]
-        activations = n_tokens * (8 * sizes["d_model"] + 3 * mlp) + n_keys * 4 * sizes["d_model"]
-        attention = (sizes.get("head") or 1) * n_tokens * n_keys
-        n_logits = self.inputs.count_read(job.rows) * self._tokens_computed
-        return self._number_bytes * (activations + attention) + 12 * n_logits * len(job.rows)
-
-    def _width_of(self, cell_prompt: CellPrompt, columns: int) -> int:
-        """Returns how many of the last positions a cell prompt has to run."""
-        if not self.shortcuts.prefix:
-            return columns
-        return self.inputs.width_of(cell_prompt.row, cell_prompt.pos)
+        """Returns the forwards that run these cell prompts (see `JobChooser`)."""
+        return self.chooser.jobs(rows, cell_prompts, budget)
 
     @property
     def alone(self) -> list[Cell]:
@@ -522,10 +357,7 @@ class Plan:
             if not any(job.n_unedited for job in jobs):
                 total += len(rows) * self.inputs.count_columns(rows) * n_layers
         for job in self.all_jobs:
-            if job.packed:
-                total += sum(self._packed_counts(job)[0])
-            else:
-                total += job.width * sum(_block_counts(job.cell_prompts, n_layers))
+            total += sum(job.counts_by_block(token_widths(self.inputs, job), n_layers))
         return total
 
     @property
@@ -549,12 +381,8 @@ class Plan:
         """About how many bytes the sweep takes at its peak, beside the model."""
         columns = max(self.inputs.lengths)
         rows = max(map(len, self.chunks()))
-        peaks = [rows * self._row_bytes(columns, columns)]
-        for job in self.all_jobs:
-            if job.packed:
-                peaks.append(self._packed_bytes(job))
-            else:
-                peaks.append(len(job.cell_prompts) * self._row_bytes(job.width, columns))
+        peaks = [rows * self.chooser.row_bytes(columns, columns)]
+        peaks += map(partial(self.chooser.bytes_of, columns), self.all_jobs)
         return rows * self._base_row_bytes + max(peaks)
 
     @property
@@ -562,18 +390,7 @@ class Plan:
         """About how much memory the results of an unedited row take: keys and values, and the
         inputs of each block."""
         columns, d_model = max(self.inputs.lengths), self.lm.sizes["d_model"] or 0
-        return self._number_bytes * columns * self.lm.n_layers * 3 * d_model
-
-    def _row_bytes(self, width: int, columns: int) -> int:
-        """Returns about how much memory a row of a forward takes at its peak: its activations in a
-        block, the keys and values that it reads, the mask, and its logits three times."""
-        sizes = {name: size or 0 for name, size in self.lm.sizes.items()}
-        mlp = sizes.get("d_mlp") or 4 * sizes["d_model"]
-        activations = width * (8 * sizes["d_model"] + 3 * mlp)
-        heads = sizes.get("head") or 1
-        attention = columns * 4 * sizes["d_model"] + heads * width * columns
-        n_logits = self.inputs.count_logits(range(len(self.inputs)), width) * self._tokens_computed
-        return self._number_bytes * (activations + attention) + 12 * n_logits
+        return self.chooser.number_bytes * columns * self.lm.n_layers * 3 * d_model
 
     @cached_property
     def _tokens_computed(self) -> int:
@@ -583,10 +400,6 @@ class Plan:
         if computes_some and can_compute_tokens(self.lm, hook_points):
             return len(self.tokens or ())
         return self.lm.sizes["vocab"] or 0
-
-    @property
-    def _number_bytes(self) -> int:
-        return torch.finfo(getattr(self.lm.root, "dtype", torch.float32)).bits // 8
 
     def _repr_html_(self) -> str:
         return render_html("Plan of a sweep", text=repr(self))

@@ -35,16 +35,9 @@ from .block_inputs import (
     run_recorded,
     watch_masks,
 )
-from .forwards import (
-    INPUT,
-    BaseForward,
-    CellPrompt,
-    Job,
-    Shortcuts,
-    can_compute_tokens,
-    run_base,
-    run_cell_prompts,
-)
+from .cell_batches import BaseForward, CellPrompt, Job, Shortcuts
+from .forwards import run_base, run_cell_prompts
+from .hook_needs import INPUT, can_compute_tokens
 from .inputs import SweepInputs
 from .kept_trials import add_result, file_of_model, read_results
 
@@ -157,7 +150,8 @@ def _as_list(by_path: Mapping[tuple[int, Path], int]) -> list[Any]:
 def _from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return Shortcuts(**value | {name: _from_list(value[name]) for name in BY_PATH})
+    by_path: dict[str, Any] = {name: _from_list(value[name]) for name in BY_PATH}
+    return Shortcuts(**value | by_path)
 
 
 def _from_list(items: Sequence[Any]) -> dict[tuple[int, Path], int]:

@@ -37,6 +37,7 @@ from ..runs.hook_points import BoundHook, HookPoint
 from ..runs.manager import find_user_hooks
 from ..runs.run import Run
 from ..tables.metrics.metric import MetricLike, as_metrics, column_names, logits_at
+from .cell_batches import Shortcuts
 from .cells import (
     RESERVED,
     Cell,
@@ -51,13 +52,12 @@ from .cells import (
     create_controls,
 )
 from .execute import PlanRun
-from .forwards import (
+from .forwards import run_base
+from .hook_needs import (
     INPUT,
-    Shortcuts,
     block_of_module,
     bound_hooks_of,
     needs_all_positions,
-    run_base,
     weights_later_keys,
 )
 from .inputs import UNEDITED, CellMetrics, SweepInputs, Values, read_inputs

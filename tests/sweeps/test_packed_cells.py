@@ -8,7 +8,7 @@ from tiny_families import made
 
 import hookkit as hk
 from hookkit.runs.growing_batch import TokenPlaces
-from hookkit.sweeps.plan import Plan
+from hookkit.sweeps.jobs import JobChooser
 from hookkit.sweeps.shortcuts import shortcuts
 
 METRIC = hk.metrics.logit_diff(5, 7)
@@ -37,7 +37,7 @@ NOT_PACKED = {
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
     """Packs whatever may be packed: in these narrow models attention to other cells costs much."""
-    monkeypatch.setattr(Plan, "_packed_cost", lambda self, job: 0.0)
+    monkeypatch.setattr(JobChooser, "packed_cost", lambda self, job: 0.0)
 
 
 def patching(lm, prompts):
@@ -151,7 +151,7 @@ def test_functions_and_sites_inside_attention_are_not_packed():
     flip = hk.edit("resid_mid.1", lambda values: values.flip(1))
     kinds = {"function": flip, "scores": hk.ablate("scores.1.0"), "plain": hk.scale("z.1", 0.5)}
     plan = hk.sweep_plan(lm, ONE_LENGTH, {"kind": list(kinds)}, lambda kind: kinds[kind], METRIC)
-    assert plan._packable_cells == {2}
+    assert plan.chooser.packable_cells == {2}
     table = hk.sweep(lm, ONE_LENGTH, {"kind": list(kinds)}, lambda kind: kinds[kind], METRIC)
     for kind, row, value in table[["kind", "row", "logit_diff"]].itertuples(index=False):
         logits = hk.forward(lm, [ONE_LENGTH[row]], kinds[kind]).logits[0, -1]
