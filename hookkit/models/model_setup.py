@@ -142,8 +142,8 @@ def warn_of_incomplete_attention(model: nn.Module) -> None:
     left_out = left_out_by_sdpa(model)
     if left_out is not None:
         warnings.warn(
-            f"the attention implementation in use, 'sdpa', leaves out {left_out}, so that the model "
-            "computes other values than it was trained to: load it with "
+            f"the attention implementation in use, 'sdpa', leaves out {left_out}, so that the "
+            "model computes other values than it was trained to: load it with "
             "attn_implementation='eager'",
             IncompleteAttention,
             stacklevel=user_stacklevel(),
