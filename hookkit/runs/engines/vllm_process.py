@@ -53,8 +53,7 @@ class EngineProcess:
             code = "transformers"
         self._code: Code = code
         served = Served(start.family, code, start.sizes)
-        modules = {path for path, _ in root.named_modules()}
-        family = served_family(served, modules.__contains__, type(root).__name__)
+        family = served_family(served, dict(root.named_modules()), type(root).__name__)
         self.lm = LM(root, start.tokenizer, start.label, row=family)
         self._plain_lm = self.lm
         self._numbers: dict[int, int] = {}  # the index of each row in the current batch
