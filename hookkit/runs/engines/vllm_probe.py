@@ -112,8 +112,8 @@ def _describe(row: Any) -> str:
     if row["compared"] == "token":
         return f"{what} of row {row['row']} are not those of the logits, or of hk.force"
     return (
-        f"{what} differ in row {row['row']} by {row['difference']:.2g} of the largest of them, and "
-        f"may by {row['tolerance']:.0e}"
+        f"{what} differ in row {row['row']} by {row['difference']:.2g} of the largest of them; "
+        f"{row['tolerance']:.0e} is allowed"
     )
 
 

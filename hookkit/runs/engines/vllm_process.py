@@ -62,7 +62,7 @@ class EngineProcess:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the LM in the user's process is told: its sites, and why others are missing."""
+        """What the LM in the user's process reads here: its sites, and why others are missing."""
         import vllm  # pyright: ignore[reportMissingImports]
 
         config: Any = self.lm.config
