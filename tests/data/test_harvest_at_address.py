@@ -19,6 +19,9 @@ from hookkit.data.harvest import writing
 from hookkit.errors import BadFile, DamagedHarvest, HarvestChanged, MissingExtra, Unsupported
 from hookkit.files.address import Address
 
+# Python from 3.12 on says this of the store's thread, which a child does not use
+FORKS = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -142,6 +145,7 @@ def test_an_unfinished_harvest_is_read_while_it_is_written(store, small, local):
     assert sorted(lengths) == lengths and len(lengths) == 3
 
 
+@FORKS
 def test_other_processes_read_it(store, small, local):
     made = harvest(small, store.address("a"))
     column = made["resid_post.1"]
@@ -180,6 +184,7 @@ def harvest_in_a_child(lm, address) -> int:
     return os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
+@FORKS
 @pytest.mark.parametrize("is_torn", [False, True])
 def test_a_driver_killed_while_it_sends_a_file_goes_on(
     store, small, undisturbed, is_torn, monkeypatch
