@@ -130,6 +130,10 @@ class DroppedOut(HookkitError, UserWarning):
     """A warning: the model is in training mode with dropout, so numbers differ between calls."""
 
 
+class IncompleteAttention(HookkitError, UserWarning):
+    """A warning: the attention implementation in use leaves out a part of the model's attention."""
+
+
 class Interrupted(HookkitError, UserWarning):
     """A warning: Ctrl-C ended a sweep, and its table has the rows that were done."""
 

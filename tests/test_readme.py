@@ -11,19 +11,19 @@ README = ROOT / "README.md"
 def test_the_readme_shows_what_its_code_prints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outputs = run_page(README.read_text(), {}, run_command)
-    assert len(outputs) >= 7
+    assert len(outputs) >= 6
     for output in outputs:
         assert output.holds, output.printed
     assert (tmp_path / "what_changed" / "report.html").exists()
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 230
+    assert len(README.read_text().splitlines()) <= 200
 
 
 def test_its_commands_have_the_options_that_it_shows():
     shown = commands(README)
-    assert len(shown) >= 15 and shown[0].startswith("hookkit scan")
+    assert len(shown) >= 8 and shown[0].startswith("hookkit scan")
     for line in shown:
         for part in line.split("#")[0].split("&&"):
             assert parsed(part), part

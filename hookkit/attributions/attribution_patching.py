@@ -372,7 +372,7 @@ def _table(
 def _unit_column(
     grid: SiteGrid, points: Sequence[Mapping[str, Any]], n_units: Sequence[int], count: int
 ) -> pd.Series:
-    """Returns the neuron of each row, or the feature: NA for the error of a dictionary."""
+    """Returns the neuron or the feature of each row; NA for the error of a dictionary."""
     units = list(map(np.arange, n_units))
     for point, numbers in zip(points, units, strict=True):
         if point.get("site", next(iter(grid.layers))) in FEATURE_AXES:

@@ -145,7 +145,7 @@ def bind_pair(
 ) -> tuple[PromptMetric, PromptMetric]:
     """Returns the metric of the prompts that are patched (target) and of those patched from
     (source), with hooks that act in both. "denoise" patches the corrupted prompts."""
-    lm.refuse_engine("effects of places were asked for")
+    lm.refuse_engine("effects of sites were asked for")
     target, source = clean, corrupted
     if direction == "denoise":
         target, source = corrupted, clean

@@ -357,7 +357,7 @@ def choose(
 
 
 def _greedy_edges(table: Circuit, merits: Float[np.ndarray, " edge"], count: int) -> list[int]:
-    """Returns the rows of `count` edges: one after the other, the best that ends in the circuit."""
+    """Returns the rows of `count` edges. Each is the best that ends in the circuit so far."""
     rows_of_receiver = table.table.groupby("receiver", sort=False).indices
     receivers_of_node: dict[str, list[str]] = {}
     for receiver in rows_of_receiver:

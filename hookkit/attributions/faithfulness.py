@@ -111,8 +111,8 @@ def faithfulness(
 
     Each circuit costs one row of a batch for each prompt, and equal circuits are run once: MIB's
     ten sizes take 12 forwards of the prompts, the random circuits 10 for each draw, and the
-    complements 10. Three more of one prompt check the model. A row takes about twice as long as in
-    a plain forward, since receivers compute their own inputs.
+    complements 10. Three more forwards, of one prompt, check the model. A row takes about twice as
+    long as in a plain forward, since receivers compute their own inputs.
 
     >>> metric = logit_diff(" Mary", " John")
     >>> scores = edge_attribution(lm, clean, corrupted, metric)

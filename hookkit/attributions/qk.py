@@ -96,8 +96,10 @@ class Attention:
         return torch.einsum("nrq,rhq->nrh", masks, self._effect(products).sum(-1))
 
     def key_effects(self, masks: Float[Tensor, "mask row pos"]) -> Float[Tensor, "mask row head"]:
-        """Returns the effect of the source's keys, for each mask that of its keys together. A key
-        changes the rows of all later queries."""
+        """Returns the effect of the source's keys: for each mask, that of all its keys together.
+
+        A key changes the rows of all later queries.
+        """
         products = self.target.query @ (self.source.key - self.target.key).mT
         effects = []
         for mask in masks:

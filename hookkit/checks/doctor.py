@@ -100,7 +100,7 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
     if lm.engine is not None and layers is not None:
         raise Unsupported(
             f"layers={layers}: a model in vLLM is compared with the first blocks of the same model "
-            "in transformers, in which each kind of block is; leave layers out"
+            "in transformers, which have one block of each kind; leave layers out"
         )
     problems, notes = _tokenizer_problems(lm), _notes(lm)
     laws = pd.DataFrame(columns=["law", "site", "difference", "limit", "holds", "note"])
@@ -123,7 +123,7 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
 
 def _describe_broken_law(row: Any) -> str:
     at_site = f" at {row['site']}" if row["site"] else ""
-    reason = row["note"] or f"differs by {row['difference']:.2g}, and may by {row['limit']:.2g}"
+    reason = row["note"] or f"differs by {row['difference']:.2g}; {row['limit']:.2g} is allowed"
     return f"the law {row['law']!r}{at_site}: {reason}"
 
 

@@ -1,4 +1,4 @@
-"""What `hk.doctor` checks of a model in an engine: what vLLM computes beside transformers."""
+"""What `hk.doctor` checks of a model in an engine: that vLLM computes what transformers does."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _as_law(comparison: Any) -> dict[str, Any]:
     if not comparison["holds"]:
         note = (
             f"differs at {comparison['site']}, row {comparison['row']}, by "
-            f"{comparison['difference']:.2g} of the largest value, and may by "
-            f"{comparison['tolerance']:.0e}"
+            f"{comparison['difference']:.2g} of the largest value; {comparison['tolerance']:.0e} "
+            "is allowed"
         )
     return {
         "law": LAWS_BY_COMPARISON[comparison["compared"]],
@@ -60,8 +60,8 @@ def engine_notes(lm: LM) -> list[str]:
     if proof is None:
         return []
     notes = [
-        f"vLLM was compared with the first {proof.blocks} blocks of the model in transformers, in "
-        "which each kind of block is, and with its head"
+        f"vLLM was compared with the model in transformers: with its first {proof.blocks} blocks, "
+        "which have one block of each kind, and with its head"
     ]
     for window in proof.windows:
         notes.append(

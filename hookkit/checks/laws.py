@@ -459,7 +459,7 @@ def check_laws(
 
 
 def _applies(law: Law, study: Study) -> bool:
-    """True unless a law needs a causal model, or the text, and the stack is none of it."""
+    """False if a law needs a causal model and this one reads ahead, or a stack of text."""
     return not (law.causal and study.reads_ahead) and not (law.of_text and study.stack)
 
 

@@ -471,7 +471,7 @@ class ServingOptions:
     ] = None
 
     def settings(self) -> dict[str, Any]:
-        """Returns the arguments of `hk.load`, which are checked as far as no model is needed."""
+        """Returns the arguments of `hk.load`, checked as far as is possible without a model."""
         texts = self.engine_argument or []
         if self.engine is None:
             if texts:

@@ -156,13 +156,13 @@ def _check_transcoder(dictionary: Dictionary, site: Site) -> None:
     reads = dictionary.reads
     if reads.layer != site.layer or reads.name not in READS:
         raise BadHook(
-            f"the dictionary of {site} reads {reads}, and a graph is of transcoders, which "
-            f"read {', '.join(f'{name}.{site.layer}' for name in READS)}"
+            f"the dictionary of {site} reads {reads}, and a graph is made of transcoders, "
+            f"which read {', '.join(f'{name}.{site.layer}' for name in READS)}"
         )
     if not dictionary.keeps_error:
         raise BadHook(
             f"the dictionary of {site} replaces what the MLP adds, and a graph has the error "
-            "as nodes: make the LM by with_dictionaries without replace=True"
+            "as nodes: leave replace=True out of lm.with_dictionaries"
         )
     if dictionary.normalization != "none":
         raise Unsupported(

@@ -33,7 +33,7 @@ LARGEST_YAML = 4 * 2**20  # characters; YAML is read a hundred times more slowly
 LARGEST_TABLE = 2**31  # bytes of a CSV file
 DEEPEST = 64  # nested lists and mappings
 MAX_DIGITS = 40  # of a whole number
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 MAX_MESSAGE = 120  # characters of another library's message
 
 Error: TypeAlias = type[HookkitError]
@@ -340,8 +340,8 @@ def check_path(value: object, name: str = "path") -> Path:
     """
     if isinstance(value, str) and ADDRESS.match(value):
         raise Unsupported(
-            f"{name}={value!r} is an address, and hookkit locks and renames files on disks: "
-            "mount the store, or copy to and from it"
+            f"{name}={value!r} is an address, and this needs files on a disk, which are locked and "
+            "renamed: mount the store, or copy to and from it (hk.harvest writes to an address)"
         )
     if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
         return Path(value)

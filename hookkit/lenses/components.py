@@ -239,8 +239,8 @@ def _check_after(sites: Sites, start: Site) -> None:
     for site in sites:
         if site != start and not _is_after(site, start):
             raise BadHook(
-                f"features={list(map(str, sites))}: those of {start} stand in place of "
-                f"everything before them, {site} too: leave one of the two out"
+                f"features={list(map(str, sites))}: the features of {start} stand in place of "
+                f"everything before them, and so of {site}: leave one of the two out"
             )
 
 

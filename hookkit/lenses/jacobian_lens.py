@@ -351,9 +351,9 @@ def _check_size(lm: LM, path: Path, width: int, last: int) -> None:
     width_of_model = lm.shape(Site("resid_post", lm.n_layers - 1))[0]
     if width != width_of_model or last >= lm.n_layers:
         raise BadHook(
-            f"the lens in {str(path)!r} has {width} numbers a state and layer {last}; "
-            f"{lm.name!r} has {width_of_model} and the layers 0 to {lm.n_layers - 1}: it is of "
-            "another model"
+            f"the lens in {str(path)!r} is of another model: its states have {width} numbers, and "
+            f"its last layer is {last}; those of {lm.name!r} have {width_of_model} numbers, and "
+            f"its last layer is {lm.n_layers - 1}"
         )
 
 

@@ -1,7 +1,7 @@
 """Weights that are in the process of an engine: here they have a shape and a dtype, and no values.
 
-What is asked of a model goes through many functions, and some of them compute with its weights. Any
-such computation raises `Unsupported` with the reason, instead of an error of torch's meta tensors.
+Many functions of hookkit compute with the weights of a model. With these weights, such a
+computation raises `Unsupported` with the reason, instead of an error of torch's meta tensors.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def mark_absent(model: nn.Module) -> None:
 def _absent(weight: Tensor) -> Tensor:
     is_parameter = isinstance(weight, nn.Parameter)
     absent: Any = Tensor._make_subclass(AbsentWeight, weight.detach(), False)
-    absent._is_param = is_parameter  # which makes it an nn.Parameter, as torch tells them
+    absent._is_param = is_parameter  # by which torch recognises an nn.Parameter
     return absent

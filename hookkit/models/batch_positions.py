@@ -378,7 +378,7 @@ class ForwardPass:
     def _positions_between(
         self, where: Where, first: int, last: int
     ) -> tuple[list[int], list[PositionRange]]:
-        """Returns the rows with selected positions from column `first` to `last`, and these."""
+        """Returns the rows with selected positions from column `first` to `last`, and those."""
         selected = self.text.selected_positions(where)
         rows: list[int] = []
         positions: list[PositionRange] = []

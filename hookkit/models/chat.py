@@ -403,7 +403,7 @@ def _locate_contents(
 
 
 def _changed_span(text: str, altered: str) -> tuple[int, int]:
-    """Returns where a text begins and ends to differ from an altered one."""
+    """Returns the start and end of the part in which a text differs from an altered one."""
     start = _common_length(text, altered)
     after = _common_length(text[start:][::-1], altered[start:][::-1])
     return start, len(text) - after

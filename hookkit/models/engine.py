@@ -56,7 +56,7 @@ NEUTRAL = (None, False, 1)
 
 @dataclass(frozen=True, eq=False)
 class StartEngine:
-    """The first message to the process of an engine: what it loads, and what it knows of it.
+    """The first message to the process of an engine: the model that it loads, with its family.
 
     `sizes` are the sizes of axes by block, and None for those that all blocks have.
     """

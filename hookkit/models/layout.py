@@ -1,6 +1,6 @@
 """Where the sites of one model are: a row of the table of families, applied to its modules.
 
-A `Layout` has the module location and the sizes of each site. `views` has how a site is stored in
+A `Layout` has the module location and the sizes of each site. `views` says how a site is stored in
 the tensor there.
 """
 

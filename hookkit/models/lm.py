@@ -41,7 +41,13 @@ from .discovery.discover import decoder_path, resolve_family
 from .engine import Engine, not_in_engine
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, is_masked_lm, text_config
-from .model_setup import adapter_names, layer_adapter_names, layers_without_gradient, wrapper_chain
+from .model_setup import (
+    adapter_names,
+    layer_adapter_names,
+    layers_without_gradient,
+    warn_of_incomplete_attention,
+    wrapper_chain,
+)
 from .sites import (
     AXES,
     SITES_WITHOUT_LAYER,
@@ -223,6 +229,8 @@ class LM(Vocabulary):
                 f"LM has row={describe(self.row)}: give a row of the table of families, "
                 "hk.family(…)"
             )
+        if device_of(self.model).type != "meta":  # else an engine computes the attention
+            warn_of_incomplete_attention(self.model)
 
     def _check_model(self) -> None:
         if isinstance(self.model, nn.Module):

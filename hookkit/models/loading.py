@@ -38,6 +38,7 @@ from .families.small_configs import EXPERTS, FAMILIES, MASKED, SHARED_SETTINGS, 
 from .families.table import FAMILIES as FAMILY_ROWS
 from .layout import text_config
 from .lm import LM
+from .model_setup import left_out_by_sdpa
 from .tiny_settings import ENCODER_DECODERS, MULTIMODAL
 
 DEFAULT_CODE = {"model_impl": "transformers"}  # vLLM's backend with the modules of transformers
@@ -97,9 +98,12 @@ def load(
     same model in transformers, and if they differ, every run raises `Unsupported`. `hk.doctor(lm)`
     lists what was compared.
 
-    Raises `BadHook` for a placement or dtype that is impossible, `ModelNotFound` for an unknown
-    name or a folder that cannot be read, and `DownloadFailed` if the network, the disk or a
-    checksum fails.
+    Warns `IncompleteAttention` if the attention implementation leaves out a soft-cap or sinks, as
+    sdpa does for Gemma 2 in some versions of transformers.
+
+    Raises `BadHook` for a placement or dtype that is impossible, `Unsupported` for an attention
+    implementation that the model does not have, `ModelNotFound` for an unknown name or a folder
+    that cannot be read, and `DownloadFailed` if the network, the disk or a checksum fails.
     """
     check_placement(device, device_map, max_memory, offload_folder)
     check_dtype(dtype)
@@ -304,6 +308,11 @@ def explain_load_error(label: str, error: BaseException) -> Exception:
             f"{label!r} has code of its own, which would run on this machine: read it, and if you "
             f"trust it, add trust_remote_code=True. {reason}"
         )
+    if re.search("attn_implementation|attention implementation|FlashAttention", str(error)):
+        return Unsupported(
+            f"{label!r} cannot be loaded with this attention: leave attn_implementation= out for "
+            f"the one that transformers chooses, or say 'eager'. {reason}"
+        )
     if "GatedRepoError" in class_names:
         return ModelNotFound(
             f"{label!r} asks for an account that accepted its licence: log in with `hf auth "
@@ -382,6 +391,8 @@ def tiny(
         torch.manual_seed(seed)
         config_of_model = config_class(**settings)
         model: Any = auto_class(config_of_model).from_config(config_of_model, dtype=torch.float32)
+        if left_out_by_sdpa(model) is not None:
+            model.set_attn_implementation("eager")
         _randomize_weights(model)
     except Exception as error:
         raise ModelNotFound(

@@ -2,12 +2,14 @@
 
 torch.compile and PEFT wrap a model. PEFT is not imported here, because a model that it wraps has
 imported it. In training mode, dropout changes the output from call to call, and checkpointed blocks
-run a second time in the backward pass.
+run a second time in the backward pass. Under sdpa, some attention modules leave out a part of what
+their configuration says.
 """
 
+import inspect
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -16,10 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DroppedOut, Unsupported
+from ..errors import DroppedOut, IncompleteAttention, Unsupported
 from .devices import device_of
 
 DISTRIBUTING = ("torch.nn.parallel", "torch.distributed", "deepspeed")  # packages of such wrappers
+# Arguments of transformers' attention functions that sdpa ignores: the attribute with the value of
+# each, and what it is.
+IGNORED_BY_SDPA: Mapping[str, tuple[str, str]] = {
+    "softcap": ("attn_logit_softcapping", "the soft-cap of the attention scores"),
+    "s_aux": ("sinks", "the attention sinks"),
+}
 
 
 def wrapper_chain(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -124,6 +132,44 @@ def _active_config(module: Any) -> Any:
     if isinstance(name, str):
         return configs.get(name)
     return None
+
+
+# ---- attention
+
+
+def warn_of_incomplete_attention(model: nn.Module) -> None:
+    """Warns `IncompleteAttention` at the user's line if sdpa leaves out a soft-cap or sinks."""
+    left_out = left_out_by_sdpa(model)
+    if left_out is not None:
+        warnings.warn(
+            f"the attention implementation in use, 'sdpa', leaves out {left_out}, so that the "
+            "model computes other values than it was trained to: load it with "
+            "attn_implementation='eager'",
+            IncompleteAttention,
+            stacklevel=user_stacklevel(),
+        )
+
+
+def left_out_by_sdpa(model: nn.Module) -> str | None:
+    """Returns what the sdpa attention that a model uses leaves out, in words, or None."""
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) != "sdpa":
+            continue
+        for keyword, (attribute, meaning) in IGNORED_BY_SDPA.items():
+            value = getattr(module, attribute, None)
+            if value is None or not _passes_keyword(module, keyword):
+                continue
+            text = f" = {value:g}" if isinstance(value, int | float) else ""
+            return f"{meaning} ({path}: {attribute}{text})"
+    return None
+
+
+def _passes_keyword(module: nn.Module, keyword: str) -> bool:
+    """True if a module's forward calls a function with this keyword argument."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    constants = () if code is None else code.co_consts  # the keywords of a call are a tuple
+    return any(isinstance(names, tuple) and keyword in names for names in constants)
 
 
 # ---- training mode

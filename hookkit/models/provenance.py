@@ -47,7 +47,7 @@ def about_model(lm: LM) -> dict[str, Any]:
 
 
 def _about_engine(engine: Engine) -> dict[str, Any]:
-    """What computes where a model is served, in place of what its modules here say."""
+    """Returns the properties of an engine, in place of those of the modules in this process."""
     facts = engine.facts
     code = {"model_impl": engine.arguments["model_impl"], "class": facts["class"]}
     return {

@@ -161,7 +161,7 @@ class Site:
 
     @property
     def base_name(self) -> str:
-        """The name without "feat.": of features, the name of their dictionary's site."""
+        """The name without "feat.", which for features is the name of their dictionary's site."""
         return self.name.removeprefix(FEATURE_PREFIX)
 
     @property
@@ -246,7 +246,7 @@ class ModuleSite:
             )
         object.__setattr__(self, "item", item)
 
-    # as of a Site: a module's tensor has no name, and is of no other stack and no dictionary
+    # the properties of a Site: a module's tensor has no name, no other stack and no dictionary
     every_layer: ClassVar[bool] = False
     of_features: ClassVar[bool] = False
     stack: ClassVar[str] = ""

@@ -82,7 +82,7 @@ def _inputs_by_row(
     divided = _divide_by_image(stack, tensors, count)
     marks = placeholder_ids(lm)
     if len(rows) > 1 and any(marks.isdisjoint(row) for row in rows):
-        raise Unsupported(f"{_unknown(stack)}: some row has no token that stands for one")
+        raise Unsupported(f"{_unknown(stack)}: a row has no token that stands for an image")
     return divided
 
 

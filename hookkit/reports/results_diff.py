@@ -269,7 +269,7 @@ def _is_commit(source: Tables) -> bool:
 def _read_both(
     before: Tables, after: Tables
 ) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
-    """The tables of two results. Those that git ignores are no news beside a commit."""
+    """The tables of two results. Tables that git ignores are not compared with a commit."""
     old_tables, new_tables = _read_tables(before), _read_tables(after)
     if _is_commit(before) and not _is_commit(after) and not isinstance(after, Mapping):
         for name in _ignored_names(Path(after), new_tables.keys() - old_tables.keys()):

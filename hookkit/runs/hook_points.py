@@ -2,7 +2,7 @@
 
 `build_hook_points` turns the user's hooks into `HookPoint`s, each with the bound hooks that act
 there in their order. All that can be checked without a forward is checked here. Nothing is
-registered on the model here. `applied_hooks` has how a bound hook acts on a tensor.
+registered on the model here. `applied_hooks` says how a bound hook acts on a tensor.
 """
 
 from collections.abc import Callable, Iterable, Sequence

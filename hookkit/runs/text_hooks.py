@@ -358,7 +358,8 @@ def _check_stack(stack: str, bound_hooks: Sequence[BoundHook], forward_pass: For
         empty = [row for row in resolve_rows(rows, len(lengths)) if not lengths[row]]
         if empty and rows is not None:
             raise EmptySelection(
-                f"{bound_hook.hook} means row {empty[0]}, which has nothing for the {stack} tower"
+                f"{bound_hook.hook} selects row {empty[0]}, which has no input for the {stack} "
+                "tower"
             )
     check_positions(of_stack, stack_pass, None)
 

@@ -204,11 +204,11 @@ class PositionTracker:
         return ForwardPass(source, self.forwards, 0, rows, width, range(width), 0)
 
     def _source_text(self, arguments: Mapping[str, Any]) -> SequenceBatch:
-        """Returns the text that the encoder reads, from the arguments of the model or of it."""
+        """Returns the text that the encoder reads, from its arguments or those of the model."""
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         rows, width = _shape_of_source(arguments)
         if isinstance(arguments.get("input_features"), Tensor):
-            mask = None  # it is of frames
+            mask = None  # the mask counts frames
         columns: list[Columns] = [range(width)] * rows
         lengths = [width] * rows
         if isinstance(mask, Tensor):

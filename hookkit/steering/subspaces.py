@@ -214,7 +214,7 @@ def _read_pairs(lm: LM, pairs: Any, name: str) -> PairLists:
 
 
 def _columns_of_pairs(pairs: Any, name: str) -> Sequence[Sequence[Any]]:
-    """Returns the bases, the sources and the answers of pairs, as they came."""
+    """Returns the bases, the sources and the answers of pairs, in the order of the pairs."""
     if isinstance(pairs, Pairs):
         return pairs.clean, pairs.corrupted, pairs.wrong
     if isinstance(pairs, pd.DataFrame):

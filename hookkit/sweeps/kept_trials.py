@@ -52,23 +52,16 @@ PYTHON = str(Path(os.__file__).parent) + os.sep
 
 def file_of_model(lm: LM) -> Path | None:
     """Returns the file for the results of a model's trials; None if they are not kept."""
-    model, count = lm.root, sum(weight.numel() for weight in lm.root.parameters())
-    if lm.model is not model or lm.adapters or lm.row is not None or lm.ranks is not None:
+    if not _is_plain_model(lm):
         return None
-    if count < MIN_PARAMETERS or nn.modules.module._has_any_global_hook():
-        return None
-    modules = dict(model.named_modules())
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    devices = {tensor.device for tensor in tensors.values()}
-    if len(devices) > 1 or not all(map(_is_plain_tensor, tensors.values())):
-        return None
-    if not all(map(_is_plain_module, modules.values())):
-        return None
+    modules = dict(lm.root.named_modules())
+    tensors = _tensors_of(lm.root)
     sources = {sys.modules[type(module).__module__] for module in modules.values()}
     if not all(map(_is_known_code, _functions_of(sources, modules))):
         return None
+    device = next(iter(tensors.values())).device
     about = [versions(), _hash_of_hookkit(), config_hash(lm), lm.n_tokens, pad_id(lm)]
-    about += [devices.pop().type, *sorted(map(_hash_of_source, sources))]
+    about += [device.type, *sorted(map(_hash_of_source, sources))]
     about += [[path, *_describe_module(module)] for path, module in modules.items()]
     digest = hashlib.sha256(json.dumps(about).encode())
     _add_weights(digest, tensors)
@@ -102,6 +95,27 @@ def add_result(file: Path | None, name: str, result: Any) -> None:
 
 def _hash_of_results(results: Any) -> str:
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+
+
+def _is_plain_model(lm: LM) -> bool:
+    """True for a large model as transformers loads it, on one device and in one process.
+
+    It has no adapters, no row of the user's own, no hooks, and plain weights only.
+    """
+    if lm.model is not lm.root or lm.adapters or lm.row is not None or lm.ranks is not None:
+        return False
+    count = sum(weight.numel() for weight in lm.root.parameters())
+    if count < MIN_PARAMETERS or nn.modules.module._has_any_global_hook():
+        return False
+    tensors = _tensors_of(lm.root).values()
+    is_on_one_device = len({tensor.device for tensor in tensors}) == 1
+    are_tensors_plain = all(map(_is_plain_tensor, tensors))
+    return is_on_one_device and are_tensors_plain and all(map(_is_plain_module, lm.root.modules()))
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights and the buffers of a model, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _is_plain_tensor(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ from served_models import MEMORY, PROMPTS, compare, needs_vllm, serve
 
 import hookkit as hk
 from hookkit.runs.engines.vllm_probe import prove_engine
+from hookkit.runs.engines.vllm_sites import PROVED_IN_OWN_CODE
 
 pytestmark = needs_vllm
 
@@ -61,8 +62,28 @@ def test_a_family_in_vllm_is_that_of_transformers(family, code, config, serve_fa
     compare(lm, reference, PROMPTS, hk.scale("attn_out.1", -1.0, rows=[2]), hk.force(" t"))
 
 
-def test_a_model_whose_logits_vllm_forgets_to_scale_raises(serve_family):
+def test_a_model_whose_logits_vllm_forgets_to_scale_raises_and_names_no_code_that_refuses_it(
+    serve_family,
+):
     lm, _ = serve_family("granite", "transformers", WIDE_HEADS)
     message = "the logits of the same last residual stream differ in row . by 3 of the largest"
-    with pytest.raises(hk.errors.Unsupported, match=message):
+    with pytest.raises(hk.errors.Unsupported, match=message) as error:
         hk.generate(lm, "Tea", max_new_tokens=1)
+    assert "model_impl" not in str(error.value) and "Leave engine= out" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, config", [pytest.param("granite", WIDE_HEADS, marks=slow), ("stablelm", {})]
+)
+def test_own_code_that_is_not_like_llamas_is_refused_with_the_difference(
+    family, config, serve_family
+):
+    words = "a block passes the residual stream on as one tensor"
+    with pytest.raises(hk.errors.Unsupported, match=words) as error:
+        serve_family(family, "vllm", config)
+    assert "whose blocks are those of Llama" in str(error.value)
+
+
+def test_the_families_for_which_vllms_own_code_is_advised_are_those_that_are_tested():
+    tested = {param.values[0] for param in SERVED if param.values[1] == "vllm"}
+    assert tested | {"llama"} == set(PROVED_IN_OWN_CODE)

@@ -3,9 +3,11 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from served_models import needs_vllm
 from typer.testing import CliRunner
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 import hookkit as hk
 from hookkit.cli import app
 from hookkit.runs.engines.vllm_hooks import ServedResult
-from hookkit.runs.engines.vllm_probe import check_proved, count_blocks, prove_engine
+from hookkit.runs.engines.vllm_probe import check_proved, count_blocks, prove_engine, read_blocks
 
 LAYER = "model.layers.1"
 
@@ -30,6 +32,58 @@ LAYER = "model.layers.1"
 )
 def test_one_block_of_each_kind_is_read(family, config, blocks):
     assert count_blocks(hk.tiny(family, config=config)) == blocks
+
+
+class TracedSlice:
+    """A weight of a file; its name is noted when its numbers are read."""
+
+    def __init__(self, stored, name, reads):
+        self.stored, self.name, self.reads = stored, name, reads
+
+    def __getitem__(self, index):
+        self.reads.add(self.name)
+        return self.stored[index]
+
+    def __getattr__(self, name):
+        return getattr(self.stored, name)
+
+
+class TracedFile(TracedSlice):
+    def get_slice(self, name):
+        return TracedSlice(self.stored.get_slice(name), name, self.reads)
+
+    def get_tensor(self, name):
+        return self.get_slice(name)[...]
+
+    def __enter__(self):
+        self.stored.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.stored.__exit__(*error)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_only_the_weights_of_the_first_blocks_are_read(family, tmp_path, monkeypatch):
+    lm = hk.tiny(family, config={"num_hidden_layers": 6})
+    lm.model.save_pretrained(tmp_path, max_shard_size="60KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) >= 4
+    reads = set()
+    monkeypatch.setattr(
+        "transformers.modeling_utils.safe_open",
+        lambda file, *args, **kwargs: TracedFile(safe_open(file, *args, **kwargs), file, reads),
+    )
+    engine = SimpleNamespace(source=str(tmp_path), arguments={})
+    served = SimpleNamespace(config=lm.config, engine=engine, tokenizer=None, name=family)
+    first_blocks = read_blocks(served, 2, torch.float32)
+    prefixes = ("model.layers.0.", "model.layers.1.")
+    in_blocks = {name for name in index["weight_map"] if name.startswith(prefixes)}
+    assert reads == in_blocks | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for layer in (0, 1):
+        expected = dict(lm.submodule(f"model.layers.{layer}").named_parameters())
+        for name, weight in first_blocks.submodule(f"model.layers.{layer}").named_parameters():
+            assert torch.equal(weight, expected[name])
 
 
 # ---- engines

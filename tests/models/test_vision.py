@@ -316,7 +316,7 @@ def test_what_cannot_be_meant_raises():
         hk.generate(lm, inputs, hk.ablate(site, pos=7), max_new_tokens=8)
     with pytest.raises(EmptySelection, match="no prompt has anything for it"):
         hk.forward(lm, text_only("llava"), hk.ablate(site))
-    with pytest.raises(EmptySelection, match="row 0, which has nothing for the vision tower"):
+    with pytest.raises(EmptySelection, match="row 0, which has no input for the vision tower"):
         hk.forward(lm, [text_only("llava"), inputs], hk.ablate(site, rows=0))
     with pytest.raises(HookkitError, match="give numbers"):
         hk.forward(lm, inputs, hk.ablate(site, pos=hk.IMAGE))

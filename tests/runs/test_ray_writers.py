@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import slow_disk
 import torch
 from conftest import tiny
 from dictionaries import write
+from object_store import Store
 
 import hookkit as hk
 from hookkit.data.harvest import writing
@@ -162,7 +164,7 @@ def test_actors_killed_at_random_moments_lose_nothing(
 
 DRIVER = """
 import os, signal, sys, time
-import killing, torch
+import killing, object_store, torch
 import hookkit as hk
 
 def texts():
@@ -257,6 +259,80 @@ def test_an_actor_whose_harvest_has_ended_writes_nothing_more(small, tmp_path, m
         "00000.safetensors",
         "00001.safetensors",
     ]
+
+
+# ---- at an address
+
+
+@pytest.fixture
+def store():
+    store = Store()
+    yield store
+    store.shutdown()
+    store.server_close()
+
+
+def test_actors_that_are_killed_while_they_send_to_a_store_make_the_files_of_a_folder(
+    cluster, small, undisturbed, store, monkeypatch
+):
+    killed = set()
+
+    def kill(process, data):
+        os.kill(process, signal.SIGKILL)
+        killed.add(process)
+        return data if len(killed) == 1 else None  # it has come, or not
+
+    store.faults = {"PUT 00003.safetensors": kill, "PUT .00007.safetensors.json": kill}
+    monkeypatch.setattr(writing, "write_shard", None)  # so that this process can write none
+    made = by_actors(small, store.address("a"))
+    assert len(killed) == 2 and os.getpid() not in killed
+    assert store.files("a") == files(undisturbed)
+    made.verify()
+    assert torch.equal(made["z.2"][:], hk.open_harvest(undisturbed)["z.2"][:])
+
+
+def test_a_driver_killed_while_actors_send_to_a_store_goes_on(cluster, small, undisturbed, store):
+    words = [sys.executable, "-c", DRIVER, store.address("a"), cluster]
+    env = os.environ | {"PYTHONPATH": SEEN}
+    ended = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == -9, ended.stderr
+    time.sleep(1)  # until Ray has ended the actors
+    complete = [name[1:].removesuffix(".json") for name in store.files("a") if "json" in name[-4:]]
+    complete = [name for name in complete if name.endswith(".safetensors")]
+    assert len(hk.open_harvest(store.address("a")).shards) >= 5
+    store.log.clear()
+    by_actors(small, store.address("a"))
+    assert len(complete) >= 5 and not {f"PUT {name}" for name in complete} & set(store.log)
+    assert store.files("a") == files(undisturbed)
+
+
+def test_an_address_that_actors_do_not_reach(cluster, small):
+    with pytest.raises(Unsupported, match="does not see the .* 'memory://a'.*or an address that"):
+        by_actors(small, "memory://a", 1)
+
+
+def test_a_shard_in_a_store_is_taken_only_with_the_same_texts_and_bytes(
+    small, undisturbed, store, monkeypatch
+):
+    def twice(work, plan):
+        work.compute(plan)  # by an actor that died before it could say so
+        store.log.clear()
+        work.compute(plan)
+        file = f"{plan.number:05d}.safetensors"
+        assert f"PUT {file}" not in store.log and f"GET {file}" in store.log
+        if plan.number == 3:  # other bytes are not taken
+            store.objects[f"a/{file}"] = store.objects[f"a/{file}"][:-1] + b"x"
+            work.compute(plan)
+            assert f"PUT {file}" in store.log
+        if plan.number == 4:  # nor a note of other texts
+            note = json.loads(store.objects[f"a/.{file}.json"])
+            store.objects[f"a/.{file}.json"] = json.dumps(note | {"stream": "0" * 64}).encode()
+            work.compute(plan)
+            assert f"PUT {file}" in store.log
+
+    in_this_process(monkeypatch, twice)
+    by_actors(small, store.address("a"))
+    assert store.files("a") == files(undisturbed)
 
 
 # ---- errors

@@ -18,8 +18,10 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from ...errors import BadHook, DamagedHarvest, OutOfRange
+from ...files.address import Address
+from ...files.atomic import sha256
 from ...files.untrusted import read_tensors
-from .folder import Shard
+from .folder import Shard, local_file
 from .sparse_rows import FEATURES, STARTS, SparseRows, join_sparse
 from .texts import COLUMNS, TOKENS
 
@@ -31,9 +33,12 @@ RowsLike: TypeAlias = int | slice | Sequence[int] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """The complete shards of a folder. It owns the tensors of the open ones, mapped into memory."""
+    """The complete shards of a folder. It owns the tensors of the open ones, mapped into memory.
 
-    folder: Path
+    Those of an address are mapped from copies without a name, which go with the tensors.
+    """
+
+    folder: Path | Address
     all: tuple[Shard, ...]
     _open: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -50,7 +55,10 @@ class Shards:
         if shard not in self._open:
             entry = self.all[shard]
             try:
-                tensors, _ = read_tensors(entry.path(self.folder), error=DamagedHarvest)
+                with local_file(self.folder, entry.file) as path:
+                    if isinstance(self.folder, Address):
+                        _check_copy(path, entry)
+                    tensors, _ = read_tensors(path, error=DamagedHarvest)
             except DamagedHarvest as error:
                 raise DamagedHarvest(
                     f"{entry.file}, shard {shard} of {len(self.all)}, cannot be read ({error}): "
@@ -88,6 +96,11 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # another process opens the shards itself
+
+
+def _check_copy(path: Path, shard: Shard) -> None:
+    if not path.is_file() or sha256(path) != shard.sha256:
+        raise DamagedHarvest(f"it is missing, or does not have the sha256 {shard.sha256[:8]}…")
 
 
 def _find_problem(tensors: Mapping[str, Tensor], rows: int) -> str:

@@ -11,20 +11,27 @@ tokens of all sequences that the model read, one after another; those of sequenc
 `ids[starts[n] : starts[n + 1]]`.
 
 Where actors write the shards, .00000.safetensors.json has the line of a complete shard until it is
-in the index.
+in the index. At an address every new shard has such a note until the harvest is finished, since the
+index cannot be added to: it is sent after every `CHECKPOINT` shards and at the end, and the notes
+that follow it, one after another, belong to it.
 """
 
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadFile, DamagedHarvest, HarvestChanged, HookkitError
+from ...files.address import Address
 from ...files.atomic import (
+    Ready,
     add_line,
+    lock_folder,
     open_to_append,
     read_complete_lines,
     remove_leftovers,
@@ -48,6 +55,7 @@ SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
 FORMAT = 1
 SHARD_NAME = re.compile(r"[0-9]{5,}\.safetensors")
 NOTE_NAME = re.compile(r"\.[0-9]{5,}\.safetensors\.json")
+CHECKPOINT = 100  # shards after which the index is sent to an address
 REQUIRED_SETTINGS = {"format", "model", "sites", "pos", "context", "long"}
 DTYPES = (
     "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"
@@ -173,18 +181,43 @@ def _check_site(file: str, site: str, kind: Any) -> None:
         raise DamagedHarvest(f"{file} has no shape or no dtype for {site!r}: harvest again")
 
 
-def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes or checks the settings, and removes partial files."""
-    if (folder / SETTINGS).exists():
+@contextmanager
+def folder_to_write(
+    target: Path | Address, settings: Mapping[str, Any]
+) -> Iterator[tuple[Path, Path | Address]]:
+    """Yields a folder with the settings and the index, and the target, locked or claimed.
+
+    They are the same on a disk. The folder of an address is a temporary one on this machine.
+    """
+    if isinstance(target, Path):
+        with lock_folder(target, "is writing the harvest"):
+            prepare_folder(target, settings, os.listdir(target))
+            yield target, target
+        return
+    with target.claimed() as address, address.temporary_folder() as folder:
+        names = download_index(address, folder)
+        if prepare_folder(folder, settings, names):
+            address.upload(folder / SETTINGS)
+        yield folder, address
+
+
+def prepare_folder(folder: Path, settings: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Writes or checks the settings, and removes partial files. Returns True if it wrote them.
+
+    `names` are the names of all files of the harvest.
+    """
+    if SETTINGS in names:
         _check_settings(folder, read_settings(folder), settings)
-    elif (folder / INDEX).exists() or any(_shard_paths(folder)):
+    elif INDEX in names or any(map(SHARD_NAME.fullmatch, names)):
         raise DamagedHarvest(f"{folder.name!r} has shards and no {SETTINGS}: give an empty folder")
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     remove_leftovers(folder)
-    path = folder / SETTINGS
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_bytes(path, text.encode())
     remove_partial_line(folder / INDEX)
+    path = folder / SETTINGS
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_bytes(path, text.encode())
+    return True
 
 
 def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -272,9 +305,87 @@ def finish_index(folder: Path, end: End) -> None:
     append_to_index(folder, end)
 
 
-def note_of(folder: Path, shard: Shard) -> Path:
+def note_of(folder: Path, file: str) -> Path:
     """Returns the path of the file that has a shard's line until the line is in the index."""
-    return folder / f".{shard.file}.json"
+    return folder / f".{file}.json"
+
+
+def write_note(folder: Path, shard: Shard, ready: Ready | None = None) -> Path:
+    """Writes a shard's line to its note, and returns the path."""
+    path = note_of(folder, shard.file)
+    write_bytes(path, json.dumps(dataclasses.asdict(shard)).encode(), ready=ready)
+    return path
+
+
+def read_note(path: Path) -> Shard | None:
+    """Returns the shard of a note; None if there is no note, or none that can be read."""
+    try:
+        return Shard(**check_mapping(read_json(path), path.name))
+    except (BadFile, ValueError, TypeError):
+        return None
+
+
+# ---- at an address
+
+
+def download_index(address: Address, folder: Path) -> Collection[str]:
+    """Copies the settings and the whole index to a folder. Returns the names of all files."""
+    names = address.sizes()
+    for name in {SETTINGS, INDEX} & names.keys():
+        address.download(name, folder)
+    remove_partial_line(folder / INDEX)
+    shards, end = read_index(folder)
+    file = SHARD.format(len(shards))
+    while end is None and note_of(folder, file).name in names:
+        shard = read_note(address.download(note_of(folder, file).name, folder))
+        if shard is None or shard.file != file:
+            break
+        append_to_index(folder, shard)
+        shards.append(shard)
+        file = SHARD.format(len(shards))
+    return names
+
+
+def upload_shard(address: Address, folder: Path, shard: Shard, is_new: bool) -> None:
+    """Sends a shard, and then the note of a new one; removes both from the folder."""
+    files = [shard.path(folder)]
+    if is_new:
+        files.append(write_note(folder, shard))
+    for file in files:
+        address.upload(file)
+        file.unlink()
+
+
+def remove_other_files(address: Address, folder: Path) -> None:
+    """Removes all notes, and shards that are not in the index."""
+    indexed = {shard.file for shard in read_index(folder)[0]}
+    others: list[str] = []
+    for name in address.sizes():
+        if NOTE_NAME.fullmatch(name):
+            others.append(name)
+        elif SHARD_NAME.fullmatch(name) and name not in indexed:
+            with local_file(address, name) as path:
+                if _is_shard(path):
+                    others.append(name)
+    address.remove(others)
+
+
+@contextmanager
+def local_file(folder: Path | Address, name: str) -> Iterator[Path]:
+    """Yields the path of a file of a harvest, or of a copy of it in the block."""
+    if isinstance(folder, Path):
+        yield path_inside(folder, name, error=DamagedHarvest)
+        return
+    with folder.temporary_folder() as copies:
+        yield folder.download(name, copies)
+
+
+def shards_exist(folder: Path | Address, shards: list[Shard]) -> list[bool]:
+    """Returns whether the file of each shard exists and has the recorded size."""
+    if isinstance(folder, Path):
+        return [shard.exists(folder) for shard in shards]
+    sizes = folder.sizes()
+    return [sizes.get(shard.file) == shard.bytes for shard in shards]
 
 
 # ---- shards

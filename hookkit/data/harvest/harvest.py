@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -28,12 +29,12 @@ from torch import Tensor
 from ...arguments import check_arguments
 from ...display import count_of, describe_outcome, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
+from ...files.address import Address, read_folder
 from ...files.atomic import sha256
-from ...files.untrusted import check_folder
 from ...models.positions import Named, PosLike, Where, read_position
 from ...models.sites import AnySite, Site, Sites, SitesLike, as_sites, parse_site
 from .columns import Column, RowsLike, Shards, SparseColumn, resolve_rows
-from .folder import End, read_index, read_settings
+from .folder import End, download_index, local_file, read_index, read_settings
 from .statistics import Statistics, StatisticsSum
 from .texts import COLUMN_DTYPES, COLUMNS, positions_of_row
 
@@ -48,6 +49,10 @@ CHUNK_NUMBERS = 2**24  # of features, with their zeros, that statistics add at o
 def open_harvest(folder: str | os.PathLike[str]) -> Harvest:
     """Returns the harvest in a folder. An unfinished harvest has the rows of its complete shards.
 
+    The folder can be an address such as s3://bucket/name. A shard is then downloaded when its first
+    row is read, and compared with its sha256. The copy is removed with `harvest.shards`, or when
+    `batches` and `statistics` have passed it.
+
     Raises `DamagedHarvest` if the folder has no harvest.
 
     >>> made = hk.harvest(lm, ["Tea with milk", "Coffee"], "resid_post.6", "folder", progress=False)
@@ -55,10 +60,18 @@ def open_harvest(folder: str | os.PathLike[str]) -> Harvest:
     Harvest(6 rows of 2 texts; 1 site: resid_post.6)
       next: harvest['resid_post.6'], harvest.batches(...), harvest.table(...)
     """
-    path = check_folder(folder)
-    about = read_settings(path)
-    shards, end = read_index(path)
-    return Harvest(about, Shards(path, tuple(shards)), end)
+    place = read_folder(folder)
+    if isinstance(place, Path):
+        return _open(place, place)
+    with place.temporary_folder() as copies:
+        download_index(place, copies)
+        return _open(copies, place)
+
+
+def _open(folder: Path, place: Path | Address) -> Harvest:
+    about = read_settings(folder)
+    shards, end = read_index(folder)
+    return Harvest(about, Shards(place, tuple(shards)), end)
 
 
 # ---- selections of rows
@@ -287,11 +300,11 @@ class Harvest:
         """Reads all shards, and raises `DamagedHarvest` with those that have changed."""
         wrong: list[str] = []
         for shard in self.shards.all:
-            path = shard.path(self.shards.folder)
-            if not path.is_file():
-                wrong.append(f"{shard.file} is missing")
-            elif sha256(path) != shard.sha256:
-                wrong.append(f"{shard.file} was changed")
+            with local_file(self.shards.folder, shard.file) as path:
+                if not path.is_file():
+                    wrong.append(f"{shard.file} is missing")
+                elif sha256(path) != shard.sha256:
+                    wrong.append(f"{shard.file} was changed")
         if wrong:
             raise DamagedHarvest(
                 f"{'; '.join(wrong)}; the other {len(self.shards) - len(wrong)} shards are as they "

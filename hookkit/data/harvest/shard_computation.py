@@ -4,18 +4,18 @@
 has the token sequences of a shard, in the windows in which one process reads them. Batches follow
 from the windows, so that the bytes are those of one process. An actor writes a shard's line of the
 index to a note beside the shard, and the user's process removes the note when the line is in the
-index: if that process is killed, complete shards are not computed again.
+index: if that process is killed, complete shards are not computed again. To an address an actor
+sends the shard and its note, one after the other.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -23,11 +23,11 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from ...errors import BadFile, Unsupported
-from ...files.atomic import Ready, sha256, write_bytes, write_tensors
-from ...files.untrusted import check_mapping, read_json
+from ...errors import Unsupported
+from ...files.address import Address
+from ...files.atomic import Ready, sha256, write_tensors
 from ...models.sites import AnySite
-from .folder import SHARD, Shard, note_of
+from .folder import SHARD, Shard, local_file, note_of, read_note, upload_shard, write_note
 from .sparse_rows import SparseWindow, join_sparse
 from .stored_values import ValueComputation, ValueKind
 from .texts import Batch, Rules, TokenSequence, Window, token_columns
@@ -118,14 +118,14 @@ class ShardPlan:
 
 @dataclass(frozen=True, eq=False)
 class ShardComputation:
-    """Computes and writes whole shards, in a folder that all nodes share.
+    """Computes and writes whole shards, in a folder that all nodes share, or at an address.
 
-    `mark` is a file in the folder that the user's process holds while it harvests.
+    `mark` is a file there that the user's process holds while it harvests.
     """
 
     values: ValueComputation
     rules: Rules
-    folder: Path
+    folder: Path | Address
     mark: str
     units_at_once: ClassVar[int] = 2  # a shard is computed while the one before it is written
 
@@ -136,13 +136,13 @@ class ShardComputation:
             if time.monotonic() > end:
                 raise Unsupported(
                     f"the node {platform.node()!r} does not see the files that the user's process "
-                    f"writes to {str(self.folder)!r}: give a folder on a disk that all nodes share "
-                    "under the same path, or leave writers='actors' out"
+                    f"writes to {self._name!r}: give a folder on a disk that all nodes share under "
+                    "the same path, or an address that all reach, or leave writers='actors' out"
                 )
             time.sleep(0.1)
-        if not os.access(self.folder, os.W_OK):
+        if isinstance(self.folder, Path) and not os.access(self.folder, os.W_OK):
             raise Unsupported(
-                f"the node {platform.node()!r} must not write to {str(self.folder)!r}: change the "
+                f"the node {platform.node()!r} must not write to {self._name!r}: change the "
                 "permissions of the folder, or leave writers='actors' out"
             )
 
@@ -152,11 +152,16 @@ class ShardComputation:
             return shard
         with COMPUTING:
             windows = list(map(self._window_values, plan.windows))
-        shard = write_shard(self.folder, plan.number, plan.sequences, windows, self._check_mark)
+        shard = (plan.number, plan.sequences, windows, self._check_mark)
+        if isinstance(self.folder, Address):
+            with self.folder.temporary_folder() as folder:
+                written = write_shard(folder, *shard)
+                upload_shard(self.folder, folder, written, plan.is_new)
+            return written
+        written = write_shard(self.folder, *shard)
         if plan.is_new:
-            line = json.dumps(asdict(shard)).encode()
-            write_bytes(note_of(self.folder, shard), line, ready=self._check_mark)
-        return shard
+            write_note(self.folder, written, self._check_mark)
+        return written
 
     def _window_values(self, window: Window) -> dict[AnySite, Stored]:
         stored = empty_values(self.values.kinds, window.rows)
@@ -171,23 +176,28 @@ class ShardComputation:
     def _complete_shard(self, plan: ShardPlan) -> Shard | None:
         """Returns the line of a shard that an actor completed before, if it has these texts."""
         expected = describe_shard(plan.number, plan.sequences, 0, "")
-        note = note_of(self.folder, expected)
-        try:
-            shard = Shard(**check_mapping(read_json(note), note.name))
-        except (BadFile, ValueError, TypeError):
+        with local_file(self.folder, note_of(Path(), expected.file).name) as note:
+            shard = read_note(note)
+        if shard is None:
             return None
         if describe_shard(plan.number, plan.sequences, shard.bytes, shard.sha256) != shard:
             return None
-        is_whole = shard.exists(self.folder) and sha256(shard.path(self.folder)) == shard.sha256
-        return shard if is_whole else None
+        with local_file(self.folder, shard.file) as path:
+            return shard if path.is_file() and sha256(path) == shard.sha256 else None
+
+    @property
+    def _name(self) -> str:
+        return self.folder.text if isinstance(self.folder, Address) else str(self.folder)
 
     def _sees_mark(self) -> bool:
+        if isinstance(self.folder, Address):
+            return self.folder.has(self.mark)
         return os.path.lexists(self.folder / self.mark)
 
     def _check_mark(self, _: object) -> None:
         """Raises `Unsupported` in an actor whose harvest has ended, before it renames a file."""
         if not self._sees_mark():
             raise Unsupported(
-                f"the harvest that writes to {str(self.folder)!r} has ended, or another process "
+                f"the harvest that writes to {self._name!r} has ended, or another process "
                 "harvests into the folder: wait for it, or give another folder"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ import torch
 
 from ...arguments import check_arguments, check_integer
 from ...errors import BadHook, EmptySelection, HarvestChanged
-from ...files.atomic import lock_folder, mark_folder, remove_leftovers
-from ...files.untrusted import check_folder
+from ...files.address import Address, read_folder
+from ...files.atomic import mark_folder, remove_leftovers
 from ...models.dictionaries import find_dictionary
 from ...models.lm import LM
 from ...models.positions import PosLike
@@ -28,15 +28,20 @@ from ...models.sites import AnySite, Site, SitesLike
 from ...runs.engines.actors import Step, Steps, Work, run_steps
 from ...runs.engines.ray import EngineLike, Ray, read_engine
 from .folder import (
+    CHECKPOINT,
     FORMAT,
+    INDEX,
     End,
     Shard,
     append_to_index,
     describe_model,
     finish_index,
+    folder_to_write,
     note_of,
-    prepare_folder,
     read_index,
+    remove_other_files,
+    shards_exist,
+    upload_shard,
 )
 from .harvest import Harvest, open_harvest
 from .shard_computation import (
@@ -86,6 +91,8 @@ def harvest(
 ) -> Harvest:
     """Writes the values at these sites, for every text, to a folder, and returns the harvest.
 
+    `folder` is a path, or an address of fsspec such as s3://bucket/name, to which whole files are
+    sent; a second harvest to the same address stops the first one.
     `texts` is a list or any other iterable of texts or rows of token ids (or of mappings with
     "text", as in the `datasets` package), or the path of a file with a text a line, .txt or .jsonl.
     The texts are read once, and never more than a few batches ahead. Each text is a prompt: `pos`
@@ -101,7 +108,8 @@ def harvest(
     shard_size    the number of rows of a shard (by default 128 MiB); memory holds three at most
     engine        "ray", or `Ray(…)`: actors that hold the model each compute the batches
     writers       "driver": this process writes the shards; "actors": each actor computes and writes
-                  whole shards, in a folder that all nodes share, and reads a few shards ahead
+                  whole shards, in a folder that all nodes share or at an address, and reads a few
+                  shards ahead
 
     If the folder has an unfinished harvest, it continues after the last complete shard. The model,
     the settings and the texts up to there must be the same; else `HarvestChanged` is raised. The
@@ -113,7 +121,7 @@ def harvest(
     >>> made["resid_post.6"][-1].shape, made["pos"][:].tolist()
     (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
-    ray = read_engine(engine, lm)
+    target, ray = read_folder(folder), read_engine(engine, lm)
     if writers == "actors" and ray is None:
         raise BadHook("writers='actors' needs actors: add engine='ray', or leave writers= out")
     rules = read_rules(lm, pos, context, long, on_error, batch_tokens)
@@ -133,20 +141,19 @@ def harvest(
         "batch_tokens": batch_tokens,
         "shard_size": shard_size,
     }
-    path, reader = check_folder(folder), TextReader(lm, texts, rules)
-    progress = progress and lm.is_writer
-    lock = lock_folder(path, "is writing the harvest") if lm.is_writer else nullcontext()
-    with lock, Progress(reader, progress) as bar:
-        if lm.is_writer:
-            prepare_folder(path, settings)
-        writer = HarvestWriter(lm, kinds, path, reader, shard_size, bar)
+    reader, progress = TextReader(lm, texts, rules), progress and lm.is_writer
+    folders: AbstractContextManager[tuple[Path, Path | Address]] = nullcontext((Path(), target))
+    if lm.is_writer:
+        folders = folder_to_write(target, settings)
+    with folders as (path, target), Progress(reader, progress) as bar:
+        writer = HarvestWriter(lm, kinds, path, target, reader, shard_size, bar)
         if writers == "actors":
             writer.run_on_actors(ray)
         else:
             writer.run(ray)
     if lm.ranks is not None:
         lm.ranks.gather_values(None)  # waits for every rank
-    return open_harvest(path)
+    return open_harvest(folder)
 
 
 def _stored_kinds(
@@ -184,12 +191,14 @@ class HarvestWriter:
     """Computes and writes the shards of a harvest, one after another.
 
     Every shard has the next windows of texts. A thread writes a shard while the next one is
-    computed. `harvest` owns the writer.
+    computed. `folder` has the index; `target` is the same folder, or the address to which the files
+    are sent. `harvest` owns the writer.
     """
 
     lm: LM
     kinds: dict[AnySite, ValueKind]
     folder: Path
+    target: Path | Address
     reader: TextReader
     shard_size: int
     progress: Progress
@@ -206,11 +215,15 @@ class HarvestWriter:
 
     def run_on_actors(self, engine: Ray | None) -> None:
         """Lets actors make the missing shards, and finishes the index."""
-        with mark_folder(self.folder, "writers") as mark:
-            folder, rules = self.folder.absolute(), self.reader.rules
-            work = ShardComputation(self._computation(), rules, folder, mark.name)
-            end = self._run(engine, work, self._planned_shard)
-        remove_leftovers(self.folder)  # of actors that were killed
+        work = partial(ShardComputation, self._computation(), self.reader.rules)
+        if isinstance(self.target, Address):
+            shards = work(self.target, self.target.mark)
+            end = self._run(engine, shards, self._planned_shard)
+        else:
+            with mark_folder(self.folder, "writers") as mark:
+                shards = work(self.folder.absolute(), mark.name)
+                end = self._run(engine, shards, self._planned_shard)
+            remove_leftovers(self.folder)  # of actors that were killed
         self._finish(end)
 
     def _computation(self) -> ValueComputation:
@@ -225,7 +238,7 @@ class HarvestWriter:
     def _read_progress(self) -> tuple[list[Shard], End | None, list[bool]]:
         """Returns the index and whether each shard exists, as the writing process sees them."""
         shards, end = read_index(self.folder) if self.lm.is_writer else ([], None)
-        progress = shards, end, [shard.exists(self.folder) for shard in shards]
+        progress = shards, end, shards_exist(self.target, shards) if shards else []
         if self.lm.ranks is None:
             return progress
         return self.lm.ranks.gather_values(progress)[0]
@@ -305,20 +318,25 @@ class HarvestWriter:
         values: list[dict[AnySite, Stored]],
     ) -> None:
         if self.lm.is_writer:
-            self._record(expected, write_shard(self.folder, number, sequences, values))
+            shard = write_shard(self.folder, number, sequences, values)
+            if isinstance(self.target, Address):
+                upload_shard(self.target, self.folder, shard, is_new=expected is None)
+            self._record(number, expected, shard)
 
     def _record_plan(self, plan: ShardPlan, expected: Shard | None, shard: Shard) -> None:
         self._has_rows = True
-        self._record(expected, shard)
-        note_of(self.folder, shard).unlink(missing_ok=True)
+        self._record(plan.number, expected, shard)
+        note_of(self.folder, shard.file).unlink(missing_ok=True)
         for window in plan.windows:
             self.progress.add(window)
         self.progress.advance_to(shard.text)
 
-    def _record(self, expected: Shard | None, shard: Shard) -> None:
+    def _record(self, number: int, expected: Shard | None, shard: Shard) -> None:
         """Adds a complete shard to the index, or compares it with its line there."""
         if expected is None:
             append_to_index(self.folder, shard)
+            if isinstance(self.target, Address) and (number + 1) % CHECKPOINT == 0:
+                self.target.upload(self.folder / INDEX)
         elif shard != expected:
             raise HarvestChanged(
                 f"{shard.file} was missing and was made again, and is not what the index says: "
@@ -330,7 +348,7 @@ class HarvestWriter:
         """Finishes the index, or checks that a finished harvest has the same texts."""
         if end is not None and (self.reader.read() is not None or self.reader.digest != end.stream):
             raise HarvestChanged(
-                f"the harvest in {self.folder.name!r} is finished and has {end.texts} texts, and "
+                f"the harvest in {self.target.name!r} is finished and has {end.texts} texts, and "
                 "others or more were given: harvest them into another folder"
             )
         texts = self.reader.text + 1
@@ -342,4 +360,8 @@ class HarvestWriter:
             raise EmptySelection(problem)
         if end is None and self.lm.is_writer:
             finish_index(self.folder, End(texts, self.reader.left_out, self.reader.digest))
+            if isinstance(self.target, Address):
+                self.target.upload(self.folder / INDEX)
+        if isinstance(self.target, Address) and self.lm.is_writer:
+            remove_other_files(self.target, self.folder)
         self.progress.advance_to(texts - 1)

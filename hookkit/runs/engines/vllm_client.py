@@ -61,8 +61,10 @@ def generate_in_engine(
     returned = config.num_return_sequences or 1
     most = _most_new_tokens(config, arguments, batch.ids.shape[1])
     observers = tuple(logit_observers(option))
+    eos = frozenset(settings["stop_token_ids"])
+    run = ServedRun(hooks, observers, tuple(batch.rows), returned, most, eos)
     started = time.perf_counter()
-    result = run_in_engine(lm, hooks, observers, batch.rows, returned, most, settings, seed)
+    result = run_in_engine(lm, run, settings, seed)
     about = {"verb": "generate", "logits": option, "arguments": arguments_as_json(arguments)}
     if seed is not None:
         about["seed"] = seed
@@ -104,7 +106,8 @@ def read_in_engine(
 ) -> ServedResult:
     """Reads prompts once; the token that is generated after each of them is left out."""
     settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    result = run_in_engine(lm, hooks, observers, batch.rows, 1, 1, settings, None, is_forward=True)
+    run = ServedRun(hooks, observers, tuple(batch.rows), 1, 1, frozenset(), is_forward=True)
+    result = run_in_engine(lm, run, settings, None)
     return replace(result, rows=[row[:-1] for row in result.rows])
 
 
@@ -142,22 +145,16 @@ def served_run(
 
 
 def run_in_engine(
-    lm: LM,
-    hooks: tuple[Hook, ...],
-    observers: tuple[Hook, ...],
-    prompts: Sequence[Row],
-    returned: int,
-    most: int,
-    settings: Mapping[str, Any],
-    seed: int | None,
-    *,
-    is_forward: bool = False,
+    lm: LM, run: ServedRun, settings: Mapping[str, Any], seed: int | None
 ) -> ServedResult:
-    """Checks the hooks, sends them and the prompts to the engine, and returns what it gave."""
+    """Checks the hooks of a run, sends it to the engine, and returns what the engine computed.
+
+    The references of the run, and the order of its hooks, are added here.
+    """
     engine = lm.engine
     assert engine is not None
-    _check_hooks(lm, (*hooks, *observers))
-    _check_prompts(lm, prompts, most)
+    _check_hooks(lm, (*run.hooks, *run.observers))
+    _check_prompts(lm, run.prompts, run.most)
     check_proved(lm)
     references: list[tuple[tuple[Any, ...], dict[AnySite, Captured]]] = []
 
@@ -166,21 +163,16 @@ def run_in_engine(
         references.append((others, values))
         return values
 
-    points = build_hook_points(lm, hooks, reference, observers)
-    bound_hooks = sort_bound_hooks(points)
-    order = [(bound_hook.number, bound_hook.site) for bound_hook in bound_hooks]
-    eos = frozenset(settings.get("stop_token_ids") or ())
-    run = ServedRun(
-        hooks, observers, tuple(prompts), returned, most, eos, references, is_forward, order
-    )
-    count = len(prompts) * returned
-    seeds: list[int | None] = [None] * count
+    points = build_hook_points(lm, run.hooks, reference, run.observers)
+    order = [(bound_hook.number, bound_hook.site) for bound_hook in sort_bound_hooks(points)]
+    run = replace(run, references=references, order=order)
+    seeds: list[int | None] = [None] * len(run.rows)
     if seed is not None:
-        seeds = [seed + row for row in range(count)]
-    salts: list[str | None] = [None] * count
-    if engine.arguments.get("enable_prefix_caching") and (hooks or observers):
-        salts = [secrets.token_hex(16) for _ in range(count)]
-    sampled = SampledRun(run, {**settings, "max_tokens": most}, seeds, salts)
+        seeds = [seed + row for row in run.rows]
+    salts: list[str | None] = [None] * len(run.rows)
+    if engine.arguments.get("enable_prefix_caching") and (run.hooks or run.observers):
+        salts = [secrets.token_hex(16) for _ in run.rows]
+    sampled = SampledRun(run, {**settings, "max_tokens": run.most}, seeds, salts)
     return engine.run(sampled, lm.dictionaries)
 
 

@@ -33,6 +33,7 @@ from ...models.sites import Site, Sites
 from ..forward import forward
 from ..run import Run
 from .vllm_run import SampledRun, ServedResult, ServedRun
+from .vllm_sites import PROVED_IN_OWN_CODE
 
 # The largest difference that is allowed, as a part of the largest value of the row at the site.
 # Healthy models differed by up to 2e-5, 5e-3 and 2e-2, and faulty ones by more than 0.1.
@@ -92,9 +93,13 @@ def _code(lm: LM) -> str:
 
 
 def _advice(lm: LM) -> str:
+    """Another code of vLLM that may serve the model, or none."""
     assert lm.engine is not None
-    other = "transformers" if lm.engine.facts["code"] == "vllm" else "vllm"
-    return f"Try model_impl={other!r}, or leave engine= out"
+    if lm.engine.facts["code"] == "vllm":
+        return "Try model_impl='transformers', or leave engine= out"
+    if text_config(lm.config).model_type in PROVED_IN_OWN_CODE:
+        return "Try model_impl='vllm', or leave engine= out"
+    return "Leave engine= out"
 
 
 def _describe(row: Any) -> str:
@@ -107,8 +112,8 @@ def _describe(row: Any) -> str:
     if row["compared"] == "token":
         return f"{what} of row {row['row']} are not those of the logits, or of hk.force"
     return (
-        f"{what} differ in row {row['row']} by {row['difference']:.2g} of the largest of them, and "
-        f"may by {row['tolerance']:.0e}"
+        f"{what} differ in row {row['row']} by {row['difference']:.2g} of the largest of them; "
+        f"{row['tolerance']:.0e} is allowed"
     )
 
 

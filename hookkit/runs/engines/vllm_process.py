@@ -53,8 +53,7 @@ class EngineProcess:
             code = "transformers"
         self._code: Code = code
         served = Served(start.family, code, start.sizes)
-        modules = {path for path, _ in root.named_modules()}
-        family = served_family(served, modules.__contains__, type(root).__name__)
+        family = served_family(served, dict(root.named_modules()), type(root).__name__)
         self.lm = LM(root, start.tokenizer, start.label, row=family)
         self._plain_lm = self.lm
         self._numbers: dict[int, int] = {}  # the index of each row in the current batch
@@ -63,7 +62,7 @@ class EngineProcess:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the LM in the user's process is told: its sites, and why others are missing."""
+        """What the LM in the user's process reads here: its sites, and why others are missing."""
         import vllm  # pyright: ignore[reportMissingImports]
 
         config: Any = self.lm.config

@@ -15,7 +15,7 @@ from ...models.sites import AnySite
 
 @dataclass(frozen=True, eq=False)
 class ServedRun:
-    """What the process of an engine is told of a run. `references` are values at sites on prompts.
+    """A run as it is sent to an engine. `references` are values at sites on other prompts.
 
     prompts    the token ids of each prompt
     returned   how many rows each prompt has
@@ -56,7 +56,7 @@ class SampledRun:
 
 @dataclass(frozen=True, eq=False)
 class ServedResult:
-    """What a run gave: the tokens of each row, the captured and observed values, and the log."""
+    """A run's result: the tokens of each row, the captured and observed values, and the log."""
 
     rows: list[list[int]]
     captures: list[Captured]

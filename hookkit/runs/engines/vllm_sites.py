@@ -8,6 +8,7 @@ module as two tensors, whose sum is meant. Nothing here imports vLLM or torch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -50,6 +51,7 @@ IN_OWN_CODE: Mapping[str, ModuleLocation] = {
     "resid_mid": ModuleLocation(".post_attention_layernorm", "input", STREAM),
     "resid_post": ModuleLocation(".", "output", STREAM),
 }
+PROVED_IN_OWN_CODE = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # model types
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,20 @@ class Served:
     sizes: Mapping[int | None, Mapping[str, int | None]]
 
 
-def served_family(served: Served, has_module: Callable[[str], bool], kind: str) -> Family:
-    """Returns the row of a family in the modules of vLLM's model, a `kind`.
+def served_family(served: Served, modules: Mapping[str, Any], kind: str) -> Family:
+    """Returns the row of a family in the modules of vLLM's model, a `kind`, by their paths.
 
     Raises `Unsupported` if its code passes the stream in a way that hookkit does not know.
     """
     row = served.family
+    has_module = modules.__contains__
     if served.code == "transformers":
         row = row.moved(_decoder_path(row), "lm_head")
     locations: dict[str, ModuleLocation] = {}
     missing = dict(row.missing)
     changes: Mapping[str, ModuleLocation] = {}
     if served.code == "vllm":
-        changes = _in_own_code(row, has_module, kind)
+        changes = _in_own_code(row, modules, kind)
     for site, in_row in row.locations.items():
         candidates = (changes[site],) if site in changes else _as_tuple(in_row)
         location = None
@@ -104,21 +107,36 @@ def _as_tuple(location: ModuleLocation | tuple[ModuleLocation, ...]) -> tuple[Mo
 
 
 def _in_own_code(
-    row: Family, has_module: Callable[[str], bool], kind: str
+    row: Family, modules: Mapping[str, Any], kind: str
 ) -> Mapping[str, ModuleLocation]:
     """Returns the locations of the stream in vLLM's own code of a model like Llama."""
-    block = row.block.format(layer=0)
-    missing_paths = [path for path in OWN_CODE if not has_module(block + path)]
-    locations = chain.from_iterable(map(_as_tuple, row.locations.values()))
-    is_multiplied = any(location.times or location.over for location in locations)
-    expected = ModuleLocation(".post_attention_layernorm", "input", shared=True)
-    if missing_paths or is_multiplied or row.locations.get("resid_mid") != expected:
+    difference = _difference_from_llama(row, modules)
+    if difference is not None:
         raise Unsupported(
-            f"vLLM runs this model with its own code ({kind}), whose blocks are not those of "
-            f"Llama{'; it has no ' + missing_paths[0] if missing_paths else ''}: say "
-            "model_impl='transformers' for the modules of transformers"
+            f"vLLM runs this model with its own code ({kind}), and hookkit knows only code whose "
+            f"blocks are those of Llama: in this one, {difference}. Leave engine= out, or try "
+            "model_impl='transformers': the modules of transformers, compared before the first run"
         )
     return IN_OWN_CODE
+
+
+def _difference_from_llama(row: Family, modules: Mapping[str, Any]) -> str | None:
+    """Returns how the blocks of vLLM's own code of a model differ from Llama's, or None."""
+    block = row.block.format(layer=0)
+    for path in OWN_CODE:
+        if block + path not in modules:
+            return f"a block has no module {path}"
+    arguments = inspect.signature(type(modules[block]).forward).parameters
+    if "residual" not in arguments:
+        return "a block passes the residual stream on as one tensor, where Llama's passes two"
+    locations = chain.from_iterable(map(_as_tuple, row.locations.values()))
+    if any(location.times or location.over for location in locations):
+        return "a block multiplies what it adds to the residual stream"
+    if row.locations.get("resid_mid") != ModuleLocation(
+        ".post_attention_layernorm", "input", shared=True
+    ):
+        return "post_attention_layernorm does not read the residual stream"
+    return None
 
 
 def _served_location(
