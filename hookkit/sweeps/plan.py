@@ -417,8 +417,11 @@ class Plan:
         yield "memory", f"about {self.memory / 2**20:,.0f} MB beside the model"
 
     def _widths(self) -> str:
-        """Returns over how many positions the shared forwards run, in words."""
-        shared = [job.width for job in self.all_jobs if not self._is_alone(job)]
+        """Returns over how many positions the cells run in shared forwards, in words."""
+        shared: set[int] = set()
+        for job in self.all_jobs:
+            if not self._is_alone(job):
+                shared.update(token_widths(self.inputs, job)[job.n_unedited :])
         if not shared:
             return ""
         span = " to ".join(map(str, sorted({min(shared), max(shared)})))
@@ -437,7 +440,7 @@ class Plan:
         yield "head", _use(takes_count, "at the metric's position only", no_count)
         if self.tokens is not None:
             reason = self.shortcuts.why.get("tokens", "")
-            yield "tokens", _use(self.shortcuts.tokens, "logits of the metric's only", reason)
+            yield "tokens", _use(self.shortcuts.tokens, "only the logits of the metric's tokens", reason)
         for reason, count in Counter(cell.alone for cell in self.alone).items():
             yield "alone", f"{_count(count, 'cell')}: {reason}"
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_families import made
+from tiny_families import ALL, made
 
 import hookkit as hk
 from hookkit.runs.growing_batch import TokenPlaces
@@ -85,6 +85,27 @@ def test_packed_cells_are_the_cells_of_a_loop(family, prompts):
     found = table.set_index(["layer", "pos", "kind", "row"])["logit_diff"]
     for layer, pos, kind, row, value in by_loop(lm, prompts, grid, hooks):
         assert found[layer, pos, kind, row] == pytest.approx(value, abs=2e-4, rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL)
+def test_packed_cells_have_the_numbers_of_rows_in_every_family(family):
+    lm = made(family)
+    site = next((name for name in ("mlp_out", "resid_pre") if name in lm.layout.names), "")
+    if not site or family in ("recurrent_gemma", "deepseek_v4"):
+        pytest.skip("no such site, or no batches with padding")
+    layers = lm.layout.layers(site)
+    grid = {"layer": layers, "pos": [-3, -2, -1]}
+    vector = torch.ones(lm.shape(hk.Site(site, layers[0])))
+    hooks = lambda layer, pos: hk.steer(hk.Site(site, layer), vector, pos=pos)  # noqa: E731
+    packed = hk.sweep(lm, MIXED_LENGTHS, grid, hooks, METRIC)
+    for name, value in list(lm.trial_results.items()):
+        if getattr(value, "pack", False):
+            lm.trial_results[name] = replace(value, pack=False, why={"pack": "because"})
+    by_rows = hk.sweep(lm, MIXED_LENGTHS, grid, hooks, METRIC)
+    assert packed["logit_diff"].tolist() == pytest.approx(
+        by_rows["logit_diff"].tolist(), abs=2e-4, rel=2e-4
+    )
 
 
 @pytest.mark.parametrize("family", NOT_PACKED)

@@ -525,7 +525,7 @@ def test_only_the_logits_that_the_metrics_read_are_computed(lm):
     grid = {"layer": range(lm.n_layers)}
     metrics = [hk.metrics.logit_diff((5, 9), 3), hk.metrics.logit(300)]
     plan = hk.sweep_plan(lm, [range(5, 13)], grid, hooks, metrics)
-    assert plan.tokens == [3, 5, 9, 300] and "logits of the metric's only" in repr(plan)
+    assert plan.tokens == [3, 5, 9, 300] and "only the logits of the metric's tokens" in repr(plan)
     table = hk.sweep(lm, [range(5, 13)], grid, hooks, metrics, verify=3)
     for row in table.itertuples():
         logits = hk.forward(lm, [range(5, 13)], hooks(row.layer)).logits[0, -1]
