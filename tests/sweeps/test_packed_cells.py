@@ -167,6 +167,23 @@ def test_too_little_memory_for_both_runs_the_unedited_prompts_first(monkeypatch)
     assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-5)
 
 
+def test_the_loss_of_a_continuation_reads_several_positions_of_a_packed_row():
+    lm = hk.tiny("llama")
+    continuation = (11, 12, 13)
+    hooks = lambda layer, pos: hk.scale(hk.Site("mlp_out", layer), 3.0, pos=pos)  # noqa: E731
+    grid = {"layer": [0, 1, 2], "pos": [-3, -2, -1]}
+    metric = hk.metrics.loss(continuation)
+    plan = hk.sweep_plan(lm, MIXED_LENGTHS, grid, hooks, metric)
+    assert any(job.packed for job in plan.all_jobs)
+    table = hk.sweep(lm, MIXED_LENGTHS, grid, hooks, metric)
+    for layer, pos, row, value in table[["layer", "pos", "row", "loss"]].itertuples(index=False):
+        prompt = MIXED_LENGTHS[row]
+        edit = hk.scale(hk.Site("mlp_out", layer), 3.0, pos=len(prompt) + pos)
+        logits = hk.forward(lm, [[*prompt, *continuation]], edit).logits[0, -4:-1]
+        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(continuation))
+        assert value == pytest.approx(float(wanted), abs=1e-4)
+
+
 def test_functions_and_sites_inside_attention_are_not_packed():
     lm = hk.tiny("llama")
     flip = hk.edit("resid_mid.1", lambda values: values.flip(1))
