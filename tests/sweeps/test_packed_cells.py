@@ -172,7 +172,7 @@ def test_the_loss_of_a_continuation_reads_several_positions_of_a_packed_row():
     continuation = (11, 12, 13)
     hooks = lambda layer, pos: hk.scale(hk.Site("mlp_out", layer), 3.0, pos=pos)  # noqa: E731
     grid = {"layer": [0, 1, 2], "pos": [-3, -2, -1]}
-    metric = hk.metrics.loss(continuation)
+    metric = hk.metrics.loss([continuation] * 3)
     plan = hk.sweep_plan(lm, MIXED_LENGTHS, grid, hooks, metric)
     assert any(job.packed for job in plan.all_jobs)
     table = hk.sweep(lm, MIXED_LENGTHS, grid, hooks, metric)
