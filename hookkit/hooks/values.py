@@ -156,8 +156,9 @@ def bind_source(
         case Means():
             return _replace_by(source.tensors[sites.index(binding.site)], binding)
     captured = _captured(source, binding)
-    if binding.shape is not None:
-        _check_sizes(captured, captured.values.shape[2:], binding.shape)
+    shape = binding.shape
+    if shape is not None:
+        _check_sizes(captured, captured.values.shape[2:], shape)
     if not isinstance(source, Reference):
         return _patch(captured, where, source_where, binding.lm)
     if source.how == "mean":
