@@ -100,6 +100,8 @@ def _is_short(value: Any) -> bool:
 
 def as_integer(value: object) -> int | None:
     """Returns a whole number of Python, numpy, pandas or a tensor without axes as an int."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool | str | bytes):
         return None
     if getattr(value, "shape", ()) != () or "bool" in str(getattr(value, "dtype", "")):
@@ -440,12 +442,15 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
     signature = inspect.signature(function)
     settings = _read_settings(signature, function.__globals__)
     keywords, takes_any = _read_keywords(signature, settings)
+    fits = _fitting_calls(signature)
 
     # The annotations are read at the first call, when every module is imported.
     kinds_by_name = functools.cache(lambda: _read_kinds(signature, settings, function.__globals__))
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        if not checks_values and fits(args, kwargs):
+            return function(*args, **kwargs)
         if not takes_any:
             _check_names(kwargs, keywords, title)
         bound = _bind(signature, keywords, title, args, kwargs)
@@ -460,6 +465,33 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
     if settings is not None:
         checked.__dict__["__signature__"] = _with_keywords(signature, settings)
     return checked
+
+
+def _fitting_calls(
+    signature: inspect.Signature,
+) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
+    """Returns a function that says whether a call fits a signature, faster than `bind`.
+
+    It is False for every call of a function with variable arguments.
+    """
+    parameters = signature.parameters.values()
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if any(parameter.kind not in by_keyword for parameter in parameters):
+        return lambda args, kwargs: False
+    names = [parameter.name for parameter in parameters]
+    n_positional = sum(parameter.kind == by_keyword[0] for parameter in parameters)
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    # the keywords that a call needs and can have, by the number of its positional arguments
+    needed = [required.difference(names[:count]) for count in range(n_positional + 1)]
+    possible = [set(names[count:]) - {"self"} for count in range(n_positional + 1)]
+
+    def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        count = len(args)
+        if count > n_positional:
+            return False
+        return needed[count] <= kwargs.keys() <= possible[count]
+
+    return fits
 
 
 class _Default:

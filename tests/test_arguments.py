@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import hookkit as hk
+from hookkit.arguments import _fitting_calls
 from hookkit.errors import NotOneToken
 from hookkit.hooks.serialization import HOOK_TYPES
 
@@ -229,6 +230,28 @@ def test_every_spelling_that_an_error_offers_is_accepted(small_tokenizer, kind):
             for offer in [] if offers.startswith("no near spelling") else eval(f"[{offers}]"):
                 assert lm.string(lm.token(offer)) == offer, (word, offer)
     assert refused > 50
+
+
+def _no_default(a, b): ...
+def _keyword_only(a, b=1, *, c, d=2): ...
+def _variable(*a, b=1): ...
+def _any_keyword(a, **b): ...
+
+
+@pytest.mark.parametrize("function", [_no_default, _keyword_only, _variable, _any_keyword])
+def test_a_call_that_fits_a_signature_is_one_that_python_binds(function):
+    signature = inspect.signature(function)
+    fits = _fitting_calls(signature)
+    has_variable = function in (_variable, _any_keyword)
+    names = [name for count in range(5) for name in itertools.combinations("abcd", count)]
+    for count, keywords in itertools.product(range(5), [*names, ("e",), ("a", "e")]):
+        args, kwargs = (0,) * count, dict.fromkeys(keywords, 0)
+        try:
+            signature.bind(*args, **kwargs)
+            binds = not has_variable
+        except TypeError:
+            binds = False
+        assert fits(args, kwargs) == binds, (args, kwargs)
 
 
 def test_a_list_has_a_token_for_each_prompt_and_a_tuple_as_long_as_the_batch_is_refused(llama):

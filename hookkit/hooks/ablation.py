@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class HasCaptures(Protocol):
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured: ...
     @property
     def sites(self) -> Sites: ...
+
+
+def has_captures(value: object) -> TypeGuard[HasCaptures]:
+    """The same as `isinstance(value, HasCaptures)`, which takes 20 times as long in Python 3.11."""
+    return getattr(value, "captured", None) is not None and hasattr(value, "sites")
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ def ablate(
     if isinstance(to, str):
         if to in ("mean", "resample"):
             selected, source = _reference(selected, to, over, per or "position", seed or 0)
-    elif isinstance(to, HasCaptures):
+    elif has_captures(to):
         selected, where, source = _values_of_run(selected, where, to)
     elif hasattr(to, "mean_of"):
         selected = _expand_layers(selected, to.sites)
@@ -220,7 +225,7 @@ def _check_reference_options(to: Any, over: Any, per: Per | None, seed: int | No
 
 
 def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[Sites, Reference]:
-    if isinstance(over, HasCaptures):
+    if has_captures(over):
         sites = _expand_layers(sites, over.sites)
         return sites, Reference(how, per, seed, tuple(map(over.captured, sites)))
     prompts = () if over is None else reference_prompts(over)
@@ -256,7 +261,7 @@ def patch(
     selected = as_sites(sites)
     if isinstance(source, str | Chat):
         where, new_values = as_where(PROMPT if pos is None else pos, rows), FromPrompt(source)
-    elif isinstance(source, HasCaptures):
+    elif has_captures(source):
         selected, where, new_values = _values_of_run(selected, as_where(pos, rows), source)
     else:
         raise BadHook(

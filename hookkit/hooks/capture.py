@@ -303,6 +303,13 @@ class Captures:
     def _sites(self) -> Sites:
         return Sites(tuple(dict.fromkeys(slot.site for slot in self.slots)))
 
+    @cached_property
+    def _slots_by_site(self) -> dict[AnySite, list[LazyCapture]]:
+        by_site: dict[AnySite, list[LazyCapture]] = {}
+        for slot in self.slots:
+            by_site.setdefault(slot.site, []).append(slot)
+        return by_site
+
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
         """Returns the values at a site with their rows and positions.
 
@@ -334,7 +341,7 @@ class Captures:
 
     def _slot(self, site: AnySite, name: str | None, requested: AnySite) -> LazyCapture | None:
         """Returns the one capture of a site, or None. Raises `NotCaptured` if there are several."""
-        slots = [s for s in self.slots if s.site == site and name in (None, s.name)]
+        slots = [s for s in self._slots_by_site.get(site, ()) if name in (None, s.name)]
         if len(slots) <= 1:
             return next(iter(slots), None)
         names = ", ".join(repr(slot.name) for slot in slots)

@@ -13,16 +13,17 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ..arguments import check_choice, check_seed, describe
 from ..errors import BadEdit, BadHook, BadPrompt
+from ..models.batch_positions import pad_rows
 from ..models.chat import Chat
 from ..models.experts import NEURONS
 from ..models.lm import LM
 from ..models.named_positions import find_positions
-from ..models.positions import Where, resolve_positions
+from ..models.positions import PositionRange, Where, is_named, resolve_positions
 from ..models.prompts import check_prompts
 from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, has_name
 from ..models.views import unseen_value
@@ -156,8 +157,9 @@ def bind_source(
         case Means():
             return _replace_by(source.tensors[sites.index(binding.site)], binding)
     captured = _captured(source, binding)
-    if binding.shape is not None:
-        _check_sizes(captured, captured.values.shape[2:], binding.shape)
+    shape = binding.shape
+    if shape is not None:
+        _check_sizes(captured, captured.values.shape[2:], shape)
     if not isinstance(source, Reference):
         return _patch(captured, where, source_where, binding.lm)
     if source.how == "mean":
@@ -191,7 +193,7 @@ def _patch(source: Captured, where: Where, source_where: Where, lm: LM) -> Chang
     def apply(values: Tensor, here: EditContext) -> Tensor:
         rows = list(map(source.row, here.rows))
         columns = _source_columns(source, (where, source_where), rows, here, lm)
-        new = source.by_position[torch.tensor(rows)[:, None], columns]
+        new = _copy_cells(source.by_position, rows, columns)
         new = convert_like(new, values, f"what the source has at {source.site}")
         if isinstance(source.site, ModuleSite) or source.site.name not in QUERY_KEY_SITES:
             _check_sizes(source, new.shape[2:], values.shape[2:])
@@ -201,6 +203,16 @@ def _patch(source: Captured, where: Where, source_where: Where, lm: LM) -> Chang
         return _with_key_count(new, values.shape[-1], masked)
 
     return apply
+
+
+def _copy_cells(
+    values: Shaped[Tensor, "row pos ..."], rows: list[int], columns: list[list[int]]
+) -> Shaped[Tensor, "cell_row cell_pos ..."]:
+    """Returns a copy of some cells, which are those of column 0 where a row has too few."""
+    row, first, last = rows[0], columns[0][0], columns[0][-1]
+    if len(rows) == 1 and columns[0] == [*range(first, last + 1)]:  # slices are fast
+        return values[row : row + 1, first : last + 1].clone()
+    return values[torch.tensor(rows)[:, None], pad_rows(columns, 0)]
 
 
 def _with_key_count(values: Tensor, count: int, masked: float) -> Tensor:
@@ -222,33 +234,45 @@ def _check_sizes(source: Captured, sizes: Sequence[int], model_sizes: Sequence[i
 
 def _source_columns(
     source: Captured, wheres: tuple[Where, Where], rows: list[int], here: EditContext, lm: LM
-) -> Tensor:
+) -> list[list[int]]:
     """Returns the column of the source's values for each cell.
 
     `wheres` are the positions in the text that changes and in the source's. Each text resolves its
     own, and they are paired in order.
     """
     where, source_where = wheres
-    columns = torch.zeros_like(here.positions)
-    positions_of_prompt = here.cells.text.selected_positions(where)
-    for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
-        ids, length = source.prompts[row], here.cells.text.lengths[prompt]
-        positions = positions_of_prompt[prompt] or ()
-        find = partial(find_positions, lm, ids)
-        source_positions = resolve_positions(source_where, len(ids), find)
-        is_unpaired = where.pos is None and length != len(ids)
-        if is_unpaired or len(positions) != len(source_positions):
-            raise BadHook(
-                f"row {prompt} has {length} tokens and the source of {source.site} has {len(ids)}, "
-                f"so pos={where.pos!r} does not pair their positions: say which are meant, with "
-                "pos= (and source_pos=)"
-            )
-        row_columns = []
-        for position in here.cells.row_positions[number]:
-            source_position = source_positions[positions.index(position)]
-            row_columns.append(source.column(row, source_position))
-        columns[number, : len(row_columns)] = torch.tensor(row_columns)
+    lengths, columns = here.cells.text.lengths, []
+    counts_tokens = source_where is where and not is_named(where.pos)
+    for row, prompt, positions in zip(rows, here.rows, here.cells.row_positions, strict=True):
+        # Numbers mean the same positions in texts of one length.
+        if not counts_tokens or lengths[prompt] != len(source.prompts[row]):
+            positions = _paired_positions(source, wheres, row, prompt, positions, here, lm)
+        columns.append([source.column(row, position) for position in positions])
     return columns
+
+
+def _paired_positions(
+    source: Captured,
+    wheres: tuple[Where, Where],
+    row: int,
+    prompt: int,
+    positions: PositionRange,
+    here: EditContext,
+    lm: LM,
+) -> list[int]:
+    """Returns the positions in the source's text for some positions of a prompt."""
+    where, source_where = wheres
+    ids, length = source.prompts[row], here.cells.text.lengths[prompt]
+    all_positions = here.cells.text.selected_positions(where)[prompt] or ()
+    source_positions = resolve_positions(source_where, len(ids), partial(find_positions, lm, ids))
+    is_unpaired = where.pos is None and length != len(ids)
+    if is_unpaired or len(all_positions) != len(source_positions):
+        raise BadHook(
+            f"row {prompt} has {length} tokens and the source of {source.site} has {len(ids)}, "
+            f"so pos={where.pos!r} does not pair their positions: say which are meant, with "
+            "pos= (and source_pos=)"
+        )
+    return [source_positions[all_positions.index(position)] for position in positions]
 
 
 def _mean(source: Captured, per: Per) -> Change:
@@ -422,6 +446,8 @@ def convert_like(tensor: Tensor, like: Tensor, name: str) -> Tensor:
 
 def convert_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Returns the tensor in another dtype. Raises `BadEdit` for numbers that it cannot hold."""
+    if tensor.dtype == dtype:
+        return tensor
     new = tensor.to(dtype=dtype)
     largest = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else math.inf
     if dtype.is_floating_point and torch.finfo(dtype).max < largest:

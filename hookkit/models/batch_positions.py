@@ -111,8 +111,9 @@ class SequenceBatch:
 
     def selected_positions(self, where: Where) -> list[PositionRange | None]:
         """Returns the positions that `where` selects in each prompt; None for rows without any."""
-        if where in self._positions:
-            return self._positions[where]
+        known = self._positions.get(where)
+        if known is not None:
+            return known
         positions: list[PositionRange | None] = [None] * len(self.lengths)
         for row in resolve_rows(where.rows, len(self.lengths)):
             if not self.lengths[row]:  # a prompt without an image has no patches

@@ -177,6 +177,8 @@ class Where:
 
 def read_position(pos: PosLike) -> Pos:
     """Returns `pos` as a value. Raises `BadHook` if it does not say a position."""
+    if pos is None or type(pos) is int:
+        return pos
     if isinstance(pos, At | Role | Turn | TextPart):
         return pos
     return read_indices(pos, "pos")
@@ -205,6 +207,8 @@ def _numbers_in(value: int | tuple[int, ...] | Span) -> tuple[int, ...]:
 
 
 def _read_value(count: object, word: str) -> int | tuple[int, ...] | Span:
+    if type(count) is int:
+        return count
     if isinstance(count, slice):
         return _read_span(Span(count.start, count.stop, count.step), word)
     if isinstance(count, Span):

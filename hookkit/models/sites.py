@@ -358,19 +358,19 @@ def as_sites(sites: SitesLike) -> Sites:
     Raises `EmptySelection` for an empty one, `BadHook` for one that names a site twice, and
     `UnknownSite` for values that are not sites.
     """
-    if not isinstance(sites, Iterable | Site | ModuleSite) or isinstance(sites, bytes | Mapping):
+    if isinstance(sites, str | Site | ModuleSite):
+        sites = [sites]
+    elif not isinstance(sites, Iterable) or isinstance(sites, bytes | Mapping):
         raise UnknownSite(
             f"{describe(sites)} is not a site: give a name such as 'resid_post.6', "
             "hk.Site('resid_post', 6), or a list"
         )
-    if isinstance(sites, str | Site | ModuleSite):
-        sites = [sites]
     selected = tuple(map(as_site, sites))
     if not selected:
         raise EmptySelection(
             "no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')"
         )
-    if len(set(selected)) < len(selected):
+    if len(selected) > 1 and len(set(selected)) < len(selected):
         repeated = [site for site in selected if selected.count(site) > 1]
         raise BadHook(f"{repeated[0]} is named twice in one hook: name each site once")
     return Sites(selected)

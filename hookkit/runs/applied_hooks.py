@@ -5,6 +5,7 @@ On a CPU the result is checked at once. On other devices this would wait for the
 edit, so the flags of all edits are read together, at the end of the forward.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -34,12 +35,15 @@ def apply_hook(
     forward_pass: ForwardPass,
     tensor: Tensor,
     module_input: Tensor | None,
+    *,
+    count_changes: bool = False,
 ) -> tuple[Firing | None, Tensor]:
     """Applies one hook to the tensor at its hook point.
 
     Returns the firing, None if the hook selects no cell, and the tensor with which the model goes
     on. `module_input` is for edits that need it. The tensor itself is written to only at a shared
-    location, where the block reads it twice.
+    location, where the block reads it twice. With `count_changes`, the firing says how many numbers
+    an edit changed.
     """
     if bound_hook.elsewhere:
         return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
@@ -64,7 +68,8 @@ def apply_hook(
         new = _capture(bound_hook, forward_pass, selection, raw, values)
     else:
         new, outcome = _edit(bound_hook, selection, values, module_input, forward_pass.number)
-        changed = selection.real(new != values)
+        if count_changes:
+            changed = selection.real(new != values)
         new = view.write(new, values, raw, selection, forward_pass)
     if new is not None:
         tensor = _put(bound_hook, hook_point, forward_pass, selection, tensor, new)
@@ -343,15 +348,18 @@ def _check_result(
     assert isinstance(hook, EditHook)
     if not new.is_floating_point() or hook.gives_infinity:
         return
-    new, old = new.detach(), old.detach()
+    new, at_once = new.detach(), new.device.type in AT_ONCE
+    if at_once and math.isfinite(new.sum(dtype=torch.float32).item()):
+        return
+    old = old.detach()
     may_have_masks = isinstance(site, ModuleSite) or site.name in SITES_WITH_MASKS
     # an edit that inserts other values may insert -inf; arithmetic gives it by overflow only
     lost = partial(_lost, selection, old, new, allows_masks=may_have_masks and hook.puts_in)
-    if new.device.type not in AT_ONCE:
-        flag = lost().any() if may_have_masks else _overflows(old, new)
-        bound_hook.overflow_flags.append(flag)
-    elif not bool(torch.isfinite(new.sum(dtype=torch.float32))):
+    if at_once:
         _refuse_lost(bound_hook, int(lost().sum()))
+        return
+    flag = lost().any() if may_have_masks else _overflows(old, new)
+    bound_hook.overflow_flags.append(flag)
 
 
 def _refuse_lost(bound_hook: BoundHook, count: int) -> None:

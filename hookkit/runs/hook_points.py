@@ -112,8 +112,8 @@ Firing: TypeAlias = tuple[
 """One hook at one site in one forward.
 
 The bound hook, the forward's number, the selection, the shape of one cell (of the whole tensor if
-there is no selection), for an edit how many numbers it changed in each cell, and where its
-condition held.
+there is no selection), for an edit how many numbers it changed in each cell, if they were counted,
+and where its condition held.
 """
 
 

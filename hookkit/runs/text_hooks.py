@@ -189,7 +189,9 @@ class TextHooks:
         """Applies one hook and notes that it fired."""
         before = tensor
         try:
-            firing, tensor = apply_hook(bound_hook, hook_point, forward_pass, tensor, module_input)
+            firing, tensor = apply_hook(
+                bound_hook, hook_point, forward_pass, tensor, module_input, count_changes=True
+            )
         except Exception as error:
             number = forward_pass.number
             error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, forward {number}")

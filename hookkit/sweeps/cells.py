@@ -8,8 +8,7 @@ import hashlib
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
@@ -26,7 +25,6 @@ from ..hooks.ablation import Ablate
 from ..hooks.base import Binding, Change, EditContext, EditHook, Hook, require_vectors, set_field
 from ..hooks.capture import Capture, Captured
 from ..hooks.values import FromRun
-from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import AnySite, Site
@@ -115,10 +113,14 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         cell_hooks = hooks_at(hooks, point)
-        if cell_hooks is not None:
-            with _errors_name_cell(point):
-                hook_points = bind_hooks(lm, cell_hooks, inputs, reference)
-            cells.append(Cell(len(cells), point, cell_hooks, hook_points))
+        if cell_hooks is None:
+            continue
+        try:
+            hook_points = bind_hooks(lm, cell_hooks, inputs, reference)
+        except Exception as error:
+            error.add_note(_in_cell(point))
+            raise
+        cells.append(Cell(len(cells), point, cell_hooks, hook_points))
     if not cells:
         raise EmptySelection(
             "the function gave None for every point of the grid: give hooks for at least one"
@@ -199,23 +201,22 @@ def _check_takes(hooks: HooksAt, dimensions: Mapping[str, Any]) -> None:
 
 def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | None:
     """Calls a function of the grid's values at a point. Returns the hooks; None for no cell."""
-    with _errors_name_cell(point):
+    try:
         result = hooks(**point)
+    except Exception as error:
+        error.add_note(_in_cell(point))
+        raise
     return None if result is None else as_hooks(result)
 
 
-@contextmanager
-def _errors_name_cell(point: Mapping[str, Any]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in the sweep's cell {point_name(point)}")
-        raise
+def _in_cell(point: Mapping[str, Any]) -> str:
+    """Returns the note of an error at a point of the grid."""
+    return f"in the sweep's cell {point_name(point)}"
 
 
 def as_hooks(hooks: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     """Returns one hook or several as a tuple."""
-    items: Any = as_items(hooks)
+    items: Any = None if isinstance(hooks, Hook) else as_items(hooks)
     if items is None:
         items = [hooks]
     for item in items:
@@ -240,10 +241,7 @@ def bind_hooks(
 
 def check_reached(hook_points: Sequence[HookPoint], inputs: SweepInputs) -> None:
     """Raises if a hook names positions that these prompts do not have."""
-    batch = inputs.full
-    width = max(batch.lengths)
-    whole = ForwardPass(batch, 0, 0, len(inputs), width, range(width), 0)
-    check_positions(bound_hooks_of(hook_points), whole, None)
+    check_positions(bound_hooks_of(hook_points), inputs.full_pass, None)
 
 
 DRAWS = 10  # of a control, by default

@@ -233,9 +233,10 @@ def find_foreign_source(
     is often a thousand times that of the other ones.
     """
     model_values = chunk.values.float()
+    magnitudes = model_values.abs()
     # Masked scores do not count.
-    is_masked = model_values.abs() > torch.finfo(chunk.values.dtype).max / 16
-    sizes = model_values.masked_fill(is_masked, 0).abs().flatten(2).amax(-1).clamp(min=1e-9)
+    is_masked = magnitudes > torch.finfo(chunk.values.dtype).max / 16
+    sizes = magnitudes.masked_fill(is_masked, 0).flatten(2).amax(-1).clamp(min=1e-9)
     assert chunk.cells is not None
     for bound in patches:
         rows_of_model = zip(chunk.cells.row_positions, model_values, sizes, strict=True)
@@ -262,17 +263,25 @@ def _has_values_of_model(
     if len(source.rows) > 1 and row not in source.rows:
         return True  # the patch does not act on this row
     source_row, first = source.row(row), positions[0]
-    source_positions = source.positions[source_row]
     end = min(plan.first_effect.common_prefix(source, row), positions[-1] + 1)
-    is_shared = (source_positions >= first) & (source_positions < end)
-    columns = source_positions[is_shared] - first
+    shared = [position for position in source.columns[source_row] if first <= position < end]
+    if not shared:
+        return True
+    source_columns = _as_slice([source.column(source_row, position) for position in shared])
+    columns = _as_slice([position - first for position in shared])
     model_values = values[columns]
     if isinstance(site, Site) and site.head is not None:
         model_values = model_values[:, site.head]
     limit = LIMITS.get(source.values.dtype, LIMITS[torch.float32])
-    return _is_close(
-        source.by_position[source_row, is_shared], model_values, limit * sizes[columns]
-    )
+    source_values = source.by_position[source_row, source_columns]
+    return _is_close(source_values, model_values, limit * sizes[columns])
+
+
+def _as_slice(indices: list[int]) -> slice | list[int]:
+    """Returns indices as a slice if they follow one another, which is faster as an index."""
+    if indices[-1] - indices[0] == len(indices) - 1:
+        return slice(indices[0], indices[-1] + 1)
+    return indices
 
 
 def _is_close(actual: Tensor, expected: Tensor, limits: Float[Tensor, " pos"]) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import OutOfRange, Unsupported
-from ..models.batch_positions import SequenceBatch
+from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.named_positions import find_positions
 from ..models.padding import forward_inputs, padding_scheme
@@ -101,6 +101,12 @@ class SweepInputs:
     def full(self) -> SequenceBatch:
         """The whole prompts without padding, in which hooks look up their positions."""
         return self._sequence_batch([range(len(row)) for row in self.rows])
+
+    @cached_property
+    def full_pass(self) -> ForwardPass:
+        """A forward of the whole prompts, by which positions are checked."""
+        width = max(self.full.lengths)
+        return ForwardPass(self.full, 0, 0, len(self), width, range(width), 0)
 
     def padded_batch(self, columns: int) -> SequenceBatch:
         """Returns the rows that are run, padded on the left to this number of columns."""

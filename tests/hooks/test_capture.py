@@ -1,5 +1,8 @@
 """What was captured is found by site and name, and what is not there is said."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import PROMPTS
@@ -53,6 +56,15 @@ def test_what_is_not_there_is_said(run, key, words):
 def test_a_run_without_captures_says_how_to_capture(llama):
     with pytest.raises(NotCaptured, match=r"Nothing was: give hk.capture\(site\) to the run"):
         hk.forward(llama, "Tea")["embed"]
+
+
+def test_captures_with_other_slots_know_their_own_sites(run):
+    captures = run.captures
+    assert torch.equal(captures["z.0"], run["z.0"])  # the index is made
+    others = tuple(slot for slot in captures.slots if str(slot.site) != "z.0")
+    with pytest.raises(NotCaptured, match="z.0 was not captured"):
+        replace(captures, slots=others)["z.0"]
+    assert torch.equal(pickle.loads(pickle.dumps(captures))["z.0"], run["z.0"])
 
 
 def test_captures_of_several_batches_become_one(llama):

@@ -296,6 +296,23 @@ def test_patching_takes_the_same_place_of_the_other_text(smol):
         assert torch.equal(run["resid_post.5"][0, 0], source["resid_post.5"][0, place])
 
 
+def test_a_model_that_writes_into_what_a_patch_put_in_leaves_the_source_as_it_was(llama):
+    source = hk.forward(llama, [[1, 2, 3]], hk.capture("resid_post.0"))
+    before = source["resid_post.0"].clone()
+    block = llama.submodule("model.layers.1")
+
+    def write(module, args):
+        args[0].zero_()
+
+    handle = block.register_forward_pre_hook(write)
+    try:
+        with torch.no_grad():
+            hk.forward(llama, [[4, 5, 6]], hk.patch("resid_post.0", source))
+    finally:
+        handle.remove()
+    assert torch.equal(source["resid_post.0"], before)
+
+
 def test_patching_takes_rows_by_number_or_the_only_one(lm):
     source = hk.forward(lm, PROMPTS, hk.capture(SITE, pos=-1))
     _, after = values(lm, hk.patch(SITE, source), prompts=[PROMPTS[0]] * 3)

@@ -1,10 +1,13 @@
 """Sweeps: every cell has the numbers of a forward of its own, whatever was left out to get them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_families import ONE_OF_EACH
 
 import hookkit as hk
+from hookkit.sweeps.cells import check_reached
 from hookkit.sweeps.plan import FirstEffect
 from hookkit.sweeps.shortcuts import shortcuts
 
@@ -534,3 +537,14 @@ def test_only_the_logits_that_the_metrics_read_are_computed(lm):
         assert row.logit == pytest.approx(float(logits[300]), abs=1e-5)
     banned = hk.sweep(lm, [range(5, 13)], {"token": [3, 4]}, lambda token: hk.ban(token), metrics)
     assert banned["logit_diff"].tolist()[0] == torch.inf
+
+
+def test_inputs_with_other_prompts_have_their_own_positions():
+    lm = hk.tiny("llama")
+    grid = {"pos": [4]}
+    metric = hk.metrics.logit(7)
+    plan = hk.sweep_plan(lm, [[1, 2, 3, 4, 5]], grid, lambda pos: hk.ablate("z.0", pos=pos), metric)
+    shorter = replace(plan.inputs, rows=((1, 2, 3),), run_rows=((1, 2, 3),))
+    check_reached(plan.cells[0].hook_points, plan.inputs)
+    with pytest.raises(hk.errors.OutOfRange, match="position 4 of row 0, which has 3 tokens"):
+        check_reached(plan.cells[0].hook_points, shorter)
