@@ -298,7 +298,7 @@ def _attention(
     query = interception.replace("query", query)
     key = interception.replace("key", key)
     value = interception.replace("value", value)
-    if attention_mask is not None:
+    if isinstance(attention_mask, Tensor):
         attention_mask = interception.replace("mask", attention_mask)
     selected = settings.get("indices")
     if selected is not None and interception.implementation in ("eager", "sdpa"):

@@ -1,6 +1,6 @@
 """The forwards of a sweep: the unedited prompts, and many cells in one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -57,7 +57,8 @@ def run_base(
         inputs.lm, [(cell_rows, hook_points)], recorder=recorder, rows=len(rows), width=columns
     )
     stored = DynamicCache() if cache else None
-    logits = _run_model(shared_forward, inputs, rows, columns, stored, rows)
+    arguments = inputs.model_inputs(rows, columns, columns)
+    logits = _run_model(shared_forward, inputs, arguments, stored, rows)
     return BaseForward(tuple(rows), columns, stored, recorder.states, logits)
 
 
@@ -108,34 +109,33 @@ def run_cell_prompts(
         shared_forward.act_before_the_blocks(lane, outside)
     takes_cache = past > 0 or (job.packed and not job.n_unedited)
     cache = batch.cache(shared_forward) if takes_cache else None
+    arguments = inputs.model_inputs(rows, base.columns, job.width)  # may run a trial
     acting = list(chain.from_iterable(points for _, points in batch.lanes))
     with ExitStack() as contexts:
         if shortcuts.last and n_logits < job.width and can_narrow(lm, acting):
             contexts.enter_context(narrow_last_block(lm, batch.read))
         if shortcuts.tokens and tokens is not None and can_compute_tokens(lm, acting):
             contexts.enter_context(compute_tokens(lm, tokens))
-        return _run_model(shared_forward, inputs, rows, base.columns, cache, job.rows)
+        return _run_model(shared_forward, inputs, arguments, cache, job.rows)
 
 
 def _run_model(
     shared_forward: SharedForward,
     inputs: SweepInputs,
-    rows: Sequence[int],
-    columns: int,
+    arguments: Mapping[str, Tensor],
     cache: Any,
     prompt_rows: Sequence[int],
 ) -> Float[Tensor, "row pos vocab"]:
-    """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
-    width = shared_forward.width
+    """Returns the logits of `prompt_rows`, from a forward with these arguments."""
     n_read = inputs.count_read(prompt_rows)
-    n_computed = inputs.count_logits(prompt_rows, width)
+    n_computed = inputs.count_logits(prompt_rows, shared_forward.width)
     settings = inputs.lm.accepted(
         use_cache=cache is not None, return_dict=True, logits_to_keep=n_computed
     )
     if cache is not None:
         settings["past_key_values"] = cache
     with torch.no_grad():
-        output = shared_forward.run({**inputs.model_inputs(rows, columns, width), **settings})
+        output = shared_forward.run({**arguments, **settings})
     logits = logits_of(output)[:, -n_read:]
     if n_read < n_computed:
         return logits.clone()  # so that the other positions are freed

@@ -113,8 +113,8 @@ def _needs_last_block(lm: LM, bound: BoundHook) -> bool:
         return True
     if site.layer is not None and site.layer < lm.n_layers - 1:
         return False
-    mixes_later = site.base_name in AFTER_ATTENTION and needs_all_positions(bound)
-    return mixes_later or site.base_name in INSIDE_NARROWED
+    needs_more = bound.change is None or needs_all_positions(bound)
+    return (needs_more and site.base_name in AFTER_ATTENTION) or site.base_name in INSIDE_NARROWED
 
 
 @contextmanager

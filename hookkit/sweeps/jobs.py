@@ -130,9 +130,7 @@ class JobChooser:
         n_tokens = len(rows) * self.inputs.count_columns(rows)
         return (n_tokens + _fixed_cost(self.lm)) * self.lm.n_layers
 
-    def _joining_jobs(
-        self, by_width: Mapping[int, Sequence[CellPrompt]], budget: int
-    ) -> list[Job]:
+    def _joining_jobs(self, by_width: Mapping[int, Sequence[CellPrompt]], budget: int) -> list[Job]:
         """Returns the cheapest forwards for cell prompts that join at blocks, packed or not."""
         cost, jobs = _cheapest_jobs(by_width, self.lm)
         others: dict[int, list[CellPrompt]] = defaultdict(list)  # those that cannot be packed

@@ -440,7 +440,8 @@ class Plan:
         yield "head", _use(takes_count, "at the metric's position only", no_count)
         if self.tokens is not None:
             reason = self.shortcuts.why.get("tokens", "")
-            yield "tokens", _use(self.shortcuts.tokens, "only the logits of the metric's tokens", reason)
+            words = "only the logits of the metric's tokens"
+            yield "tokens", _use(self.shortcuts.tokens, words, reason)
         for reason, count in Counter(cell.alone for cell in self.alone).items():
             yield "alone", f"{_count(count, 'cell')}: {reason}"
 

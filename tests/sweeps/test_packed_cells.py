@@ -149,6 +149,32 @@ def test_a_source_of_another_model_is_found_where_the_unedited_prompts_run_with_
         assert found == pytest.approx(float(logits[5] - logits[7]), abs=1e-4)
 
 
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out", "resid_post", "z"])
+def test_sources_at_the_last_block_are_compared_with_whole_rows(site, monkeypatch):
+    from hookkit.sweeps import execute
+
+    lm = hk.tiny("llama")
+    found = []
+    compare = execute.find_foreign_source
+    monkeypatch.setattr(
+        execute, "find_foreign_source", lambda *given: found.append(compare(*given)) or found[-1]
+    )
+    source = hk.forward(lm, [[*row[:-1], 44] for row in ONE_LENGTH], hk.capture(site))
+    hooks = lambda layer, pos: hk.patch(hk.Site(site, layer), source, pos=pos)  # noqa: E731
+    hk.sweep(lm, ONE_LENGTH, {"layer": [1, 2], "pos": [-4, -1]}, hooks, METRIC)
+    assert found == ["", ""]
+
+
+def test_the_first_thing_that_a_model_runs_may_be_a_packed_sweep_of_padded_prompts():
+    other = hk.tiny("llama")
+    lm = hk.LM(other.model, other.tokenizer)  # has no results of trials
+    hooks = lambda layer, pos: hk.scale(hk.Site("z", layer), 0.5, pos=pos)  # noqa: E731
+    grid = {"layer": [0, 1, 2], "pos": [-3, -1]}
+    table = hk.sweep(lm, MIXED_LENGTHS, grid, hooks, METRIC)
+    again = hk.sweep(other, MIXED_LENGTHS, grid, hooks, METRIC)
+    assert table["logit_diff"].tolist() == pytest.approx(again["logit_diff"].tolist(), abs=1e-5)
+
+
 def test_too_little_memory_for_both_runs_the_unedited_prompts_first(monkeypatch):
     from hookkit.sweeps import execute
 
