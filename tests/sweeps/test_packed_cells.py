@@ -172,7 +172,7 @@ def test_a_sweep_with_a_trial_from_disk_may_be_the_first_thing_that_a_model_runs
     again = hk.sweep(other, MIXED_LENGTHS, grid, hooks, METRIC)
     lm = hk.LM(other.model, other.tokenizer)
     for name, result in other.trial_results.items():
-        if name.startswith(("shortcuts", "reads_ahead")):
+        if str(name).startswith(("shortcuts", "reads_ahead")):
             lm.trial_results[name] = result
     table = hk.sweep(lm, MIXED_LENGTHS, grid, hooks, METRIC)  # tries a padded row before
     assert table["logit_diff"].tolist() == pytest.approx(again["logit_diff"].tolist(), abs=1e-5)
