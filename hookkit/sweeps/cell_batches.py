@@ -76,10 +76,6 @@ class Job:
         unedited = [CellPrompt(0, UNEDITED, row, 0) for row in rows]
         return Job(columns, (*unedited, *self.cell_prompts), packed=True)
 
-    def without_unedited(self) -> "Job":
-        """Returns the same job for a forward after that of the unedited prompts."""
-        return replace(self, cell_prompts=self.cell_prompts[self.n_unedited :])
-
     @property
     def rows(self) -> list[int]:
         """The row of each cell prompt."""

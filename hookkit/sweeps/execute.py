@@ -377,9 +377,10 @@ class PlanRun:
         sources_match = not self.foreign_sources
         patches = collect_sources(plan) if sources_match else {}
         cell_prompts = plan.cell_prompts(rows, sources_match=sources_match)
-        jobs = plan.jobs(rows, cell_prompts, max(1, plan.budget // 2**self.halvings))
+        budget = max(1, plan.budget // 2**self.halvings)
+        jobs = plan.jobs(rows, cell_prompts, budget)
         if not self._can_run_together(jobs):
-            jobs = [job.without_unedited() for job in jobs]
+            jobs = plan.jobs(rows, cell_prompts, budget, together=False)
         settings = BaseSettings.of_jobs(plan, rows, jobs, sources_match=sources_match)
         captures = build_hook_points(plan.lm, list(map(capture, patches)), no_reference)
         logits = None

@@ -85,11 +85,17 @@ class JobChooser:
     tokens_computed: int
 
     def jobs(
-        self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], budget: int
+        self,
+        rows: Sequence[int],
+        cell_prompts: Sequence[CellPrompt],
+        budget: int,
+        *,
+        together: bool = True,
     ) -> list[Job]:
         """Returns the forwards that run these cell prompts.
 
-        If a single packed one suffices, and has room for them, the unedited prompts are in it.
+        If a single packed one suffices, and has room for them, the unedited prompts are in it,
+        where they may run `together`.
         """
         columns = self.inputs.count_columns(rows)
         alone: dict[int, list[CellPrompt]] = defaultdict(list)  # by cell
@@ -107,7 +113,8 @@ class JobChooser:
         for job in jobs:
             n_rows = max(1, budget // 2 // self.row_bytes(job.width, columns))
             parts += [job] if job.packed else job.split(n_rows)
-        if len(parts) == 1 and parts[0].packed and self._can_join_unedited(rows):
+        is_one = len(parts) == 1 and parts[0].packed
+        if is_one and together and self._can_join_unedited(rows):
             whole = parts[0].with_unedited(rows, columns)
             is_cheap = self.packed_cost(whole) < self.packed_cost(parts[0]) + self._base_cost(rows)
             if is_cheap and self.packed_bytes(whole) <= budget // 2:

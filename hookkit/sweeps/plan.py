@@ -322,10 +322,15 @@ class Plan:
         )
 
     def jobs(
-        self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], budget: int
+        self,
+        rows: Sequence[int],
+        cell_prompts: Sequence[CellPrompt],
+        budget: int,
+        *,
+        together: bool = True,
     ) -> list[Job]:
         """Returns the forwards that run these cell prompts (see `JobChooser`)."""
-        return self.chooser.jobs(rows, cell_prompts, budget)
+        return self.chooser.jobs(rows, cell_prompts, budget, together=together)
 
     @property
     def alone(self) -> list[Cell]:
