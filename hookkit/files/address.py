@@ -52,7 +52,7 @@ def read_folder(value: object, name: str = "folder") -> Path | Address:
         raise BadArgument(
             f"{name}={text!r} is no address that fsspec knows: {error_message(error)}"
         ) from error
-    except Exception as error:
+    except Exception as error:  # each file system has classes of errors of its own
         raise BadFile(f"{text!r} cannot be reached: {error_message(error)}") from error
     options = file_system.storage_options  # with those of fsspec's configuration here
     connect = partial(type(file_system), *file_system.storage_args, **options)
@@ -157,5 +157,5 @@ class Address:
             file_system = self.connect()
             file_system.invalidate_cache(self.root)
             yield file_system
-        except Exception as error:
+        except Exception as error:  # each file system has classes of errors of its own
             raise BadFile(f"{self.text!r} cannot be {action}: {error_message(error)}") from error

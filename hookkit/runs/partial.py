@@ -212,14 +212,15 @@ class SharedForward:
             return tensor
         length, width = len(tensor) if tensor.ndim else 0, self.width
         is_flat = hook_point.location.flat or tensor.ndim == 2
-        if self._is_packed and tensor.shape[:2] == (1, self.count) and not is_flat:
+        if self._is_packed and not is_flat and tensor.shape[:2] == (1, self.count):
             return tensor[0, lane.start : lane.stop].unflatten(0, lane.call.shape)
         if length == self.count:
             return tensor[lane.start : lane.stop]
-        if is_flat and length == self.count * width and not self._is_packed:
-            return tensor[lane.start * width : lane.stop * width]
-        if length == 1 and tensor.ndim > 1 and not self._is_packed:
-            return tensor
+        if not self._is_packed:
+            if is_flat and length == self.count * width:
+                return tensor[lane.start * width : lane.stop * width]
+            if length == 1 and tensor.ndim > 1:
+                return tensor
         raise NotByRow(
             f"{hook_point.location.path} has a tensor {list(tensor.shape)}, and {self.count} "
             "rows ran",

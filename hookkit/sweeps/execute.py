@@ -378,9 +378,9 @@ class PlanRun:
         patches = collect_sources(plan) if sources_match else {}
         cell_prompts = plan.cell_prompts(rows, sources_match=sources_match)
         budget = max(1, plan.budget // 2**self.halvings)
-        jobs = plan.jobs(rows, cell_prompts, budget)
+        jobs = plan.chooser.jobs(rows, cell_prompts, budget)
         if not self._can_run_together(jobs):
-            jobs = plan.jobs(rows, cell_prompts, budget, together=False)
+            jobs = plan.chooser.jobs(rows, cell_prompts, budget, together=False)
         settings = BaseSettings.of_jobs(plan, rows, jobs, sources_match=sources_match)
         captures = build_hook_points(plan.lm, list(map(capture, patches)), no_reference)
         logits = None

@@ -321,17 +321,6 @@ class Plan:
             self._tokens_computed,
         )
 
-    def jobs(
-        self,
-        rows: Sequence[int],
-        cell_prompts: Sequence[CellPrompt],
-        budget: int,
-        *,
-        together: bool = True,
-    ) -> list[Job]:
-        """Returns the forwards that run these cell prompts (see `JobChooser`)."""
-        return self.chooser.jobs(rows, cell_prompts, budget, together=together)
-
     @property
     def alone(self) -> list[Cell]:
         """The cells that cannot share a forward."""
@@ -342,7 +331,7 @@ class Plan:
         """The forwards of all prompts."""
         jobs: list[Job] = []
         for rows in self.chunks():
-            jobs += self.jobs(rows, self.cell_prompts(rows), self.budget)
+            jobs += self.chooser.jobs(rows, self.cell_prompts(rows), self.budget)
         return jobs
 
     @property
@@ -358,11 +347,10 @@ class Plan:
         n_layers = self.lm.n_layers
         total = 0
         for rows in self.chunks():
-            jobs = self.jobs(rows, self.cell_prompts(rows), self.budget)
-            if not any(job.n_unedited for job in jobs):
-                total += len(rows) * self.inputs.count_columns(rows) * n_layers
+            total += len(rows) * self.inputs.count_columns(rows) * n_layers
         for job in self.all_jobs:
             total += sum(job.counts_by_block(token_widths(self.inputs, job), n_layers))
+            total -= job.n_unedited * job.width * n_layers  # counted above with their padding
         return total
 
     @property

@@ -168,7 +168,7 @@ class ShardComputation:
         for batch in window.batches(self.rules):
             try:
                 store_batch(stored, batch, self.values.compute(batch))
-            except Exception as error:
+            except Exception as error:  # whatever it is, its batch is named
                 error.add_note(f"in {batch}")
                 raise
         return stored
