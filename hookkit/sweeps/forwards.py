@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models.lm import logits_of
+from ..models.lm import LM, logits_of
 from ..runs.hook_points import HookPoint
 from ..runs.partial import Recorder, SharedForward
 from .cell_batches import (
@@ -104,19 +104,28 @@ def run_cell_prompts(
     rows = base.rows if job.joins else job.rows
     shared_forward = SharedForward(lm, batch.lanes, batch.growth, rows=len(rows), width=job.width)
     if job.joins:
-        outside = [p for p in base_hook_points if block_of_module(lm, p.location.path) == INPUT]
         lane = cell_rows_of(inputs.padded_batch(base.columns), past, job.width, n_logits, rows)
-        shared_forward.act_before_the_blocks(lane, outside)
+        shared_forward.act_before_the_blocks(lane, _outside_blocks(lm, base_hook_points))
     takes_cache = past > 0 or (job.packed and not job.n_unedited)
     cache = batch.cache(shared_forward) if takes_cache else None
     arguments = inputs.model_inputs(rows, base.columns, job.width)  # may run a trial
     acting = list(chain.from_iterable(points for _, points in batch.lanes))
+    narrows = shortcuts.last and n_logits < job.width and can_narrow(lm, acting)
     with ExitStack() as contexts:
-        if shortcuts.last and n_logits < job.width and can_narrow(lm, acting):
+        if narrows:
             contexts.enter_context(narrow_last_block(lm, batch.read))
         if shortcuts.tokens and tokens is not None and can_compute_tokens(lm, acting):
             contexts.enter_context(compute_tokens(lm, tokens))
         return _run_model(shared_forward, inputs, arguments, cache, job.rows)
+
+
+def _outside_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPoint]:
+    """Returns the hook points that are in no block."""
+    return [
+        hook_point
+        for hook_point in hook_points
+        if block_of_module(lm, hook_point.location.path) == INPUT
+    ]
 
 
 def _run_model(
